@@ -1,0 +1,49 @@
+# Everything runs in .venv, which holds exactly requirements.lock and this package, editable.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help:
+	@echo "make setup   .venv with everything (once; a few minutes, 6 GB)"
+	@echo "make demo    made clips -> training -> report, in demo/"
+	@echo "make test    all tests"
+	@echo "make lint    style and types"
+	@echo "make format  mend the style"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove .venv and caches"
+
+setup: $(STAMP)
+
+# The stamp is written last: a setup that was broken off starts again.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "senticlip needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip check
+	@touch $@
+
+demo: setup
+	$(BIN)/senticlip demo
+
+# One thread for each of the two processes: more would only wait for each other.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist src/*.egg-info

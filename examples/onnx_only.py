@@ -1,0 +1,76 @@
+"""Sentiment of one clip from an exported file, without torch: onnxruntime, tokenizers, PyAV and numpy.
+
+senticlip export RUN --out model.onnx
+python examples/onnx_only.py model.onnx clip.mp4 --text "今天真开心"
+"""
+
+import argparse
+import json
+
+import av
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+
+def cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.5, the one of PIL and of torch's antialiased bicubic."""
+    x = np.abs(x)
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+
+
+def weights(length: int, size: int) -> np.ndarray:
+    """size×length: the antialiased bicubic filter along one axis."""
+    scale = length / size
+    wide = max(scale, 1.0)
+    centers = (np.arange(size) + 0.5) * scale
+    table = cubic((np.arange(length) + 0.5 - centers[:, None]) / wide)
+    return table / table.sum(1, keepdims=True)
+
+
+def squash(image: np.ndarray, size: int) -> np.ndarray:
+    """H×W×3 uint8 → 3×size×size uint8; each pass is rounded, as PIL does it."""
+    wide = np.einsum("sw,hwc->hsc", weights(image.shape[1], size), image.astype(np.float64))
+    wide = np.rint(wide).clip(0, 255)
+    tall = np.einsum("sh,hwc->csw", weights(image.shape[0], size), wide)
+    return np.rint(tall).clip(0, 255).astype(np.uint8)
+
+
+def frames(path: str, count: int, size: int) -> np.ndarray:
+    """The frames shown at (i + ½)·T/count, as uint8 k×3×size×size (decodes them all: a clip is short)."""
+    with av.open(path) as container:
+        decoded = [(float(frame.time), frame) for frame in container.decode(video=0)]
+        rate = float(container.streams.video[0].average_rate or 25)
+    starts = np.array([time for time, _ in decoded])
+    end = starts[-1] + 1 / rate
+    wanted = starts[0] + (np.arange(count) + 0.5) * (end - starts[0]) / count
+    shown = np.unique(np.searchsorted(starts, wanted + 1e-6, side="right") - 1)
+    return np.stack([squash(decoded[i][1].to_ndarray(format="rgb24"), size) for i in shown])
+
+
+def predict(model: str, video: str | None, text: str | None) -> dict[str, float]:
+    """Label → probability."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    about = json.loads(metadata["senticlip"])
+    feed = {}
+    if "text" in about["names"]:
+        tokenizer = Tokenizer.from_str(metadata["tokenizer"])
+        tokenizer.enable_truncation(about["max_length"])
+        ids = np.array([tokenizer.encode(text or "").ids], np.int64)
+        feed |= {"text": ids, "text_mask": np.full(ids.shape, text is not None)}
+    if "vision" in about["names"]:
+        size = about["size"]
+        pixels = frames(video, about["frames"], size) if video else np.zeros((1, 3, size, size), np.uint8)
+        feed |= {"vision": pixels[None], "vision_mask": np.full((1, len(pixels)), video is not None)}
+    log_probs = session.run(["log_probs"], feed)[0][0]
+    return {label: float(p) for label, p in zip(about["labels"], np.exp(log_probs), strict=True)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("video", nargs="?")
+    parser.add_argument("--text")
+    options = parser.parse_args()
+    print(json.dumps(predict(options.model, options.video, options.text)))

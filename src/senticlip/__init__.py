@@ -1,0 +1,25 @@
+"""senticlip: the sentiment of a video clip and of what is said in it, by CLIP-CA-MSA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["LABELS", "analyze", "bulk", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on use: ``import senticlip`` stays fast, and the command line answers at once."""
+    if name == "load":
+        from senticlip.predictor import load
+
+        return load
+    if name == "LABELS":
+        from senticlip.structures import LABELS
+
+        return LABELS
+    if name in ("analyze", "bulk"):
+        import importlib
+
+        return importlib.import_module(f"senticlip.{name}")
+    raise AttributeError(f"module 'senticlip' has no attribute {name!r}")

@@ -1,0 +1,261 @@
+"""A long video and what is said in it → a timeline: a row for each line, and a page to look at."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from senticlip import answers
+from senticlip.answers import HEADS
+from senticlip.data import subtitles as subs
+from senticlip.data.shots import shots, windows
+from senticlip.data.subtitles import Line
+from senticlip.data.video import VideoReader, probe
+from senticlip.structures import LABELS, Clip, UsageError, UserError
+
+BATCH = 16
+"""Lines that are answered together, and lost together by a kill."""
+
+THUMBNAIL = 96
+"""Height of a thumbnail, pixels."""
+
+SCHEMA = pa.schema(
+    [("start", pa.float64()), ("end", pa.float64()), ("text", pa.string()), *answers.FIELDS], {"senticlip": "timeline"}
+)
+_PART = SCHEMA.append(pa.field("thumbnail", pa.binary()))
+
+
+class _Job(NamedTuple):
+    """One film to go through: its lines, where they go, and what tells this job from another."""
+
+    video: Path
+    lines: list[Line]
+    duration: float
+    aspect: float
+    out: Path | None
+    key: str
+
+    @property
+    def parts(self) -> Path | None:
+        """The folder of what is done while the rest is not."""
+        return None if self.out is None else self.out / ".timeline"
+
+
+def analyze(
+    run: Any,
+    video: str | Path,
+    subtitles: str | Path | None = None,
+    out: str | Path | None = None,
+    shift: float = 0.0,
+    resume: bool = False,
+    transcribe: bool = False,
+    cut: str = "windows",
+    seconds: float = 5.0,
+    track: int | None = None,
+    asr_model: str = "small",
+    device: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The sentiment of every line of a film, as a stream of rows: start, end (seconds), text, and answers.FIELDS.
+
+    Args:
+        run: a RUN folder, or a Predictor.
+        video: the film; it is opened once and read from front to back.
+        subtitles: .srt, .ass or .vtt; without one, the film's own subtitle track; without that, see the next three.
+        out: a folder for timeline.parquet, timeline.csv and timeline.html; None writes nothing.
+        shift: seconds added to every subtitle's times.
+        resume: go on where a killed run stopped.
+        transcribe: have faster-whisper (extra ``asr``) write the lines; subtitles are then not looked for.
+        cut: what to do without any words: ``windows`` of about ``seconds`` each, or ``shots``.
+        track: which of the film's own subtitle tracks.
+        asr_model: size or folder of the speech model.
+        device: cpu, cuda, cuda:N.
+
+    Raises:
+        UsageError: wrong arguments, a missing extra. UserError: a film or subtitles that cannot be read.
+    """
+    video = Path(video)
+    if cut not in ("windows", "shots"):
+        raise UsageError(f"cut {cut!r}: unknown — choose windows or shots")
+    info = probe(video)
+    if transcribe:
+        from senticlip.speech import transcribe as listen
+
+        lines = listen(video, asr_model, device)
+    elif subtitles is not None:
+        lines = subs.read(subtitles, shift)
+    else:
+        lines = subs.embedded(video, track, shift) or (
+            shots(video) if cut == "shots" else windows(info.duration, seconds)
+        )
+    if not lines:
+        raise UserError(f"{subtitles or video}: no line is said in it — leave out the subtitles to cut by time")
+    if lines[0].start >= info.duration:
+        raise UserError(
+            f"{subtitles or video}: all lines begin after the end of {video} ({info.duration:.1f} s): --shift?"
+        )
+    predictor = run
+    if isinstance(run, (str, Path)):
+        import senticlip
+
+        predictor = senticlip.load(run, device=device)
+    key = _key(predictor, video, lines)
+    job = _Job(video, lines, info.duration, info.width / info.height, None if out is None else Path(out), key)
+    return _stream(job, predictor, resume)
+
+
+def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
+    """What decides the timeline: the model, the film, the lines."""
+    stat = video.stat()
+    run = answers.fingerprint(predictor.run) if hasattr(predictor, "run") else ""
+    said = json.dumps([run, str(video.resolve()), stat.st_size, stat.st_mtime_ns, BATCH, lines], ensure_ascii=False)
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]:
+    """Rows from the parts that are done, then from the model; at the end, the files."""
+    if job.out is not None and job.parts is not None:
+        finished = job.out / "timeline.parquet"
+        if resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file():
+            yield from pq.read_table(finished).to_pylist()
+            return
+        _start(job.out, job.parts, job.key, resume)
+    with VideoReader(job.video) as reader:
+        for number, first in enumerate(range(0, len(job.lines), BATCH)):
+            part = None if job.parts is None else job.parts / f"{number:06}.parquet"
+            if part is not None and part.is_file():
+                rows = pq.read_table(part).to_pylist()
+            else:
+                rows = list(_answer(job, predictor, reader, first))
+                if part is not None:
+                    answers.write_parquet(part, pa.Table.from_pylist(rows, _PART))
+            for row in rows:
+                row.pop("thumbnail")
+                yield row
+    if job.out is not None and job.parts is not None:
+        _finish(job.out, job.parts, job)
+
+
+def _finished(path: Path) -> str | None:
+    """The key of the job that wrote a timeline."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(b"job", b"").decode()
+    except (OSError, pa.ArrowInvalid):
+        return None
+
+
+def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
+    """Make the folder of parts, or find it as it was left."""
+    stamp = parts / "job"
+    try:
+        if resume and stamp.is_file() and stamp.read_text() != key:
+            raise UsageError(f"{out}: began with another film, lines or model — leave out --resume to begin anew")
+        if not resume or not stamp.is_file():
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir(parents=True)
+            answers.write_whole(stamp, lambda partial: partial.write_text(key))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written — {error.strerror}") from None
+
+
+def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
+    """The rows of one batch of lines."""
+    chosen = job.lines[first : first + BATCH]
+    clips = [
+        # what is said after the last picture has words only
+        Clip(f"line {first + i + 1}", job.video if line.start < job.duration else None, line.text or None)._replace(
+            start=line.start, end=line.end
+        )
+        for i, line in enumerate(chosen)
+    ]
+
+    def read(_: Path, frames: int, start: float, end: float, size: int) -> Any:
+        return reader.read(frames, start, end, None, size)
+
+    found = list(answers.answer(predictor, clips, read=read))
+    if first == 0 and all(error for _, error, _ in found):
+        raise UserError(str(found[0][1]))
+    for line, (prediction, error, frames) in zip(chosen, found, strict=True):
+        row = {"start": line.start, "end": line.end, "text": line.text, **answers.record(prediction, error)}
+        yield row | {"thumbnail": None if frames is None else _thumbnail(frames[len(frames) // 2], job.aspect)}
+
+
+def _thumbnail(pixels: Any, aspect: float) -> bytes:
+    """A frame as the model saw it, squashed to S×S → a JPEG of the film's shape."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    data = io.BytesIO()
+    width = max(32, min(3 * THUMBNAIL, round(THUMBNAIL * aspect)))
+    picture.resize((width, THUMBNAIL), Image.Resampling.BICUBIC).save(data, "JPEG", quality=72)
+    return data.getvalue()
+
+
+def _finish(out: Path, parts: Path, job: _Job) -> None:
+    """Parts → the three files; the parquet comes last and says: finished."""
+    files = sorted(parts.glob("[0-9]*.parquet"))
+    page = resources.files("senticlip").joinpath("templates", "timeline.html").read_text(encoding="utf-8")
+    before, after = page.split("/*DATA*/")
+
+    def write_page(path: Path) -> None:
+        head = json.dumps(
+            {"name": job.video.name, "duration": max(job.duration, job.lines[-1].end)}, ensure_ascii=False
+        )
+        with path.open("w", encoding="utf-8") as file:
+            file.write(before + _inert(head[:-1]) + ', "rows": [')
+            for number, part in enumerate(files):
+                shown = [_shown(row) for row in pq.read_table(part).to_pylist()]
+                said = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in shown)
+                file.write((",\n" if number else "") + _inert(said))
+            file.write("]}" + after)
+
+    table = pa.concat_tables(pq.read_table(part).drop_columns("thumbnail") for part in files)
+    table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
+    answers.write_whole(out / "timeline.html", write_page)
+    answers.write_whole(out / "timeline.csv", lambda path: pyarrow.csv.write_csv(table, path))
+    answers.write_parquet(out / "timeline.parquet", table)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _inert(text: str) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return text.replace("<", "\\u003c")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the page reads it: short names, three digits."""
+
+    def short(value: float | None) -> float | None:
+        return None if value is None else round(value, 3)
+
+    def probabilities(prefix: str) -> list[float | None] | None:
+        values = [short(row[prefix + name]) for name in LABELS]
+        return None if values[0] is None else values
+
+    picture = row["thumbnail"]
+    return {
+        "s": row["start"],
+        "e": row["end"],
+        "x": row["text"],
+        "l": row["label"],
+        "f": short(row["sentiment"]),
+        "c": short(row["conflict"]),
+        "p": probabilities(""),
+        **{head: probabilities(f"{head}_") for head in HEADS},
+        "w": {head: short(row[f"weight_{head}"]) for head in HEADS},
+        "error": row["error"],
+        "i": picture and "data:image/jpeg;base64," + base64.b64encode(picture).decode(),
+    }
+
+
+answers.make_callable(__name__)

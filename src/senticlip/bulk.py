@@ -1,0 +1,233 @@
+"""An archive of videos → Parquet: on Ray Data (extra ``ray``), or in one process.
+
+The manifest is cut into parts. A part is the unit of everything: a worker answers one and writes its file whole or not
+at all, always in the same batches, so a part made twice is the same file. What is there is done; what is not is done
+next time. That is all that a kill at any moment needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from senticlip import answers, manifest, runtime
+from senticlip.data import subtitles
+from senticlip.data.cache import file_key
+from senticlip.structures import Clip, UsageError, UserError
+
+BATCH = 16
+"""Clips that are answered together: always the same ones, so that a part made again is the same to the last bit."""
+
+SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
+
+
+def bulk(
+    run: str | Path,
+    manifest_file: str | Path,
+    out: str | Path,
+    address: str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    rows_per_part: int = 256,
+) -> Iterator[dict[str, Any]]:
+    """Answer every row of a manifest, as a stream of rows: id, and answers.FIELDS (``error`` where it failed).
+
+    The rows also lie in ``out/part-NNNNNN.parquet``, in the manifest's order; the stream gives a part when it is there.
+    The same call goes on after a kill.
+
+    Args:
+        run: a RUN folder; on a cluster, one that every machine sees, as manifest, videos and ``out`` must be, too.
+        manifest_file: .csv, .jsonl or .parquet; id, path (relative to the manifest), text or subtitles, start, end.
+        out: folder of the answers.
+        address: of a Ray cluster; None works on this machine alone.
+        workers: processes that hold a model, each with one core (or one GPU); default: all there are. One worker
+            without ``address`` is this process.
+        device: cpu or cuda.
+        rows_per_part: what a worker answers at a time, and a kill loses.
+
+    Raises:
+        UsageError: wrong arguments, a missing extra. UserError: the manifest cannot be read, or ``out`` belongs to
+            another run or manifest.
+    """
+    run, source, out = Path(run).resolve(), Path(manifest_file).resolve(), Path(out).resolve()
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
+    if rows_per_part < 1:
+        raise UsageError(f"rows per part {rows_per_part}: must be at least 1")
+    if not (run / "model.safetensors").is_file():
+        raise UsageError(
+            f"{run}: no trained model here (config.json and model.safetensors) — senticlip train makes one"
+        )
+    distributed = has_ray()
+    if address and not distributed:
+        raise UsageError("--address needs Ray: pip install 'senticlip[ray]'")
+    if (workers or 1) > 1 and not distributed:
+        raise UsageError(f"--workers {workers} needs Ray: pip install 'senticlip[ray]' (or leave it out: one process)")
+    job = _prepare(run, source, out, rows_per_part, device)
+    count = pq.ParquetFile(job["parts"]).metadata.num_row_groups
+    todo = [number for number in range(count) if not part_path(out, number).is_file()]
+    return _stream(job, count, todo, address, workers if distributed else 1)
+
+
+def has_ray() -> bool:
+    """Whether the extra ``ray`` is installed."""
+    try:
+        import ray.data  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def part_path(out: Path, number: int) -> Path:
+    """The file of a part."""
+    return out / f"part-{number:06}.parquet"
+
+
+def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, device: str | None) -> dict[str, Any]:
+    """Make ``out``, or find that it belongs to this job; cut the manifest; sweep up what a kill left."""
+    if not source.is_file():
+        raise UsageError(f"{source}: no such manifest")
+    key = {"run": answers.fingerprint(run), "manifest": file_key(source), "rows_per_part": rows_per_part}
+    stamp, parts = out / "bulk.json", out / "manifest" / "rows.parquet"
+    try:
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        if stamp.is_file():
+            there = json.loads(stamp.read_text(encoding="utf-8"))
+            other = [name for name, value in key.items() if there.get(name) != value]
+            if other:
+                raise UserError(f"{out}: holds answers with another {' and '.join(other)} — choose another --out")
+        elif any(out.glob("part-*.parquet")):
+            raise UserError(f"{out}: holds Parquet parts of something else — choose another --out")
+        for partial in (*out.glob(".*.partial"), *parts.parent.glob(".*.partial")):
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: cannot be used — {getattr(error, 'strerror', None) or error}") from None
+    if not parts.is_file():
+        manifest.split(source, parts, rows_per_part)
+    answers.write_whole(stamp, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+    return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "device": device}
+
+
+def _stream(
+    job: dict[str, Any], count: int, todo: list[int], address: str | None, workers: int | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of the parts that are there, then of the others as they come."""
+    out, left = Path(job["out"]), set(todo)
+    for number in range(count):
+        if number not in left:
+            yield from pq.read_table(part_path(out, number)).to_pylist()
+    if not todo:
+        return
+    if workers == 1 and not address:
+        worker = Worker(job)
+        done: Iterator[int] = (worker.make(number) for number in todo)
+    else:
+        done = _on_ray(job, todo, address, workers)
+    for number in done:
+        yield from pq.read_table(part_path(out, number)).to_pylist()
+
+
+class Worker:
+    """Holds a model and makes parts; Ray Data keeps one in each of its actors."""
+
+    def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
+        from senticlip.predictor import load
+
+        self.out, self.root = Path(job["out"]), Path(job["root"])
+        self.predictor: Any = load(job["run"], device=job["device"])
+        if threads:
+            runtime.setup(threads)
+        self.parts = pq.ParquetFile(job["parts"])
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's face: the numbers of parts in, the same out when their files are there."""
+        for number in batch["id"]:
+            self.make(int(number))
+        return {"id": batch["id"]}
+
+    def make(self, number: int) -> int:
+        """Answer a part and write its file, unless it is there."""
+        path = part_path(self.out, number)
+        if not path.is_file():
+            rows = self.parts.read_row_group(number).to_pylist()
+            made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
+            answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
+        return number
+
+    def answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """One batch of manifest rows; what cannot be read becomes a row with its error."""
+        clips: list[Clip] = []
+        errors: dict[int, str] = {}
+        for i, row in enumerate(rows):
+            try:
+                clips.append(self._clip(row))
+            except UserError as error:
+                errors[i] = str(error)
+        found = answers.answer(self.predictor, clips) if clips else iter(())
+        for i, row in enumerate(rows):
+            prediction, fault, _ = (None, errors[i], None) if i in errors else next(found)
+            yield {"id": row["id"], **answers.record(prediction, fault)}
+
+    def _clip(self, row: dict[str, Any]) -> Clip:
+        times: dict[str, float | None] = {}
+        for name in ("start", "end"):
+            try:
+                times[name] = None if row[name] is None else float(row[name])
+            except ValueError:
+                raise UserError(f"{name}: {row[name]!r} is no time in seconds") from None
+        text = row["text"]
+        if text is None and row["subtitles"] is not None:
+            lines = subtitles.read(self.root / row["subtitles"])
+            begin, end = times["start"] or 0.0, times["end"] or float("inf")
+            text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
+        path = None if row["path"] is None else self.root / row["path"]
+        return Clip(row["id"], path, text, start=times["start"], end=times["end"])
+
+
+def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
+    """The same parts on Ray Data: actors that hold the model, few parts under way, a lost worker's part done again."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import logging
+
+    import ray
+    import ray.data
+
+    own = not ray.is_initialized()
+    try:
+        if own:
+            local: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        # a core is left to nobody: reading parts' numbers costs nothing
+        pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
+        made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
+            Worker,
+            fn_constructor_kwargs={"job": job, "threads": None if gpus else 1},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
+            num_cpus=1,
+            num_gpus=1 if gpus else None,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        for row in made.iter_rows():
+            yield int(row["id"])
+    except ConnectionError as error:
+        raise UserError(f"--address {address}: no Ray cluster answers ({' '.join(str(error).split())[:120]})") from None
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, UserError) else None
+        raise cause or UserError(f"a worker failed: {' '.join(str(error.cause or error).split())[:300]}") from None
+    finally:
+        if own:
+            ray.shutdown()
+
+
+answers.make_callable(__name__)

@@ -1,0 +1,62 @@
+"""The model card of a RUN: what it is, on what data, how good, what it must not be used for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from senticlip import __version__
+from senticlip.config import Config
+
+LIMITS = """## Limits
+
+* It reads *expressed* sentiment of a clip (a face, a line of text), not what a person feels. Faces differ between
+  people and cultures; lighting, pose, cutaways, irony and several faces in a picture mislead it.
+* It was measured on the data named above and on nothing else. Measure it on yours before you rely on it.
+* Its probabilities are calibrated on the validation split of that data (one temperature per head), not elsewhere.
+
+## What it must not be used for
+
+Decisions about people: hiring, schooling, credit, insurance, policing, border control, medicine; watching people at
+work or in class (the EU AI Act forbids emotion recognition there); telling lies from truth; anything done to somebody
+who does not know of it.
+"""
+
+
+def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
+    """Markdown with YAML front matter, as the hub reads it."""
+    parts = [f"* text: `{config.text.encoder}` ({config.text.train})"] if "text" in config.modalities else []
+    if "vision" in config.modalities:
+        parts.append(f"* video: `{config.vision.encoder}` ({config.vision.train}), {config.vision.frames} frames")
+    valid = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["valid"].items())
+    return f"""---
+language: zh
+library_name: senticlip
+tags: [multimodal, sentiment-analysis, CH-SIMS]
+---
+# {config.model} by senticlip {__version__}
+
+Says whether a video clip and what is said in it (Chinese) are negative, neutral or positive.
+
+```python
+import senticlip
+senticlip.load("RUN")("clip.mp4", text="…")
+```
+
+## Model
+
+{chr(10).join(parts)}
+* temporal: {config.temporal}, fusion: {config.fusion}, head: {config.head}, loss: {config.loss},
+  prompt: {config.prompt}
+* the whole experiment: `experiment.yaml`
+
+## Data and metrics
+
+Trained on `{Path(data).name}` (split by {config.protocol}, target {config.target}), seed {config.seed};
+best epoch {result["best_epoch"]}, chosen by {config.train.metric} on valid:
+
+| valid | |
+|---|---|
+{valid}
+
+{LIMITS}"""

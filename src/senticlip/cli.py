@@ -1,0 +1,304 @@
+"""The command line: one verb, one function; heavy imports inside them, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from senticlip import __version__
+from senticlip.structures import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        result = options.run(options)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"senticlip: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("senticlip: interrupted; --resume goes on where there is one", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+    sys.exit(1 if isinstance(result, dict) and result.get("problems") else 0)
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    """Tell a person; with ``--json`` stdout stays the object's."""
+    print(text, file=sys.stderr if options.json else sys.stdout)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs."""
+    top = argparse.ArgumentParser(prog="senticlip", description="Sentiment of video clips: CLIP-CA-MSA")
+    top.add_argument("--version", action="version", version=f"senticlip {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    p = verb("demo", demo, "make a data set, train, evaluate, predict, explain: a report in under five minutes")
+    p.add_argument("--out", default="demo", help="folder (default: demo)")
+    p.add_argument("--sound", action="store_true", help="give the clips a voice")
+    p.add_argument("--pretrain", action="store_true", help="train the tiny towers that ship with the package, and stop")
+    p.add_argument("--seed", type=int, default=0)
+
+    data = verbs.add_parser("data", help="look at data sets").add_subparsers(dest="action", required=True)
+    p = data.add_parser("check", help="list all problems of a data set at once, by row", parents=[common])
+    p.set_defaults(run=data_check)
+    p.add_argument("data", metavar="DIR")
+    p.add_argument("--protocol", default="official", help="official, tenth or video")
+
+    p = verb("train", train, "train a model; its folder is a complete checkpoint")
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, as in experiments/")
+    p.add_argument("--data", required=True, metavar="DIR")
+    p.add_argument("--out", required=True, metavar="RUN")
+    p.add_argument("--seed", type=int)
+    p.add_argument("--resume", action="store_true", help="go on where a killed training stopped")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
+    p.add_argument("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+
+    p = verb("evaluate", evaluate, "metrics of a run on a split; of two runs, their difference")
+    p.add_argument("runs", metavar="RUN", nargs="+")
+    p.add_argument("--data", required=True, metavar="DIR")
+    p.add_argument("--split", default="test")
+    p.add_argument("--target", help="compare with label M, T, A or V instead of the one trained for")
+    p.add_argument("--device")
+
+    p = verb("reproduce", reproduce, "the paper's tables from experiments × seeds: one report beside its numbers")
+    p.add_argument("--data", required=True, metavar="DIR")
+    p.add_argument("--out", required=True, metavar="DIR", help="runs and report; the same command goes on after a kill")
+    p.add_argument("--preset", default="paper", help="size of the encoders: tiny, small or paper")
+    p.add_argument("--tables", metavar="1,5", help="which of the eight (default: all)")
+    p.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    p.add_argument("--protocol", default="official", help="official split, a random tenth, or by source video")
+    p.add_argument("--keep", action="store_true", help="keep all weights, not only metrics and predictions")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key of the preset")
+    p.add_argument("--device")
+
+    p = verb("features", features, "clips → an MMSA-style feature file (text, audio, vision)")
+    p.add_argument("data", metavar="DIR")
+    p.add_argument("--out", required=True, metavar="F")
+    p.add_argument("--preset", default="tiny", help="whose encoders: tiny (ships with the package), small or paper")
+    p.add_argument("--protocol", default="official", help="official, tenth or video")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key of the preset")
+    p.add_argument("--device")
+
+    p = verb("predict", predict, "the sentiment of one clip; the video or --text may be left out")
+    p.add_argument("model", metavar="RUN")
+    p.add_argument("video", metavar="VIDEO", nargs="?")
+    p.add_argument("--text")
+    p.add_argument("--device")
+    _precision(p)
+
+    p = verb("export", export, "write a run as one ONNX file")
+    p.add_argument("run_folder", metavar="RUN")
+    p.add_argument("--out", required=True, metavar="F.onnx")
+    p.add_argument("--int8", action="store_true", help="weights as int8")
+    p.add_argument("--data", metavar="DIR", help="measure on these clips what the file answers differently")
+    p.add_argument("--split", default="valid", help="the clips of --data to measure on (default: valid)")
+
+    p = verb("analyze", analyze, "the timeline of a film and its subtitles: Parquet, CSV and a page to look at")
+    p.add_argument("model", metavar="RUN")
+    p.add_argument("video", metavar="VIDEO")
+    p.add_argument("--subtitles", metavar="F", help=".srt, .ass or .vtt (default: the film's own track, else windows)")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--shift", type=float, default=0.0, help="seconds added to the subtitles' times")
+    p.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    p.add_argument("--transcribe", action="store_true", help="let faster-whisper write the lines (extra: asr)")
+    p.add_argument("--asr-model", default="small", help="its size or folder (default: small)")
+    p.add_argument("--cut", default="windows", help="without any words: windows or shots")
+    p.add_argument("--seconds", type=float, default=5.0, help="length of a window (default: 5)")
+    p.add_argument("--track", type=int, help="which of the film's own subtitle tracks, from 0")
+    p.add_argument("--device")
+
+    p = verb("bulk", bulk, "an archive of videos → Parquet; the same command goes on after a kill")
+    p.add_argument("model", metavar="RUN")
+    p.add_argument("manifest", metavar="MANIFEST", help=".csv, .jsonl or .parquet: id, path, text or subtitles")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--address", help="of a Ray cluster (default: this machine)")
+    p.add_argument("--workers", type=int, help="models at work (default: one per core or GPU)")
+    p.add_argument("--device")
+    return top
+
+
+def _precision(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
+
+
+def demo(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip demo``."""
+    if options.pretrain:
+        from senticlip.pretrain import pretrain
+
+        return pretrain(seed=options.seed, show=lambda line: say(options, line))
+    from senticlip.demo import demo as run
+
+    result = run(options.out, seed=options.seed, sound=options.sound)
+    say(options, f"accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f}; open {result['report']}")
+    return result
+
+
+def data_check(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip data check``."""
+    from senticlip.data.sims import check
+
+    report = check(options.data, protocol=options.protocol)
+    for kind, lines in (("problem", report.problems), ("warning", report.warnings)):
+        for line in lines:
+            say(options, f"{kind}: {line}")
+    for split, counts in report.splits.items():
+        say(options, f"{split}: {sum(counts.values())} clips ({', '.join(f'{k} {n}' for k, n in counts.items())})")
+    say(options, f"{report.clips} clips, {len(report.problems)} problems, {len(report.warnings)} warnings")
+    return report.to_json()
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip train``."""
+    from senticlip import config as configs
+
+    config = configs.load(options.config, options.set)
+    from senticlip import runtime
+
+    runtime.setup()
+    from senticlip.train import train as run
+
+    result = run(config, options.data, options.out, options.seed, options.resume, options.device)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in result["valid"].items())
+    say(options, f"best epoch {result['best_epoch']} (valid: {scores}); {result['seconds']:.0f} s; {options.out}")
+    return {name: result[name] for name in ("best_epoch", "valid", "seconds")}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip evaluate RUN`` and ``senticlip evaluate RUN_A RUN_B``."""
+    from senticlip import evaluate as room
+    from senticlip.structures import UsageError
+
+    if len(options.runs) > 2:
+        raise UsageError(f"evaluate takes one RUN or two, not {len(options.runs)}")
+    if len(options.runs) == 2:
+        result = room.compare(options.runs[0], options.runs[1], options.data, options.split)
+        say(options, json.dumps(result["difference"], indent=1))
+        return result
+    result = room.evaluate(options.runs[0], options.data, options.split, options.device, options.target)
+    low, high = result["interval"]
+    say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
+    say(options, f"macro-F1 {result['macro_f1']:.4f}, weighted F1 {result['weighted_f1']:.4f}")
+    for name, row in result["per_class"].items():
+        say(options, f"{name:>9}  " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    return result
+
+
+def reproduce(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip reproduce``."""
+    from senticlip.structures import UsageError
+
+    if options.seeds < 1:
+        raise UsageError(f"--seeds {options.seeds}: must be at least 1")
+    from senticlip import runtime
+
+    runtime.setup()
+    from senticlip.reproduce import reproduce as run
+
+    tables = [number.strip() for number in options.tables.split(",")] if options.tables else None
+    result = run(
+        options.data,
+        options.out,
+        options.preset,
+        tables,
+        options.seeds,
+        options.protocol,
+        options.keep,
+        options.set,
+        options.device,
+    )
+    say(options, f"open {result['report']}")
+    return result
+
+
+def features(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip features``."""
+    from senticlip import runtime
+
+    runtime.setup()
+    from senticlip.features import features as run
+    from senticlip.tables import load_preset
+
+    config = load_preset(options.preset, options.set)
+    result = run(options.data, options.out, config, options.protocol, options.device)
+    say(options, f"{result['clips']} clips; {result['file']}")
+    return result
+
+
+def predict(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip predict``."""
+    import senticlip
+
+    predictor = senticlip.load(options.model, device=options.device, precision=options.precision)
+    prediction = predictor(options.video, text=options.text)
+    result = {name: value for name, value in prediction._asdict().items() if value is not None}
+    say(options, prediction.label + "  " + "  ".join(f"{k} {p:.3f}" for k, p in prediction.probabilities.items()))
+    for name, probabilities in prediction.modalities.items():
+        shown = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
+        say(options, f"{name:>6} alone says  {shown}  (weight {prediction.weights[name]:.2f})")
+    return result
+
+
+def export(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip export``."""
+    from senticlip.export import export as run
+
+    result = run(options.run_folder, options.out, options.int8)
+    if options.data:
+        from senticlip.data.sims import read_clips
+        from senticlip.precision import compare
+        from senticlip.predictor import load
+
+        clips = read_clips(options.data, options.split)
+        result["disagreement"] = compare(load(options.run_folder, "cpu"), load(options.out), clips)
+        said = result["disagreement"]
+        say(options, f"label flips {said['flips']:.4f}, largest difference {said['max_difference']:.2e}, n {said['n']}")
+    say(options, f"{result['file']}: {result['bytes'] / 1e6:.1f} MB")
+    return result
+
+
+def analyze(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip analyze``."""
+    import time
+    from pathlib import Path
+
+    from senticlip.analyze import analyze as run
+
+    began = time.monotonic()
+    names = ("subtitles", "out", "shift", "resume", "transcribe", "cut", "seconds", "track", "asr_model", "device")
+    segments = sum(1 for _ in run(options.model, options.video, **{name: getattr(options, name) for name in names}))
+    html = str(Path(options.out) / "timeline.html")
+    say(options, f"{segments} segments; open {html}")
+    return {"segments": segments, "seconds": round(time.monotonic() - began, 2), "html": html}
+
+
+def bulk(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip bulk``."""
+    import time
+
+    from senticlip.bulk import bulk as run
+
+    began, done, failed = time.monotonic(), 0, 0
+    for row in run(options.model, options.manifest, options.out, options.address, options.workers, options.device):
+        done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
+    say(options, f"{done} done, {failed} failed; {options.out}")
+    return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}

@@ -1,0 +1,239 @@
+"""The experiment: dataclasses that check each other, read from YAML and written back resolved. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from senticlip.structures import MODALITIES, TARGETS, UsageError
+
+Trainable = Literal["frozen", "full"] | int
+"""How much of an encoder learns: nothing, everything, or its top k layers."""
+
+
+@dataclass
+class TextConfig:
+    """PIFT: a prompt and a pretrained text encoder (any hub id or folder)."""
+
+    encoder: str = "hfl/chinese-roberta-wwm-ext"
+    pretrained: bool = True
+    train: Trainable = "full"
+    lr: float = 2e-5
+    max_length: int = 64
+    prefix_length: int = 8
+    prefix_text: str = "这句话的情感是"
+
+
+@dataclass
+class VisionConfig:
+    """Frames and the network that reads them (a Chinese-CLIP model or any timm network)."""
+
+    encoder: str = "OFA-Sys/chinese-clip-vit-base-patch16"
+    pretrained: bool = True
+    train: Trainable = "full"
+    lr: float = 1e-5
+    frames: int = 6
+    size: int | None = None
+    train_frames: int | None = None
+    augment: float = 0.0
+
+
+@dataclass
+class AudioConfig:
+    """Log-mel frames; no pretrained network is needed."""
+
+    bands: int = 33
+    lr: float = 1e-3
+
+
+@dataclass
+class LabelConfig:
+    """The prompted class names (eq. 3) and the encoder that reads them.
+
+    No encoder: CLIP's text tower if the frames are read by CLIP, else the text encoder.
+    """
+
+    encoder: str | None = None
+    pretrained: bool = True
+    prompt: str = "这段视频的情感是{}的"
+    names: list[str] = field(default_factory=lambda: ["消极", "中性", "积极"])
+    train: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """How the training runs; ``lr`` is the rate of everything that is not a pretrained encoder."""
+
+    epochs: int = 20
+    batch_size: int = 32
+    accumulation: int = 1
+    lr: float = 1e-4
+    scalar_lr: float = 1e-2
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    metric: Literal["accuracy", "macro_f1", "weighted_f1", "nll"] = "macro_f1"
+    patience: int = 8
+    balance: Literal["none", "weights", "sampler"] = "none"
+    ema: float = 0.0
+    modality_dropout: float = 0.0
+
+
+@dataclass
+class Config:
+    """One experiment: a model, its parts, its data protocol and its training.
+
+    ``stages`` are trainings that come first, each a name and the dotted keys that differ (``{"text": {"modalities":
+    ["text"], "target": "T", "train.epochs": 5}}``); the encoders that they trained start the main one.
+    """
+
+    model: str = "clip_ca_msa"
+    modalities: list[str] = field(default_factory=lambda: ["text", "vision"])
+    target: str = "M"
+    protocol: Literal["official", "tenth", "video"] = "official"
+    temporal: Literal["transformer", "lstm", "mean"] = "transformer"
+    fusion: Literal["cross-attention", "concat"] = "cross-attention"
+    head: Literal["similarity", "linear"] = "similarity"
+    loss: Literal["uncertainty", "sum"] = "uncertainty"
+    prompt: Literal["learned", "discrete", "none"] = "learned"
+    width: int = 512
+    heads: int = 8
+    layers: int = 1
+    dropout: float = 0.1
+    focal_gamma: float = 2.0
+    seed: int = 0
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the fields against each other."""
+        self.modalities = ["vision" if name == "video" else name for name in self.modalities]
+        unknown = [name for name in self.modalities if name not in MODALITIES]
+        if unknown or not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise UsageError(f"modalities: {self.modalities} — choose distinct ones of {', '.join(MODALITIES)}")
+        if self.target not in TARGETS:
+            raise UsageError(f"target: {self.target!r} — choose one of {', '.join(TARGETS)}")
+        if self.width % self.heads:
+            raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
+        if "{}" not in self.label.prompt or len(self.label.names) != 3:
+            raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
+        for key, low in (("vision.frames", 1), ("text.max_length", 4), ("train.batch_size", 1), ("train.epochs", 1)):
+            section, name = key.split(".")
+            if getattr(getattr(self, section), name) < low:
+                raise UsageError(f"{key}: must be at least {low}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The resolved experiment as YAML, keys in order."""
+        return yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False)
+
+    def override(self, changes: dict[str, Any]) -> Config:
+        """A new config with dotted keys changed, as in ``{"text.lr": 1e-4}``; an unknown key raises UsageError."""
+        data = self.to_dict()
+        for dotted, value in changes.items():
+            *path, last = dotted.split(".")
+            place = data
+            for name in path:
+                place = place.setdefault(name, {}) if isinstance(place, dict) else {}
+            place[last] = value
+        return from_dict(data)
+
+    def stage(self, name: str) -> Config:
+        """The config of one preceding training."""
+        return self.override({"stages": {}, **self.stages[name]})
+
+
+def from_dict(data: dict[str, Any]) -> Config:
+    """Build and check a Config from plain data; raise UsageError on an unknown key or a value of the wrong type."""
+    return _build(Config, data, "")
+
+
+def load(source: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply ``a.b=c`` overrides (their values are YAML, too).
+
+    Raises:
+        UsageError: no such file, not YAML, an unknown key, a value of the wrong type, or parts that do not fit.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML — {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected keys and values")
+    return from_dict(data).override(parse_overrides(overrides or []))
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``["a.b=c"]`` → ``{"a.b": "c"}``, values read as YAML."""
+    changes = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--set {pair}: expected KEY=VALUE, as in --set train.epochs=5")
+        try:
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {pair}: the value is not YAML") from None
+    return changes
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise UsageError(f"config key {where.rstrip('.')}: expected keys below it, not {data!r}")
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            raise UsageError(
+                f"unknown config key {where}{key}"
+                + (f" — did you mean {where}{near[0]}?" if near else "")
+                + f" Known: {', '.join(hints)}"
+            )
+        values[key] = _value(hints[key], value, f"{where}{key}")
+    return cls(**values)
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as ``kind``, or a UsageError that says what was expected."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build(kind, value, where + ".")
+    options = [] if get_origin(kind) is Literal else list(get_args(kind))
+    if get_origin(kind) in (list, dict):
+        if isinstance(value, get_origin(kind)):
+            return value
+        raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {value!r}")
+    for option in options or [kind]:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and not isinstance(value, bool):
+            # YAML 1.1 reads 1e-4 (no dot) as a string
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        if isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is int):
+            return value
+    choices: list[str] = []
+    for option in options or [kind]:
+        choices += map(str, get_args(option)) if get_origin(option) is Literal else [getattr(option, "__name__", "")]
+    raise UsageError(f"config key {where}: {value!r} is not one of {', '.join(choices).replace('NoneType', 'null')}")

@@ -1,0 +1,90 @@
+"""A clip's sound → waveform → log-mel frames. numpy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+
+from senticlip.data.cache import MISSING, Store, cached, file_key
+from senticlip.structures import Clip, UserError
+
+RATE, WINDOW, HOP = 16000, 640, 320
+FLOOR = 1e-6
+
+
+def read_audio(path: str | Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
+    """The sound of a file or of a piece of it: mono float32 in [-1, 1] at ``rate``; empty if it has none.
+
+    Args:
+        path: a video or sound file.
+        start: seconds; the file's beginning by default.
+        end: seconds; the file's end by default.
+        rate: samples per second.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                return np.zeros(0, np.float32)
+            stream = container.streams.audio[0]
+            if start:
+                container.seek(int(start * av.time_base))
+            resampler, parts, first = av.AudioResampler("flt", "mono", rate), [], None
+            try:
+                for frame in container.decode(stream):
+                    if first is None:
+                        first = frame.time or 0.0
+                    parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+                    if end is not None and frame.time is not None and frame.time > end:
+                        break
+                parts += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
+            except av.FFmpegError:
+                pass  # cut off or damaged: what was read so far is what can be heard
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: its sound cannot be read ({error.strerror}) — replace the file") from None
+    sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    begin = max(0, round(((start or 0.0) - (first or 0.0)) * rate)) if start else 0
+    return sound[begin : None if end is None else begin + round((end - (start or 0.0)) * rate)]
+
+
+def mel_filters(bands: int, rate: int = RATE, window: int = WINDOW) -> np.ndarray:
+    """Triangles on the mel scale (2595 log10(1 + f/700)) from 20 Hz to half the rate: bands×(1 + window/2)."""
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    low = 2595 * math.log10(1 + 20 / 700)
+    edges = 700 * (10 ** (np.linspace(low, top, bands + 2) / 2595) - 1)  # Hz
+    frequencies = np.fft.rfftfreq(window, 1 / rate)
+    rise = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    fall = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
+    return np.clip(np.minimum(rise, fall), 0, None).astype(np.float32)
+
+
+def log_mel(sound: np.ndarray, bands: int = 33, rate: int = RATE, window: int = WINDOW, hop: int = HOP) -> np.ndarray:
+    """Waveform n → log-mel L×bands float32, one frame each ``hop`` samples (20 ms), L = 1 + (n − window) // hop.
+
+    A sound shorter than a window is padded to one; no sound is no frame.
+    """
+    if len(sound) == 0:
+        return np.zeros((0, bands), np.float32)
+    sound = np.pad(sound, (0, max(0, window - len(sound))))
+    frames = np.lib.stride_tricks.sliding_window_view(sound, window)[::hop]
+    power = np.abs(np.fft.rfft(frames * np.hanning(window).astype(np.float32))) ** 2  # L×(1 + window/2)
+    return np.log(power.astype(np.float32) @ mel_filters(bands, rate, window).T + FLOOR)
+
+
+def audio_store(clips: list[Clip], bands: int, root: Path) -> Store:
+    """The log-mel frames of clips, from the cache; a clip without a video, or without sound, is an empty row."""
+
+    def compute(missing: list[int]) -> Iterator[np.ndarray]:
+        for place in missing:
+            clip = clips[place]
+            assert clip.video is not None
+            yield log_mel(read_audio(clip.video, clip.start, clip.end), bands)
+
+    keys = [MISSING if c.video is None else f"{file_key(c.video)}-{c.start}-{c.end}" for c in clips]
+    return cached(root, {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP}, keys, compute)

@@ -1,0 +1,265 @@
+"""What was computed once stays on disk, keyed by content: frames of a clip, features of a frozen encoder.
+
+A cache is a folder of shards. A shard is two files, ``NAME.npy`` (rows of ragged length one after the other) and
+``NAME.json`` (their keys and lengths), each written under another name and renamed, the JSON last: a killed writer
+leaves nothing that is read, and two writers only do some work twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from senticlip.data.video import read_frames
+from senticlip.structures import Clip, UserError
+
+SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
+ABANDONED = 3600
+"""Seconds after which an unfinished file is taken to be that of a killed writer."""
+
+MISSING = ""
+"""The key of a row that has nothing: its sequence is empty."""
+
+
+class Store:
+    """N rows of ragged sequences, memory-mapped."""
+
+    def __init__(self, keys: list[str], shards: list[tuple[Path, list[str], list[int]]]) -> None:
+        self.keys = keys
+        self.paths = [path for path, _, _ in shards]
+        self._maps: dict[int, np.ndarray] = {}
+        place: dict[str, tuple[int, int, int]] = {}
+        for number, (_, names, lengths) in enumerate(shards):
+            ends = np.cumsum(lengths)
+            place.update((k, (number, int(e) - n, n)) for k, e, n in zip(names, ends, lengths, strict=True))
+        table = [place[key] if key else (-1, 0, 0) for key in keys]
+        self.shard, self.start, self.lengths = np.array(table, dtype=np.int64).reshape(-1, 3).T
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def _map(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            self._maps[number] = np.load(self.paths[number], mmap_mode="r")
+        return self._maps[number]
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values k×Lmax×… (zero where masked) and mask k×Lmax of some rows; one read per shard, none per row."""
+        indices = np.asarray(indices)
+        lengths, shards = self.lengths[indices], self.shard[indices]
+        longest = max(1, int(lengths.max(initial=0)))
+        mask = np.arange(longest) < lengths[:, None]
+        sample = self._map(max(0, int(shards.max(initial=-1)))) if self.paths else np.zeros((0, 1), np.float16)
+        values = np.zeros((len(indices), longest, *sample.shape[1:]), sample.dtype)
+        starts = self.start[indices]
+        for number in np.unique(shards[shards >= 0]):
+            there = mask & (shards == number)[:, None]
+            where = starts[:, None] + np.arange(longest)
+            values[there] = self._map(int(number))[where[there]]
+        return values, mask
+
+
+def file_key(path: str | Path) -> str:
+    """A hash of a file's content."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def cached(
+    root: Path, spec: dict[str, Any], keys: list[str], compute: Callable[[list[int]], Iterable[np.ndarray]]
+) -> Store:
+    """The rows of ``keys``, from the cache of ``spec`` or, where they are not there, computed now and kept.
+
+    Args:
+        root: the folder of all caches.
+        spec: all that the rows depend on besides their own content (encoder, preprocessing), as JSON.
+        keys: a content key for each row; an empty key is an empty row.
+        compute: given the places (in ``keys``) of the missing rows, yields an L×… array for each in this order.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    digest = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=12).hexdigest()
+    folder = Path(root) / digest
+    shards = _open(folder)
+    there = {key for _, names, _ in shards for key in names}
+    missing = {key: place for place, key in enumerate(keys) if key and key not in there}
+    if missing:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            _write(folder / "spec.json", [json.dumps(spec, ensure_ascii=False, indent=1).encode()])
+        for names, rows in _portions(list(missing), compute(list(missing.values()))):
+            with _writing(folder):
+                _write_shard(folder, names, rows)
+        shards = _open(folder)
+    wanted = set(keys)
+    return Store(keys, [shard for shard in shards if not wanted.isdisjoint(shard[1])])
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A failure to write becomes one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full" if full else f"cannot be written ({error.strerror})"
+        raise UserError(f"cache {folder}: {reason} — make room or set SENTICLIP_CACHE to another folder") from None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left: unfinished files, and values whose keys never came."""
+    for path in [*folder.glob("partial-*"), *folder.glob("shard-*.npy")]:
+        if not path.with_suffix(".json").exists() and time.time() - path.stat().st_mtime > ABANDONED:
+            path.unlink(missing_ok=True)
+
+
+def _open(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
+    """The complete shards of a cache: path, keys, lengths. One that is damaged is as good as absent."""
+    shards = []
+    for path in sorted(folder.glob("shard-*.json")):
+        values = path.with_suffix(".npy")
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            if len(np.load(values, mmap_mode="r")) == sum(entry["lengths"]):
+                shards.append((values, entry["keys"], entry["lengths"]))
+        except (OSError, ValueError, KeyError):
+            continue
+    return shards
+
+
+def _portions(names: list[str], rows: Iterable[np.ndarray]) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Rows in portions of at most SHARD_ROWS and about SHARD_BYTES, so that memory stays flat.
+
+    Where ``rows`` fails, the rows that came before are handed on first: they need not be computed again.
+    """
+    chunk: list[np.ndarray] = []
+    done = size = 0
+    failure: BaseException | None = None
+    rows = iter(rows)
+    while failure is None:
+        try:
+            row = next(rows, None)
+        except (Exception, KeyboardInterrupt) as error:
+            row, failure = None, error
+        if row is not None:
+            chunk.append(np.ascontiguousarray(row))
+            size += row.nbytes
+        if chunk and (row is None or len(chunk) == SHARD_ROWS or size >= SHARD_BYTES):
+            yield names[done : done + len(chunk)], chunk
+            done, size, chunk = done + len(chunk), 0, []
+        if row is None:
+            break
+    if failure is not None:
+        raise failure
+    assert done == len(names), "compute must yield a row for each missing key"
+
+
+def _write_shard(folder: Path, names: list[str], rows: list[np.ndarray]) -> None:
+    stem = folder / f"shard-{uuid.uuid4().hex}"
+    lengths = [len(row) for row in rows]
+    header = io.BytesIO()
+    described = np.lib.format.header_data_from_array_1_0(rows[0])
+    np.lib.format.write_array_header_1_0(header, {**described, "shape": (sum(lengths), *rows[0].shape[1:])})
+    # not np.save, which does not say why it cannot write
+    _write(stem.with_suffix(".npy"), [header.getvalue(), *(row.data for row in rows if row.size)])
+    _write(stem.with_suffix(".json"), [json.dumps({"keys": names, "lengths": lengths}).encode()])
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    partial = path.with_name(f"partial-{uuid.uuid4().hex}")
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def frame_store(
+    clips: list[Clip],
+    frames: int,
+    size: int,
+    root: Path,
+    workers: int | None = None,
+    advance: Callable[[], None] | None = None,
+) -> Store:
+    """The frames of clips, uint8 k×3×size×size each; a clip without a video is an empty row.
+
+    Args:
+        clips: what to decode.
+        frames: m, see read_frames.
+        size: of the squashed frames.
+        root: of the caches.
+        workers: threads that decode (default: the cores; FFmpeg and torch let each other run).
+        advance: called after each decoded clip.
+
+    Raises:
+        UserError: a video that cannot be read.
+    """
+    contents = {path: file_key(path) for path in {clip.video for clip in clips} if path is not None}
+    keys = [_clip_key(clip, contents) for clip in clips]
+    count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+    def compute(places: list[int]) -> Iterator[np.ndarray]:
+        jobs = [(clips[i].video, frames, clips[i].start, clips[i].end, size) for i in places]
+        for row in _in_order(jobs, count) if count > 1 else map(_decode, jobs):
+            if advance is not None:
+                advance()
+            yield row
+
+    return cached(root, {"frames": frames, "size": size, "version": 1}, keys, compute)
+
+
+def _clip_key(clip: Clip, contents: dict[Path, str]) -> str:
+    if clip.video is None:
+        return MISSING
+    piece = "" if clip.start is None and clip.end is None else f"-{clip.start}-{clip.end}"
+    return contents[clip.video] + piece
+
+
+def _decode(job: tuple[Any, ...]) -> np.ndarray:
+    path, frames, start, end, size = job
+    return read_frames(path, frames, start, end, size=size).pixels
+
+
+def _in_order(jobs: list[tuple[Any, ...]], workers: int) -> Iterator[np.ndarray]:
+    """Results in the order of the jobs, with few of them waiting, so that memory stays flat."""
+    threads = torch.get_num_threads()
+    # each worker resizes alone: workers and torch's threads together are never more than the cores
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[np.ndarray]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_decode, job))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)

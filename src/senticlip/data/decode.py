@@ -1,0 +1,289 @@
+"""Which frame of a video file is shown at a time, with as little decoding as can be.
+
+A frame is shown from its presentation time until the next frame's. Packets tell their presentation times before they
+are decoded, so the frame that is shown at a time is known exactly, on any frame rate: decoding starts at the last
+keyframe before it, and everything that no other frame refers to is skipped (``NONREF``) unless it is wanted itself.
+Where the file breaks that promise (no presentation times, a "keyframe" that cannot be decoded alone), the frame does
+not come out; then the file is decoded from its start, skipping nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from av.error import FFmpegError
+from av.packet import Packet
+from av.video.frame import VideoFrame
+
+from senticlip.data.sequential import Sequential, open_video
+from senticlip.structures import UserError
+
+NEAR = 20
+"""Seconds that are rather read than sought over: reading packets is cheap, and a seek may land behind."""
+
+SEEKABLE = ("mp4", "matroska", "mpegts", "flv")
+"""Formats whose frames have the same times after a seek as before it (in MPEG program streams they differ)."""
+
+MANY = 2000
+"""Packets kept while looking for the next keyframe: no film is held in memory, however long its GOP."""
+
+
+class Read(NamedTuple):
+    """A packet that was read: the time of its frame, whether decoding can begin with it, whether it is ever shown."""
+
+    pts: int
+    is_key: bool
+    is_shown: bool
+    packet: Packet
+
+
+class Decoder:
+    """One open video file that is asked for the frames shown at increasing times (going back costs a seek).
+
+    ``first`` and ``end`` are the times of the first keyframe and of the end of the video in units of ``tick`` seconds.
+    ``alone``: no question will follow the next one, so that the decoder need not be kept able to go on.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.container, self.stream = open_video(path)
+        self.tick = self.stream.time_base or Fraction(1, 90000)
+        self.alone = False
+        self._near = int(NEAR / self.tick)
+        self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
+        self._slow: Sequential | None = None
+        self._trusted = True
+        self._start_reading()
+        if self._trusted and not self._ahead:
+            self.close()
+            raise UserError(f"{self.path}: no frame in this video (zero frames, or cut off) — replace the file")
+        self.first: int = self._ahead[0].pts if self._trusted else (self.stream.start_time or 0)
+        self.end = self._find_end()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.container.close()
+        if self._slow:
+            self._slow.container.close()
+
+    def frames(self, stamps: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """For each of the increasing ``stamps`` the time and the picture of the frame that is shown then."""
+        done = 0
+        while done < len(stamps):
+            shown, drain = self._plan(stamps[done:]) if self._trusted else ([], False)
+            shown = shown if self._trusted else [-1] * (len(stamps) - done)
+            start, stop = done, done + len(shown)
+            for frame in self._decode(sorted(set(shown)), drain) if self._trusted else ():
+                while done < stop and shown[done - start] == frame.pts:
+                    yield shown[done - start], frame
+                    done += 1
+            for stamp in stamps[done:stop]:  # what the fast way did not bring
+                yield self._sequential(stamp)
+            done = stop
+
+    # --- reading packets
+
+    def _start_reading(self) -> None:
+        """Forget what was read, and go on to the next keyframe."""
+        self._packets = self.container.demux(self.stream)
+        self._ahead: deque[Read] = deque()  # read and not yet decoded
+        self._fed: list[int] = []  # times of what went into the decoder since the keyframe
+        self._key: int | None = None  # the time of that keyframe; None: the decoder begins at _ahead[0]
+        self._held: VideoFrame | None = None  # the last frame that was wanted
+        self._read_until = -(1 << 62)  # whatever is still to be read is shown after this
+        self._finished = False
+        self._to_keyframe()
+
+    def _to_keyframe(self) -> None:
+        self._fed, self._key = [], None
+        while not (self._ahead and self._ahead[0].is_key):
+            if self._ahead:
+                self._ahead.popleft()
+            elif self._finished:
+                return
+            else:
+                self._read()
+
+    def _read(self) -> None:
+        """Read one packet."""
+        packet = None
+        with suppress(FFmpegError):
+            packet = next(self._packets, None)
+        if packet is None or (packet.pts is None and not packet.size):
+            self._finished = True
+        elif packet.pts is None:
+            self._trusted, self._finished = False, True
+        else:
+            # where decoding times are not told, no frame is taken to be reordered by more than a second
+            until = packet.dts if packet.dts is not None else packet.pts - self._near // NEAR
+            self._read_until = max(self._read_until, until)
+            self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
+
+    def _find_end(self) -> int:
+        """The time at which the last frame that is in the file ends (headers err, and files get cut off)."""
+        if not self._trusted:
+            slow = Sequential(self.path)
+            last = slow.end()
+            slow.container.close()
+            return last
+        if self._seekable and self.container.duration:
+            self._seek_before(int(((self.container.start_time or 0) + self.container.duration) / 1_000_000 / self.tick))
+        end = self._read_all()
+        if end is None:
+            # nothing is there where the end should be
+            self._seek_before(self.first)
+            end = self._read_all()
+        self._seek_before(self.first)
+        return self.first if end is None else end
+
+    def _read_all(self) -> int | None:
+        end: int | None = None
+        step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
+        while self._ahead or not self._finished:
+            if self._ahead:
+                read = self._ahead.popleft()
+                after = read.pts + (read.packet.duration or step)
+                end = after if end is None else max(end, after)
+            else:
+                self._read()
+        return end
+
+    def _seek_before(self, stamp: int) -> None:
+        """Begin at a keyframe at or before ``stamp``: the last one, as far as the file knows."""
+        back = 0
+        while True:
+            target = stamp - back
+            try:
+                if not self._seekable or (target <= self.first and back):
+                    raise ValueError
+                self.container.seek(target, stream=self.stream, backward=True)
+            except (FFmpegError, ValueError):
+                # no way to seek: from the start
+                self.container.close()
+                self.container, self.stream = open_video(self.path)
+                back = -1
+            self._start_reading()
+            if back < 0 or (self._ahead and self._ahead[0].pts <= stamp):
+                return
+            back = back * 4 + int(1 / self.tick)
+
+    # --- choosing packets
+
+    def _plan(self, stamps: list[int], again: bool = False) -> tuple[list[int], bool]:
+        """The times of the frames that are shown at the first few stamps: those that one keyframe serves.
+
+        Leaves in ``_ahead`` the packets to decode. The second answer: nothing after them needs this decoder's state.
+        """
+        shown: list[int] = []
+        for stamp in stamps:
+            stamp = max(stamp, self.first)
+            if not shown:
+                self._approach(stamp)
+            elif stamp - self._read_until > self._near or len(self._ahead) > MANY:
+                return shown, False
+            if not self._read_past(stamp, fresh=not shown):
+                return shown, True
+            known = self._fed + [read.pts for read in self._ahead if read.is_shown]
+            time = max((pts for pts in known if pts <= stamp), default=min(known, default=stamp))
+            if time in self._fed and not (self._held and self._held.pts == time):
+                # it went through the decoder when nobody wanted it
+                if shown or again:
+                    return shown or [time], False
+                self._seek_before(stamp)
+                return self._plan(stamps, again=True)
+            shown.append(time)
+        return shown, self.alone
+
+    def _approach(self, stamp: int) -> None:
+        """Be where a keyframe at or before ``stamp`` is the decoder's, or is still to come."""
+        begin = self._key if self._key is not None else self._ahead[0].pts if self._ahead else stamp + 1
+        far = self._seekable and not self._finished and stamp - self._read_until > self._near
+        if stamp < begin or (far and not self._same(stamp)):
+            self._seek_before(stamp)
+
+    def _same(self, stamp: int) -> bool:
+        """Whether the file's index knows of no keyframe between the decoder's and ``stamp``."""
+        entries = self.stream.index_entries
+        at = entries.search_timestamp(stamp, backward=True)
+        return self._key is not None and at >= 0 and entries[at].timestamp <= self._key
+
+    def _read_past(self, stamp: int, fresh: bool) -> bool:
+        """Read until nothing can come that is shown at ``stamp`` or before; begin anew at keyframes on the way.
+
+        Without ``fresh``, such a keyframe is left in ``_ahead``, and the answer is False.
+        """
+        checked = 0
+        while True:
+            while checked < len(self._ahead):
+                read = self._ahead[checked]
+                if read.is_key and read.pts <= stamp and (checked or self._key is not None):
+                    if not fresh:
+                        return False
+                    for _ in range(checked):
+                        self._ahead.popleft()
+                    self._fed, self._key, checked = [], None, 0
+                checked += 1
+            if self._finished or self._read_until > stamp:
+                return True
+            if len(self._ahead) > MANY:
+                self._feed(self._ahead.popleft(), skip=True)
+                checked -= 1
+            self._read()
+
+    # --- decoding
+
+    def _feed(self, read: Read, skip: bool) -> list[VideoFrame]:
+        codec = self.stream.codec_context
+        if self._key is None:
+            codec.flush_buffers()
+        if self._key is None or read.is_key:
+            self._key, self._fed = read.pts, []
+        self._fed.append(read.pts)
+        codec.skip_frame = "NONREF" if skip else "DEFAULT"
+        try:
+            return self.stream.decode(read.packet)
+        except FFmpegError:
+            return []
+
+    def _decode(self, wanted: list[int], drain: bool) -> Iterator[VideoFrame]:
+        """The frames with the ``wanted`` times, in order; ends early where one does not come out."""
+        left = deque(wanted)
+        if self._held and left and self._held.pts == left[0]:
+            left.popleft()
+            yield self._held
+        while left:
+            if not self._ahead and not self._finished:
+                self._read()
+            last = not self._ahead
+            frames: list[VideoFrame] = []
+            if not last:
+                read = self._ahead.popleft()
+                frames = self._feed(read, skip=read.pts not in left)
+                last = drain and read.pts == left[-1]
+            if last:
+                with suppress(FFmpegError):
+                    frames = frames + self.stream.decode(None)
+            for frame in frames:
+                if left and frame.pts == left[0] and not frame.is_corrupt:
+                    left.popleft()
+                    self._held = frame
+                    yield frame
+                elif left and frame.pts is not None and frame.pts > left[0]:
+                    left.clear()
+            if last:
+                # a drained decoder cannot go on
+                self._to_keyframe()
+                return
+
+    def _sequential(self, stamp: int) -> tuple[int, VideoFrame]:
+        if self._slow is None or self._slow.passed(stamp):
+            self._slow = Sequential(self.path)
+        found = self._slow.at(stamp)
+        if found is None:
+            raise UserError(f"{self.path}: no frame can be decoded (damaged or cut off) — replace the file")
+        return found

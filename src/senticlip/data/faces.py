@@ -1,0 +1,374 @@
+"""Drawn faces: a person, a scene and an expression → pixels, and the boxes of mouth and brows.
+
+A face lives in units of its own half height: (0, 0) is its middle, x goes right, y down, the chin is at y = 1. A pose
+turns (on a cylinder), tilts, scales and places it. Everything is drawn by PIL at twice the size and halved, which is
+its antialiasing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Points = NDArray[np.float64]
+Color = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 as shares of the frame's width and height."""
+
+COLORS: dict[str, Color] = {
+    "红": (190, 60, 55), "橙": (225, 140, 60), "黄": (225, 200, 90), "绿": (80, 150, 95), "青": (80, 170, 175),
+    "蓝": (70, 105, 180), "紫": (130, 85, 165), "灰": (130, 130, 135), "白": (232, 230, 224), "棕": (130, 92, 62),
+}  # fmt: skip
+BACKGROUNDS = ("墙", "条纹", "格子", "书架", "窗", "光斑", "风景", "百叶")
+HAIR = {
+    "黑发": (32, 28, 28),
+    "棕发": (92, 60, 40),
+    "黄发": (196, 158, 84),
+    "白发": (205, 205, 205),
+    "红发": (150, 62, 40),
+}
+STYLES = ("短发", "长发", "光头", "卷发", "刘海")
+COVERS = ("口罩", "话筒", "手", "杯子", "贴纸")
+"""What may hide a part: the first four the mouth, the last one brow and its eye."""
+OVERSAMPLE = 2
+
+
+class Person(NamedTuple):
+    """What stays the same in every clip of one person."""
+
+    skin: Color
+    hair: str
+    style: str
+    width: float
+    eyes: float
+    gap: float
+    brow: float
+    lips: float
+    nose: float
+    glasses: bool
+    beard: bool
+    clothes: str
+
+    @classmethod
+    def random(cls, rng: Generator) -> Person:
+        """One of very many people."""
+        light, warm = rng.uniform(0.45, 1.0), rng.uniform(-1, 1)
+        skin = (int(238 * light), int((196 + 8 * warm) * light**1.08), int((168 - 14 * warm) * light**1.2))
+        return cls(
+            skin, str(rng.choice(list(HAIR))), str(rng.choice(STYLES)), rng.uniform(0.66, 0.86),
+            rng.uniform(0.13, 0.19), rng.uniform(0.28, 0.36), rng.uniform(0.065, 0.1), rng.uniform(0.25, 0.35),
+            rng.uniform(0.1, 0.18), bool(rng.random() < 0.25), bool(rng.random() < 0.15), str(rng.choice(list(COLORS))),
+        )  # fmt: skip
+
+
+class Scene(NamedTuple):
+    """What stays the same in every frame of one clip: background, light, camera, and what hides a part of the face."""
+
+    background: str
+    color: str
+    seed: int
+    light: float
+    side: float
+    cast: tuple[float, float, float]
+    grain: float
+    cover: str | None
+
+    @classmethod
+    def random(cls, rng: Generator, background: str | None = None, color: str | None = None) -> Scene:
+        """A scene before a given background, or before any."""
+        return cls(
+            background or str(rng.choice(BACKGROUNDS)), color or str(rng.choice(list(COLORS))),
+            int(rng.integers(2**31)), rng.uniform(0.65, 1.15), rng.uniform(-0.45, 0.45),
+            tuple(rng.uniform(0.9, 1.1, 3).tolist()), rng.uniform(0, 5),
+            str(rng.choice(COVERS)) if rng.random() < 0.2 else None,
+        )  # fmt: skip
+
+
+class Pose(NamedTuple):
+    """Where the face is (shares of the frame), its half height (share of the frame's height), and its angles (rad)."""
+
+    x: float
+    y: float
+    size: float
+    roll: float = 0.0
+    yaw: float = 0.0
+    pitch: float = 0.0
+
+    @classmethod
+    def random(cls, rng: Generator) -> Pose:
+        """Anywhere in the frame at any size, the eyes, brows and mouth inside."""
+        size = 0.22 * (0.52 / 0.22) ** rng.random()
+        room_x, room_y = max(0.02, 0.5 - 0.62 * size), max(0.02, 0.5 - 0.78 * size)
+        return cls(
+            0.5 + rng.uniform(-room_x, room_x), 0.5 + rng.uniform(-room_y, room_y), size,
+            float(np.clip(rng.normal(0, 0.15), -0.4, 0.4)), rng.uniform(-0.45, 0.45), rng.uniform(-0.3, 0.3),
+        )  # fmt: skip
+
+
+class Expression(NamedTuple):
+    """What moves: ``mouth`` −1 corners down … 1 up, ``open`` 0 … 1, ``tilt`` −1 inner ends of the brows down … 1 up,
+    ``lift`` of the brows −1 … 1, ``lids`` 0 shut … 1 wide, ``bend`` 0 … 1 lower lids pushed up (eyes like crescents).
+    """
+
+    mouth: float = 0.0
+    open: float = 0.0
+    tilt: float = 0.0
+    lift: float = 0.0
+    lids: float = 0.8
+    bend: float = 0.0
+
+    @classmethod
+    def random(cls, rng: Generator) -> Expression:
+        """Every part by itself, so that no part foretells another."""
+        return cls(
+            mouth=rng.choice([-1, 0, 1]) * rng.uniform(0.5, 1) + rng.uniform(-0.1, 0.1),
+            open=rng.choice([0.0, rng.uniform(0.2, 1.0)]),
+            tilt=rng.choice([-1, 0, 0, 1]) * rng.uniform(0.55, 1) + rng.uniform(-0.12, 0.12),
+            lift=rng.uniform(-0.4, 1.0),
+            lids=rng.choice([0.05, rng.uniform(0.35, 1), rng.uniform(0.65, 1)], p=[0.1, 0.4, 0.5]),
+            bend=rng.choice([0.0, rng.uniform(0.5, 1)], p=[0.65, 0.35]),
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn frame: pixels H×W×3 uint8, and the boxes of what can be seen (mouth, brow_left, brow_right, face)."""
+
+    pixels: NDArray[np.uint8]
+    boxes: dict[str, Box]
+
+
+class _Pen:
+    """Draws points of the face's own plane onto an image."""
+
+    def __init__(self, image: Image.Image, pose: Pose, width: float) -> None:
+        self.draw, self.pose, self.width = ImageDraw.Draw(image), pose, width
+        self.shape, self.unit = image.size, pose.size * image.size[1]
+
+    def place(self, points: Points, surface: bool = True) -> Points:
+        """Face units → pixels; ``surface`` points turn with the head, its outline does not."""
+        x, y = np.asarray(points, float).T
+        if surface:
+            x = self.width * np.sin(np.arcsin(np.clip(x / self.width, -0.98, 0.98)) + self.pose.yaw)
+            y = y + 0.35 * np.sin(self.pose.pitch)
+        cos, sin = np.cos(self.pose.roll), np.sin(self.pose.roll)
+        origin = np.array([self.pose.x * self.shape[0], self.pose.y * self.shape[1]])
+        return origin + self.unit * np.stack([x * cos - y * sin, x * sin + y * cos], axis=1)
+
+    def fill(self, points: Points, color: Color, surface: bool = True) -> Points:
+        """A filled polygon; returns where it went."""
+        placed = self.place(points, surface)
+        self.draw.polygon([tuple(p) for p in placed.tolist()], fill=color)
+        return placed
+
+    def stroke(self, points: Points, thickness: float, color: Color, surface: bool = True) -> Points:
+        """A line of a thickness in face units."""
+        placed = self.place(points, surface)
+        wide = max(1, round(thickness * self.unit))
+        self.draw.line([tuple(p) for p in placed.tolist()], fill=color, width=wide, joint="curve")
+        return placed
+
+    def box(self, placed: Points, margin: float = 0.03) -> Box | None:
+        """The box around placed points, cut at the frame's edges; None if nothing is inside."""
+        low, high = placed.min(0) - margin * self.unit, placed.max(0) + margin * self.unit
+        x0, y0 = np.clip(low / self.shape, 0, 1)
+        x1, y1 = np.clip(high / self.shape, 0, 1)
+        return (float(x0), float(y0), float(x1), float(y1)) if x1 > x0 and y1 > y0 else None
+
+
+def _shade(color: Color, factor: float) -> Color:
+    red, green, blue = (int(min(255, max(0, c * factor))) for c in color)
+    return red, green, blue
+
+
+def _oval(x: float, y: float, rx: float, ry: float, n: int = 20) -> Points:
+    angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
+    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
+
+
+def _outline(width: float) -> Points:
+    """The head: round above, narrower towards the chin."""
+    angle = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+    jaw = np.where(np.sin(angle) > 0, 1 - 0.22 * np.sin(angle) ** 2, 1.0)
+    return np.stack([width * np.cos(angle) * jaw, np.sin(angle)], axis=1)
+
+
+def backdrop(background: str, color: str, seed: int, size: tuple[int, int]) -> Image.Image:
+    """A background of ``size`` (width, height) pixels; the same arguments give the same picture."""
+    rng = np.random.default_rng(seed)
+    wide, high = size
+    base = tuple(int(np.clip(c + rng.integers(-25, 25), 0, 255)) for c in COLORS[color])
+    image = Image.new("RGB", size, base)  # type: ignore[arg-type]
+    draw = ImageDraw.Draw(image)
+    tone = lambda low=0.6, high=1.35: _shade(base, rng.uniform(low, high))  # type: ignore[arg-type] # noqa: E731
+    step = int(high * rng.uniform(0.08, 0.2))
+    if background == "条纹":
+        for x in range(-high, wide, 2 * step):
+            draw.polygon(
+                [(x, high), (x + step, high), (x + step + high // 3, 0), (x + high // 3, 0)], fill=tone(0.8, 1.2)
+            )
+    elif background == "格子":
+        for x in range(0, wide, step):
+            for y in range(0, high, step):
+                draw.rectangle([x + 1, y + 1, x + step - 2, y + step - 2], fill=tone(0.85, 1.15))
+    elif background == "书架":
+        for y in range(0, high, 2 * step):
+            x = 0
+            while x < wide:
+                thick, tall = int(rng.integers(step // 4 + 2, step)), int(rng.integers(step, 2 * step))
+                draw.rectangle([x, y + 2 * step - tall, x + thick, y + 2 * step - 3], fill=tone(0.5, 1.5))
+                x += thick + 1
+    elif background == "窗":
+        draw.rectangle([0, 0, wide, high], fill=(196, 216, 232))
+        for x in range(0, wide, 4 * step):
+            draw.rectangle([x, 0, x + step // 2, high], fill=base)  # type: ignore[arg-type]
+        draw.rectangle([0, high // 2, wide, high // 2 + step // 2], fill=base)  # type: ignore[arg-type]
+    elif background == "光斑":
+        for _ in range(24):
+            x, y, r = rng.integers(0, wide), rng.integers(0, high), rng.integers(step // 3, step + 2)
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=tone(0.8, 1.6))
+    elif background == "风景":
+        draw.rectangle([0, 0, wide, high], fill=(160, 195, 225))
+        for level in (0.45, 0.6, 0.75):
+            ridge = [(x, high * (level + rng.uniform(-0.08, 0.08))) for x in range(0, wide + step, step)]
+            draw.polygon([*ridge, (wide, high), (0, high)], fill=tone(0.6, 1.2))
+    elif background == "百叶":
+        for y in range(0, high, step):
+            draw.rectangle([0, y, wide, y + step // 2], fill=tone(0.75, 1.25))
+    return image
+
+
+def _head(pen: _Pen, who: Person) -> None:
+    """Shoulders, back hair, neck, ears, head, hair, nose."""
+    cloth, hair, skin = COLORS[who.clothes], HAIR[who.hair], who.skin
+    if who.style == "长发":
+        pen.fill(_oval(0, 0.2, who.width * 1.32, 1.35), hair, surface=False)
+    pen.fill(np.array([[-0.3, 0.7], [0.3, 0.7], [0.34, 1.5], [-0.34, 1.5]]), _shade(skin, 0.8), surface=False)
+    pen.fill(
+        np.array([[-0.42, 1.25], [0.42, 1.25], [1.5, 1.7], [1.7, 4], [-1.7, 4], [-1.5, 1.7]]), cloth, surface=False
+    )
+    for side in (-1, 1):
+        pen.fill(_oval(side * who.width, 0.05, 0.1, 0.2), _shade(skin, 0.9), surface=False)
+    pen.fill(_outline(who.width), skin, surface=False)
+    if who.style != "光头":
+        edge = -0.45 if who.style == "刘海" else -0.58
+        top = _outline(who.width * 1.06) * np.array([1, 1.08])
+        cap = top[top[:, 1] < edge + 0.12]
+        cap = cap[np.argsort(cap[:, 0])]
+        line = np.stack([cap[::-1, 0] * 0.97, np.full(len(cap), edge)], axis=1)
+        pen.fill(np.concatenate([cap, line]), hair, surface=False)
+        if who.style == "卷发":
+            for angle in np.linspace(np.pi * 1.05, np.pi * 1.95, 8):
+                pen.fill(
+                    _oval(np.cos(angle) * who.width * 1.05, np.sin(angle) * 1.02, 0.2, 0.2, 10), hair, surface=False
+                )
+    nose = np.array([[0.0, -0.12], [who.nose * 0.55, 0.2], [0.0, 0.24]])
+    pen.stroke(nose, 0.035, _shade(skin, 0.72))
+
+
+def _eye(pen: _Pen, who: Person, side: int, look: Expression) -> Points:
+    """One eye and its brow; returns where the brow went."""
+    t = np.linspace(-1, 1, 9)
+    arch = 1 - t**2
+    x, y, half = side * who.gap, -0.17, who.eyes
+    tall = 0.62 * half * look.lids
+    upper = np.stack([x + t * half, y - tall * arch - 0.35 * look.bend * half * arch], axis=1)
+    lower = np.stack([x + t * half, y + tall * arch * (1 - look.bend) - 0.3 * look.bend * half * arch], axis=1)
+    if look.lids > 0.12:
+        pen.fill(np.concatenate([upper, lower[::-1]]), (240, 240, 238))
+        middle = float((upper[4, 1] + lower[4, 1]) / 2)
+        pen.fill(
+            _oval(x, middle, 0.42 * half, min(0.42 * half, 0.5 * float(lower[4, 1] - upper[4, 1])), 10), (40, 30, 26)
+        )
+    pen.stroke(upper, 0.03, (45, 35, 32))
+    # along the brow from its inner (0) to its outer end (1)
+    s = np.linspace(0, 1, 7)
+    height = y - 0.29 - 0.12 * look.lift - 0.2 * look.tilt * (1 - 1.7 * s) - 0.05 * np.sin(np.pi * s)
+    brow = np.stack([side * (who.gap - 0.72 * half - 0.02 + s * (1.9 * half + 0.02)), height], axis=1)
+    dark = HAIR[who.hair] if who.style != "光头" and who.hair not in ("白发", "黄发") else (70, 50, 40)
+    return pen.stroke(brow, who.brow, dark)
+
+
+def _mouth(pen: _Pen, who: Person, look: Expression) -> Points:
+    """Lips, teeth and the dark between them; returns where they went."""
+    t = np.linspace(-1, 1, 13)
+    half = who.lips * (1 + 0.18 * max(look.mouth, 0) - 0.22 * look.open)
+    corner = 0.5 - 0.15 * look.mouth
+    middle = 0.5 + 0.1 * look.mouth
+    line = corner + (middle - corner) * (1 - t**2)
+    gape = 0.26 * look.open * np.sqrt(np.clip(1 - t**2, 0, 1))
+    upper = np.stack([t * half, line - 0.25 * gape], axis=1)
+    lower = np.stack([t * half, line + gape], axis=1)
+    lips = _shade((min(255, who.skin[0] + 35), int(who.skin[1] * 0.5), int(who.skin[2] * 0.55)), 0.85)
+    whole = np.concatenate([upper, lower[::-1]])
+    placed = pen.place(whole)
+    if look.open > 0.08:
+        pen.fill(whole, (72, 22, 26))
+        if look.open > 0.3:
+            teeth = np.stack([t * half * 0.8, line - 0.2 * gape + 0.3 * gape], axis=1)
+            pen.fill(np.concatenate([upper * [0.8, 1], teeth[::-1]]), (236, 232, 224))
+        pen.stroke(lower, 0.06, lips)
+    pen.stroke(upper, 0.075, lips if look.open > 0.08 else _shade(lips, 0.7))
+    return placed
+
+
+def _cover(pen: _Pen, who: Person, cover: str) -> tuple[str, ...]:
+    """What hides a part of the face; returns the names of what is hidden."""
+    if cover == "口罩":
+        mask = np.array(
+            [[-0.95, 0.12], [0, 0.02], [0.95, 0.12], [0.78, 0.6], [0.45, 0.92], [-0.45, 0.92], [-0.78, 0.6]]
+        )
+        pen.fill(mask * [who.width, 1], (176, 205, 218))
+        return ("mouth",)
+    if cover == "贴纸":
+        pen.fill(_oval(who.gap + 0.05, -0.32, 0.34, 0.34), (235, 205, 70), surface=False)
+        pen.fill(_oval(who.gap + 0.05, -0.32, 0.2, 0.2), (240, 120, 60), surface=False)
+        return ("brow_right",)
+    if cover == "话筒":
+        pen.fill(_oval(0.05, 0.56, 0.4, 0.34), (48, 48, 52))
+        pen.fill(np.array([[-0.12, 0.8], [0.22, 0.8], [0.3, 2.2], [0.0, 2.2]]), (80, 80, 86))
+    elif cover == "杯子":
+        pen.fill(np.array([[-0.42, 0.28], [0.5, 0.28], [0.42, 1.1], [-0.34, 1.1]]), (240, 240, 236))
+        pen.fill(np.array([[-0.4, 0.55], [0.48, 0.55], [0.46, 0.72], [-0.38, 0.72]]), (90, 150, 120))
+    else:
+        for finger in range(4):
+            pen.fill(_oval(-0.33 + 0.22 * finger, 0.56, 0.12, 0.36), _shade(who.skin, 0.93))
+        pen.fill(_oval(0, 1.0, 0.5, 0.3), _shade(who.skin, 0.88))
+    return ("mouth",)
+
+
+def draw(who: Person | None, scene: Scene, pose: Pose, look: Expression, size: tuple[int, int], rng: Generator,
+         back: Image.Image | None = None) -> Drawn:  # fmt: skip
+    """One frame of ``size`` (width, height) pixels; no person makes a cutaway to the bare scene.
+
+    ``back`` is the scene's backdrop at OVERSAMPLE times the size, where the caller keeps it from frame to frame.
+    """
+    large = (size[0] * OVERSAMPLE, size[1] * OVERSAMPLE)
+    image = back.copy() if back else backdrop(scene.background, scene.color, scene.seed, large)
+    boxes: dict[str, Box] = {}
+    if who is not None:
+        pen = _Pen(image, pose, who.width)
+        _head(pen, who)
+        brows = [_eye(pen, who, side, look) for side in (-1, 1)]
+        if who.beard:
+            pen.stroke(_outline(who.width * 0.9)[3:16] * [1, 0.92], 0.16, _shade(HAIR[who.hair], 0.9), surface=False)
+        parts = {"mouth": _mouth(pen, who, look), "brow_left": brows[0], "brow_right": brows[1]}
+        parts["face"] = pen.place(_outline(who.width), surface=False)
+        if who.glasses:
+            for side in (-1, 1):
+                ring = _oval(side * who.gap, -0.15, 0.25, 0.2, 16)
+                pen.stroke(np.concatenate([ring, ring[:1]]), 0.03, (35, 35, 40))
+        for name in _cover(pen, who, scene.cover) if scene.cover else ():
+            del parts[name]
+        boxes = {name: box for name, points in parts.items() if (box := pen.box(points))}
+    pixels = np.asarray(image.reduce(OVERSAMPLE), np.float32)
+    x = np.linspace(-1, 1, size[0], dtype=np.float32)[None, :, None]
+    pixels = pixels * (scene.light * (1 + scene.side * x) * np.asarray(scene.cast, np.float32))
+    if scene.grain > 1:
+        pixels += scene.grain * rng.standard_normal(pixels.shape[:2], np.float32)[..., None]
+    return Drawn(np.clip(pixels, 0, 255).astype(np.uint8), boxes)

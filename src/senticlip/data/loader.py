@@ -1,0 +1,97 @@
+"""Clips or cached Sequences → batches, gathered a whole batch at a time from memory-mapped stores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from senticlip.structures import MODALITIES, TARGETS, Batch, Clip, Sequence
+
+
+class Rows(Protocol):
+    """N rows of ragged sequences: what a cache's Store and ArrayRows have in common."""
+
+    keys: list[str]
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values k×Lmax×… and mask k×Lmax of some rows."""
+        ...
+
+
+class ArrayRows:
+    """Rows in memory: padded values N×L×… and mask N×L."""
+
+    def __init__(self, values: np.ndarray, mask: np.ndarray) -> None:
+        self.values, self.mask = values, mask
+        lengths = mask.sum(1)
+        self.keys = [
+            hashlib.blake2b(row[:n].tobytes(), digest_size=16).hexdigest() if n else ""
+            for row, n in zip(values, lengths, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Trimmed to the longest of the chosen rows."""
+        mask = self.mask[indices]
+        longest = max(1, int(mask.sum(1).max()))
+        return self.values[indices, :longest], mask[:, :longest]
+
+
+class ClipSet(Dataset[dict[str, Tensor]]):
+    """One split: a store per modality and the labels.
+
+    ``__getitems__`` (which torch's fetcher calls with a batch of indices) gives plain tensors by name, since
+    transformers.Trainer mangles NamedTuples: ``text``, ``text_mask``, …, ``label_M``, …, ``rows``.
+    """
+
+    def __init__(self, clips: list[Clip], stores: Mapping[str, Rows]) -> None:
+        self.clips, self.stores = clips, stores
+        self.labels = {
+            name: np.array([clip.labels.get(name, np.nan) for clip in clips], dtype=np.float32) for name in TARGETS
+        }
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row, as a batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """A batch."""
+        chosen = np.asarray(indices)
+        batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
+        batch["rows"] = torch.from_numpy(chosen)
+        for name, store in self.stores.items():
+            values, mask = store.gather(chosen)
+            batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
+        return batch
+
+
+def collate(batch: Any) -> Any:
+    """ClipSet gives batches already."""
+    return batch
+
+
+def to_batch(inputs: Mapping[str, Any]) -> Batch:
+    """The tensors by name of ClipSet → a Batch; half-precision features become float32."""
+    modalities = {}
+    for name in MODALITIES:
+        if name in inputs:
+            values = inputs[name]
+            values = values.float() if values.dtype == torch.float16 else values
+            modalities[name] = Sequence(values, inputs[f"{name}_mask"])
+    labels = {name: inputs[f"label_{name}"] for name in TARGETS if f"label_{name}" in inputs}
+    return Batch(modalities, labels, inputs.get("rows"))

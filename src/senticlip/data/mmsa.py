@@ -1,0 +1,210 @@
+"""MMSA feature files (``unaligned_39.pkl`` and their like) → clips and memory-mapped rows, read without trusting them.
+
+Format: github.com/thuiar/MMSA; {train, valid, test} → {id, raw_text, text, text_bert, audio, vision, …_lengths,
+regression_labels[_T|_A|_V]}. Two deviations from how MMSA reads it: padding is cut off (``…_lengths``; for text the
+mask in ``text_bert``), and a vision frame that is zero throughout, where OpenFace saw no face, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from senticlip.data import unpickle
+from senticlip.data.cache import MISSING, Store, cached, file_key
+from senticlip.data.sims import normal_id
+from senticlip.structures import Clip, UserError
+
+SPLITS, SUFFIXES = ("train", "valid", "test"), (".pkl", ".pickle")
+LABELS = {"M": "regression_labels", **{name: f"regression_labels_{name}" for name in "TAV"}}
+VERSION = 1
+
+
+class Features(NamedTuple):
+    """A feature file: its clips in the order train, valid, test, and their rows by modality, memory-mapped."""
+
+    path: Path
+    clips: list[Clip]
+    rows: dict[str, Store]
+    widths: dict[str, int]
+
+    def choose(self, name: str, clips: list[Clip]) -> Chosen:
+        """The rows of a modality for other clips, found by id; a clip that the file does not have is an empty row.
+
+        Raises:
+            UserError: the file has none of them.
+        """
+        places = {_loose(clip.id): i for i, clip in enumerate(self.clips)}
+        chosen = np.array([places.get(_loose(clip.id), -1) for clip in clips], dtype=np.int64)
+        if len(clips) and (chosen < 0).all():
+            raise UserError(
+                f"{self.path}: has none of the clips, such as {clips[0].id}; its first is {self.clips[0].id}"
+            )
+        return Chosen(self.rows[name], chosen)
+
+
+class Chosen:
+    """Some rows of a store, in an order of their own; place -1 is an empty row."""
+
+    def __init__(self, store: Store, places: np.ndarray) -> None:
+        self.store, self.places = store, places
+        self.keys = [store.keys[place] if place >= 0 else MISSING for place in places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values k×Lmax×d and mask k×Lmax of some rows."""
+        places = self.places[indices]
+        values, mask = self.store.gather(np.maximum(places, 0))
+        return values, mask & (places >= 0)[:, None]
+
+
+def _loose(name: str) -> str:
+    return "/".join(normal_id(part) for part in name.split("/"))
+
+
+def feature_file(data: str | Path) -> Path:
+    """The feature file of a data set: the path itself, or the pickle in its ``Processed/``.
+
+    Raises:
+        UserError: there is none, or more than one and none is ``unaligned_39.pkl``.
+    """
+    path = Path(data)
+    if path.suffix.lower() in SUFFIXES:
+        return path
+    found = sorted(file for file in (path / "Processed").glob("*") if file.suffix.lower() in SUFFIXES)
+    usual = [file for file in found if file.name == "unaligned_39.pkl"]
+    if len(usual or found) != 1:
+        told = f"{len(found)} of them" if found else "none"
+        raise UserError(
+            f"{path}: this experiment reads a feature file, Processed/unaligned_39.pkl, but there is {told}"
+        )
+    return (usual or found)[0]
+
+
+def feature_clips(path: str | Path) -> list[Clip]:
+    """The clips of a feature file, without their features."""
+    data = _splits(path)
+    return [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+
+
+def _splits(path: str | Path) -> dict[str, dict[str, Any]]:
+    data = unpickle.load(path)
+    if not isinstance(data, dict) or not all(isinstance(data.get(split), dict) for split in SPLITS):
+        raise UserError(f"{path}: expected a dict with the keys train, valid and test, each a dict of arrays")
+    return data
+
+
+def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("text", "audio", "vision")) -> Features:
+    """Open a feature file; the first time its arrays are checked and copied to the cache, row by row.
+
+    Args:
+        path: the pickle.
+        root: of the caches.
+        modalities: which to convert.
+
+    Raises:
+        UserError: no plain pickle, a key that is missing, an array of the wrong shape, a value that is not finite.
+    """
+    data = _splits(path)
+    clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+    key = file_key(path)
+    rows, widths = {}, {}
+    for name in modalities:
+        parts = {split: _part(path, split, name, data[split]) for split in SPLITS}
+        width = {split: values.shape[2] for split, (values, _) in parts.items()}
+        if len(set(width.values())) > 1:
+            raise UserError(f"{path}, {name}: widths differ: " + ", ".join(f"{s} {w}" for s, w in width.items()))
+        widths[name] = width[SPLITS[0]]
+        places = [(split, i) for split in SPLITS for i in range(len(parts[split][1]))]
+        keys = [f"{key}-{split}-{i}" for split, i in places]
+
+        def compute(missing: list[int], name: str = name, parts: Any = parts, places: Any = places) -> Iterator[Any]:
+            for place in missing:
+                split, i = places[place]
+                yield _row(path, split, name, i, *parts[split])
+
+        rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute)
+    return Features(Path(path), clips, rows, widths)
+
+
+def _get(path: str | Path, split: str, part: dict[str, Any], key: str) -> Any:
+    if part.get(key) is None:
+        raise UserError(f"{path}, {split}: the key {key!r} is missing; it has {', '.join(map(str, part))}")
+    return part[key]
+
+
+def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
+    ids = [str(name).replace("$_$", "/") for name in _get(path, split, part, "id")]
+    scores = {}
+    for target, key in LABELS.items():
+        if key in part or target == "M":
+            values = np.asarray(_get(path, split, part, key), dtype=np.float64).ravel()
+            if len(values) != len(ids):
+                raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(values)} {key}")
+            wrong = np.flatnonzero(~(np.abs(values) <= 1))
+            if len(wrong):
+                raise UserError(f"{path}, {split}, {key}, row {wrong[0]}: {values[wrong[0]]} is not in -1 … 1")
+            scores[target] = values
+    texts = part.get("raw_text")
+    texts = [None] * len(ids) if texts is None else [str(text) or None for text in texts]
+    if len(texts) != len(ids):
+        raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(texts)} raw_text")
+    return [
+        Clip(name, None, text, {target: float(values[i]) for target, values in scores.items()}, split, i)
+        for i, (name, text) in enumerate(zip(ids, texts, strict=True))
+    ]
+
+
+def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The values N×L×d of a modality and its lengths N."""
+    values, count = _get(path, split, part, name), len(part["id"])
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        raise UserError(f"{path}, {split}, {name}: expected an array of numbers rows × steps × columns")
+    if values.ndim == 2 and name != "text":
+        values = values[:, None]  # one vector a clip
+    if values.ndim != 3 or len(values) != count or 0 in values.shape[1:]:
+        raise UserError(f"{path}, {split}, {name}: shape {values.shape}, expected {count} rows × steps × columns")
+    lengths = part.get(f"{name}_lengths")
+    if lengths is None and name == "text" and "text_bert" in part:
+        lengths = np.asarray(part["text_bert"])[:, 1].sum(1)
+    lengths = np.full(count, values.shape[1]) if lengths is None else np.asarray(lengths).ravel().astype(np.int64)
+    if len(lengths) != count or (lengths < 0).any() or (lengths > values.shape[1]).any():
+        worst = int(lengths.max(initial=0))
+        raise UserError(
+            f"{path}, {split}, {name}_lengths: {len(lengths)} lengths up to {worst} for {count} rows of "
+            f"{values.shape[1]} steps"
+        )
+    return values, lengths
+
+
+def _row(path: str | Path, split: str, name: str, i: int, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """One row without its padding, float32."""
+    row = np.asarray(values[i, : lengths[i]], dtype=np.float32)
+    if not np.isfinite(row).all():
+        step, column = np.argwhere(~np.isfinite(row))[0]
+        raise UserError(
+            f"{path}, {split}, {name}, row {i}, step {step}, column {column}: {row[step, column]} — "
+            "features must be finite; replace it (MMSA takes 0 for -inf) or leave the clip out"
+        )
+    return row[row.any(1)] if name == "vision" else row
+
+
+def write_features(path: str | Path, splits: dict[str, dict[str, Any]]) -> None:
+    """Write {train, valid, test} → {key: array or list} as a pickle that MMSA and :func:`read_features` read."""
+    import os
+    import pickle
+
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            pickle.dump(splits, file, protocol=4)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)

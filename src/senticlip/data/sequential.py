@@ -1,0 +1,95 @@
+"""A video file opened, and read in the plain way: every frame decoded from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Discard, Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from senticlip.structures import UserError
+
+
+def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
+    """Open a file and its video stream, one decoding thread.
+
+    Raises:
+        UserError: no such file, an empty one, none that FFmpeg knows, or one without video.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such video file — check the path" + (" (a folder)" if path.is_dir() else ""))
+    if not path.stat().st_size:
+        raise UserError(f"{path}: the file is empty — copy or download it again")
+    try:
+        # broken titles are no reason to refuse the pictures
+        container = av.open(str(path), metadata_errors="replace")
+    except (FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a video file, or cut off before its index ({reason}) — replace it") from None
+    for stream in container.streams.video:
+        # cover art is no video, and FFmpeg would draw a text file as ANSI art
+        if not stream.disposition & Disposition.attached_pic and stream.codec_context.name != "ansi":
+            break
+    else:
+        found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        container.close()
+        raise UserError(f"{path}: no video in this file (it holds: {found}) — give a video, or leave it out")
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
+    stream.codec_context.thread_count = 1
+    stream.codec_context.thread_type = "NONE"
+    return container, stream
+
+
+class Sequential:
+    """The plain way, for increasing times: decode every frame from the start."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.container, self.stream = open_video(path)
+        rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
+        self._step = 1 / (rate * (self.stream.time_base or Fraction(1, 90000)))
+        self._frames = self._decode()
+        self._next = next(self._frames, None)
+        self._shown: tuple[int, VideoFrame] | None = None
+
+    def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
+        """Frames and their times; a file without times has them counted, at its frame rate."""
+        packets = self.container.demux(self.stream)
+        count = 0
+        while True:
+            packet = None
+            frames: list[VideoFrame] = []
+            with suppress(FFmpegError):  # the file ends early
+                packet = next(packets, None)
+            with suppress(FFmpegError):  # a damaged packet is passed over; no packet: what is left in the decoder
+                frames = self.stream.decode(packet)
+            for frame in frames:
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                yield (round(count * self._step) if stamp is None else stamp), frame
+                count += 1
+            if packet is None or not (packet.size or frames):
+                return
+
+    def passed(self, stamp: int) -> bool:
+        """Whether the frame shown at ``stamp`` has gone by."""
+        return self._shown is not None and self._shown[0] > stamp
+
+    def at(self, stamp: int) -> tuple[int, VideoFrame] | None:
+        """The time and the frame that is shown at ``stamp`` (time base of the stream); None if nothing decodes."""
+        while self._next and (self._shown is None or self._next[0] <= stamp):
+            self._shown, self._next = self._next, next(self._frames, None)
+        return self._shown
+
+    def end(self) -> int:
+        """Decode all that is left; the time at which the last frame ends."""
+        last = self.at(1 << 62)
+        return last[0] + round(self._step) if last else 0

@@ -1,0 +1,72 @@
+"""A film without subtitles → pieces: windows of equal length, or its shots."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from av.error import FFmpegError
+
+from senticlip.data.decode import open_video
+from senticlip.data.subtitles import Line
+from senticlip.structures import UsageError
+
+STEP, SHORTEST, LONGEST = 0.2, 0.6, 10.0
+"""Seconds between the frames that are compared; no shot is shorter or longer than these."""
+
+
+def windows(duration: float, seconds: float = 5.0) -> list[Line]:
+    """Windows of equal length, as near to ``seconds`` as fits ``duration``; their texts are empty.
+
+    Raises:
+        UsageError: a length that is not above 0.
+    """
+    if not seconds > 0:
+        raise UsageError(f"windows of {seconds} s: the length must be above 0")
+    count = max(1, round(duration / seconds))
+    edges = [round(duration * i / count, 3) for i in range(count + 1)]
+    return [Line(start, end, "") for start, end in pairwise(edges) if end > start]
+
+
+def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
+    """The shots of a film: it is cut where the picture changes at once, and long shots into equal pieces.
+
+    One decoding of the whole file without the frames that no other refers to; frames of 32×18 pixels are compared.
+
+    Args:
+        video: any file that FFmpeg reads.
+        threshold: how large a change is a cut, as a mean difference of colours in [0, 1]. It must also be three times
+            as large as what was usual in the seconds before, or every hand-held camera would cut.
+
+    Raises:
+        UserError: not a readable video.
+    """
+    container, stream = open_video(video)
+    zero = (container.start_time or 0) / 1e6
+    usual: deque[float] = deque([0.0], maxlen=15)
+    last, times, now = None, [0.0], 0.0
+    stream.codec_context.skip_frame = "NONREF"
+    with container:
+        try:
+            for frame in container.decode(stream):
+                time = (frame.time or 0.0) - zero
+                if last is not None and time - now < STEP:
+                    continue
+                now = time
+                small = frame.reformat(32, 18, "rgb24").to_ndarray().astype(np.float32) / 255
+                if last is not None:
+                    change = float(np.abs(small - last).mean())
+                    if change > max(threshold, 3 * float(np.median(usual))) and time - times[-1] >= SHORTEST:
+                        times.append(time)
+                    usual.append(change)
+                last = small
+        except FFmpegError:
+            pass  # what is left of a damaged film is one more shot
+        length = (container.duration or 0) / 1e6
+    pieces: list[Line] = []
+    for start, end in zip(times, [*times[1:], max(now, length)], strict=True):
+        for piece in windows(end - start, min(LONGEST, end - start)) if end > start else []:
+            pieces.append(Line(round(start + piece.start, 3), round(start + piece.end, 3), ""))
+    return pieces

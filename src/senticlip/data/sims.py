@@ -1,0 +1,328 @@
+"""CH-SIMS v1 and v2 folders, and CSV files of one's own → Clips; the three splits; what is wrong with a data set.
+
+A folder holds ``Raw/VIDEO/CLIP.mp4`` and ``label.csv`` or ``meta.csv`` (Yu et al. 2020; Liu et al. 2022 for v2), as
+found in the wild: with a header or without, columns in any order, ``1`` for ``0001``, UTF-8, a BOM, or GBK. A CSV file
+of one's own has the columns path, text, label, and if one likes split, id, video_id, start, end, label_T/A/V.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from senticlip.data.table import (
+    SPLIT_NAMES,
+    SPLITS,
+    TARGET_COLUMNS,
+    VIDEO_SUFFIXES,
+    Line,
+    columns_of,
+    read_table,
+    score,
+)
+from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
+
+PROTOCOLS = ("official", "tenth", "video")
+
+
+class Report(NamedTuple):
+    """What ``data check`` found: clips, counts by split and class, what is wrong (problems) and odd (warnings)."""
+
+    clips: int
+    splits: dict[str, dict[str, int]]
+    problems: list[str]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``senticlip data check --json`` prints."""
+        return self._asdict()
+
+
+class _Row(NamedTuple):
+    """A clip, the video it was cut from, and what is wrong with its line of the table."""
+
+    clip: Clip
+    source: str
+    problems: list[str]
+    warnings: list[str]
+
+
+def read_clips(path: str | Path, split: str | None = None, protocol: str = "official", seed: int = 0) -> list[Clip]:
+    """The clips of a CH-SIMS folder or of a CSV file, in the order of its rows.
+
+    Args:
+        path: a folder with ``label.csv`` or ``meta.csv`` beside ``Raw/`` (without ``Raw/``, but with
+            ``Processed/unaligned_39.pkl``, clips have no video), or one CSV file.
+        split: train, valid or test; None for all.
+        protocol: ``official`` (the table's own), ``tenth`` (random 8:1:1 over clips, as the paper seems to have done)
+            or ``video`` (8:1:1 such that no source video is in two splits).
+        seed: of the two random protocols; the same rows in another order are split alike.
+
+    Raises:
+        UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
+    if split is not None and split not in SPLITS:
+        raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}")
+    table, rows = _read(Path(path), official=protocol == "official")
+    problems = [problem for row in rows for problem in row.problems]
+    if problems:
+        more = f" (and {len(problems) - 1} more: senticlip data check {path})" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+    clips = _split(rows, protocol, seed)
+    if split is None:
+        return clips
+    chosen = [clip for clip in clips if clip.split == split]
+    if not chosen:
+        there = [name for name in SPLITS if any(clip.split == name for clip in clips)]
+        hint = f"there is {', '.join(there)}" if there else "there is no split column: --set protocol=tenth makes one"
+        raise UsageError(f"{table}: no clips in split {split!r} — {hint}")
+    return chosen
+
+
+def check(path: str | Path, videos: bool = True, protocol: str = "official", seed: int = 0) -> Report:
+    """Read everything and list all problems at once, each with its row.
+
+    Args:
+        path: as for read_clips.
+        videos: open every file, too: empty, truncated, undecodable ones and those without video are found.
+        protocol, seed: the split to count and to look for leaks in.
+
+    Raises:
+        UsageError, UserError: there is no table, or it cannot be read as one.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
+    table, rows = _read(Path(path), official=protocol == "official")
+    problems, warnings = [], []
+    for row in rows:
+        problems += row.problems
+        warnings += row.warnings
+        if videos and row.clip.video is not None and not row.problems:
+            problems += [f"{table}, row {row.clip.row}: {fault}" for fault in _video_faults(row.clip)]
+    clips = _split(rows, protocol, seed)
+    warnings += leaks([row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)])
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for clip in clips:
+        if "M" in clip.labels:
+            counts[clip.split or "none"][LABELS[polarity(clip.labels["M"])]] += 1
+    order = [*SPLITS, "none"]
+    splits = {name: {label: counts[name][label] for label in LABELS} for name in order if name in counts}
+    return Report(len(rows), splits, problems, warnings)
+
+
+def leaks(rows: list[_Row]) -> list[str]:
+    """Which source video and which text stands in two splits or more: a line for each."""
+    places: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for clip, source, _, _ in rows:
+        for kind, name in (("video", source), ("text", "".join((clip.text or "").split()))):
+            if name and clip.split:
+                places[kind, name][clip.split].append(clip.row or 0)
+    lines = []
+    for (kind, name), splits in places.items():
+        if len(splits) > 1:
+            where = ", ".join(f"{split} (row {splits[split][0]})" for split in SPLITS if split in splits)
+            lines.append(f"{kind} {name!r} is in {len(splits)} splits: {where}")
+    return lines
+
+
+def normal_id(name: str) -> str:
+    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` meet, and so do ``video_1`` and ``video_0001``."""
+    return re.sub(r"0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip())).casefold()
+
+
+# ---- the splits
+
+
+def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
+    """The clips with the protocol's splits in them."""
+    if protocol == "official":
+        return [row.clip for row in rows]
+    tenth = round(len(rows) / 10)
+    # sorted first: the split hangs on the clips and the seed, not on the order of the file
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row.source if protocol == "video" else f"{row.clip.id}\n{row.clip.row}"].append(index)
+    names = sorted(groups)
+    random.Random(seed).shuffle(names)
+    splits = ["train"] * len(rows)
+    for split in ("test", "valid"):
+        chosen, count = [], 0
+        for name in names:
+            if count + len(groups[name]) <= tenth:
+                chosen.append(name)
+                count += len(groups[name])
+        # every video is larger than a tenth: the smallest is the nearest, as long as train keeps one
+        if not chosen and tenth and len(names) > 1:
+            chosen = [min(names, key=lambda name: len(groups[name]))]
+        for name in chosen:
+            names.remove(name)
+            for index in groups[name]:
+                splits[index] = split
+    return [row.clip._replace(split=split) for row, split in zip(rows, splits, strict=True)]
+
+
+# ---- the table
+
+
+def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
+    """The label file that was found and its rows."""
+    if path.is_dir():
+        tables = [path / name for name in ("label.csv", "meta.csv") if (path / name).is_file()]
+        if not tables and (path / "Processed").is_dir():
+            return _from_features(path)
+        if not tables:
+            raise UserError(f"{path}: no label.csv and no meta.csv in it — is this a CH-SIMS folder?")
+        table = tables[0]
+    elif path.is_file() and path.suffix.lower() in (".pkl", ".pickle"):
+        return _from_features(path)
+    elif path.is_file():
+        table = path
+    else:
+        raise UsageError(f"{path}: no such folder or CSV file")
+    lines = read_table(table)
+    columns, lines = columns_of(table, lines)
+    if not lines:
+        raise UserError(f"{table}: only a header — expected a row for each clip")
+    find = _own(table) if "path" in columns or "video_id" not in columns else _Raw(table).find
+    rows = []
+    seen: dict[str, int] = {}
+    for line in lines:
+        row = _row(table, columns, line, find, official)
+        # rows of one's own may repeat a file; a CH-SIMS clip stands in the table once
+        if row.clip.id in seen and isinstance(getattr(find, "__self__", None), _Raw):
+            row.problems.append(f"{table}, row {line.row}: {row.clip.id} was in row {seen[row.clip.id]} already")
+        elif row.clip.id in seen:
+            row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))
+        seen.setdefault(row.clip.id, line.row)
+        rows.append(row)
+    return table, rows
+
+
+def _from_features(path: Path) -> tuple[Path, list[_Row]]:
+    """The clips of a feature file that came without a table."""
+    from senticlip.data.mmsa import feature_clips, feature_file
+
+    file = feature_file(path)
+    return file, [_Row(clip, clip.id.split("/")[0], [], []) for clip in feature_clips(file)]
+
+
+def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: bool) -> _Row:
+    """One line of the table as a clip, with all that is wrong with it."""
+    where = f"{table}, row {line.row}"
+    problems, warnings = [], []
+    cells = {name: line.cells[index] if index < len(line.cells) else "" for name, index in columns.items()}
+    width = max(columns.values()) + 1
+    if len(line.cells) < width:
+        problems.append(f"{where}: {len(line.cells)} columns instead of {width} — is a text with a comma quoted?")
+    labels = {}
+    for column, target in TARGET_COLUMNS.items():
+        cell = cells.get(column, "")
+        value = score(cell)
+        if value is not None:
+            labels[target] = value
+        elif cell or column == "label":
+            problems.append(
+                f"{where}, column {column}: {cell!r} is no label — a number from -1 to 1, or negative/neutral/positive"
+            )
+    word = score(cells.get("annotation", ""))
+    if word is not None and "M" in labels and polarity(word) != polarity(labels["M"]):
+        warnings.append(f"{where}: label {labels['M']:g}, but annotation {cells['annotation']}")
+    split = SPLIT_NAMES.get(cells.get("split", "").casefold())
+    if official and "split" in columns and split is None:
+        problems.append(f"{where}, column split/mode: {cells['split']!r} is unknown — there are {', '.join(SPLITS)}")
+    times: dict[str, float] = {}
+    for column in ("start", "end"):
+        try:
+            if cells.get(column):
+                times[column] = float(cells[column])
+        except ValueError:
+            problems.append(f"{where}, column {column}: {cells[column]!r} is no time in seconds")
+    video, name, source, faults = find(cells, line.row)
+    problems += [f"{where}: {fault}" for fault in faults]
+    text = cells.get("text") or None
+    if text is None and "text" in columns:
+        warnings.append(f"{where}: no text")
+    if text is None and video is None and not faults:
+        problems.append(f"{where}: neither a video nor a text")
+    clip = Clip(name, video, text, labels, split, line.row, times.get("start"), times.get("end"))
+    return _Row(clip, source, problems, warnings)
+
+
+class _Raw:
+    """Finds ``Raw/VIDEO/CLIP.mp4`` by ids that may have lost their zeros; every folder is listed once."""
+
+    def __init__(self, table: Path) -> None:
+        self.root = table.parent / "Raw"
+        self.there = self.root.is_dir()
+        if not self.there and not (table.parent / "Processed").is_dir():
+            raise UserError(f"{table.parent}: neither Raw/ nor Processed/ is in it — where are the clips?")
+        self.folders = _by_id(self.root, lambda path: path.is_dir()) if self.there else {}
+        self.files: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(self, cells: dict[str, str], row: int) -> tuple[Path | None, str, str, list[str]]:
+        """The file, the clip's id ``VIDEO/CLIP`` as on disk, its source video, and what is wrong."""
+        video, clip = cells["video_id"], cells["clip_id"]
+        name = f"{video}/{clip}"
+        if not video or not clip:
+            return None, f"{name}#{row}", video, ["video_id or clip_id is empty"]
+        if not self.there:
+            return None, name, video, []
+        folder, fault = _pick(self.folders, video, self.root)
+        if folder is None:
+            return None, name, video, [fault]
+        if folder not in self.files:
+            self.files[folder] = _by_id(folder, lambda path: path.suffix.lower() in VIDEO_SUFFIXES)
+        path, fault = _pick(self.files[folder], clip, folder)
+        if path is None:
+            return None, name, folder.name, [fault]
+        return path, f"{folder.name}/{path.stem}", folder.name, []
+
+
+def _by_id(folder: Path, keep: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if keep(path):
+            found[normal_id(path.stem)].append(path)
+    return found
+
+
+def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path | None, str]:
+    """The one entry that ``name`` means, or None and why."""
+    near = found.get(normal_id(name), [])
+    exact = [path for path in near if path.stem == name or path.name == name]
+    if len(exact or near) == 1:
+        return (exact or near)[0], ""
+    if near:
+        return None, f"{name!r} fits {' and '.join(path.name for path in near)} in {folder} — keep one"
+    return None, f"{folder / name} does not exist"
+
+
+def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str, str, list[str]]]:
+    """Finds the files of a CSV of one's own; relative paths are relative to it."""
+
+    def find(cells: dict[str, str], row: int) -> tuple[Path | None, str, str, list[str]]:
+        name = cells.get("path", "")
+        path = table.parent / Path(name).expanduser() if name else None
+        faults = [f"{path} does not exist"] if path is not None and not path.is_file() else []
+        clip = cells.get("id") or name or f"row {row}"
+        return path, clip, cells.get("video_id") or name or clip, faults
+
+    return find
+
+
+def _video_faults(clip: Clip) -> list[str]:
+    """Why the video of this clip cannot be used, or is not all there: it is opened, decoded, and its end looked for."""
+    from senticlip.data.video import probe
+
+    assert clip.video is not None
+    try:
+        problem = probe(clip.video).problem
+    except UserError as error:
+        problem = str(error)
+    return [problem] if problem else []

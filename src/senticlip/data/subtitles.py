@@ -1,0 +1,242 @@
+"""Subtitle files (.srt .ass .ssa .vtt) and the subtitle tracks of a video → timed lines of what is said.
+
+What people have is written for a screen: styles, positions, karaoke syllables, shadows drawn as second lines, lines
+that roll, notes of music. Here a line is what is said from one time to another, and no two lines overlap.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pysubs2
+
+from senticlip.structures import UsageError, UserError
+
+SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
+TOGETHER = 10.0
+"""Lines that merely touch are merged up to this many seconds; real ones are no longer."""
+
+_CHINESE = {"zh", "chi", "zho", "chs", "cht", "cmn", "yue"}
+_PICTURES = "are pictures, not text — give the lines as a file: --subtitles F.srt"
+_SOUNDS = (
+    r"(?:[^\]】)）]{0,8}(?:音乐|音樂|配乐|歌声|掌声|掌聲|笑声|笑聲|哭声|铃声|枪声|脚步声|雷声|敲门声)"
+    r"|[^\]】)）]{0,24}\b(?:music|applause|laughter|laughs|singing|cheering|sighs?)\b)[^\]】)）]{0,8}"
+)
+_NOTES = re.compile(rf"[\[【(（]\s*{_SOUNDS}\s*[\]】)）]|[♩♪♫♬♭♯🎵🎶🎼]+", re.IGNORECASE)
+_TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}|\{[^{}]*\\[a-zA-Z][^{}]*\}")
+_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0e-\x1f]")
+
+
+class Line(NamedTuple):
+    """What is said from ``start`` to ``end`` (seconds); the text may be empty (a window, a shot)."""
+
+    start: float
+    end: float
+    text: str
+
+
+class _Cue(NamedTuple):
+    """A subtitle as written: its rows on the screen."""
+
+    start: float
+    end: float
+    rows: list[str]
+
+
+def read(path: str | Path, shift: float = 0.0) -> list[Line]:
+    """The lines of a subtitle file, in order, not overlapping; ``shift`` seconds are added to every time.
+
+    Raises:
+        UsageError: no such file, or a kind that is not read. UserError: no subtitles can be read from it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such subtitle file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: not a subtitle file — choose one of {', '.join(SUFFIXES)}")
+    text = guess_text(path.read_bytes(), path)
+    if not text.strip():
+        return []
+    try:
+        cues = [
+            _Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
+            for event in pysubs2.SSAFile.from_string(text, keep_unknown_html_tags=True)
+            if not event.is_comment and not event.is_drawing
+        ]
+    except (pysubs2.Pysubs2Error, ValueError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable as {path.suffix[1:]} subtitles ({reason})") from None
+    if not cues:
+        raise UserError(f"{path}: no timed line in it — is it a {path.suffix[1:]} file?")
+    return merge(cues, shift)
+
+
+def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) -> list[Line]:
+    """The lines of a subtitle track inside a video file; an empty list if it has none.
+
+    Args:
+        video: any container that FFmpeg reads.
+        track: which of its subtitle tracks, from 0; None for the first Chinese one, else the first of text.
+        shift: seconds added to every time.
+
+    Raises:
+        UsageError: no such track. UserError: the file cannot be opened, or the track holds pictures.
+    """
+    import av
+    from av.error import FFmpegError
+    from av.stream import Discard
+    from av.subtitles.subtitle import AssSubtitle
+
+    try:
+        container = av.open(str(video), metadata_errors="replace")
+    except (FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{video}: cannot be opened — {getattr(error, 'strerror', None) or error}") from None
+    with container:
+        streams = list(container.streams.subtitles)
+        if not streams:
+            return []
+        if track is not None and not 0 <= track < len(streams):
+            raise UsageError(f"{video}: no subtitle track {track} — there are 0 to {len(streams) - 1}")
+        chinese = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE]
+        stream = streams[track] if track is not None else (chinese or streams)[0]
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all
+        cues = []
+        for packet in container.demux(stream):
+            if packet.pts is None or not packet.size:
+                continue
+            start = float(packet.pts * packet.time_base)
+            end = start + float((packet.duration or 0) * packet.time_base)
+            try:
+                subtitles = packet.decode()
+            except FFmpegError:
+                continue  # one damaged line is no reason to lose the film
+            for subtitle in subtitles:
+                if not isinstance(subtitle, AssSubtitle):
+                    raise UserError(f"{video}: its subtitles {_PICTURES}")
+                # ReadOrder, Layer, Style, Name, three margins, Effect, Text
+                words = subtitle.ass.decode("utf-8", errors="replace").split(",", 8)[-1]
+                event = pysubs2.SSAEvent(text=words)
+                if not event.is_drawing:
+                    cues.append(_Cue(start, end, event.plaintext.split("\n")))
+    return merge(cues, shift)
+
+
+def clean(text: str) -> str:
+    """One line of words: no tags, no positions, no marks of music, no names of sounds, single spaces."""
+    text = _TAGS.sub("", html.unescape(_TAGS.sub("", text)))
+    text = _NOTES.sub(" ", _INVISIBLE.sub("", text))
+    text = " ".join(text.split()).strip("-–—#* ")
+    # what has no letter, digit or sentence mark says nothing
+    return text if any(unicodedata.category(c)[0] in "LN" or c in "?!？！…" for c in text) else ""
+
+
+def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
+    """Cues as written → lines as said.
+
+    A row that the cue before showed already (rolling captions, second layers) is left out; cues that are on the screen
+    together (karaoke syllables, two styles, two speakers) become one line; what then still overlaps ends where the
+    next begins. Times are shifted; what ends before 0 is dropped.
+    """
+    ordered = sorted((cue for cue in cues if cue.end > cue.start), key=lambda cue: cue.start)
+    lines: list[Line] = []
+    shown: list[str] = []
+    for cue in ordered:
+        rows = [row for row in (clean(row) for row in cue.rows) if row]
+        if not rows:
+            continue
+        last = lines[-1] if lines else None
+        touches = last is not None and cue.start - last.end < 0.1
+        fresh = _fresh(shown, rows) if touches else rows
+        shown = rows if not touches or cue.start >= last.end else shown + fresh  # type: ignore[union-attr]
+        text = _join(fresh)
+        if last is not None and touches and (not text or text.startswith(last.text) or _together(last, cue)):
+            if not text.startswith(last.text):  # else it is a karaoke line that grows
+                text = last.text if text in last.text else _join([last.text, text])
+            lines[-1] = Line(last.start, max(last.end, cue.end), text)
+        elif text:
+            lines.append(Line(cue.start, cue.end, text))
+    ends = [line.start for line in lines[1:]] + [float("inf")]
+    moved = [
+        Line(round(max(0.0, line.start + shift), 3), round(min(line.end, end) + shift, 3), line.text)
+        for line, end in zip(lines, ends, strict=False)
+    ]
+    return [line for line in moved if line.end > line.start]
+
+
+def _fresh(shown: list[str], rows: list[str]) -> list[str]:
+    """``rows`` without those at their head that end what was ``shown``."""
+    for count in range(min(len(shown), len(rows)), 0, -1):
+        if shown[-count:] == rows[:count]:
+            return rows[count:]
+    return rows
+
+
+def _together(line: Line, cue: _Cue) -> bool:
+    """Whether the two are on the screen at the same time for most of it (and not one a title that stays)."""
+    both = min(line.end, cue.end) - max(line.start, cue.start)
+    length, other = line.end - line.start, cue.end - cue.start
+    span = max(line.end, cue.end) - min(line.start, cue.start)
+    return both >= 0.8 * span or (span <= TOGETHER and both >= 0.5 * min(length, other))
+
+
+def _join(parts: list[str]) -> str:
+    """Parts as one text: a space between words, none inside Chinese."""
+    text = ""
+    for part in parts:
+        wide = bool(text) and all(unicodedata.east_asian_width(c) in "WF" for c in (text[-1], part[:1] or "a"))
+        text += part if wide or not text else f" {part}"
+    return text.strip()
+
+
+def guess_text(data: bytes, path: Path) -> str:
+    """The text of a subtitle file: a byte order mark, UTF-8, UTF-16, else the encoding that gives the likeliest words.
+
+    GB18030 and Big5 read most of each other's files, as rare characters: the share of frequent ones decides. What is
+    neither goes to charset-normalizer.
+
+    Raises:
+        UserError: nothing reads it.
+    """
+    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    # every line has ASCII digits and an arrow or commas: in UTF-16 their other halves are zero bytes
+    zeros = [data[start:4000:2].count(0) / (len(data[start:4000:2]) or 1) for start in (0, 1)]
+    if max(zeros) > 0.1:
+        return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", errors="replace")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    found: list[tuple[float, str]] = []
+    for encoding, first, last in (("gb18030", 0xB0, 0xD7), ("big5", 0xA4, 0xC6)):
+        text = data.decode(encoding, errors="replace")
+        wide = [c for c in text if ord(c) > 127]
+        frequent = sum(_lead(c, encoding) in range(first, last + 1) for c in wide)
+        broken = text.count("\ufffd")
+        found.append(((frequent - 10 * broken) / (len(wide) or 1), text))
+    share, text = max(found)
+    if share >= 0.5:
+        return text
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(data).best()
+    if best is None:
+        raise UserError(f"{path}: its encoding is not known — save the subtitles as UTF-8")
+    return str(best)
+
+
+def _lead(character: str, encoding: str) -> int:
+    """The first byte of a character: it tells frequent from rare ones in GB2312 and in Big5."""
+    try:
+        code = character.encode("gb2312" if encoding == "gb18030" else encoding)
+    except UnicodeEncodeError:
+        return 0
+    return code[0] if len(code) == 2 else 0

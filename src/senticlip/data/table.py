@@ -1,0 +1,161 @@
+"""Label tables as people have them: UTF-8, a BOM, UTF-16 or GBK; comma, tab or semicolon; texts over several lines."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from senticlip.structures import UsageError, UserError
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv")
+SPLITS = ("train", "valid", "test")
+
+SPLIT_NAMES = {name: name for name in SPLITS} | {
+    "training": "train", "训练": "train", "训练集": "train",
+    "val": "valid", "dev": "valid", "validation": "valid", "验证": "valid", "验证集": "valid",
+    "testing": "test", "测试": "test", "测试集": "test",
+}  # fmt: skip
+SCORES = {
+    "negative": -1.0, "neg": -1.0, "消极": -1.0, "负面": -1.0, "weakly negative": -0.5,
+    "neutral": 0.0, "neu": 0.0, "中性": 0.0,
+    "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "weakly positive": 0.5,
+}  # fmt: skip
+_NAMES = {
+    "mode": "split", "sentence": "text", "subtitle": "text", "label_m": "label", "video": "path", "file": "path",
+    "t": "label_t", "a": "label_a", "v": "label_v",
+}  # fmt: skip
+_COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
+_KNOWN = {*_COLUMNS, "path", "id", "start", "end"}
+TARGET_COLUMNS = {"label": "M", "label_t": "T", "label_a": "A", "label_v": "V"}
+
+
+class Line(NamedTuple):
+    """One record: its cells, stripped, and the line of the file on which it starts (from 1)."""
+
+    row: int
+    cells: list[str]
+
+
+def decode(data: bytes, path: Path) -> str:
+    """The text of a file whose encoding nobody wrote down.
+
+    A byte order mark decides; then UTF-8, which is hardly ever right by accident; then GB18030, the superset of GBK.
+
+    Raises:
+        UserError: none of them reads it.
+    """
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+    try:
+        return data.decode("gb18030")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, row {line}: neither UTF-8 nor GBK — save the file as UTF-8") from None
+
+
+def read_table(path: Path) -> list[Line]:
+    """The records of a CSV file, blank ones left out, the header (if there is one) still among them.
+
+    Raises:
+        UsageError: no such file. UserError: unreadable, empty, or a quote that is never closed.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read — {error.strerror}") from None
+    text = decode(data, path).replace("\0", "")
+    first = text.lstrip("\r\n").split("\n", 1)[0]
+    delimiter = max(",\t;", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines, start = [], 1
+    try:
+        for cells in reader:
+            stripped = [cell.strip() for cell in cells]
+            if any(stripped):
+                lines.append(Line(start, stripped))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, row {start}: not readable as CSV ({error}) — is a quote left open?") from None
+    if not lines:
+        raise UserError(f"{path}: empty — expected a row for each clip")
+    return lines
+
+
+def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Line]]:
+    """Where each column is, by its header or by what stands in it, and the lines below the header."""
+    names = [_NAMES.get(cell.casefold(), cell.casefold()) for cell in lines[0].cells]
+    if len(_KNOWN & set(names)) >= min(2, len(names)):
+        columns = {name: index for index, name in reversed(list(enumerate(names)))}
+        lines = lines[1:]
+    else:
+        columns = _guess(lines)
+    if "label" not in columns and "annotation" in columns:
+        columns["label"] = columns["annotation"]
+    ids = {"video_id", "clip_id"} <= set(columns)
+    if "label" not in columns or not (ids or {"path", "text"} & set(columns)):
+        found = f"has the columns {', '.join(names)}" if lines and lines[0].cells is not names else "has no header"
+        raise UserError(
+            f"{table}, row 1: {found} — expected video_id, clip_id, text, label, mode (CH-SIMS) or path, text, label"
+        )
+    return columns, lines
+
+
+def _guess(lines: list[Line]) -> dict[str, int]:
+    """Columns of a table without a header: the usual order if it fits, else by what the cells look like."""
+    sample = [line.cells for line in lines[:200]]
+    width = Counter(map(len, sample)).most_common(1)[0][0]
+    sample = [cells for cells in sample if len(cells) == width]
+
+    def mostly(index: int, test: Any) -> bool:
+        return sum(bool(test(cells[index])) for cells in sample) > 0.6 * len(sample)
+
+    kinds = {
+        index: "split" if mostly(index, lambda cell: cell.casefold() in SPLIT_NAMES)
+        else "word" if mostly(index, lambda cell: cell.casefold() in SCORES)
+        else "score" if mostly(index, lambda cell: score(cell) is not None)
+        else "path" if mostly(index, lambda cell: cell.casefold().endswith(VIDEO_SUFFIXES))
+        else "other"
+        for index in range(width)
+    }  # fmt: skip
+    usual = ["other", "any", "any", "score", "score", "score", "score", "word", "split"]
+    if width == len(usual) and all(usual[i] in ("any", kinds[i]) for i in range(width)):
+        return {name: index for index, name in enumerate(_COLUMNS)}
+    columns: dict[str, int] = {}
+    of_kind = {kind: [i for i in kinds if kinds[i] == kind] for kind in ("split", "word", "score", "path", "other")}
+    for name, kind in (("split", "split"), ("path", "path"), ("annotation", "word")):
+        if of_kind[kind]:
+            columns[name] = of_kind[kind][0]
+    columns |= dict(zip(TARGET_COLUMNS, of_kind["score"], strict=False))
+    # the text is what is longest; the ids stand in the order video, clip
+    rest = of_kind["other"]
+    if rest:
+        columns["text"] = max(rest, key=lambda index: sum(len(set(cells[index])) for cells in sample))
+        ids = [index for index in rest if index != columns["text"]]
+        columns |= dict(zip(("video_id", "clip_id"), ids, strict=False))
+    return columns
+
+
+def score(cell: str) -> float | None:
+    """A label: a number from -1 to 1 or a word; None if it is neither."""
+    if cell.casefold() in SCORES:
+        return SCORES[cell.casefold()]
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and -1 <= value <= 1 else None

@@ -1,0 +1,210 @@
+"""A pickle read without trusting it and without holding it: arrays, numbers, strings, lists, dicts and nothing else.
+
+Nothing that the file names is imported or called; the few names that numpy's arrays need get stand-ins from here. The
+bytes of a large array are not read: the array becomes a memory map of their place in the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import math
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from senticlip.structures import UserError
+
+LARGE = 1 << 16
+CHUNK = 1 << 20
+
+
+class Refused(Exception):
+    """What the file asks for is none of the things that it may hold."""
+
+
+class DType:
+    """Stands in for ``numpy.dtype``: numbers, fixed strings, and object (a list follows)."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code
+        self.order: Any = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, order, *rest = state
+        if rest[:3] != [None, None, None] and rest[0] is not None:
+            raise Refused("an array of records")
+        self.order = order
+
+    @property
+    def value(self) -> np.dtype[Any]:
+        """The dtype itself."""
+        dtype = np.dtype(self.code)
+        if dtype.kind not in "biufUSO":
+            raise Refused(f"an array of {dtype}")
+        return dtype.newbyteorder(self.order) if self.order in "<>" else dtype
+
+
+class Array:
+    """Stands in for ``numpy.ndarray``; :meth:`value` makes the real one."""
+
+    def __init__(self, *_: Any) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def value(self) -> Any:
+        """The array; a list if it holds objects."""
+        _, shape, dtype, fortran, data = self.state
+        dtype = dtype.value
+        if dtype.kind == "O":
+            return data
+        data = data.encode("latin1") if isinstance(data, str) else data
+        order: Literal["F", "C"] = "F" if fortran else "C"
+        if len(data) != math.prod(shape) * dtype.itemsize:
+            raise Refused(f"an array of shape {shape} with {len(data)} bytes")
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def _reconstruct(*_: Any) -> Array:
+    return Array()
+
+
+def _from_buffer(data: Any, dtype: DType, shape: tuple[int, ...], order: str = "C", *_: Any) -> Array:
+    array = Array()
+    array.state = (1, shape, dtype, order == "F", data)
+    return array
+
+
+def _scalar(dtype: DType, data: bytes | str = b"") -> Any:
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, dtype.value)[0].item()
+
+
+def _encode(text: Any, encoding: str) -> Any:
+    if encoding not in ("latin1", "latin-1"):
+        raise Refused(f"_codecs.encode to {encoding}")
+    return text if isinstance(text, np.ndarray) else text.encode("latin1")
+
+
+NAMES = {
+    ("_reconstruct", "multiarray"): _reconstruct,
+    ("scalar", "multiarray"): _scalar,
+    ("_frombuffer", "numeric"): _from_buffer,
+    ("ndarray", "numpy"): Array,
+    ("dtype", "numpy"): DType,
+    ("encode", "_codecs"): _encode,
+}
+
+
+class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replaced
+    """Knows the opcodes that plain data and arrays need."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    # set up by the base class when it loads
+    read: Any
+    append: Any
+    _unframer: Any
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        super().__init__(file, encoding="latin1")
+        self.file, self.size = file, Path(file.name).stat().st_size
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in, or no."""
+        top = module.split(".")
+        found = NAMES.get((name, top[-1]))
+        if found is None or top[0] not in ("numpy", "_codecs"):
+            raise Refused(f"{module}.{name}")
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Nothing lies outside of the file."""
+        raise Refused("a persistent object")
+
+    def get_extension(self, code: int) -> Any:
+        """There is no registry."""
+        raise Refused(f"extension {code}")
+
+    def _place(self, length: int) -> np.ndarray | None:
+        """Map and skip a large object that lies in the file as it is (pickles put no large one into a frame)."""
+        frame = self._unframer.current_frame
+        if length < LARGE or (frame is not None and frame.tell() < len(frame.getbuffer())):
+            return None
+        offset = self.file.tell()
+        if offset + length > self.size:
+            raise EOFError
+        self.file.seek(length, io.SEEK_CUR)
+        return np.memmap(self.file.name, np.uint8, "r", offset, (length,))
+
+    def _bytes(self, width: int) -> None:
+        length = int.from_bytes(self.read(width), "little")
+        mapped = self._place(length)
+        self.append(self.read(length) if mapped is None else mapped)
+
+    def _text(self, width: int) -> None:
+        """Protocol 2 writes bytes as text, one character a byte: large ones are turned back by way of a file."""
+        length = int.from_bytes(self.read(width), "little")
+        mapped = self._place(length)
+        if mapped is None:
+            self.append(str(self.read(length), "utf-8", "surrogatepass"))
+            return
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with tempfile.TemporaryFile() as plain:
+            for begin in range(0, length, CHUNK):
+                piece = mapped[begin : begin + CHUNK].tobytes()
+                plain.write(decoder.decode(piece, final=begin + CHUNK >= length).encode("latin1"))
+            plain.flush()
+            self.append(np.memmap(plain, np.uint8, "r"))  # outlives the file
+
+
+for opcode, reader, width in (
+    (pickle.BINBYTES, Unpickler._bytes, 4),
+    (pickle.BINBYTES8, Unpickler._bytes, 8),
+    (pickle.BYTEARRAY8, Unpickler._bytes, 8),
+    (pickle.BINUNICODE, Unpickler._text, 4),
+    (pickle.BINUNICODE8, Unpickler._text, 8),
+):
+    Unpickler.dispatch[opcode[0]] = lambda self, reader=reader, width=width: reader(self, width)
+
+
+def load(path: str | Path) -> Any:
+    """The plain data of a pickle; large arrays are read-only memory maps of the file.
+
+    Raises:
+        UserError: no such file, no pickle, cut off, or something in it that is no plain data.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _plain(Unpickler(file).load(), {})
+    except Refused as error:
+        raise UserError(
+            f"{path}: holds {error}, but a feature file holds arrays, numbers, strings, lists and dicts only — "
+            "it was not run; get the file from a source you trust"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:
+        # a broken pickle can fail in any way
+        raise UserError(f"{path}: no complete pickle ({type(error).__name__}) — copy it again") from None
+
+
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Stand-ins → arrays, everywhere; shared parts stay shared."""
+    if id(value) in done:
+        return done[id(value)][1]
+    result = value
+    if isinstance(value, Array):
+        result = _plain(value.value(), done)
+    elif isinstance(value, dict):
+        result = {_plain(k, done): _plain(v, done) for k, v in value.items()}
+    elif isinstance(value, list | tuple):
+        result = [_plain(v, done) for v in value]
+    elif not isinstance(value, np.ndarray | str | bytes | bytearray | int | float | bool | type(None)):
+        raise Refused(f"a {type(value).__name__}")
+    done[id(value)] = (value, result)  # the value itself, too: its id must stay its own
+    return result

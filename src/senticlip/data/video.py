@@ -1,0 +1,204 @@
+"""A clip, or a piece of a film → frames evenly spaced in time; and what there is to know about a video file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from torch import Tensor
+
+from senticlip.data.decode import Decoder
+from senticlip.structures import UsageError, UserError
+
+
+class Frames(NamedTuple):
+    """``pixels`` uint8 k×3×H×W as they are displayed (k×3×S×S if a size was asked for); ``times`` k, in seconds."""
+
+    pixels: np.ndarray
+    times: np.ndarray
+
+
+class VideoInfo(NamedTuple):
+    """What a video file says, and what is there.
+
+    ``duration`` in seconds; ``width`` and ``height`` as displayed; ``subtitle_tracks`` a name each; ``problem`` is a
+    line for the user where not all that is promised is there (None: all well).
+    """
+
+    duration: float
+    width: int
+    height: int
+    fps: float
+    has_audio: bool
+    subtitle_tracks: list[str]
+    codec: str
+    problem: str | None
+
+
+class VideoReader:
+    """One open video that serves many pieces; those in increasing time order cost the least.
+
+    Time 0 is where a player shows 0:00 (the start of the file's first stream). A frame is shown from its own time until
+    the next frame's; before the first frame the first is taken, after the last the last.
+
+    Raises:
+        UserError: on opening, where the file is missing, empty, no video, or nothing of it can be decoded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._decoder = Decoder(self.path)
+        tick, zero = self._decoder.tick, self._decoder.container.start_time
+        start = (self._decoder.stream.start_time or 0) * tick
+        # the container's start is told in microseconds, the stream's in its own unit: the finer one, where they agree
+        self._zero = start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
+        self._start = max(start - self._zero, Fraction(0))
+        self._end = max(self._decoder.end * tick - self._zero, self._start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._decoder.close()
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last that is in the file."""
+        return float(self._end - self._start)
+
+    def read(
+        self,
+        frames: int = 6,
+        start: float | None = None,
+        end: float | None = None,
+        times: Sequence[float] | None = None,
+        size: int | None = None,
+    ) -> Frames:
+        """See :func:`read_frames`."""
+        wanted = list(times) if times is not None else self._spaced(frames, start, end)
+        order = sorted(range(len(wanted)), key=wanted.__getitem__)
+        # a hair more than nothing, or a time that was rounded down misses the frame that begins there
+        stamps = [floor((Fraction(wanted[i]) + self._zero) / self._decoder.tick + Fraction(1, 1000)) for i in order]
+        pixels: dict[int, np.ndarray] = {}
+        shown: list[int] = [0] * len(wanted)
+        shape: tuple[int, ...] = ()
+        for i, (stamp, frame) in zip(order, self._decoder.frames(stamps), strict=True):
+            shown[i] = stamp
+            if stamp not in pixels:
+                picture = upright(frame, shape if size is None else ())
+                shape = shape or picture.shape
+                pixels[stamp] = picture if size is None else resize(picture[None], size)[0].numpy()
+        keep = shown if times is not None else sorted(pixels)
+        height, width = shape[1:] if size is None and shape else (size or 0, size or 0)
+        stack = np.stack([pixels[stamp] for stamp in keep]) if keep else np.zeros((0, 3, height, width), np.uint8)
+        return Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
+
+    def _spaced(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
+        """t_i = start + (i + ½)·T/m; a piece that reaches beyond the video is cut at its end."""
+        if frames < 1:
+            raise UsageError(f"{self.path}: {frames} frames asked for — ask for at least 1")
+        first = self._start if start is None else Fraction(start)
+        last = self._end if end is None else min(Fraction(end), self._end)
+        if end is not None and end < first:
+            raise UserError(f"{self.path}: the piece ends at {end} s, before its start {float(first)} s — swap them")
+        if start is not None and first >= self._end:
+            raise UserError(f"{self.path}: no frame at {start:.2f} s, the video ends at {float(self._end):.2f} s")
+        return [first + (2 * i + 1) * (last - first) / (2 * frames) for i in range(frames)]
+
+    def _seconds(self, stamp: int) -> float:
+        return float(stamp * self._decoder.tick - self._zero)
+
+
+def read_frames(
+    path: str | Path,
+    frames: int = 6,
+    start: float | None = None,
+    end: float | None = None,
+    times: Sequence[float] | None = None,
+    size: int | None = None,
+) -> Frames:
+    """The frames that are shown at t_i = (i + ½)·T/m, where T is the duration of the clip, or of the piece of it.
+
+    Args:
+        path: any video file that FFmpeg reads.
+        frames: m; where the piece has fewer distinct frames, all of these k < m.
+        start: where the piece begins, seconds (a player's clock); the start of the video if None.
+        end: where it ends.
+        times: these times instead, a frame for each, also where two of them show the same one.
+        size: squash every frame to size×size as it comes (8K frames are then never together in memory).
+
+    Raises:
+        UserError: not a readable video; nothing in it decodes; a piece beyond its end. Of a file that was cut off you
+            get the frames that are there (``probe(path).problem`` tells).
+        UsageError: fewer than one frame asked for.
+    """
+    with VideoReader(path) as reader:
+        reader._decoder.alone = True
+        return reader.read(frames, start, end, times, size)
+
+
+def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Tensor:
+    """Squash uint8 frames k×3×H×W (or k of 3×H×W) to k×3×S×S: antialiased bicubic, as PIL does, within 1/255."""
+    if not len(pixels):
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    if not isinstance(pixels, (np.ndarray, Tensor)):
+        return torch.cat([resize(frame[None], size) for frame in pixels])
+    frames = torch.as_tensor(pixels)
+    if frames.shape[-2:] != (size, size):
+        # PIL's path for channels that lie side by side is the fastest
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        frames = torch.nn.functional.interpolate(frames, (size, size), mode="bicubic", antialias=True)
+    return frames.contiguous()
+
+
+def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """A decoded frame as uint8 RGB 3×H×W (a view of H×W×3), turned and mirrored as its display matrix says.
+
+    ``shape``: the 3×H×W that it must have; a frame of another size (some streams change it) is stretched to it.
+    """
+    a, b, c, d = 1, 0, 0, 1
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    turned = abs(b) > abs(a)
+    height, width = (shape[2:0:-1] if turned else shape[1:]) if shape else (frame.height, frame.width)
+    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
+    if turned:
+        # a pixel at (x, y) is shown at (c·y, b·x)
+        rgb, a, d = rgb.transpose(1, 0, 2), c, b
+    rgb = rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(rgb).transpose(2, 0, 1)
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Open a file, decode its first frame and look for its last packet.
+
+    Raises:
+        UserError: not a readable video, or nothing in it decodes.
+    """
+    with VideoReader(path) as reader:
+        decoder = reader._decoder
+        streams = decoder.container.streams
+        codec, has_audio = decoder.stream.codec_context.name, bool(streams.audio)
+        names = [
+            " ".join(filter(None, (track.language, track.metadata.get("title"), f"({track.codec_context.name})")))
+            for track in streams.subtitles
+        ]
+        rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
+        _, height, width = reader.read(times=[float(reader._start)]).pixels.shape[1:]
+        promised = float((decoder.stream.duration or 0) * decoder.tick)
+        problem = None
+        if reader.duration < promised - max(0.5, 2 / (rate or 25)):
+            problem = f"{path}: cut off, {reader.duration:.1f} s of {promised:.1f} s are there — copy it again"
+        return VideoInfo(reader.duration, width, height, rate, has_audio, names, codec, problem)

@@ -1,0 +1,123 @@
+"""Where pretrained encoders come from: a folder, a hub id, or (random weights) the sizes of the encoders we know.
+
+Everything past this file sees a local folder or a plain ``spec`` (a JSON dict that rebuilds the architecture offline).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from senticlip.structures import UsageError
+
+OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+SHIPPED = "senticlip/"
+"""What an encoder's name begins with if it lies in this package: senticlip/towers/vision, the demo's."""
+BERT_BASE = {"model_type": "bert", "vocab_size": 21128}
+CLIP_TEXT = {"model_type": "chinese_clip_text_model", "vocab_size": 21128}
+
+# The sizes of the encoders of the paper, so that each can be built with random weights where no hub is reachable.
+KNOWN: dict[str, dict[str, Any]] = {
+    "OFA-Sys/chinese-clip-vit-base-patch16": {
+        "model_type": "chinese_clip",
+        "projection_dim": 512,
+        "text_config": CLIP_TEXT,
+        "vision_config": {"patch_size": 16},
+    },
+    "hfl/chinese-roberta-wwm-ext": BERT_BASE,
+    "hfl/chinese-macbert-base": BERT_BASE,
+    "bert-base-chinese": BERT_BASE,
+    "nghuyong/ernie-3.0-base-zh": {
+        "model_type": "ernie",
+        "vocab_size": 40000,
+        "type_vocab_size": 4,
+        "max_position_embeddings": 2048,
+        "use_task_id": True,
+        "task_type_vocab_size": 3,
+    },
+    "voidful/albert_chinese_base": {
+        "model_type": "albert",
+        "vocab_size": 21128,
+        "embedding_size": 128,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "intfloat/multilingual-e5-small": {
+        "model_type": "bert",
+        "vocab_size": 250037,
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+}
+
+
+def fetch(name: str, key: str) -> Path:
+    """The local folder of an encoder: ``name`` itself if it is one, else the hub's snapshot, from disk if it is there.
+
+    Args:
+        name: a folder or a hub id.
+        key: the config key it came from, for the message.
+
+    Raises:
+        UsageError: no such folder or hub id, or no network (at once: the hub's own retries take minutes).
+    """
+    if name.startswith(SHIPPED):
+        return Path(__file__).parents[1] / name.removeprefix(SHIPPED)
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"{key}: no folder {name} — give a folder with config.json or a hub id")
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    hub = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    random = f"--set {key.rsplit('.')[0]}.pretrained=false"
+    advice = f"set a local folder instead: --set {key}=FOLDER (or random weights: {random})"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UsageError(f"{key}: {name} is not on this disk and HF_HUB_OFFLINE is set; {advice}")
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()
+    except OSError:
+        raise UsageError(f"{key}: {name} is not on this disk and {hub.hostname} cannot be reached; {advice}") from None
+    try:
+        files = list_repo_files(name)
+        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", weights]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UsageError(f"{key}: the hub has no {name} for you ({type(error).__name__}); {advice}") from None
+
+
+def read_config(folder: Path, key: str) -> dict[str, Any]:
+    """The ``config.json`` of an encoder's folder."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"{key}: {folder} holds no readable config.json — it is no encoder's folder") from None
+
+
+def hf_config(data: dict[str, Any]) -> Any:
+    """A transformers config from plain data (its ``model_type`` says which)."""
+    from transformers import AutoConfig
+
+    rest = {name: value for name, value in data.items() if name not in ("model_type", "architectures", "dtype")}
+    return AutoConfig.for_model(data["model_type"], **rest)
+
+
+def load_pretrained(module: Any, weights: dict[str, Any], key: str) -> None:
+    """Load ``weights`` into ``module``, exactly; tensors that the module has no use for are left."""
+    own = module.state_dict()
+    missing = sorted(set(own) - set(weights))
+    if missing:
+        raise UsageError(f"{key}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    module.load_state_dict({name: weights[name] for name in own})

@@ -1,0 +1,85 @@
+"""Prompted class names → C×d (eq. 3 and 5): CLIP's text tower, or another text encoder.
+
+Frozen, they are computed once and only the result is kept; trained, the tower stays and reads them at each step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.encoders import hub
+from senticlip.encoders.text import build_body, load_body
+
+
+class LabelEncoder(nn.Module):
+    """The C label vectors. CLIP: [CLS] state × text projection, no pooler; other encoders: the mean of the states.
+
+    Args:
+        spec: of the encoder; ``clip`` is true for a Chinese-CLIP model.
+        shape: C×n of the prompts' ids.
+        train: keep the tower and compute the vectors at each step.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    states: Tensor
+
+    def __init__(self, spec: dict[str, Any], shape: tuple[int, int], train: bool) -> None:
+        super().__init__()
+        self.clip = spec.get("model_type") == "chinese_clip"
+        config = hub.hf_config(spec)
+        self.dim: int = config.projection_dim if self.clip else config.hidden_size
+        self.trained = train
+        if train:
+            self.tower = LabelTower(spec)
+            self.register_buffer("ids", torch.zeros(shape, dtype=torch.long))
+            self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
+        else:
+            self.register_buffer("states", torch.zeros(shape[0], self.dim))
+
+    def start(self, spec: dict[str, Any], folder: Path | None, ids: Tensor, mask: Tensor) -> None:
+        """Load the tower and read the prompts; ids and mask C×n."""
+        tower = self.tower if self.trained else LabelTower(spec)
+        if folder is not None:
+            tower.load_folder(folder)
+        if self.trained:
+            self.ids.copy_(ids)
+            self.mask.copy_(mask)
+        else:
+            with torch.no_grad():
+                self.states.copy_(tower.eval()(ids, mask))
+
+    def forward(self) -> Tensor:
+        """The label vectors C×d."""
+        return self.tower(self.ids, self.mask) if self.trained else self.states
+
+
+class LabelTower(nn.Module):
+    """Ids and mask C×n → C×d."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.body: Any = build_body(spec)
+        self.projection: nn.Linear | None = None
+        if spec.get("model_type") == "chinese_clip":
+            self.projection = nn.Linear(self.body.config.hidden_size, hub.hf_config(spec).projection_dim, bias=False)
+
+    def load_folder(self, folder: Path) -> None:
+        """Load the folder's weights."""
+        from transformers import ChineseCLIPModel
+
+        self.body.load_state_dict(load_body(folder, "label.encoder").state_dict())
+        if self.projection is not None:
+            source = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32)
+            self.projection.load_state_dict(source.text_projection.state_dict())
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode the prompts."""
+        states = self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # C×n×h
+        if self.projection is not None:
+            return self.projection(states[:, 0])
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -1,0 +1,149 @@
+"""Text → states: PIFT (eq. 4), a prompt prefix before the word vectors of a pretrained encoder.
+
+Lai et al. 2023, "基于提示嵌入的突发公共卫生事件微博文本情感分析"; the reading is in docs/equations.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.config import TextConfig
+from senticlip.encoders import hub
+from senticlip.structures import Sequence, UsageError
+
+
+def build_body(spec: dict[str, Any]) -> Any:
+    """The bare transformers text encoder of a spec, without a pooler; a Chinese-CLIP spec gives its text tower."""
+    from transformers import AutoModel, ChineseCLIPTextModel
+
+    config = hub.hf_config(spec)
+    if config.model_type == "chinese_clip":
+        return ChineseCLIPTextModel(config.text_config, add_pooling_layer=False)
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=False)
+    except TypeError:
+        return AutoModel.from_config(config)
+
+
+def load_body(folder: Path, key: str = "text.encoder") -> Any:
+    """The same with the folder's weights, in float32."""
+    from transformers import AutoModel, ChineseCLIPModel
+
+    spec = hub.read_config(folder, key)
+    body = build_body(spec)
+    if spec.get("model_type") == "chinese_clip":
+        source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32).text_model
+    else:
+        pooler = {"add_pooling_layer": False} if getattr(body, "pooler", True) is None else {}
+        source = AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler)
+    hub.load_pretrained(body, source.state_dict(), key)
+    return body
+
+
+def text_spec(config: Any, key: str = "text.encoder") -> tuple[dict[str, Any], Path | None]:
+    """The JSON spec of an encoder and its folder (None: an encoder we know, with random weights, offline).
+
+    Args:
+        config: anything with ``encoder`` and ``pretrained``.
+        key: the config key, for messages.
+    """
+    if not config.pretrained and config.encoder in hub.KNOWN:
+        return hub.KNOWN[config.encoder], None
+    folder = hub.fetch(config.encoder, key)
+    spec = hub.read_config(folder, key)
+    if "model_type" not in spec:
+        raise UsageError(f"{key}: {config.encoder} is no text encoder (its config.json names no model_type)")
+    return spec, folder
+
+
+def spec_width(spec: dict[str, Any]) -> int:
+    """The width of the states that a spec's encoder gives."""
+    config = hub.hf_config(spec)
+    return getattr(config, "text_config", config).hidden_size
+
+
+def load_tokenizer(folder: Path | None) -> Any:
+    """The tokenizer of a folder; without one, a character tokenizer that covers the common Chinese characters."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    if folder is not None:
+        return AutoTokenizer.from_pretrained(folder)
+    characters = [
+        chr(code)
+        for code in (*range(0x21, 0x7F), *range(0x3000, 0x3020), *range(0x4E00, 0x9FA6), *range(0xFF01, 0xFF20))
+    ]
+    return BertTokenizer(
+        vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters])}
+    )
+
+
+def tokenize(tokenizer: Any, texts: list[str | None], max_length: int) -> tuple[Tensor, Tensor]:
+    """Texts → ids B×n (int64) and mask B×n; a missing text (None) is a row without a True."""
+    if all(text is None for text in texts):
+        return torch.zeros(len(texts), 1, dtype=torch.long), torch.zeros(len(texts), 1, dtype=torch.bool)
+    encoded = tokenizer(
+        [text or "" for text in texts], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    present = torch.tensor([text is not None for text in texts])[:, None]
+    return encoded["input_ids"], encoded["attention_mask"].bool() & present
+
+
+class TextEncoder(nn.Module):
+    """[CLS] + p prompt vectors + the characters → states of [CLS] and the characters.
+
+    The prompt is learned (a p×e parameter that starts from the word vectors of ``prefix_text``), discrete (those words
+    themselves) or none. Its states are dropped, so the characters keep their offsets.
+
+    Shape:
+        ids B×n, mask B×n → Sequence B×n×d
+    """
+
+    def __init__(self, spec: dict[str, Any], config: TextConfig, prompt: str, prompt_length: int) -> None:
+        super().__init__()
+        self.body: Any = build_body(spec)
+        words = self.body.get_input_embeddings()
+        self.dim: int = self.body.config.hidden_size
+        self.prefix = (
+            nn.Parameter(0.02 * torch.randn(config.prefix_length, words.embedding_dim)) if prompt == "learned" else None
+        )
+        if prompt == "discrete":
+            self.prompt_ids: Tensor
+            self.register_buffer("prompt_ids", torch.zeros(prompt_length, dtype=torch.long))
+        length = {"learned": config.prefix_length, "discrete": prompt_length, "none": 0}[prompt]
+        limit = getattr(self.body.config, "max_position_embeddings", 0) - length
+        if config.max_length > limit:
+            raise UsageError(
+                f"text.max_length: {config.max_length} is more than the encoder's positions allow ({limit})"
+            )
+
+    def start_prompt(self, ids: Tensor) -> None:
+        """Give the prompt its words: ``ids`` p (learned: repeated to the length of the prefix)."""
+        if self.prefix is not None:
+            words = self.body.get_input_embeddings().weight.detach()
+            with torch.no_grad():
+                self.prefix.copy_(words[ids.repeat(len(self.prefix) // len(ids) + 1)[: len(self.prefix)]])
+        elif hasattr(self, "prompt_ids"):
+            self.prompt_ids.copy_(ids)
+
+    def forward(self, text: Sequence) -> Sequence:
+        """Encode B×n ids; a row without text gives finite states under an all-False mask."""
+        ids, mask = text
+        ids = ids.masked_fill(~mask, self.body.config.pad_token_id or 0)
+        seen = mask.clone()
+        seen[:, 0] = True  # attention over an all-masked row is NaN
+        words = self.body.get_input_embeddings()
+        x = words(ids)  # B×n×e
+        prompt = (
+            self.prefix if self.prefix is not None else words(self.prompt_ids) if hasattr(self, "prompt_ids") else None
+        )
+        if prompt is None:
+            return Sequence(self.body(inputs_embeds=x, attention_mask=seen.long()).last_hidden_state, mask)
+        p = len(prompt)
+        x = torch.cat([x[:, :1], prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], 1)  # B×(1+p+n-1)×e
+        seen = torch.cat([seen[:, :1], seen.new_ones(x.shape[0], p), seen[:, 1:]], 1)
+        states = self.body(inputs_embeds=x, attention_mask=seen.long()).last_hidden_state
+        return Sequence(torch.cat([states[:, :1], states[:, 1 + p :]], 1), mask)  # B×n×d

@@ -1,0 +1,156 @@
+"""Frames → states (eq. 6 and 7): the image tower of Chinese-CLIP, or any timm network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.config import VisionConfig
+from senticlip.encoders import hub
+from senticlip.structures import Sequence, UsageError
+
+
+def vision_spec(config: VisionConfig) -> tuple[dict[str, Any], Path | None]:
+    """The JSON spec of the network (config, pixel size, mean, std, width) and its folder if its weights are wanted."""
+    known = config.encoder in hub.KNOWN or _timm_name(config.encoder) is not None
+    if config.pretrained or Path(config.encoder).is_dir() or not known:
+        folder = hub.fetch(config.encoder, "vision.encoder")
+        data = hub.read_config(folder, "vision.encoder")
+        weights = folder if config.pretrained else None
+    else:
+        folder, weights = None, None
+        data = hub.KNOWN.get(config.encoder) or {"architecture": _timm_name(config.encoder)}
+    if data.get("model_type") == "chinese_clip":
+        return _clip_spec(data, folder, config.size), weights
+    if "architecture" in data:
+        return _timm_spec(data, config.size), weights
+    raise UsageError(f"vision.encoder: {config.encoder} is neither a Chinese-CLIP model nor a timm network")
+
+
+def _clip_spec(data: dict[str, Any], folder: Path | None, size: int | None) -> dict[str, Any]:
+    sizes = hub.hf_config(data)
+    mean, std = hub.OPENAI_MEAN, hub.OPENAI_STD
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        import json
+
+        processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
+    own = sizes.vision_config.image_size
+    return {
+        "kind": "chinese_clip",
+        "config": data,
+        "size": size or own,
+        "mean": mean,
+        "std": std,
+        "dim": sizes.projection_dim,
+    }
+
+
+def _timm_name(encoder: str) -> str | None:
+    """The timm architecture that an id names (``timm/vit_base_patch32_224.augreg`` too), or None."""
+    import timm
+
+    name = encoder.rsplit("/", 1)[-1].split(".")[0]
+    return name if timm.is_model(name) else None
+
+
+def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
+    import timm
+
+    found: Any = timm.get_pretrained_cfg(data["architecture"])
+    pretrained = data.get("pretrained_cfg") or found.to_dict()
+    spec = {
+        "kind": "timm",
+        "config": {"architecture": data["architecture"], "model_args": data.get("model_args") or {}},
+        "size": size or pretrained["input_size"][-1],
+        "mean": list(pretrained["mean"]),
+        "std": list(pretrained["std"]),
+    }
+    with torch.device("meta"):
+        body = _timm_body(spec)
+    return {**spec, "dim": getattr(body, "head_hidden_size", None) or body.num_features}
+
+
+class VisionEncoder(nn.Module):
+    """One state per frame.
+
+    Only real frames are computed, so padding can change nothing, not even a batch norm.
+
+    Shape:
+        pixels B×m×3×H×W uint8 (squashed to size×size), mask B×m → Sequence B×m×d
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.kind, self.size = spec["kind"], spec["size"]
+        self.dim: int = spec["dim"]
+        self.projection: nn.Module = nn.Identity()
+        if self.kind == "chinese_clip":
+            from transformers import ChineseCLIPVisionModel
+
+            config = hub.hf_config(spec["config"])
+            self.body: Any = ChineseCLIPVisionModel(config.vision_config)
+            self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+            self.resized = self.size != config.vision_config.image_size
+        else:
+            self.body = _timm_body(spec)
+        self.register_buffer("mean", 255 * torch.tensor(spec["mean"])[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(spec["std"])[:, None, None])
+
+    def load_folder(self, folder: Path) -> None:
+        """Load the folder's weights."""
+        if self.kind == "chinese_clip":
+            from transformers import ChineseCLIPModel
+
+            source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32)
+            hub.load_pretrained(self.body, source.vision_model.state_dict(), "vision.encoder")
+            self.projection.load_state_dict(source.visual_projection.state_dict())
+        else:
+            import timm
+
+            # timm fits position embeddings to the image size, so it does the loading
+            fitted = {"img_size": self.size} if _takes_size(self.body) else {}
+            source = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **fitted)
+            hub.load_pretrained(self.body, source.state_dict(), "vision.encoder")
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """N×3×H×W in 0 … 255 → what the network was trained on."""
+        return (pixels.to(self.std.dtype) - self.mean) / self.std
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """N×3×H×W normalised → N×d."""
+        if self.kind == "chinese_clip":
+            pixels = self.body(pixel_values=pixels, interpolate_pos_encoding=self.resized).pooler_output
+            return self.projection(pixels)
+        # twice as fast for convolutions on the CPU, and no slower elsewhere
+        return self.body(pixels.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, vision: Sequence) -> Sequence:
+        """Encode the real frames; the others are zero."""
+        pixels, mask = vision
+        if not mask.any():
+            return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
+        states = self.images(self.normalize(pixels[mask]))  # N×d
+        out = states.new_zeros(*mask.shape, self.dim)
+        return Sequence(out.masked_scatter(mask[..., None], states), mask)  # B×m×d
+
+
+def _takes_size(body: nn.Module) -> bool:
+    """Whether a timm network has position embeddings, that is, one image size."""
+    return hasattr(body, "pos_embed")
+
+
+def _timm_body(spec: dict[str, Any]) -> Any:
+    import timm
+
+    name, args = spec["config"]["architecture"], dict(spec["config"]["model_args"])
+    body = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    if _takes_size(body):
+        body = timm.create_model(name, pretrained=False, num_classes=0, **{**args, "img_size": spec["size"]})
+    return body

@@ -1,0 +1,239 @@
+"""A RUN → one ONNX file with everything in it (graph, tokenizer, labels, sizes), and the model face of such a file.
+
+``senticlip.load("F.onnx")`` answers as the RUN does; examples/onnx_only.py reads the file without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from senticlip.config import from_dict
+from senticlip.models.base import SentimentModel
+from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError
+
+FORMAT = 1
+
+
+class Graph(nn.Module):
+    """What is exported: tensors in, tensors out, and no step that depends on what is in them.
+
+    Shape:
+        text, text_mask B×n; vision B×m×3×S×S uint8, vision_mask B×m (those that the model has) →
+        log_probs B×C, then for each head logits B×C, then for each head weights B
+    """
+
+    def __init__(self, model: SentimentModel) -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(model.encoders)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Encode every frame, the padded ones too: the network reads none of them."""
+        features = {}
+        for name, values, mask in zip(self.names, inputs[::2], inputs[1::2], strict=True):
+            encoder: Any = self.model.encoders[name]
+            if name == "vision":
+                states = encoder.images(encoder.normalize(values.flatten(0, 1)))
+                features[name] = Sequence(states.unflatten(0, mask.shape), mask)
+            else:
+                features[name] = encoder(Sequence(values, mask))
+        output = self.model.fuse(Batch(features, {}))
+        assert output.log_probs is not None
+        return (output.log_probs, *output.logits.values(), *output.weights.values())
+
+
+def export(run: str | Path, out: str | Path, int8: bool = False) -> dict[str, Any]:
+    """Write a RUN as an ONNX file with dynamic batch, frames and text length.
+
+    Args:
+        run: the RUN folder.
+        out: the file.
+        int8: weights as int8, activations quantised as they come (matrix products only).
+
+    Raises:
+        UsageError: onnx is not installed, or a model that reads feature files or gives a score.
+        UserError: the RUN or the file cannot be read or written.
+    """
+    onnx = _need("onnx")
+    from senticlip.predictor import Predictor
+
+    predictor = Predictor(run, "cpu")
+    model, config = predictor.model, predictor.config
+    if set(config.modalities) != set(model.encoders) or config.model != "clip_ca_msa":
+        raise UsageError(f"{run}: only CLIP-CA-MSA of text and video is exported, not {config.model} on features")
+    about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": list(model.encoders)}
+    about["experiment"] = config.to_dict()
+    about["temperature"] = model.network.temperature.tolist()
+    if "vision" in model.encoders:
+        about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
+    tokenizer = ""
+    if predictor.tokenizer is not None:
+        about |= {"max_length": config.text.max_length, "pad": int(predictor.tokenizer.pad_token_id or 0)}
+        tokenizer = predictor.tokenizer.backend_tokenizer.to_str()
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            made = Path(folder) / "model.onnx"
+            trace(model).save(str(made))
+            if int8:
+                made = _quantize(made)
+            proto = onnx.load(str(made))
+            onnx.helper.set_model_props(
+                proto, {"senticlip": json.dumps(about, ensure_ascii=False), "tokenizer": tokenizer}
+            )
+            onnx.save(proto, str(Path(folder) / "whole.onnx"))
+            os.replace(Path(folder) / "whole.onnx", out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
+    return {"file": str(out), "int8": int8, "bytes": out.stat().st_size}
+
+
+def trace(model: SentimentModel) -> Any:
+    """The ONNX program of a model."""
+    _need("onnxscript")
+    graph = Graph(model).eval().float()
+    names, inputs, shapes = [], [], []
+    rows = torch.export.Dim("batch")
+    for name in graph.names:
+        # a clip has at most as many frames as the model has temporal positions
+        most = model.experiment.vision.frames if name == "vision" else model.experiment.text.max_length
+        length = torch.export.Dim(f"{name}_length", min=1, max=most) if most > 1 else None
+        mask = torch.ones(2, min(3, most), dtype=torch.bool)
+        mask[1, 2:] = False
+        size = getattr(model.encoders[name], "size", 0)
+        pixels = torch.zeros(*mask.shape, 3, size, size, dtype=torch.uint8)
+        values = torch.ones(mask.shape, dtype=torch.long) if name == "text" else pixels
+        names += [name, f"{name}_mask"]
+        inputs += [values, mask]
+        shapes += [{0: rows} if length is None else {0: rows, 1: length}] * 2
+    heads = list(model.experiment.modalities)
+    outputs = ["log_probs", *(f"logits_{name}" for name in heads), *(f"weight_{name}" for name in heads)]
+    with _exportable():
+        return torch.onnx.export(
+            graph,
+            tuple(inputs),
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=(tuple(shapes),),
+            dynamo=True,
+            verbose=False,
+        )
+
+
+@contextmanager
+def _exportable() -> Iterator[None]:
+    """torch's fused Transformer layers have no ONNX form; and the exporter's chatter is not for users."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            for name in levels:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _quantize(path: Path) -> Path:
+    """Dynamic int8 of the matrix products; convolutions stay, they would get slower."""
+    _need("onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    made = path.with_name("int8.onnx")
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        quantize_dynamic(
+            str(path), str(made), weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
+        )
+    finally:
+        root.setLevel(level)
+    return made
+
+
+def _need(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError:
+        raise UsageError(f"ONNX needs {name}: pip install 'senticlip[onnx]'") from None
+
+
+class OnnxModel:
+    """An exported file with the face that the Predictor knows: ``model(batch)`` → Output, ``encoders``, ``experiment``.
+
+    Raises:
+        UserError: no such file, or none that ``senticlip export`` made.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        runtime = _need("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            found = self.session.get_modelmeta().custom_metadata_map
+            about = json.loads(found["senticlip"])
+        except Exception as error:
+            reason = str(error).splitlines()[0][:120]
+            raise UserError(f"{path}: not a file that senticlip export made ({reason})") from None
+        self.device = torch.device("cpu")
+        self.experiment = from_dict(about["experiment"])
+        self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in about["names"]}
+        self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
+        self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies in the file, or None."""
+        if not self._tokenizer:
+            return None
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer.from_str(self._tokenizer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
+
+    def __call__(self, batch: Batch, attention: bool = False) -> Output:
+        """Run the graph."""
+        if attention:
+            raise UsageError("attention maps come from the RUN folder, an ONNX file has none")
+        feed: dict[str, np.ndarray] = {}
+        for name in self.encoders:
+            values, mask = self._filled(name, batch)
+            feed[name], feed[f"{name}_mask"] = values.numpy(), mask.numpy()
+        log_probs, *rest = (torch.from_numpy(np.asarray(part)) for part in self.session.run(None, feed))
+        heads = list(self.experiment.modalities)
+        logits, weights = rest[: len(heads)], rest[len(heads) :]
+        return Output(dict(zip(heads, logits, strict=True)), log_probs, dict(zip(heads, weights, strict=True)))
+
+    def _filled(self, name: str, batch: Batch) -> Sequence:
+        """A modality of the batch; one that no row has is a position that is masked."""
+        if name in batch.modalities:
+            return batch.modalities[name]
+        rows = len(next(iter(batch.modalities.values())).mask)
+        size = self.encoders[name].size
+        empty = (
+            torch.zeros(rows, 1, dtype=torch.long)
+            if name == "text"
+            else torch.zeros(rows, 1, 3, size, size, dtype=torch.uint8)
+        )
+        return Sequence(empty, torch.zeros(rows, 1, dtype=torch.bool))

@@ -1,0 +1,116 @@
+"""Clips → an MMSA-style feature file (text, audio, vision) that any model, ours or MMSA's, can be trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from senticlip import runtime
+from senticlip.config import Config
+from senticlip.data.audio import audio_store
+from senticlip.data.loader import Rows
+from senticlip.data.mmsa import LABELS, SPLITS, write_features
+from senticlip.data.sims import read_clips
+from senticlip.encoders.text import load_tokenizer, text_spec, tokenize
+from senticlip.models import create_model
+from senticlip.sources import cache_root, clip_set
+from senticlip.structures import LABELS as CLASSES
+from senticlip.structures import Clip, UserError, polarity
+
+AUDIO_STEPS = 400
+"""MMSA's length of the sound on CH-SIMS; longer sounds are averaged down to it."""
+
+
+def features(
+    data: str | Path, out: str | Path, config: Config, protocol: str = "official", device: str | None = None
+) -> dict[str, Any]:
+    """Write the features of all clips of a data set.
+
+    Text: the states of ``config.text.encoder`` (frozen, with its discrete prompt or none). Vision: the states of
+    ``config.vision.encoder`` for each frame. Audio: 33 log-mel bands (MMSA's own are 33 LibROSA columns: F0, MFCC,
+    CQT), at most 400 steps.
+
+    Args:
+        data: a CH-SIMS folder, or a CSV of one's own.
+        out: the pickle.
+        config: which encoders.
+        protocol: official, tenth or video: which clip is in which split.
+        device: cpu, cuda, cuda:N.
+
+    Returns:
+        ``{"clips": …, "file": …}``
+    """
+    prompt = "none" if config.prompt == "none" else "discrete"
+    config = config.override(
+        {
+            "model": "lmf",
+            "modalities": ["text", "vision"],
+            "stages": {},
+            "options": {},
+            "text.train": "frozen",
+            "vision.train": "frozen",
+            "prompt": prompt,
+        }
+    )
+    clips = read_clips(data, None, protocol, config.seed)
+    lost = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
+    if lost:
+        raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split, a feature file needs both")
+    model = create_model(config).to(runtime.device(device)).eval()
+    tokenizer = load_tokenizer(text_spec(config.text)[1])
+    found = clip_set(clips, model, tokenizer)
+    stores = {**found.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
+    splits = {}
+    for split in SPLITS:
+        places = np.array([i for i, clip in enumerate(clips) if clip.split == split], dtype=np.int64)
+        chosen = [clips[i] for i in places]
+        splits[split] = {
+            "id": [clip.id.replace("/", "$_$") for clip in chosen],
+            "raw_text": [clip.text or "" for clip in chosen],
+            "text_bert": _tokens(tokenizer, chosen, config.text.max_length),
+            **_labels(chosen),
+        }
+        for name, store in stores.items():
+            splits[split] |= _padded(name, store, places, AUDIO_STEPS if name == "audio" else None)
+    write_features(out, splits)
+    return {"clips": len(clips), "file": str(out)}
+
+
+def _padded(name: str, store: Rows, places: np.ndarray, most: int | None) -> dict[str, Any]:
+    """Rows → values N×L×d float32, zero-padded, and lengths."""
+    rows = []
+    for place in places:
+        values, mask = store.gather(np.array([place]))
+        row = values[0][mask[0]].astype(np.float32)
+        if most and len(row) > most:
+            row = np.stack([part.mean(0) for part in np.array_split(row, most)])
+        rows.append(row)
+    width = store.gather(np.array([0]))[0].shape[2]
+    values = np.zeros((len(rows), max([1, *map(len, rows)]), width), np.float32)
+    for i, row in enumerate(rows):
+        values[i, : len(row)] = row
+    return {name: values, f"{name}_lengths": [len(row) for row in rows]}
+
+
+def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> np.ndarray:
+    """Ids, mask and token types, N×3×n: what MMSA gives to its own BERT."""
+    if not clips:
+        return np.zeros((0, 3, 1), np.float32)
+    ids, mask = tokenize(tokenizer, [clip.text for clip in clips], max_length)
+    return np.stack([ids.numpy(), mask.numpy(), np.zeros_like(ids.numpy())], 1).astype(np.float32)
+
+
+def _labels(clips: list[Clip]) -> dict[str, Any]:
+    """Scores; a label that no clip of the split has is left out, one that a single clip lacks is its M."""
+    scores = {}
+    for target, key in LABELS.items():
+        if any(target in clip.labels for clip in clips):
+            scores[key] = np.array([clip.labels.get(target, clip.labels["M"]) for clip in clips], np.float32)
+    classes = [polarity(clip.labels["M"]) for clip in clips]
+    return {
+        **scores,
+        "classification_labels": np.array(classes, np.float32),
+        "annotations": [CLASSES[c].capitalize() for c in classes],
+    }

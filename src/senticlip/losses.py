@@ -1,0 +1,75 @@
+"""Focal loss, and the two ways to add losses up (eq. 14 to 17 and Table 8): uncertainty | sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, gamma: float = 0.0, smoothing: float = 0.0, weight: Tensor | None = None
+) -> Tensor:
+    """Focal loss −(1−p)^γ log p of each row, B; γ = 0 is cross-entropy (Lin et al. 2017, eq. 4).
+
+    Args:
+        logits: B×C.
+        target: B class indices.
+        gamma: focus; (1−p)^γ uses the probability of the target class.
+        smoothing: label smoothing of the cross-entropy factor.
+        weight: C class weights; rows are not renormalised by them, so that averages over processes stay exact.
+    """
+    rows = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    if gamma:
+        p = logits.softmax(-1).gather(1, target[:, None])[:, 0]
+        # 1 − p can be a rounding below 0, and its power has no finite gradient at 0
+        rows = (1 - p).clamp_min(1e-8) ** gamma * rows
+    return rows if weight is None else rows * weight.to(rows.dtype)[target]
+
+
+class Uncertainty(nn.Module):
+    """Σ exp(−s_i) L_i + s_i / 2, s_i = log σ_i² (eq. 17; Kendall, Gal & Cipolla 2018, classification form).
+
+    The minimum over s_i is at s_i = ln 2 L_i. ``clamp`` runs after each step: a clamp in the forward pass would leave s
+    without a gradient outside of it.
+    """
+
+    LIMIT = 5.0
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.s = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
+
+    def forward(self, losses: dict[str, Tensor]) -> Tensor:
+        """Scalar losses by name → scalar."""
+        return torch.stack([torch.exp(-self.s[name]) * loss + self.s[name] / 2 for name, loss in losses.items()]).sum()
+
+    def weights(self, names: list[str]) -> Tensor:
+        """exp(−s) of each name, not normalised."""
+        return torch.exp(-torch.stack([self.s[name] for name in names]))
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep s in ± LIMIT."""
+        for s in self.s.values():
+            s.clamp_(-self.LIMIT, self.LIMIT)
+
+
+class WeightedSum(nn.Module):
+    """Eq. 14 with μ = 1."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+
+    def forward(self, losses: dict[str, Tensor]) -> Tensor:
+        """Scalar losses by name → scalar."""
+        return torch.stack(list(losses.values())).sum()
+
+    def weights(self, names: list[str]) -> Tensor:
+        """Equal weights."""
+        return torch.ones(len(names))
+
+    def clamp(self) -> None:
+        """Nothing to keep."""
+
+
+LOSSES = {"uncertainty": Uncertainty, "sum": WeightedSum}

@@ -1,0 +1,210 @@
+"""What is measured: pure functions on numpy arrays, fractions in [0, 1] (never per cent).
+
+Classes are indices into LABELS. Regression scores are in label units and follow MMSA's definitions for CH-SIMS
+(github.com/thuiar/MMSA, ``utils/metricsTop.py``). Bootstraps: Efron & Tibshirani, An Introduction to the Bootstrap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from senticlip.structures import LABELS
+
+ACC_3_BINS = (-0.1, 0.1)
+"""MMSA's Acc-3 cuts: negative (-1, -0.1], neutral (-0.1, 0.1], positive (0.1, 1]."""
+
+ACC_5_BINS = (-0.7, -0.1, 0.1, 0.7)
+"""MMSA's Acc-5 cuts."""
+
+
+def score_class(score: ArrayLike, bins: tuple[float, ...] = ACC_3_BINS) -> NDArray[np.int64]:
+    """The class of each score (clipped to [-1, 1]); an upper edge belongs to the class below it, as in MMSA."""
+    return np.digitize(np.clip(np.asarray(score, dtype=np.float64), -1, 1), bins, right=True)
+
+
+def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int = len(LABELS)) -> NDArray[np.int64]:
+    """C×C counts: rows are the truth, columns the prediction."""
+    cells = np.asarray(truth, dtype=np.int64) * classes + np.asarray(predicted, dtype=np.int64)
+    return np.bincount(cells.ravel(), minlength=classes * classes).reshape(classes, classes)
+
+
+def classification(
+    truth: ArrayLike, predicted: ArrayLike, probabilities: ArrayLike | None = None, labels: tuple[str, ...] = LABELS
+) -> dict[str, Any]:
+    """Accuracy, macro and weighted P, R, F1, per class, the confusion matrix, ECE (None without ``probabilities``).
+
+    Args:
+        truth: n class indices.
+        predicted: n class indices.
+        probabilities: n×C, each row sums to 1.
+        labels: the names of the C classes.
+
+    Macro means run over the classes that occur in truth or prediction; 0/0 counts as 0 (both as scikit-learn does).
+    """
+    counts = confusion(truth, predicted, len(labels))
+    scores = from_confusion(counts)
+    support = counts.sum(1)
+    per_class = {
+        label: {
+            "precision": float(scores["class_precision"][i]),
+            "recall": float(scores["class_recall"][i]),
+            "f1": float(scores["class_f1"][i]),
+            "support": int(support[i]),
+        }
+        for i, label in enumerate(labels)
+    }
+    names = ("accuracy", "macro_f1", "weighted_f1", "precision", "recall", "weighted_precision", "weighted_recall")
+    return {
+        **{name: float(scores[name]) for name in names},
+        "per_class": per_class,
+        "confusion": counts.tolist(),
+        "ece": None if probabilities is None else calibration(truth, probabilities)["ece"],
+        "n": int(counts.sum()),
+    }
+
+
+def from_confusion(counts: ArrayLike) -> dict[str, NDArray[np.float64]]:
+    """The scores of confusion matrices …×C×C, each as an array of shape … (``class_*``: …×C)."""
+    counts = np.asarray(counts, dtype=np.float64)
+    hits, truth, guesses = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    precision, recall, f1 = _ratio(hits, guesses), _ratio(hits, truth), _ratio(2 * hits, truth + guesses)
+    total, present = truth.sum(-1), (truth + guesses > 0).sum(-1)
+    scores = {"class_precision": precision, "class_recall": recall, "class_f1": f1}
+    scores |= {"accuracy": _ratio(hits.sum(-1), total)}
+    for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+        scores["macro_f1" if name == "f1" else name] = _ratio(values.sum(-1), present)
+        scores["weighted_" + name] = _ratio((values * truth).sum(-1), total)
+    return scores
+
+
+def calibration(truth: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> dict[str, Any]:
+    """Expected calibration error of the top class (Guo et al. 2017) and its reliability diagram.
+
+    Returns:
+        ``ece``, and per bin of equal width ``confidence``, ``accuracy`` (0 where empty) and ``count``.
+    """
+    truth, probabilities = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
+    top, right = probabilities.max(-1), probabilities.argmax(-1) == truth
+    place = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    confidence = _ratio(np.bincount(place, top, bins), count)
+    accuracy = _ratio(np.bincount(place, right, bins), count)
+    ece = float(_ratio((count * np.abs(accuracy - confidence)).sum(), count.sum()))
+    return {
+        "ece": ece,
+        "confidence": confidence.tolist(),
+        "accuracy": accuracy.tolist(),
+        "count": count.tolist(),
+    }
+
+
+def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:
+    """MAE, Corr, Acc-5, Acc-3, Acc-2 and F1 of scores in [-1, 1], by MMSA's definitions for CH-SIMS.
+
+    ``acc_2`` and ``f1_2`` (weighted) cut at ≤ 0 against > 0. ``acc_2_nonzero`` and ``f1_2_nonzero`` leave out the
+    clips whose true score is 0, another convention in use. Both sides are clipped to [-1, 1]. Corr of a constant is 0.
+    """
+    truth = np.clip(np.asarray(truth, dtype=np.float64), -1, 1)
+    score = np.clip(np.asarray(score, dtype=np.float64), -1, 1)
+    centred, spread = truth - truth.mean(), score - score.mean()
+    scale = np.sqrt((centred**2).sum() * (spread**2).sum())
+    result = {
+        "mae": float(np.abs(truth - score).mean()),
+        "corr": float(_ratio((centred * spread).sum(), scale)),
+        "acc_5": float((score_class(truth, ACC_5_BINS) == score_class(score, ACC_5_BINS)).mean()),
+        "acc_3": float((score_class(truth) == score_class(score)).mean()),
+    }
+    for suffix, rows in (("", np.ones(truth.shape, dtype=bool)), ("_nonzero", truth != 0)):
+        scores = from_confusion(confusion(truth[rows] > 0, score[rows] > 0, 2))
+        result |= {"acc_2" + suffix: float(scores["accuracy"]), "f1_2" + suffix: float(scores["weighted_f1"])}
+    return result
+
+
+def paired_bootstrap(
+    truth: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    groups: ArrayLike | None = None,
+    samples: int = 4000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """How much better ``first`` is than ``second`` on the same rows.
+
+    Args:
+        truth: n class indices.
+        first: n class indices, one system's answers.
+        second: n class indices, the other's.
+        groups: n ids. Rows of one id are drawn together: give the clip's id where the answers of several seeds are
+            pooled, so that k answers about one clip do not count as k clips.
+        samples: how many resamplings.
+        level: of the percentile interval.
+        seed: of the resampling.
+
+    Returns:
+        For ``accuracy`` and ``macro_f1``: ``difference``, ``low``, ``high`` and ``p`` (two-sided: twice the smaller
+        share of resamplings on either side of zero, at most 1).
+    """
+    classes = len(LABELS)
+    truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
+    cells = np.stack([truth * classes + first, truth * classes + second], 1)  # n×2
+    table = _by_group(cells, groups, classes)  # groups×2×C²
+    result = {}
+    drawn = from_confusion(_resample(table, samples, seed))
+    whole = from_confusion(table.sum(0).reshape(2, classes, classes))
+    for name in ("accuracy", "macro_f1"):
+        differences = drawn[name][:, 0] - drawn[name][:, 1]
+        low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+        tail = min((differences <= 0).mean(), (differences >= 0).mean())
+        result[name] = {
+            "difference": float(whole[name][0] - whole[name][1]),
+            "low": float(low),
+            "high": float(high),
+            "p": float(min(1.0, 2 * tail)),
+        }
+    return result
+
+
+def bootstrap_interval(
+    truth: ArrayLike,
+    predicted: ArrayLike,
+    groups: ArrayLike | None = None,
+    samples: int = 4000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """The percentile interval of ``accuracy`` and ``macro_f1``; arguments as in :func:`paired_bootstrap`."""
+    classes = len(LABELS)
+    cells = np.asarray(truth, dtype=np.int64) * classes + np.asarray(predicted, dtype=np.int64)
+    drawn = from_confusion(_resample(_by_group(cells[:, None], groups, classes), samples, seed))
+    edges = [(1 - level) / 2, (1 + level) / 2]
+    low_high = {name: np.quantile(drawn[name][:, 0], edges) for name in ("accuracy", "macro_f1")}
+    return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
+
+
+def _by_group(cells: NDArray[np.int64], groups: ArrayLike | None, classes: int) -> NDArray[np.int64]:
+    """Confusion cells n×k of k systems → counts groups×k×C²."""
+    rows, systems = cells.shape
+    place = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    table = np.zeros((int(place.max(initial=-1)) + 1, systems, classes * classes), dtype=np.int64)
+    np.add.at(table, (place[:, None], np.arange(systems), cells), 1)
+    return table
+
+
+def _resample(table: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.float64]:
+    """Confusion matrices samples×k×C×C of groups drawn with replacement (each drawn whole)."""
+    groups, systems, cells = table.shape
+    random, classes = np.random.default_rng(seed), round(cells**0.5)
+    flat = table.reshape(groups, -1).astype(np.float64)
+    step = max(1, 4_000_000 // max(groups, 1))  # keeps the drawn weights below 32 MB
+    sizes = [min(step, samples - start) for start in range(0, samples, step)]
+    drawn = [random.multinomial(groups, np.full(groups, 1 / groups), size) @ flat for size in sizes]
+    return np.concatenate(drawn).reshape(samples, systems, classes, classes)
+
+
+def _ratio(top: ArrayLike, bottom: ArrayLike) -> NDArray[np.float64]:
+    top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    return np.divide(top, bottom, out=np.zeros(np.broadcast(top, bottom).shape), where=bottom != 0)

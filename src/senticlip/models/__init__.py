@@ -1,0 +1,109 @@
+"""The models by name, each of the same face: ``Batch → Output``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from senticlip.config import Config
+from senticlip.encoders import text as text_encoder
+from senticlip.encoders import vision as vision_encoder
+from senticlip.models.base import SenticlipConfig, SentimentModel
+from senticlip.models.clip_ca_msa import ClipCaMsa
+from senticlip.models.lmf import LMF
+from senticlip.models.mmaf import MMAF
+from senticlip.models.mult import MulT
+from senticlip.models.self_mm import SelfMM
+from senticlip.models.tfn import TFN
+from senticlip.structures import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODELS: dict[str, Any] = {
+    "clip_ca_msa": ClipCaMsa,
+    "tfn": TFN,
+    "lmf": LMF,
+    "mult": MulT,
+    "self_mm": SelfMM,
+    "mmaf": MMAF,
+}
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """The network of a name; an unknown one lists those there are."""
+    if name not in MODELS:
+        raise UsageError(f"model: no {name!r} — choose one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def create_model(config: Config, dims: dict[str, int] | None = None) -> SentimentModel:
+    """A model with its pretrained encoders (or random ones, where the config says so) and a fresh network.
+
+    Args:
+        config: the experiment.
+        dims: feature widths of the modalities that come as features (feature files, audio): they get no encoder.
+
+    Raises:
+        UsageError: an unknown model, an encoder that cannot be had, parts that do not fit.
+    """
+    network_class(config.model)
+    widths = {name: width for name, width in (dims or {}).items() if name in config.modalities}
+    parts: dict[str, Any] = {}
+    folders: dict[str, Any] = {}
+    tokens: dict[str, torch.Tensor] = {}
+    if "text" in config.modalities and "text" not in widths:
+        spec, folders["text"] = text_encoder.text_spec(config.text)
+        tokens["prompt"] = _words(text_encoder.load_tokenizer(folders["text"]), config.text.prefix_text)
+        parts["text"] = {"spec": spec, "prompt_length": len(tokens["prompt"])}
+    if "vision" in config.modalities and "vision" not in widths:
+        spec, folders["vision"] = vision_encoder.vision_spec(config.vision)
+        parts["vision"] = {"spec": spec}
+    if config.model == "clip_ca_msa" and config.head == "similarity" and "vision" in config.modalities:
+        parts["label"], folders["label"], tokens["label"], tokens["label_mask"] = _label_part(config, parts)
+    missing = [name for name in config.modalities if name not in widths and name not in parts]
+    if missing:
+        raise UsageError(f"modalities: {', '.join(missing)} has no encoder and no features here")
+    if "text" in parts:
+        widths["text"] = text_encoder.spec_width(parts["text"]["spec"])
+    if "vision" in parts:
+        widths["vision"] = parts["vision"]["spec"]["dim"]
+    model = SentimentModel(SenticlipConfig(config.to_dict(), parts, widths))
+    _start(model, parts, folders, tokens)
+    return model
+
+
+def _words(tokenizer: Any, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], Any, torch.Tensor, torch.Tensor]:
+    """Spec, folder and prompt ids of the label encoder that LabelConfig tells."""
+    label, vision = config.label, config.vision
+    if label.encoder is None:
+        clip = parts.get("vision", {}).get("spec", {}).get("kind") == "chinese_clip"
+        source = vision if clip else config.text
+        spec, folder = text_encoder.text_spec(source, "vision.encoder" if clip else "text.encoder")
+    else:
+        spec, folder = text_encoder.text_spec(label, "label.encoder")
+    prompts: list[str | None] = [label.prompt.format(name) for name in label.names]
+    ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder), prompts, 52)
+    return {"spec": spec, "shape": list(ids.shape)}, folder, ids, mask
+
+
+def _start(
+    model: SentimentModel, parts: dict[str, Any], folders: dict[str, Any], tokens: dict[str, torch.Tensor]
+) -> None:
+    """Load the pretrained weights, give the prompt its words and read the labels."""
+    if "text" in parts:
+        encoder: Any = model.encoders["text"]
+        if folders["text"] is not None and model.experiment.text.pretrained:
+            encoder.body.load_state_dict(text_encoder.load_body(folders["text"]).state_dict())
+        encoder.start_prompt(tokens["prompt"])
+    if "vision" in parts and folders["vision"] is not None:
+        model.encoders["vision"].load_folder(folders["vision"])  # type: ignore[operator]
+    if "label" in parts:
+        pretrained = model.experiment.label.pretrained
+        folder = folders["label"] if pretrained else None
+        model.network.labels.start(parts["label"]["spec"], folder, tokens["label"], tokens["label_mask"])

@@ -1,0 +1,137 @@
+"""CLIP-CA-MSA: the paper's model, its equations in order (docs/equations.md).
+
+Chen et al. 2024, "基于CLIP和交叉注意力的多模态情感分析模型", doi 10.13705/j.issn.1671-6833.2024.02.003.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.config import Config
+from senticlip.encoders.labels import LabelEncoder
+from senticlip.losses import LOSSES, cross_entropy
+from senticlip.models.fusion import FUSION
+from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
+from senticlip.models.temporal import TEMPORAL
+from senticlip.structures import LABELS, Batch, Output, Sequence
+
+
+def classes(scores: Tensor) -> Tensor:
+    """CH-SIMS scores → class indices: their sign."""
+    return torch.sign(scores).long() + 1
+
+
+class Entrance(nn.Module):
+    """Features of one modality → the model's width; a row without the modality gets one learned absent token."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, width)
+        self.absent = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, features: Sequence, present: Tensor) -> Sequence:
+        """B×L×dim → B×L×d; what lies under the mask is never read."""
+        values, mask = features
+        x = self.project(values.to(self.absent.dtype).masked_fill(~mask[..., None], 0.0))
+        first = torch.where(present[:, None], x[:, 0], self.absent.to(x.dtype))
+        mask = torch.cat([mask[:, :1] | ~present[:, None], mask[:, 1:]], 1)
+        return Sequence(torch.cat([first[:, None], x[:, 1:]], 1), mask)
+
+
+class ClipCaMsa(nn.Module):
+    """The fusion network: what comes after the encoders.
+
+    Args:
+        config: the experiment; temporal, fusion, head and loss choose the rows of Tables 5 to 8.
+        dims: feature width by modality.
+        label: spec and shape of the label encoder (similarity head only).
+
+    Shape:
+        features B×n×d_t (text), B×m×d_v (vision), B×L×d_a (audio) → Output with logits B×C per modality
+
+    With one modality there is nothing to fuse: the head reads the (temporal) states.
+    """
+
+    temperature: Tensor
+    class_weights: Tensor
+
+    def __init__(self, config: Config, dims: dict[str, int], label: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config, self.names, self.dims = config, list(config.modalities), dims
+        self.entrances = nn.ModuleDict({name: Entrance(dims[name], config.width) for name in self.names})
+        self.temporal: Any = TEMPORAL[config.temporal](config) if "vision" in self.names else None
+        self.fusion = FUSION[config.fusion](config, self.names) if len(self.names) > 1 else None
+        self.labels = LabelEncoder(label["spec"], tuple(label["shape"]), config.label.train) if label else None
+        self.heads = nn.ModuleDict({name: self._head(name) for name in self.names})
+        self.combine: Any = LOSSES[config.loss](self.names)
+        self.register_buffer("temperature", torch.ones(len(self.names)))
+        self.register_buffer("class_weights", torch.ones(len(LABELS)))
+
+    def _head(self, name: str) -> nn.Module:
+        if name != "vision":
+            return PooledHead(self.config)
+        return SimilarityHead(self.config, self.labels.dim) if self.labels is not None else LinearHead(self.config)
+
+    def forward(self, batch: Batch, attention: bool = False) -> Output:
+        """Features → logits per modality, weights and the fused log-probabilities."""
+        rows, device = next((s.mask.shape[0], s.mask.device) for s in batch.modalities.values())
+        states, present = {}, {}
+        for name in self.names:
+            features = batch.modalities.get(name) or _nothing(rows, self.dims[name], device)
+            present[name] = features.mask.any(1)  # B
+            states[name] = self.entrances[name](features, present[name])  # B×L×d
+        if self.temporal is not None:
+            states["vision"] = self.temporal(states["vision"])  # eq. 8, B×(1+m)×d
+        maps: dict[str, Tensor] = {}
+        if self.fusion is not None:
+            states, maps = self.fusion(states, attention)  # eq. 9-12
+        logits = {name: self._logits(name, states[name]).float() for name in self.names}
+        weights = self.weights(present)
+        log_probs = self.decide(logits, weights)
+        return Output(logits, log_probs, weights, None, maps, {name: s.values[:, 0] for name, s in states.items()})
+
+    def _logits(self, name: str, states: Sequence) -> Tensor:
+        if isinstance(self.heads[name], SimilarityHead):
+            assert self.labels is not None
+            return self.heads[name](states, self.labels())  # eq. 13
+        return self.heads[name](states)
+
+    def weights(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """w_i = exp(−s_i) / Σ over the present modalities, B each; a row without any modality gets zeros."""
+        stacked = torch.stack([present[name] for name in self.names], 1)  # B×heads
+        w = self.combine.weights(self.names).to(stacked.device) * stacked
+        w = w / w.sum(1, keepdim=True).clamp_min(1e-12)
+        return dict(zip(self.names, w.unbind(1), strict=True))
+
+    def decide(self, logits: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+        """The prediction rule: log softmax(Σ w_i · logits_i / τ_i), B×C."""
+        votes = [weights[n][:, None] * logits[n] / tau for n, tau in zip(self.names, self.temperature, strict=True)]
+        return torch.stack(votes).sum(0).log_softmax(-1)
+
+    def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Focal loss for text, cross-entropy for the others, each over the rows that have the modality and a label."""
+        scores = batch.labels[self.config.target]
+        known = ~scores.isnan()
+        target = classes(scores.nan_to_num())
+        losses = {}
+        for name, logits in output.logits.items():
+            gamma = self.config.focal_gamma if name == "text" else 0.0
+            rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
+            use = (known & (output.weights[name] > 0)).to(rows.dtype)
+            losses[name] = (rows * use).sum() / use.sum().clamp_min(1)
+        return self.combine(losses), {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def step_finished(self) -> None:
+        """Clamp s and logit_scale in place: in the forward pass they would lose their gradient."""
+        self.combine.clamp()
+        for head in self.heads.values():
+            if isinstance(head, SimilarityHead):
+                head.logit_scale.clamp_(max=MAX_SCALE)
+
+
+def _nothing(rows: int, dim: int, device: torch.device) -> Sequence:
+    return Sequence(torch.zeros(rows, 1, dim, device=device), torch.zeros(rows, 1, dtype=torch.bool, device=device))

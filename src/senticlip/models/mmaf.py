@@ -1,0 +1,137 @@
+"""MMAF: each modality attends to itself, pairs perceive each other, a gate mixes; T, A, V as further tasks.
+
+Wu & Ma 2023, Multi-task & multi-modal sentiment analysis model based on aware fusion (doi
+10.11925/infotech.2096-3467.2022.1017); only its abstract can be read. “MMAF” is the single-task form, “MMAF+T+A+V”
+(``options.tasks``) adds the unimodal tasks, weighed by homoscedastic uncertainty. Our reading: pairwise cross-modal
+attention, and a gate over the modalities and their interactions; BERT, wav2vec and OpenFace are whatever features come.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.config import Config
+from senticlip.losses import LOSSES
+from senticlip.models.peer import Peer, groups, masked_mean, mean_of
+from senticlip.structures import LABELS, Batch, Output, Sequence
+
+TASKS = {"text": "T", "audio": "A", "vision": "V"}
+
+
+class Perception(nn.Module):
+    """Two modalities ask each other; what both heard is one vector.
+
+    Shape:
+        a B×d with B×L_a×d, b B×d with B×L_b×d → B×d and two maps B×heads×1×L
+    """
+
+    def __init__(self, d: int, heads: int, p: float) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList([nn.MultiheadAttention(d, heads, p, batch_first=True) for _ in range(2)])
+        self.join = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.LayerNorm(d))
+
+    def forward(self, a: tuple[Tensor, Sequence], b: tuple[Tensor, Sequence]) -> tuple[Tensor, list[Tensor]]:
+        """Each pooled vector asks the other's sequence."""
+        heard, maps = [], []
+        for attention, (query, _), (_, context) in zip(self.attention, (a, b), (b, a), strict=True):
+            keys = ~context.mask
+            values, weights = attention(
+                query[:, None], context.values, context.values, key_padding_mask=keys, average_attn_weights=False
+            )
+            heard.append(values[:, 0])
+            maps.append(weights)
+        return self.join(torch.cat(heard, -1)), maps
+
+
+class MMAF(Peer):
+    """Classification; ``weights`` is the gate: an interaction's share is split between its two modalities."""
+
+    DEFAULTS = {"task": "classification", "tasks": ["M"], "width": 128, "heads": 4, "layers": 1, "dropout": 0.2}
+
+    def __init__(self, config: Config, dims: dict[str, int]) -> None:
+        super().__init__(config, dims)
+        o, d = self.options, self.options["width"]
+        self.project = nn.ModuleDict({n: nn.Sequential(nn.Linear(dims[n], d), nn.LayerNorm(d)) for n in self.names})
+        layers = {}
+        for name in self.names:
+            layer = nn.TransformerEncoderLayer(d, o["heads"], 2 * d, o["dropout"], batch_first=True, norm_first=True)
+            layers[name] = nn.TransformerEncoder(layer, o["layers"], nn.LayerNorm(d), enable_nested_tensor=False)
+        self.self_attention = nn.ModuleDict(layers)
+        self.pairs = list(combinations(self.names, 2))
+        self.perception = nn.ModuleDict(
+            {"_".join(pair): Perception(d, o["heads"], o["dropout"]) for pair in self.pairs}
+        )
+        parts = len(self.names) + len(self.pairs)
+        self.gate = nn.Linear(parts * d, parts) if parts > 1 else None
+        self.drop = nn.Dropout(o["dropout"])
+        tasks = {"fused": "M", **{name: TASKS[name] for name in self.names if TASKS[name] in o["tasks"]}}
+        self.tasks = tasks
+        self.heads = nn.ModuleDict({name: nn.Linear(d, len(LABELS)) for name in tasks})
+        self.weigh: Any = LOSSES[config.loss](list(tasks)) if len(tasks) > 1 else None
+
+    def forward(self, batch: Batch, attention: bool = False) -> Output:
+        """Logits of the joint task, and of each modality where its task is trained."""
+        found = self.inputs(batch)
+        there = {name: sequence.mask.any(1) for name, sequence in found.items()}  # B each
+        inputs = {name: self.encode(name, sequence) for name, sequence in found.items()}
+        pooled = {name: masked_mean(sequence) for name, sequence in inputs.items()}  # B×d each
+        parts, real = list(pooled.values()), list(there.values())
+        maps: dict[str, Tensor] = {}
+        for a, b in self.pairs:
+            both, (ab, ba) = self.perception[f"{a}_{b}"]((pooled[a], inputs[a]), (pooled[b], inputs[b]))
+            parts.append(both)
+            real.append(there[a] & there[b])
+            maps |= {f"{a}_asks_{b}": ab, f"{b}_asks_{a}": ba} if attention else {}
+        keep = torch.stack(real, -1)  # B×P
+        states = torch.where(keep[..., None], torch.stack(parts, 1), 0)  # B×P×d: absent ones say nothing
+        gate = self.gates(states, keep)
+        fused = (gate[..., None] * states).sum(1)
+        logits = {name: self.heads[name](self.drop(pooled.get(name, fused))) for name in self.tasks}
+        return Output(logits, logits["fused"].log_softmax(-1), self.shares(gate), attention=maps, features=pooled)
+
+    def encode(self, name: str, sequence: Sequence) -> Sequence:
+        """Project and let the modality attend to itself; an absent one becomes one zero that stands for nothing."""
+        absent = ~sequence.mask.any(1, keepdim=True)
+        mask = torch.cat([sequence.mask[:, :1] | absent, sequence.mask[:, 1:]], 1)
+        values = self.project[name](torch.where(sequence.mask[..., None], sequence.values, 0))
+        return Sequence(self.self_attention[name](values, src_key_padding_mask=~mask), mask)
+
+    def gates(self, states: Tensor, keep: Tensor) -> Tensor:
+        """B×P×d → B×P that sum to 1 over the parts that are there (all, if a row has none)."""
+        if self.gate is None:
+            return states.new_ones(states.shape[:2])
+        keep = keep | ~keep.any(1, keepdim=True)
+        return self.gate(states.flatten(1)).masked_fill(~keep, -torch.inf).softmax(-1)
+
+    def shares(self, gate: Tensor) -> dict[str, Tensor]:
+        """The gate by modality, B each."""
+        shares = dict(zip(self.names, gate.unbind(1), strict=False))
+        for i, (a, b) in enumerate(self.pairs, len(self.names)):
+            shares[a], shares[b] = shares[a] + gate[:, i] / 2, shares[b] + gate[:, i] / 2
+        return shares
+
+    def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of each task over the rows that have its label and its modality."""
+        losses = {}
+        for name, task in self.tasks.items():
+            labels = batch.labels[self.target if name == "fused" else task]
+            known = ~labels.isnan()
+            if name != "fused":
+                known = known & self.inputs(batch)[name].mask.any(1)
+            losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), known)
+        logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
+        return (losses["fused"] if self.weigh is None else self.weigh(losses)), logs
+
+    def step_finished(self) -> None:
+        """Keep the log variances in bounds."""
+        if self.weigh is not None:
+            self.weigh.clamp()
+
+    def param_groups(self, config: Config) -> list[dict[str, Any]]:
+        """The log variances learn at their own rate, without weight decay."""
+        special = [(self.weigh.parameters(), config.train.scalar_lr, 0.0)] if self.weigh is not None else []
+        return groups(self, special, config.train.lr, config.train.weight_decay)

@@ -1,0 +1,194 @@
+"""What the peers share: published defaults, masked pooling, one kind of answer, one kind of loss.
+
+A peer reads a Batch of float features and returns an Output. It differs from MMSA's code (github.com/thuiar/MMSA) in
+what padding does: here nothing. A row that lacks a modality is read as zeros there, so that what lies in its place
+cannot matter; the biases behind it learn what absence means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.config import Config
+from senticlip.losses import cross_entropy
+from senticlip.structures import LABELS, MODALITIES, Batch, Output, Sequence, UsageError
+
+
+class Peer(nn.Module):
+    """Base of the peers: ``options`` over ``DEFAULTS``, the modalities' order, the answer and its loss.
+
+    Args:
+        config: ``modalities``, ``target``, ``options``; ``options.task`` is regression (a score; classes by Acc-3
+            bins) or classification (logits).
+        dims: feature width by modality.
+
+    Raises:
+        UsageError: an option this peer does not have.
+    """
+
+    class_weights: Tensor
+    DEFAULTS: dict[str, Any] = {"task": "regression"}
+
+    def __init__(self, config: Config, dims: dict[str, int]) -> None:
+        super().__init__()
+        known = {**Peer.DEFAULTS, **self.DEFAULTS}
+        unknown = sorted(set(config.options) - set(known))
+        if unknown:
+            raise UsageError(f"options.{unknown[0]}: {config.model} does not have it; it has {', '.join(known)}")
+        self.options = {**known, **config.options}
+        self.names = [name for name in MODALITIES if name in config.modalities]
+        self.dims = {name: dims[name] for name in self.names}
+        self.target = config.target
+        self.smoothing = config.train.label_smoothing
+        self.outputs = len(LABELS) if self.options["task"] == "classification" else 1
+        self.register_buffer("class_weights", torch.ones(len(LABELS)))
+
+    def inputs(self, batch: Batch) -> dict[str, Sequence]:
+        """The features by modality, in this peer's order and precision; one that did not come is absent in all rows."""
+        kind = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        rows = next(iter(batch.modalities.values())).mask
+        nothing = {
+            n: Sequence(rows.new_zeros(len(rows), 1, d), rows.new_zeros(len(rows), 1)) for n, d in self.dims.items()
+        }
+        found = {name: batch.modalities.get(name, nothing[name]) for name in self.names}
+        return {name: Sequence(sequence.values.to(kind), sequence.mask) for name, sequence in found.items()}
+
+    def answer(self, raw: Tensor, **more: Any) -> Output:
+        """B×C logits, or B×1 scores, as an Output."""
+        if self.outputs == 1:
+            return Output(score=raw[:, 0], **more)
+        return Output(logits={"fused": raw}, log_probs=raw.log_softmax(-1), **more)
+
+    def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """L1 of the score or cross-entropy of the logits, over the rows whose label is known."""
+        labels = batch.labels[self.target]
+        known = ~labels.isnan()
+        if output.score is None:
+            rows = self.cross_entropy(output.logits["fused"], labels)
+        else:
+            rows = (output.score - labels).abs()
+        return mean_of(rows, known), {}
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of each row's class, the sign of its label, B; a row without a label counts as neutral: mask it."""
+        target = 1 + (labels > 0).long() - (labels < 0).long()
+        return cross_entropy(logits, target, smoothing=self.smoothing, weight=self.class_weights)
+
+
+def mean_of(rows: Tensor, known: Tensor) -> Tensor:
+    """The mean of the known rows; 0 with a gradient path if there is none."""
+    return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
+
+
+def masked_mean(sequence: Sequence) -> Tensor:
+    """B×L×d → B×d over the real positions; zeros where there is none. (MMSA averages over the padding, too.)"""
+    real = sequence.mask[..., None]
+    return torch.where(real, sequence.values, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+def present(sequence: Sequence) -> Tensor:
+    """B×1: 1 where the row has this modality, else 0."""
+    return sequence.mask.any(1, keepdim=True).to(sequence.values.dtype)
+
+
+def packed(sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """The real positions moved to the front, zeros behind: values B×L'×d and lengths B (0 where absent).
+
+    L' is the longest row's length, at least 1: padding costs nothing from here on.
+    """
+    values, mask = torch.where(sequence.mask[..., None], sequence.values, 0), sequence.mask
+    lengths = mask.sum(1)
+    if (mask[:, 1:] > mask[:, :-1]).any():  # holes
+        order = (~mask).int().argsort(dim=1, stable=True)
+        values = values.gather(1, order[..., None].expand_as(values))
+    return values[:, : max(int(lengths.max()), 1)], lengths
+
+
+class LastState(nn.Module):
+    """An LSTM and its state after the last real step: B×L×d → B×h; zeros where the modality is absent."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(dim, hidden, batch_first=True)
+
+    def forward(self, sequence: Sequence) -> Tensor:
+        """Only real steps are computed; an absent row counts as one step of zeros, and its state is dropped."""
+        values, lengths = packed(sequence)
+        steps = lengths.clamp(min=1).cpu()
+        _, (last, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(values, steps, True, enforce_sorted=False))
+        return last[0] * present(sequence)
+
+
+class PooledNet(nn.Module):
+    """The audio and vision branch of TFN and LMF: mean over time, batch norm, three ReLU layers; B×L×d → B×h."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.drop = nn.Dropout(dropout)
+        self.layers = nn.ModuleList([nn.Linear(dim if i == 0 else hidden, hidden) for i in range(3)])
+
+    def forward(self, sequence: Sequence) -> Tensor:
+        """A batch of one row is normalised by the running statistics: its own would be 0/0."""
+        x = masked_mean(sequence)
+        norm = self.norm
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        x = self.drop(norm(x) if len(x) > 1 else nn.functional.batch_norm(x, *statistics, eps=norm.eps))
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x * present(sequence)
+
+
+class RecurrentNet(nn.Module):
+    """The text branch of TFN and LMF: Linear of an LSTM's last state; B×L×d → B×out."""
+
+    def __init__(self, dim: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.last = LastState(dim, hidden)
+        self.out = nn.Linear(hidden, out)
+
+    def forward(self, sequence: Sequence) -> Tensor:
+        """B×L×d → B×out, zeros where the text is absent."""
+        return self.out(self.last(sequence)) * present(sequence)
+
+
+def with_one(x: Tensor) -> Tensor:
+    """B×h → B×(1+h) with a 1 in front: a product of such vectors holds every lower-order product, too."""
+    return nn.functional.pad(x, (1, 0), value=1.0)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout whose mask costs a byte of randomness an element on the CPU (p is rounded to 1/256 there).
+
+    Most of TFN's and MulT's time in training goes into drawing one float for each element of a very large tensor.
+    """
+    if not (training and p):
+        return x
+    if x.is_cuda:
+        return nn.functional.dropout(x, p)
+    mask, scale = drop_mask(x.shape, p)
+    return x * mask.to(x.dtype).mul_(scale)
+
+
+def drop_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """Which elements stay (bool, on the CPU), and what they are multiplied by."""
+    drop = min(round(p * 256), 255)
+    words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.uint8)[: shape.numel()] >= drop).view(shape), 256 / (256 - drop)
+
+
+def groups(
+    network: nn.Module, special: Iterable[tuple[Iterable[nn.Parameter], float, float]], lr: float, decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups: (parameters, lr, weight decay) for the special ones, ``lr`` and ``decay`` for all others."""
+    result, taken = [], set()
+    for parameters, rate, weight_decay in special:
+        chosen = list(parameters)
+        taken |= {id(p) for p in chosen}
+        result.append({"params": chosen, "lr": rate, "weight_decay": weight_decay})
+    rest = [p for p in network.parameters() if id(p) not in taken]
+    return [*result, {"params": rest, "lr": lr, "weight_decay": decay}]

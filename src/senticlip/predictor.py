@@ -1,0 +1,146 @@
+"""A checkpoint as a callable: what analyze, explain, bulk and serve stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from senticlip import runtime
+from senticlip.data.loader import ArrayRows, Rows, to_batch
+from senticlip.data.video import Frames, read_frames
+from senticlip.encoders.text import load_tokenizer, tokenize
+from senticlip.metrics import score_class
+from senticlip.models.base import SentimentModel
+from senticlip.precision import disagreement, probe, reduced
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError
+
+
+def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
+    """The predictor of a RUN folder, a hub id, or a file that ``senticlip export`` made."""
+    return Predictor(run, device, precision)
+
+
+class Predictor:
+    """``predictor("clip.mp4", text="…")`` → Prediction; video or text may be left out.
+
+    ``precision``: fp32, bf16 or int8; ``disagreement`` says what the reduced ones change on made input (senticlip
+    export RUN --data DIR says what on yours).
+    """
+
+    def __init__(self, run: str | Path, device: str | None = None, precision: str = "fp32") -> None:
+        runtime.setup()
+        self.run = Path(run)
+        self.disagreement: dict[str, float] = {}
+        self.model: Any
+        self.tokenizer: Any = None
+        if self.run.suffix == ".onnx":
+            if precision != "fp32":
+                raise UsageError(f"{run}: the precision of an ONNX file was chosen when it was exported (--int8)")
+            from senticlip.export import OnnxModel
+
+            self.model = OnnxModel(self.run)
+            self.tokenizer = self.model.tokenizer()
+        else:
+            self.model = SentimentModel.from_pretrained(run).to(runtime.device(device))
+            if "text" in self.model.encoders:
+                self.tokenizer = load_tokenizer(self.run / "tokenizer")
+        self.config = self.model.experiment
+        if precision != "fp32":
+            self._reduce(precision)
+
+    def _reduce(self, precision: str) -> None:
+        """Go to a lower precision, having measured what it changes."""
+        batch = probe(self.model, self.config)
+        before = self.output(batch)
+        self.model = reduced(self.model, self.run, precision)
+        self.disagreement = disagreement([(before, self.output(batch))])
+
+    def __call__(
+        self,
+        video: str | Path | None = None,
+        text: str | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> Prediction:
+        """One clip, or the piece of it from ``start`` to ``end`` seconds.
+
+        Raises:
+            UsageError: nothing that this model reads was given. UserError: the video cannot be read.
+        """
+        return next(self.predict([Clip("", Path(video) if video is not None else None, text, start=start, end=end)]))
+
+    def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
+        """Stream predictions, a batch at a time."""
+        clips = iter(clips)
+        while chunk := list(islice(clips, batch_size)):
+            yield from self.predictions(self.output(self.batch(chunk)))
+
+    def batch(self, clips: list[Clip], read: Callable[..., Frames] = read_frames) -> Batch:
+        """Decode, resize and tokenise clips; ``read`` gets the frames of one (an open film has its own)."""
+        stores: dict[str, Rows] = {}
+        if "text" in self.model.encoders:
+            ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
+            stores["text"] = ArrayRows(ids.numpy(), mask.numpy())
+        if "vision" in self.model.encoders:
+            stores["vision"] = self._frames(clips, read)
+        for clip in clips:
+            given = {"text": clip.text is not None, "vision": clip.video is not None}
+            if not any(given.get(name) for name in stores):
+                needs = " or ".join(SURFACE[name] for name in stores) or "feature files, no clips"
+                raise UsageError(f"{clip.id or 'clip'}: nothing to read — this model reads {needs}")
+        inputs = {}
+        for name, store in stores.items():
+            values, real = store.gather(np.arange(len(clips)))
+            inputs[name], inputs[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(real)
+        return to_batch({name: value.to(self.model.device) for name, value in inputs.items()})
+
+    def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> ArrayRows:
+        encoder: Any = self.model.encoders["vision"]
+        m, size = self.config.vision.frames, encoder.size
+        values = np.zeros((len(clips), m, 3, size, size), np.uint8)
+        mask = np.zeros((len(clips), m), bool)
+        for i, clip in enumerate(clips):
+            if clip.video is not None:
+                frames = read(clip.video, m, clip.start, clip.end, size=size).pixels
+                values[i, : len(frames)], mask[i, : len(frames)] = frames, True
+        return ArrayRows(values, mask)
+
+    @torch.inference_mode()
+    def output(self, batch: Batch, attention: bool = False) -> Output:
+        """The model's output for a batch."""
+        return self.model(batch, attention=attention)
+
+    def predictions(self, output: Output) -> list[Prediction]:
+        """The answers of an output, with surface names."""
+        if output.score is not None:
+            scores = output.score.float().cpu().numpy()
+            return [
+                Prediction(LABELS[c], {}, {}, {}, float(s)) for s, c in zip(scores, score_class(scores), strict=True)
+            ]
+        assert output.log_probs is not None
+        fused = output.log_probs.exp().cpu().tolist()
+        heads = {name: self._head(output, name) for name in output.logits}
+        weights = {name: weight.cpu().tolist() for name, weight in output.weights.items()}
+        answers = []
+        for i, row in enumerate(fused):
+            present = [name for name in heads if weights[name][i] > 0]
+            answers.append(
+                Prediction(
+                    LABELS[int(np.argmax(row))],
+                    dict(zip(LABELS, row, strict=True)),
+                    {SURFACE.get(n, n): dict(zip(LABELS, heads[n][i], strict=True)) for n in present},
+                    {SURFACE.get(n, n): weights[n][i] for n in present},
+                )
+            )
+        return answers
+
+    def _head(self, output: Output, name: str) -> list[list[float]]:
+        """A head's own probabilities, at its temperature."""
+        temperature = getattr(self.model.network, "temperature", None)
+        tau = 1.0 if temperature is None else temperature[list(output.logits).index(name)]
+        return (output.logits[name] / tau).softmax(-1).cpu().tolist()

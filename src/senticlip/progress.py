@@ -1,0 +1,42 @@
+"""Progress bars: one look for all long work, silent where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+console = Console(stderr=True)
+
+
+def bar(**options: Any) -> Progress:
+    """A rich progress bar on stderr with the time left."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty(), **options)
+
+
+class EpochProgress(TrainerCallback):
+    """Steps as a bar, and a line for each epoch: losses and validation metrics."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        self.progress = bar(transient=True)
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move it."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the epoch's line."""
+        metrics = kwargs["metrics"]
+        shown = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in ("nll", "accuracy", "macro_f1"))
+        self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {shown}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it away."""
+        self.progress.stop()

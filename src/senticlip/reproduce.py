@@ -1,0 +1,152 @@
+"""The paper's Tables 1 to 8: experiments × seeds → one report beside the paper's numbers, resumable row by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from senticlip import results
+from senticlip.config import Config
+from senticlip.data.sims import read_clips
+from senticlip.progress import bar, console
+from senticlip.structures import LABELS, UserError
+from senticlip.tables import Table, digest, load_preset, load_tables
+
+WEIGHTS = "model.safetensors"
+
+
+def reproduce(
+    data: str | Path,
+    out: str | Path,
+    preset: str = "paper",
+    tables: list[str] | None = None,
+    seeds: int = 5,
+    protocol: str = "official",
+    keep: bool = False,
+    overrides: list[str] | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Run what is missing, then write ``report.md``, ``report.html`` and ``results.json``.
+
+    Killed, it goes on where it was: a finished row is read, an unfinished one resumes at its last epoch. Rows that are
+    the same model are run once; the encoders that a preset fine-tunes first are trained once per seed for all rows.
+
+    Args:
+        data: a CH-SIMS folder, or a CSV of one's own.
+        out: where runs, their metrics and predictions, and the report go.
+        preset: tiny, small or paper: the size of the encoders (or a YAML file).
+        tables: which of "1" … "8"; all by default.
+        seeds: how many, from 0.
+        protocol: official, tenth or video.
+        keep: keep all weights, too.
+        overrides: ``KEY=VALUE`` changes of the preset.
+        device: cpu, cuda, cuda:N.
+
+    Returns:
+        ``{"tables": {number: {row: {metric: {"mean", "std"}}}}, "report": path}``
+    """
+    out = Path(out)
+    config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
+    clips = read_clips(data, None, protocol, 0)
+    labels = {name for clip in clips for name in clip.labels}
+    chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
+    runner = Runner(data, out / "runs", keep, device)
+    runner.run_all(chosen, seeds)
+    errors = [result["error"] for result in runner.results.values() if "error" in result]
+    if len(errors) == len(runner.results):
+        raise UserError(f"no row could be run: {errors[0]}")
+    found = results.collect(chosen, runner.results, seeds)
+    report = results.write(out, chosen, found, clips, preset, protocol, seeds, str(data))
+    return {"tables": results.numbers(found), "report": str(report)}
+
+
+class Runner:
+    """Trains and evaluates each experiment once; ``results`` holds what came out, or why nothing did.
+
+    Weights go as soon as nobody needs them: a row's after its evaluation, a stage's when the seed is done.
+    """
+
+    def __init__(self, data: str | Path, root: Path, keep: bool, device: str | None) -> None:
+        self.data, self.root, self.keep, self.device = data, root, keep, device
+        self.shared: set[str] = set()
+        self.results: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def run_all(self, tables: list[Table], seeds: int) -> None:
+        """Seed by seed, so that a first full set of rows comes early."""
+        experiments: dict[str, tuple[str, Config]] = {}
+        for table in tables:
+            for row in table.rows:
+                for config in row.configs.values():
+                    experiments.setdefault(digest(config), (f"Table {table.number}, {row.name}", config))
+        self.shared = {digest(c.stage(stage)) for _, c in experiments.values() for stage in c.stages}
+        with bar() as progress:
+            task = progress.add_task("rows × seeds", total=len(experiments) * seeds)
+            for seed in range(seeds):
+                for name, config in experiments.values():
+                    progress.update(task, description=f"{name}, seed {seed}")
+                    self._one(name, config, seed)
+                    progress.advance(task)
+                if not self.keep:
+                    for weights in (self.root / f"seed{seed}").glob(f"*/{WEIGHTS}"):
+                        weights.unlink()
+
+    def _one(self, name: str, config: Config, seed: int) -> None:
+        started = time.monotonic()
+        try:
+            result = self.result(config, seed)
+            told = f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
+        except UserError as error:
+            result, told = {"error": str(error)}, f"not run: {error}"
+        self.results[digest(config), seed] = result
+        if not sys.stderr.isatty():
+            console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
+
+    def folder(self, config: Config, seed: int) -> Path:
+        """Where an experiment's run lies."""
+        return self.root / f"seed{seed}" / f"{config.model}-{'+'.join(config.modalities)}-{digest(config)}"
+
+    def result(self, config: Config, seed: int) -> dict[str, Any]:
+        """Test metrics and predictions of an experiment, read if they are there."""
+        folder = self.folder(config, seed)
+        done = folder / "result.json"
+        if not done.is_file():
+            from senticlip.checkpoint import write_text
+            from senticlip.evaluate import evaluate
+
+            self.train(config, seed)
+            found = evaluate(folder, self.data, "test", self.device)
+            write_text(done, json.dumps(found, ensure_ascii=False))
+            if not self.keep and digest(config) not in self.shared:
+                (folder / WEIGHTS).unlink()
+        return json.loads(done.read_text(encoding="utf-8")) | {"predictions": predictions(folder)}
+
+    def train(self, config: Config, seed: int) -> Path:
+        """A complete run folder with its weights; each stage is such a folder of its own, shared by all rows."""
+        from senticlip.train import train
+
+        folder = self.folder(config, seed)
+        if (folder / "metrics.json").is_file():
+            if (folder / WEIGHTS).is_file():
+                return folder
+            shutil.rmtree(folder)  # finished, but its weights were not kept, and somebody needs them now
+        for name in config.stages:
+            stage = self.train(config.stage(name), seed)
+            link = folder / "stages" / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(stage.resolve(), target_is_directory=True)
+        train(config, self.data, folder, seed=seed, resume=True, device=self.device)
+        return folder
+
+
+def predictions(folder: Path) -> dict[str, list[Any]]:
+    """Clip ids, and the true and predicted class indices of a run's test set."""
+    with (folder / "predictions-test.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: [LABELS.index(row[name]) for row in rows] for name in ("truth", "predicted")}
+    return {"id": [row["id"] for row in rows], **columns}

@@ -1,0 +1,278 @@
+"""The report of ``reproduce``: our mean ± std beside the paper's number, the differences, what speaks for a claim."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from senticlip import metrics
+from senticlip.checkpoint import write_text
+from senticlip.structures import LABELS, TARGETS, Clip, polarity
+from senticlip.tables import Table, digest, notes
+
+NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
+WORDS = {"M": "the joint label M", "T": "the text's own label T", "V": "the video's own label V"}
+Block = tuple[str, Any]
+"""A piece of the report: ("#" | "##" | "p" | "li" | "table" | "figure", content)."""
+
+
+def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]], seeds: int) -> dict[str, Any]:
+    """Results by (digest of the config, seed) → for each table and target: rows of means, and their comparisons.
+
+    Each row gives ``runs`` (one dict of metrics per seed), ``scores`` (metric → mean and std), ``versus`` (the paired
+    bootstrap of reference − row over the pooled seeds, clips drawn whole) and ``error`` if it did not run.
+    """
+    found: dict[str, Any] = {}
+    for table in tables:
+        by_target: dict[str, dict[str, Any]] = {}
+        for row in table.rows:
+            for target, config in row.configs.items():
+                runs = [results[digest(config), seed] for seed in range(seeds) if (digest(config), seed) in results]
+                error = next((run["error"] for run in runs if "error" in run), None)
+                good = [run for run in runs if "error" not in run]
+                entry = {"paper": row.paper, "runs": good, "error": error, "scores": spread(good)}
+                by_target.setdefault(target, {})[row.name] = entry
+        for rows in by_target.values():
+            reference = rows.get(table.reference, {"runs": []})
+            for name, entry in rows.items():
+                same = name == table.reference or not entry["runs"] or not reference["runs"]
+                entry["versus"] = None if same else versus(reference["runs"], entry["runs"])
+        found[table.number] = by_target
+    return found
+
+
+def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation over seeds of every metric that is a number (std 0 for one seed)."""
+    names = [name for name, value in (runs[0] if runs else {}).items() if isinstance(value, int | float)]
+    scores = {}
+    for name in names:
+        values = [run[name] for run in runs]
+        scores[name] = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(runs) > 1 else 0.0}
+    return scores
+
+
+def versus(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The paired bootstrap of first − second over the seeds that both have run."""
+    pairs = [(a["predictions"], b["predictions"]) for a, b in zip(first, second, strict=False)]
+    pairs = [(a, b) for a, b in pairs if a["id"] == b["id"]]
+    ids, truth, ours, theirs = (
+        np.concatenate([np.asarray(part) for part in column])
+        for column in zip(*[(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs], strict=True)
+    )
+    return metrics.paired_bootstrap(truth, ours, theirs, groups=ids)
+
+
+def numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """The ``--json`` object: table → row → metric → mean and std; a row's other label under ``on_M``."""
+    tables: dict[str, Any] = {}
+    for number, by_target in found.items():
+        rows: dict[str, Any] = {}
+        for i, (target, entries) in enumerate(by_target.items()):
+            for name, entry in entries.items():
+                told = entry["scores"] if entry["scores"] else {"error": entry["error"]}
+                if i == 0:
+                    rows[name] = dict(told)
+                else:
+                    rows[name][f"on_{target}"] = told
+        tables[number] = rows
+    return tables
+
+
+def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
+    """What always answering the training set's most frequent class scores on test."""
+    classes = {
+        split: np.array([polarity(c.labels[target]) for c in clips if c.split == split and target in c.labels], int)
+        for split in ("train", "test")
+    }
+    most = int(np.bincount(classes["train"], minlength=len(LABELS)).argmax())
+    found = metrics.classification(classes["test"], np.full(len(classes["test"]), most))
+    return {"label": LABELS[most], **{name: found[name] for name in ("accuracy", "macro_f1", "n")}}
+
+
+def write(
+    out: Path,
+    tables: list[Table],
+    found: dict[str, Any],
+    clips: list[Clip],
+    preset: str,
+    protocol: str,
+    seeds: int,
+    data: str,
+) -> Path:
+    """Write ``results.json``, ``report.md``, ``labels.svg`` and ``report.html``; returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {
+        number: {
+            target: {name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in rows.items()}
+            for target, rows in by_target.items()
+        }
+        for number, by_target in found.items()
+    }
+    record = {"preset": preset, "protocol": protocol, "seeds": seeds, "data": data, "tables": kept}
+    write_text(out / "results.json", json.dumps(record, ensure_ascii=False, indent=1))
+    write_text(out / "labels.svg", label_figure(clips))
+    blocks = story(tables, found, clips, preset, protocol, seeds, data)
+    write_text(out / "report.md", as_markdown(blocks))
+    write_text(out / "report.html", as_html(blocks, out))
+    return out / "report.html"
+
+
+def story(
+    tables: list[Table],
+    found: dict[str, Any],
+    clips: list[Clip],
+    preset: str,
+    protocol: str,
+    seeds: int,
+    data: str,
+) -> list[Block]:
+    """The report as blocks, in reading order."""
+    sizes = Counter(clip.split for clip in clips)
+    base = majority(clips)
+    blocks: list[Block] = [
+        ("#", "The tables of CLIP-CA-MSA, run again"),
+        (
+            "p",
+            f"Data {Path(data).name}, preset {preset}, protocol {protocol}, {seeds} seed(s); "
+            + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
+            + ". Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on valid; the "
+            "paper's number and ours minus the paper's behind it. The paper's numbers are from CH-SIMS.",
+        ),
+        (
+            "p",
+            f"Majority baseline: always answering “{base['label']}” scores {100 * base['accuracy']:.2f} accuracy and "
+            f"{100 * base['macro_f1']:.2f} macro F1 on test ({base['n']} clips).",
+        ),
+        ("figure", ("labels.svg", "Classes by split and label (the paper's Fig. 4)")),
+    ]
+    for table in tables:
+        blocks += _table_blocks(table, found[table.number], seeds)
+    blocks += [("##", "Notes on the paper's numbers"), *[("li", note) for note in notes()]]
+    return blocks
+
+
+def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[Block]:
+    blocks: list[Block] = [("##", f"Table {table.number}. {table.title}"), ("p", f"The paper: {table.claim}")]
+    for target, rows in by_target.items():
+        if len(by_target) > 1:
+            blocks.append(("p", f"Judged by {WORDS.get(target, target)}:"))
+        header = ["", *NAMES.values(), f"{table.reference} − row, Acc", "macro F1"]
+        blocks.append(("table", (header, [_line(name, entry) for name, entry in rows.items()])))
+        blocks += [("li", f"{name}: not run — {entry['error']}") for name, entry in rows.items() if entry["error"]]
+        blocks += [("p", sentence) for sentence in verdict(table.reference, rows)]
+    return blocks
+
+
+def _line(name: str, entry: dict[str, Any]) -> list[str]:
+    cells = [name]
+    for metric in NAMES:
+        if metric not in entry["scores"]:
+            cells.append("—")
+            continue
+        mean, std = (100 * entry["scores"][metric][key] for key in ("mean", "std"))
+        paper = entry["paper"].get(metric)
+        told = f" ({paper:.2f}, {mean - paper:+.2f})" if paper is not None else ""
+        cells.append(f"{mean:.2f} ± {std:.2f}{told}")
+    for metric in ("accuracy", "macro_f1"):
+        gap = entry["versus"][metric] if entry["versus"] else None
+        cells.append("" if gap is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*_points(gap)))
+    return cells
+
+
+def _points(gap: dict[str, float]) -> tuple[float, float, float]:
+    return 100 * gap["difference"], 100 * gap["low"], 100 * gap["high"]
+
+
+def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
+    """What the intervals say, and no more."""
+    above: list[str] = []
+    below: list[str] = []
+    open_: list[str] = []
+    for name, entry in rows.items():
+        if gap := (entry["versus"] or {}).get("accuracy"):
+            (above if gap["low"] > 0 else below if gap["high"] < 0 else open_).append(name)
+    told = []
+    if above:
+        told.append(f"For: {reference} is above {', '.join(above)} (95 % interval of the accuracy excludes zero).")
+    if below:
+        told.append(f"Against: {reference} is below {', '.join(below)} (95 % interval of the accuracy excludes zero).")
+    if open_:
+        told.append(f"Open: between {reference} and {', '.join(open_)} the interval includes zero.")
+    return told
+
+
+def label_figure(clips: list[Clip]) -> str:
+    """An SVG of how many clips of each split are negative, neutral and positive, by each label."""
+    counts: dict[tuple[str, str], Counter[int]] = {}
+    for clip in clips:
+        for target in TARGETS:
+            if target in clip.labels:
+                counts.setdefault((target, clip.split or "all"), Counter())[polarity(clip.labels[target])] += 1
+    most = max((n for counter in counts.values() for n in counter.values()), default=1)
+    colors, parts = ("#b2493b", "#9a9a94", "#3b7d5e"), []
+    for row, ((target, split), counter) in enumerate(sorted(counts.items())):
+        y = 34 + row * 44
+        parts.append(f'<text x="0" y="{y + 22}">{target} {html.escape(split)}</text>')
+        for i, color in enumerate(colors):
+            n, top = counter[i], y + 12 * i
+            parts.append(f'<rect x="70" y="{top}" width="{420 * n / most:.1f}" height="10" fill="{color}"/>')
+            parts.append(f'<text x="{75 + 420 * n / most:.1f}" y="{top + 9}">{n}</text>')
+    keys = "".join(
+        f'<rect x="{70 + 90 * i}" y="6" width="10" height="10" fill="{color}"/>'
+        f'<text x="{85 + 90 * i}" y="15">{label}</text>'
+        for i, (color, label) in enumerate(zip(colors, LABELS, strict=True))
+    )
+    size = f'viewBox="0 0 560 {40 + 44 * len(counts)}" width="560"'
+    style = 'font-family="sans-serif" font-size="11"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{keys}{"".join(parts)}</svg>\n'
+
+
+def as_markdown(blocks: list[Block]) -> str:
+    """Blocks → Markdown."""
+    lines: list[str] = []
+    for kind, content in blocks:
+        if kind in ("#", "##"):
+            lines += [f"{kind} {content}", ""]
+        elif kind == "table":
+            header, rows = content
+            lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)] + [""]
+        elif kind == "figure":
+            lines += [f"![{content[1]}]({content[0]})", ""]
+        else:
+            lines += [f"- {content}" if kind == "li" else content, ""]
+    return "\n".join(lines)
+
+
+STYLE = """body{font:15px/1.5 sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
+table{border-collapse:collapse;margin:1em 0;font-size:13px}
+td,th{padding:.3em .7em;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left;white-space:nowrap}div.wide{overflow-x:auto}"""
+
+
+def as_html(blocks: list[Block], folder: Path) -> str:
+    """Blocks → one page; figures are put into it."""
+    body: list[str] = []
+    for kind, content in blocks:
+        if kind == "table":
+            header, rows = content
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+            lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+            table = f"<tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines)
+            body.append(f'<div class="wide"><table>{table}</table></div>')
+        elif kind == "figure":
+            picture = (folder / content[0]).read_text(encoding="utf-8")
+            body.append(f"<figure>{picture}<figcaption>{html.escape(content[1])}</figcaption></figure>")
+        else:
+            tag = {"#": "h1", "##": "h2", "p": "p", "li": "li"}[kind]
+            body.append(f"<{tag}>{html.escape(content)}</{tag}>")
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA, run again</title>'
+    )
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
+    )

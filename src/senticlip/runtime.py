@@ -1,0 +1,44 @@
+"""The one place that sets threads, matmul precision, device and the libraries' chatter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from senticlip.structures import UsageError
+
+# Asked for before torch starts: a missing hub must not be a 90-second wait.
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def setup(threads: int | None = None) -> None:
+    """Set torch's threads (default: OMP_NUM_THREADS, else the cores) and fast fp32 products; be quiet."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores())
+    torch.set_float32_matmul_precision("high")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def device(name: str | None = None) -> Any:
+    """The torch device: the one asked for, else a GPU if there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: no CUDA GPU is visible here; use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name}: choose cpu, cuda or cuda:N") from None

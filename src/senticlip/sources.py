@@ -1,0 +1,133 @@
+"""Clips → the stores that a model reads: token ids, cached frames, cached features of its frozen encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from senticlip.config import Config
+from senticlip.data import cache
+from senticlip.data.audio import audio_store
+from senticlip.data.loader import ArrayRows, ClipSet, Rows, to_batch
+from senticlip.data.mmsa import feature_file, read_features
+from senticlip.data.openface import WIDTH, openface_store
+from senticlip.encoders.text import tokenize
+from senticlip.models.base import SentimentModel
+from senticlip.structures import Clip, UsageError
+
+
+def cache_root() -> Path:
+    """Where caches live: $SENTICLIP_CACHE, else ~/.cache/senticlip."""
+    return Path(os.environ.get("SENTICLIP_CACHE") or Path.home() / ".cache" / "senticlip")
+
+
+FROM_FILE = ("features", "openface")
+"""Names of encoders that are none: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
+
+
+def ready_made(config: Config) -> list[str]:
+    """The modalities that come as features: sound always does, text and vision if the config says so."""
+    named = {"text": config.text.encoder, "vision": config.vision.encoder, "audio": FROM_FILE[0]}
+    return [name for name in config.modalities if named[name] in FROM_FILE]
+
+
+def feature_rows(
+    config: Config, clips: list[Clip], data: str | Path, root: Path | None = None
+) -> dict[str, tuple[Rows, int]]:
+    """Rows and width of each ready-made modality, for clips of ``data``.
+
+    Sound is the feature file's where text or vision are, else the log-mel of the clips; OpenFace's columns come from
+    ``DATA/OpenFace/`` if there is such a folder, else from the feature file.
+
+    Raises:
+        UserError: no feature file, or none of the clips in it.
+    """
+    root, names = root or cache_root(), ready_made(config)
+    found: dict[str, tuple[Rows, int]] = {}
+    folder = Path(data) / "OpenFace"
+    if "audio" in names and FROM_FILE[0] not in [getattr(config, name).encoder for name in names if name != "audio"]:
+        found["audio"] = (audio_store(clips, config.audio.bands, root), config.audio.bands)
+    if config.vision.encoder == "openface" and "vision" in names and folder.is_dir():
+        found["vision"] = (openface_store(clips, folder, root), WIDTH)
+    rest = tuple(name for name in names if name not in found)
+    if rest:
+        features = read_features(feature_file(data), root, rest)
+        for name in rest:
+            found[name] = (features.choose(name, clips), features.widths[name])
+        longest = max(features.rows["vision"].lengths, default=0) if "vision" in rest else 0
+        if config.model == "clip_ca_msa" and longest > config.vision.frames:
+            raise UsageError(
+                f"vision.frames: {config.vision.frames}, but {features.path} has clips of {longest} frames"
+            )
+    return found
+
+
+def feature_widths(config: Config, data: str | Path) -> dict[str, int]:
+    """Width of each ready-made modality of a data set."""
+    return {name: width for name, (_, width) in feature_rows(config, [], data).items()}
+
+
+def clip_set(
+    clips: list[Clip], model: SentimentModel, tokenizer: Any, root: Path | None = None, data: str | Path | None = None
+) -> ClipSet:
+    """One split as the model reads it; what a frozen encoder makes of it comes from the cache.
+
+    Args:
+        clips: the split.
+        model: on its device; an encoder in which nothing learns is run here, once for each new content.
+        tokenizer: of the text encoder (None without text).
+        root: of the caches.
+        data: the data set, for the modalities that come ready-made.
+    """
+    root = root or cache_root()
+    config = model.experiment
+    stores: dict[str, Rows] = {}
+    if data is not None:
+        stores = {name: rows for name, (rows, _) in feature_rows(config, clips, data, root).items()}
+    if "text" in model.encoders:
+        ids, mask = tokenize(tokenizer, [clip.text for clip in clips], config.text.max_length)
+        stores["text"] = ArrayRows(ids.numpy(), mask.numpy())
+    if "vision" in model.encoders:
+        encoder: Any = model.encoders["vision"]
+        stores["vision"] = cache.frame_store(clips, config.vision.frames, encoder.size, root)
+    for name in list(stores):
+        if model.frozen(name):
+            stores[name] = encoded(stores[name], model, name, root)
+    return ClipSet(clips, stores)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A hash of everything in a module's state: another weight, prompt or buffer is another encoder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def encoded(store: Rows, model: SentimentModel, name: str, root: Path, batch_size: int = 32) -> Rows:
+    """The features (fp16) that a frozen encoder gives for each row of a store, from the cache or computed now."""
+    encoder = model.encoders[name].eval()
+    device = next(encoder.parameters()).device
+
+    @torch.inference_mode()
+    def compute(rows: list[int]) -> Iterator[np.ndarray]:
+        for begin in range(0, len(rows), batch_size):
+            values, mask = store.gather(np.asarray(rows[begin : begin + batch_size]))
+            inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
+            features = encoder(to_batch(inputs).modalities[name])
+            yield from _ragged(features.values, features.mask)
+
+    spec = {"encoder": fingerprint(encoder), "modality": name}
+    return cache.cached(root, spec, store.keys, compute)
+
+
+def _ragged(values: torch.Tensor, mask: torch.Tensor) -> Iterable[np.ndarray]:
+    for row, real in zip(values.half().cpu().numpy(), mask.cpu().numpy(), strict=True):
+        yield row[real]

@@ -1,0 +1,111 @@
+"""The five forms that data takes on its way through the house; nothing else crosses a room.
+
+``Clip`` (what a person has) → ``Sequence`` (what an encoder reads or writes) → ``Batch`` → ``Output`` → ``Prediction``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LABELS = ("negative", "neutral", "positive")
+"""The classes, in the order of every C axis."""
+
+TARGETS = ("M", "T", "A", "V")
+"""The labels of a clip: joint, text alone, audio alone, vision alone."""
+
+MODALITIES = ("text", "vision", "audio")
+"""The modalities, in the order in which models read them."""
+
+SURFACE = {"text": "text", "vision": "video", "audio": "audio"}
+"""What a modality is called in everything that a user reads."""
+
+
+class UserError(Exception):
+    """Something the user can mend, told in one line: what is wrong, where, what to do.
+
+    The command line prints it without a traceback and exits with ``code``: 1 for bad data, 2 for wrong use.
+    """
+
+    code = 1
+
+
+class UsageError(UserError):
+    """Wrong use: an unknown switch, key, split, folder or device."""
+
+    code = 2
+
+
+def polarity(score: float) -> int:
+    """The class index (0 negative, 1 neutral, 2 positive) of a CH-SIMS score: its sign."""
+    return 1 + (score > 0) - (score < 0)
+
+
+class Clip(NamedTuple):
+    """One clip as read: paths and words, nothing decoded.
+
+    ``labels`` maps M, T, A, V to scores in [-1, 1]; a label that was not given is absent. ``video`` and ``text`` may
+    be None (a missing modality). ``row`` is the line of the label file, for messages; ``start`` and ``end`` (seconds)
+    cut a piece out of a longer video.
+    """
+
+    id: str
+    video: Path | None = None
+    text: str | None = None
+    labels: dict[str, float] = {}
+    split: str | None = None
+    row: int | None = None
+    start: float | None = None
+    end: float | None = None
+
+
+class Sequence(NamedTuple):
+    """One modality of a batch.
+
+    ``values`` B×L×…: token ids B×L, pixels B×m×3×H×W (uint8), or features B×L×d. ``mask`` B×L bool: True where
+    ``values`` is real. A row whose mask is all False lacks this modality.
+    """
+
+    values: Tensor
+    mask: Tensor
+
+
+class Batch(NamedTuple):
+    """Modalities (text, vision, audio) and labels (M, T, A, V: B float scores, NaN where unknown) by name.
+
+    ``rows`` B: the row of each clip in its split (Self-MM keeps momentum labels by it).
+    """
+
+    modalities: dict[str, Sequence]
+    labels: dict[str, Tensor]
+    rows: Tensor | None = None
+
+
+class Output(NamedTuple):
+    """What every model returns.
+
+    Classification: ``logits`` per head B×C (keys are modalities, or ``fused``), ``log_probs`` B×C fused and
+    normalised, ``weights`` per head B (they sum to 1 over the heads that are present). Regression: ``score`` B, in
+    label units. ``attention`` only if asked for: name → B×heads×queries×keys. ``features``: name → B×d, what the
+    losses of some models need.
+    """
+
+    logits: dict[str, Tensor] = {}
+    log_probs: Tensor | None = None
+    weights: dict[str, Tensor] = {}
+    score: Tensor | None = None
+    attention: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
+
+
+class Prediction(NamedTuple):
+    """The answer for one clip, as ``senticlip predict --json`` prints it (surface names: text, video, audio)."""
+
+    label: str
+    probabilities: dict[str, float]
+    modalities: dict[str, dict[str, float]]
+    weights: dict[str, float]
+    score: float | None = None

@@ -1,0 +1,140 @@
+"""What the paper's eight tables hold: rows, the config of each, the paper's numbers. Read from ``experiments/``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from senticlip import config as configs
+from senticlip.config import Config
+from senticlip.structures import UsageError
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+OWN_LABEL = {"text": "T", "vision": "V"}
+PAPER_METRICS = ("accuracy", "macro_f1", "precision", "recall")
+
+
+class Row(NamedTuple):
+    """A row as the paper prints it: what to run, by the label that judges it, and what the paper found, in per cent."""
+
+    name: str
+    configs: dict[str, Config]
+    paper: dict[str, float]
+
+
+class Table(NamedTuple):
+    """One table; its rows are compared with ``reference``."""
+
+    number: str
+    title: str
+    claim: str
+    reference: str
+    rows: list[Row]
+
+
+def load_preset(name: str, overrides: list[str] | None = None) -> Config:
+    """``tiny``, ``small`` or ``paper`` (or a YAML file of one's own)."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file() and path.parent == EXPERIMENTS:
+        known = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml") if file.stem != "tables")
+        raise UsageError(f"--preset {name}: choose one of {', '.join(known)}")
+    return configs.load(path, overrides)
+
+
+def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], random: bool) -> list[Table]:
+    """The tables of ``experiments/tables.yaml`` on top of a preset.
+
+    Args:
+        preset: the full model; a row changes it.
+        numbers: which tables, all by default.
+        labels: the labels that the data set has (M, T, A, V).
+        random: build the encoders that the preset does not bring with random weights.
+
+    Raises:
+        UsageError: no table of that number.
+    """
+    data = yaml.safe_load((EXPERIMENTS / "tables.yaml").read_text(encoding="utf-8"))
+    chosen = numbers or list(data["tables"])
+    unknown = [number for number in chosen if number not in data["tables"]]
+    if unknown:
+        raise UsageError(f"--tables {','.join(unknown)}: the paper has Tables {', '.join(data['tables'])}")
+    tables = []
+    for number in chosen:
+        table = data["tables"][number]
+        rows = []
+        for name, row in table["rows"].items():
+            changes = row_changes(row.get("config"))
+            made = row_configs(preset, table.get("base"), changes, labels, data["random"] if random else {})
+            rows.append(Row(name, made, dict(zip(PAPER_METRICS, row["paper"], strict=False))))
+        tables.append(Table(number, table["title"], table["claim"], table["reference"], rows))
+    return tables
+
+
+def notes() -> list[str]:
+    """The paper's own inconsistencies, to be read with its numbers."""
+    return yaml.safe_load((EXPERIMENTS / "tables.yaml").read_text(encoding="utf-8"))["notes"]
+
+
+def row_changes(file: str | None) -> dict[str, Any]:
+    """The keys that a row's YAML changes, dotted."""
+    if file is None:
+        return {}
+    data = yaml.safe_load((EXPERIMENTS / file).read_text(encoding="utf-8"))
+    sections = {f.name for f in dataclasses.fields(Config) if f.name != "stages"}
+    changes: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and key in sections:
+            changes |= {f"{key}.{inner}": v for inner, v in value.items()}
+        else:
+            changes[key] = value
+    return changes
+
+
+def row_configs(
+    preset: Config, base: str | None, changes: dict[str, Any], labels: set[str], random: dict[str, dict[str, Any]]
+) -> dict[str, Config]:
+    """A row's experiments by target: M, and for a single encoder first the modality's own label."""
+    if base is None:
+        return {preset.target: _built(preset, changes, random)}
+    alone = preset.stage(base) if base in preset.stages else preset.override({"modalities": [base], "stages": {}})
+    made = _built(alone, changes, random)
+    targets = [target for target in (OWN_LABEL[base], "M") if target in labels]
+    return {target: made.override({"target": target}) for target in targets}
+
+
+def _built(config: Config, changes: dict[str, Any], random: dict[str, dict[str, Any]]) -> Config:
+    """Apply a row; with ``random``, an encoder that it swaps gets random weights and loses the stage that trains it."""
+    if not changes:
+        return config
+    made = config.override({**changes, "stages": _pinned(config, changes)})
+    for name, more in random.items():
+        swapped = getattr(made, name).encoder
+        if swapped == getattr(config, name).encoder or swapped == "openface" or Path(swapped).is_dir():
+            continue
+        stages = {k: stage for k, stage in made.stages.items() if name not in stage["modalities"]}
+        made = made.override({**more, "stages": stages})
+    return made
+
+
+def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages of ``config`` written out in full, so that what a row changes does not reach into them.
+
+    All rows then share the encoders; only another encoder is trained again.
+    """
+    encoders = {key: value for key, value in changes.items() if key.endswith(".encoder")}
+    pinned = {}
+    for name in config.stages:
+        stage = config.stage(name).override(encoders).to_dict()
+        pinned[name] = {key: value for key, value in stage.items() if key not in ("stages", "seed")}
+    return pinned
+
+
+def digest(config: Config) -> str:
+    """The same for two rows that are the same model, whatever their seed."""
+    data = {**config.to_dict(), "seed": 0}
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=5).hexdigest()

@@ -1,0 +1,377 @@
+"""The only training path: stages, caches, transformers.Trainer, the best epoch by a validation metric, a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from senticlip import metrics, runtime
+from senticlip.checkpoint import calibrate, is_finished, save_run, write_text
+from senticlip.config import Config
+from senticlip.data.loader import ClipSet, collate, to_batch
+from senticlip.data.sims import read_clips
+from senticlip.encoders.augment import augment, sample_frames
+from senticlip.encoders.text import load_tokenizer, text_spec
+from senticlip.models import create_model
+from senticlip.models.base import SentimentModel
+from senticlip.models.clip_ca_msa import classes
+from senticlip.progress import EpochProgress
+from senticlip.sources import clip_set, feature_widths
+from senticlip.structures import LABELS, Batch, Sequence, UserError
+
+
+def train(
+    config: Config,
+    data: str | Path,
+    out: str | Path,
+    seed: int | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Train one experiment, its stages first; ``out`` becomes a complete checkpoint folder.
+
+    Args:
+        config: the experiment.
+        data: a CH-SIMS folder, or a CSV of one's own.
+        out: the RUN folder.
+        seed: instead of the config's.
+        resume: go on where a killed training of the same config stopped; a finished one is left alone.
+        device: cpu, cuda, cuda:N; a GPU if there is one by default.
+
+    Returns:
+        ``{"best_epoch": …, "valid": {…}, "seconds": …}``
+    """
+    started = time.monotonic()
+    config = config if seed is None else config.override({"seed": seed})
+    out, root_device = Path(out), runtime.device(device)
+    if resume and (result := is_finished(out, config)):
+        return result
+    stages = {}
+    for name in config.stages:
+        stages[name] = out / "stages" / name
+        train(config.stage(name), data, stages[name], resume=resume, device=device)
+    with _disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "experiment.yaml", config.to_yaml())
+        set_seed(config.seed)
+        model = create_model(config, feature_widths(config, data)).to(root_device)
+        for folder in stages.values():
+            adopt(model, SentimentModel.from_pretrained(folder))
+        tokenizer = load_tokenizer(text_spec(config.text)[1]) if "text" in model.encoders else None
+        arguments = _arguments(config, out / "checkpoints", root_device)
+        with arguments.main_process_first():
+            sets = {split: _split(data, config, split, model, tokenizer) for split in ("train", "valid")}
+        result = fit(model, sets["train"], sets["valid"], arguments, resume)
+        calibrate(model, sets["valid"])
+        result["seconds"] = round(time.monotonic() - started, 1)
+        if arguments.process_index == 0:
+            save_run(out, model, tokenizer, config, data, result)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _split(data: str | Path, config: Config, split: str, model: SentimentModel, tokenizer: Any) -> ClipSet:
+    clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
+    if not clips:
+        raise UserError(f"{data}: no clip of {split} has a label {config.target} — give the column or another target")
+    return clip_set(clips, model, tokenizer, data=data)
+
+
+def adopt(model: SentimentModel, stage: SentimentModel) -> None:
+    """Take over the encoders that a stage has trained; what stays frozen now is frozen whole, its prompt, too."""
+    for name, encoder in stage.encoders.items():
+        if name in model.encoders:
+            model.encoders[name].load_state_dict(encoder.state_dict())
+            if getattr(model.experiment, name).train == "frozen":
+                model.encoders[name].requires_grad_(False)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """A full disk is told in one line; the last complete checkpoint stays."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise UserError(f"{out}: the disk is full — make room, then run the same command with --resume") from error
+        raise
+
+
+class Trainee(nn.Module):
+    """What the Trainer trains and saves: the model, and a moving average of it if one is wanted, which is evaluated.
+
+    Args:
+        model: without its frozen encoders: their output comes from the cache, and checkpoints need not hold them.
+    """
+
+    accepts_loss_kwargs = False
+    steps: Tensor
+
+    def __init__(self, model: SentimentModel) -> None:
+        super().__init__()
+        self.experiment, self.model = model.experiment, model
+        self.average = copy.deepcopy(model).requires_grad_(False).eval() if model.experiment.train.ema else None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> Trainee:
+        """The average is never in training mode."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    @torch.no_grad()
+    def step_finished(self) -> None:
+        """Let the network clamp what it must, then move the average; it follows fast at first."""
+        if hasattr(self.model.network, "step_finished"):
+            self.model.network.step_finished()
+        if self.average is None:
+            return
+        self.steps += 1
+        decay = min(self.experiment.train.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
+        for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Loss and prediction (log-probabilities B×C, or scores B)."""
+        batch = to_batch(inputs)
+        if self.training:
+            batch = self.disturb(batch)
+        model = self.model if self.training or self.average is None else self.average
+        output = model(batch)
+        loss, logs = model.loss(output, batch)
+        prediction = output.score if output.score is not None else output.log_probs
+        assert prediction is not None
+        return {"loss": loss, "prediction": prediction} | ({} if self.training else logs)
+
+    def disturb(self, batch: Batch) -> Batch:
+        """Augment the frames, choose some of them, and leave out a modality now and then."""
+        parts = dict(batch.modalities)
+        vision, config = parts.get("vision"), self.experiment
+        if vision is not None and vision.values.dtype == torch.uint8:
+            if config.vision.train_frames:
+                vision = sample_frames(vision, config.vision.train_frames)
+            parts["vision"] = Sequence(augment(vision.values, config.vision.augment), vision.mask)
+        if config.train.modality_dropout and len(parts) > 1:
+            rows = len(next(iter(parts.values())).mask)
+            lost = torch.rand(rows) < config.train.modality_dropout
+            which = torch.randint(len(parts), (rows,))
+            for i, (name, sequence) in enumerate(parts.items()):
+                gone = (lost & (which == i)).to(sequence.mask.device)
+                parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
+        return Batch(parts, batch.labels, batch.rows)
+
+
+class Fitter(Trainer):
+    """transformers.Trainer with a learning rate for each part."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the parts' groups."""
+        if self.optimizer is None:
+            fused = self.args.device.type in ("cuda", "cpu")
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.model), fused=fused)
+        return self.optimizer
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Every row of valid: ``dataloader_drop_last`` is meant for training batches, but reaches these, too."""
+        self.args.dataloader_drop_last = False
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        self.args.dataloader_drop_last = True
+        return loader
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        trainee: Any = self.model
+        config: Config = trainee.experiment
+        if config.train.balance != "sampler":
+            return super()._get_train_sampler(*args, **kwargs)
+        target = _classes_of(self.train_dataset, config)
+        weights = 1 / np.bincount(target, minlength=len(LABELS)).clip(1)
+        generator = torch.Generator().manual_seed(config.seed)
+        return torch.utils.data.WeightedRandomSampler(weights[target].tolist(), len(target), generator=generator)
+
+
+def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
+    """Groups of learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay."""
+    config: Config = trainee.experiment
+    if hasattr(trainee.model.network, "param_groups"):
+        return trainee.model.network.param_groups(config) + _groups(trainee, config, encoders_only=True)
+    return _groups(trainee, config, encoders_only=False)
+
+
+def _groups(trainee: Any, config: Config, encoders_only: bool) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in trainee.model.named_parameters():
+        if not parameter.requires_grad or (encoders_only and not name.startswith("encoders.")):
+            continue
+        rate = config.train.lr
+        if name.startswith("encoders.") and not name.endswith(".prefix"):
+            rate = getattr(config, name.split(".")[1]).lr
+        elif ".combine." in name:
+            rate = config.train.scalar_lr
+        decay = 0.0 if parameter.ndim < 2 or name.endswith(".prefix") else config.train.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+class Hooks(TrainerCallback):
+    """What networks want to be told: the epoch's number, the end of a step."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        self.trainee, self.network = trainee, trainee.model.network
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Self-MM updates its labels by the epoch's number, from 1."""
+        if hasattr(self.network, "epoch_started"):
+            self.network.epoch_started(round(state.epoch or 0) + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Clamp in place."""
+        self.trainee.step_finished()
+
+
+def fit(
+    model: SentimentModel, training: ClipSet, valid: ClipSet, arguments: TrainingArguments, resume: bool
+) -> dict[str, Any]:
+    """Train until the validation metric stops rising; the model ends with its best epoch's weights."""
+    config = model.experiment
+    frozen = {name: model.encoders.pop(name) for name in list(model.encoders) if model.frozen(name)}
+    if hasattr(model.network, "prepare"):
+        model.network.prepare(len(training))
+    if config.train.balance == "weights" and hasattr(model.network, "class_weights"):
+        counts = np.bincount(_classes_of(training, config), minlength=len(LABELS))
+        model.network.class_weights.copy_(torch.tensor(counts.sum() / len(LABELS) / counts.clip(1)))
+
+    trainee = Trainee(model)
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        values = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        truth = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
+        return score(values, truth)
+
+    callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
+    if arguments.process_index == 0:
+        board = SummaryWriter(str(Path(arguments.output_dir or "").parent / "tensorboard"))
+        callbacks += [EpochProgress(), TensorBoardCallback(board)]
+    trainer = Fitter(
+        trainee,
+        arguments,
+        data_collator=collate,
+        train_dataset=training,
+        eval_dataset=valid,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    trainer.pop_callback(PrinterCallback)
+    folder = Path(arguments.output_dir or "")
+    checkpoint = newest_checkpoint(folder) if resume else None
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    if checkpoint is None or not _stopped(checkpoint, config.train.patience):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    else:  # it was killed after its last epoch
+        trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_best_model()
+    if trainee.average is not None:
+        model.load_state_dict(trainee.average.state_dict())
+    model.encoders.update(frozen)
+    model.eval()
+    return _summary(trainer.state, config)
+
+
+def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Validation metrics of log-probabilities n×C or scores n against label scores n; a score's nll is its MAE."""
+    target = np.sign(np.nan_to_num(truth)).astype(int) + 1
+    predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
+    found = metrics.classification(target, predicted)
+    rows = np.abs(values - truth) if values.ndim == 1 else -np.take_along_axis(values, target[:, None], 1)
+    return {name: found[name] for name in ("accuracy", "macro_f1", "weighted_f1")} | {"nll": float(rows.mean())}
+
+
+def _classes_of(data: Any, config: Config) -> np.ndarray:
+    return classes(torch.from_numpy(data.labels[config.target])).numpy()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; Trainer writes ``trainer_state.json`` last, so one without it was cut off."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+        except (OSError, ValueError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def _stopped(checkpoint: Path, patience: int) -> bool:
+    """Whether the training had ended, by its last epoch or by early stopping, when this checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    if state["global_step"] >= state["max_steps"]:
+        return True
+    callback = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    return callback.get("attributes", {}).get("early_stopping_patience_counter", 0) >= patience
+
+
+def _summary(state: Any, config: Config) -> dict[str, Any]:
+    metric = f"eval_{config.train.metric}"
+    rows = [row for row in state.log_history if metric in row]
+    best = (min if config.train.metric == "nll" else max)(rows, key=lambda row: row[metric])
+    valid = {name[5:]: round(value, 6) for name, value in best.items() if name.startswith("eval_")}
+    keep = ("accuracy", "macro_f1", "weighted_f1", "nll")
+    history = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in state.log_history if "epoch" in row]
+    return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep}, "history": history}
+
+
+def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingArguments:
+    t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
+    if t.batch_size % world:
+        raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=t.epochs,
+        per_device_train_batch_size=t.batch_size // world,
+        per_device_eval_batch_size=max(t.batch_size // world, 32),
+        gradient_accumulation_steps=t.accumulation,
+        learning_rate=t.lr,
+        weight_decay=t.weight_decay,
+        warmup_steps=t.warmup,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(t.schedule, t.schedule),
+        max_grad_norm=t.clip_norm,
+        bf16=t.precision == "bf16",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=t.metric,
+        greater_is_better=t.metric != "nll",
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and world > 1 else None,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=[f"label_{config.target}"],
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )

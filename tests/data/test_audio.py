@@ -1,0 +1,69 @@
+"""Sound: the waveform of a made file, and log-mel against tones whose place is known."""
+
+from __future__ import annotations
+
+import wave
+
+import numpy as np
+import pytest
+
+from senticlip.data.audio import RATE, audio_store, log_mel, mel_filters, read_audio
+from senticlip.structures import Clip, UserError
+
+
+def tone(frequency, seconds, rate=RATE):
+    return np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate).astype(np.float32)
+
+
+def write_wav(path, sound, rate):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((sound * 32767).astype("<i2").tobytes())
+    return path
+
+
+def test_a_file_is_read_at_the_rate_asked_for(tmp_path):
+    path = write_wav(tmp_path / "a.wav", np.concatenate([tone(440, 1, 44100), tone(1760, 1, 44100)]), 44100)
+    sound = read_audio(path)
+    assert len(sound) == pytest.approx(2 * RATE, abs=50)
+    assert np.abs(np.fft.rfft(sound[:RATE])).argmax() == pytest.approx(440, abs=1)
+    piece = read_audio(path, 1.25, 1.75)
+    assert len(piece) == pytest.approx(RATE / 2, abs=50)
+    assert 2 * np.abs(np.fft.rfft(piece)).argmax() == pytest.approx(1760, abs=4)
+
+
+def test_log_mel_of_a_tone_lies_in_its_band():
+    filters = mel_filters(33)
+    frequencies = np.fft.rfftfreq(640, 1 / RATE)
+    for frequency in (200, 1000, 4000):
+        found = log_mel(tone(frequency, 0.5))
+        expected = filters[:, np.abs(frequencies - frequency).argmin()].argmax()
+        assert abs(int(found[5].argmax()) - int(expected)) <= 1
+    assert found.shape == (1 + (8000 - 640) // 320, 33)
+    assert found.dtype == np.float32
+
+
+def test_short_and_silent_sounds():
+    assert log_mel(np.zeros(0, np.float32)).shape == (0, 33)
+    assert log_mel(np.zeros(10, np.float32)).shape == (1, 33)
+    assert np.isfinite(log_mel(np.zeros(3200, np.float32))).all()
+
+
+def test_filters_cover_the_spectrum_without_holes():
+    filters = mel_filters(33)
+    assert filters.shape == (33, 321)
+    assert (filters >= 0).all()
+    assert (filters.max(1) > 0).all()
+    assert (filters[:, 2:-1].sum(0) > 0).all()
+
+
+def test_faults_and_clips_without_sound(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"a\.mp4: its sound cannot be read"):
+        read_audio(tmp_path / "a.mp4")
+    path = write_wav(tmp_path / "b.wav", tone(300, 0.3), RATE)
+    values, mask = audio_store([Clip("a"), Clip("b", path)], 33, tmp_path / "cache").gather(np.array([0, 1]))
+    assert mask.sum(1).tolist() == [0, 1 + (4800 - 640) // 320]
+    assert values.shape[2] == 33

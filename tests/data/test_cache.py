@@ -1,0 +1,322 @@
+"""The cache: what is there is not computed again, and no accident leaves anything that is half there."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from senticlip.data import cache
+from senticlip.data.cache import cached, file_key, frame_store
+from senticlip.data.video import read_frames
+from senticlip.structures import Clip, UserError
+
+SPEC = {"encoder": "made", "version": 1}
+
+
+def row(key: str) -> np.ndarray:
+    """A ragged row that its key determines."""
+    seed = int(key.removeprefix("k"))
+    return np.random.default_rng(seed).standard_normal((seed % 5, 4)).astype(np.float16)
+
+
+class Computer:
+    """Counts what it computes."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self.keys, self.done = keys, []
+
+    def __call__(self, places):
+        for place in places:
+            self.done.append(self.keys[place])
+            yield row(self.keys[place])
+
+
+def keys_of(n: int) -> list[str]:
+    return [f"k{i}" for i in range(n)]
+
+
+def check(store, keys: list[str], indices=None) -> None:
+    """Every row is the one that its key determines."""
+    indices = np.arange(len(keys)) if indices is None else np.asarray(indices)
+    values, mask = store.gather(indices)
+    assert values.shape[:2] == mask.shape
+    for got, real, i in zip(values, mask, indices, strict=True):
+        expected = row(keys[i]) if keys[i] else np.zeros((0, 4), np.float16)
+        assert real.sum() == store.lengths[i] == len(expected)
+        assert np.array_equal(got[real], expected)
+        assert not got[~real].any()
+
+
+def test_only_what_is_missing_is_computed(tmp_path):
+    keys = keys_of(600)
+    first = Computer(keys)
+    store = cached(tmp_path, SPEC, keys[:500], first)
+    assert len(store) == 500
+    assert first.done == keys[:500]
+    check(store, keys[:500])
+    check(store, keys, [499, 0, 0, 257, 3])
+    second = Computer(keys)
+    check(cached(tmp_path, SPEC, keys, second), keys)
+    assert second.done == keys[500:]
+    third = Computer(keys)
+    shuffled = keys[::-1]
+    check(cached(tmp_path, SPEC, shuffled, third), shuffled)
+    assert not third.done
+
+
+def test_another_spec_misses(tmp_path):
+    keys = keys_of(3)
+    cached(tmp_path, SPEC, keys, Computer(keys))
+    other = Computer(keys)
+    cached(tmp_path, {**SPEC, "version": 2}, keys, other)
+    assert other.done == keys
+
+
+def test_rows_that_are_there_twice_or_not_at_all(tmp_path):
+    keys = ["k4", "", "k4", "k5", ""]
+    computer = Computer(keys)
+    store = cached(tmp_path, SPEC, keys, computer)
+    assert sorted(computer.done) == ["k4", "k5"]
+    check(store, keys)
+    values, mask = store.gather(np.array([1, 4]))
+    assert values.shape[:2] == (2, 1)
+    assert not mask.any()
+    nothing = cached(tmp_path, SPEC, ["", ""], computer)
+    assert not nothing.gather(np.array([0, 1]))[1].any()
+    assert len(cached(tmp_path, SPEC, [], computer)) == 0
+
+
+def test_changed_content_is_another_key(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    before, times = file_key(path), path.stat()
+    assert file_key(path) == before
+    path.write_bytes(b"two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file_key(path) != before
+    with pytest.raises(UserError, match="cannot be read"):
+        file_key(tmp_path / "none")
+
+
+def test_an_error_of_the_encoder_keeps_what_was_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_ROWS", 10)
+    keys = keys_of(35)
+
+    def failing(places):
+        for place in places:
+            if place == 25:
+                raise UserError("clip 25: cut off")
+            yield row(keys[place])
+
+    with pytest.raises(UserError, match="clip 25"):
+        cached(tmp_path, SPEC, keys, failing)
+    again = Computer(keys)
+    check(cached(tmp_path, SPEC, keys, again), keys)
+    assert again.done == keys[25:]
+
+
+def build(root: Path, count: int, pause: float) -> None:
+    cache.SHARD_ROWS = 10
+    keys = keys_of(count)
+
+    def slow(places):
+        for place in places:
+            time.sleep(pause)
+            yield row(keys[place])
+
+    cached(root, SPEC, keys, slow)
+
+
+@pytest.fixture
+def fork():
+    return multiprocessing.get_context("fork")
+
+
+def test_two_writers_at_once(tmp_path, fork):
+    writers = [fork.Process(target=build, args=(tmp_path, 60, 0.002)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    computer = Computer(keys_of(60))
+    check(cached(tmp_path, SPEC, keys_of(60), computer), keys_of(60))
+    assert not computer.done
+
+
+def test_killed_at_any_moment(tmp_path, fork):
+    for after in (0.02, 0.05, 0.09, 0.14):
+        writer = fork.Process(target=build, args=(tmp_path, 200, 0.002))
+        writer.start()
+        time.sleep(after)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        computer = Computer(keys_of(20))
+        check(cached(tmp_path, SPEC, keys_of(20), computer), keys_of(20))
+    check(cached(tmp_path, SPEC, keys_of(200), Computer(keys_of(200))), keys_of(200))
+
+
+def test_what_a_kill_left_is_swept_up(tmp_path):
+    keys = keys_of(5)
+    cached(tmp_path, SPEC, keys, Computer(keys))
+    (folder,) = tmp_path.iterdir()
+    old, young = folder / "partial-old", folder / "partial-young"
+    for path in (old, young, folder / "shard-orphan.npy"):
+        path.write_bytes(b"half")
+    for path in (old, folder / "shard-orphan.npy"):
+        os.utime(path, (0, 0))
+    cached(tmp_path, SPEC, keys_of(9), Computer(keys_of(9)))
+    assert not old.exists()
+    assert not (folder / "shard-orphan.npy").exists()
+    # it may be another writer's
+    assert young.exists()
+
+
+def test_a_damaged_shard_is_computed_again(tmp_path):
+    keys = keys_of(5)
+    cached(tmp_path, SPEC, keys, Computer(keys))
+    (shard,) = tmp_path.glob("*/shard-*.npy")
+    shard.write_bytes(shard.read_bytes()[:-7])
+    again = Computer(keys)
+    check(cached(tmp_path, SPEC, keys, again), keys)
+    assert again.done == keys
+
+
+def limited(root: Path, result) -> None:
+    """A writer who may write files of 40 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    try:
+        cached(root, SPEC, ["k1"], lambda places: (np.zeros((1, 100_000), np.uint8) for _ in places))
+    except UserError as error:
+        result.send(str(error))
+
+
+def test_no_room(tmp_path, fork):
+    receive, send = fork.Pipe()
+    writer = fork.Process(target=limited, args=(tmp_path, send))
+    writer.start()
+    message = receive.recv()
+    writer.join()
+    assert "disk is full" in message
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    assert {path.name for path in tmp_path.glob("*/*")} == {"spec.json"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_the_disk_fills_between_two_shards(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(cache, "SHARD_ROWS", 10)
+    fsync, written = os.fsync, []
+
+    def failing(file):
+        # spec, and values and keys of two shards
+        if len(written) == 5:
+            raise OSError(number, os.strerror(number))
+        written.append(fsync(file))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(UserError, match="cannot be written" if number == errno.EACCES else "disk is full"):
+        cached(tmp_path, SPEC, keys_of(40), Computer(keys_of(40)))
+    assert not list(tmp_path.glob("*/partial-*"))
+    monkeypatch.undo()
+    again = Computer(keys_of(40))
+    check(cached(tmp_path, SPEC, keys_of(40), again), keys_of(40))
+    assert again.done == keys_of(40)[20:]
+
+
+def test_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="SENTICLIP_CACHE"):
+        cached(tmp_path / "file", SPEC, ["k1"], Computer(["k1"]))
+
+
+def test_memory_stays_flat(tmp_path, monkeypatch):
+    """At most one shard is held: rows wait for no one."""
+    monkeypatch.setattr(cache, "SHARD_BYTES", 1 << 20)
+    alive, most = 0, 0
+
+    class Counted(np.ndarray):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def rows(places):
+        nonlocal alive, most
+        for _ in places:
+            alive += 1
+            most = max(most, alive)
+            yield np.zeros((1, 1 << 17), np.uint8).view(Counted)
+
+    store = cached(tmp_path, SPEC, keys_of(100), rows)
+    assert most <= 2 * 8 + 2
+    assert store.gather(np.array([99]))[0].shape == (1, 1, 1 << 17)
+
+
+def make_clip(path: Path, number: int) -> Path:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(number):
+            image = np.full((48, 64, 3), 10 * i + number, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        out.mux(stream.encode(None))
+    return path
+
+
+def test_frames_of_clips(tmp_path):
+    clips = [Clip(str(n), make_clip(tmp_path / f"{n}.mp4", n)) for n in (1, 3, 20)]
+    clips += [Clip("none"), Clip("piece", tmp_path / "20.mp4", start=0.5, end=1.0)]
+    seen = []
+    store = frame_store(clips, 6, 32, tmp_path / "cache", workers=1, advance=lambda: seen.append(1))
+    assert store.lengths.tolist() == [1, 3, 6, 0, 5]
+    assert len(seen) == 4
+    values, mask = store.gather(np.arange(5))
+    assert values.shape == (5, 6, 3, 32, 32)
+    for i in (0, 1, 2, 4):
+        clip = clips[i]
+        assert clip.video is not None
+        assert np.array_equal(values[i][mask[i]], read_frames(clip.video, 6, clip.start, clip.end, size=32).pixels)
+    make_clip(tmp_path / "3.mp4", 4)
+    assert frame_store(clips, 6, 32, tmp_path / "cache", workers=1).lengths.tolist() == [1, 4, 6, 0, 5]
+    assert frame_store(clips, 2, 32, tmp_path / "cache", workers=1).lengths.max() == 2
+
+
+def test_workers_give_the_same(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", 20)
+    clips = [Clip(str(i), path, start=i / 10, end=i / 10 + 0.5) for i in range(12)]
+    one = frame_store(clips, 3, 16, tmp_path / "one", workers=1)
+    two = frame_store(clips, 3, 16, tmp_path / "two", workers=2)
+    assert np.array_equal(one.gather(np.arange(12))[0], two.gather(np.arange(12))[0])
+    clips[5] = Clip("gone", tmp_path / "gone.mp4")
+    with pytest.raises(UserError, match="gone"):
+        frame_store(clips, 3, 16, tmp_path / "three", workers=2)
+
+
+def test_a_bad_clip_among_workers_is_told_and_the_rest_is_kept(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", 20)
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    clips = [Clip(str(i), path, start=i / 20, end=i / 20 + 0.5) for i in range(20)]
+    clips[15] = Clip("bad", tmp_path / "bad.mp4")
+    with pytest.raises(UserError, match="bad"):
+        frame_store(clips, 3, 16, tmp_path / "cache", workers=2)
+    entries = [json.loads(p.read_text()) for p in (tmp_path / "cache").glob("*/shard-*.json")]
+    assert sum(len(entry["keys"]) for entry in entries) == 15
+
+
+def test_no_thread_is_left(tmp_path):
+    path = make_clip(tmp_path / "a.mp4", 5)
+    before = threading.active_count()
+    frame_store([Clip(str(i), path, start=i / 50) for i in range(12)], 2, 16, tmp_path / "cache", workers=2)
+    assert threading.active_count() == before
+    assert "torch" in sys.modules

@@ -1,0 +1,236 @@
+"""Feature files: what comes out, what is refused, and how much memory it takes."""
+
+from __future__ import annotations
+
+import copyreg
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from senticlip.data import unpickle
+from senticlip.data.mmsa import read_features, write_features
+from senticlip.structures import UserError
+
+STEPS = {"text": (6, 5), "audio": (9, 3), "vision": (7, 4)}
+
+
+def made(rows=4, seed=0, **sizes):
+    """A small feature file in MMSA's form."""
+    random = np.random.default_rng(seed)
+    data = {}
+    for split in ("train", "valid", "test"):
+        part = {
+            "id": [f"video_0001$_${split}{i}" for i in range(rows)],
+            "raw_text": np.array([f"第{i}句话" for i in range(rows)]),
+            "annotations": ["Neutral"] * rows,
+            "text_bert": np.zeros((rows, 3, 6), np.float32),
+        }
+        part["text_bert"][:, 1, :4] = 1
+        for name, (steps, width) in {**STEPS, **sizes}.items():
+            part[name] = random.normal(size=(rows, steps, width)).astype(np.float32)
+        for name in ("audio", "vision"):
+            part[f"{name}_lengths"] = [int(n) for n in random.integers(1, 8, rows)]
+        for target in ("", "_T", "_A", "_V"):
+            part[f"regression_labels{target}"] = random.integers(-5, 6, rows) / 5
+        data[split] = part
+    return data
+
+
+def save(path, data, protocol=4):
+    path.write_bytes(pickle.dumps(data, protocol=protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol_gives_back_what_was_written(tmp_path, protocol):
+    data = {
+        "big": np.arange(70_000, dtype=np.float32).reshape(7, 100, 100),
+        "fortran": np.asfortranarray(np.arange(40_000.0).reshape(200, 200)),
+        "small": np.array([[1, 2], [3, 4]], dtype=">i4"),
+        "words": np.array(["爱", "b"], dtype=object),
+        "fixed": np.array(["正面", "x"]),
+        "number": np.float64(0.5),
+        "plain": [1, 2.5, None, True, "文", {"a": (1, 2)}],
+    }
+    found = unpickle.load(save(tmp_path / "a.pkl", data, protocol))
+    for key in ("big", "fortran", "small", "fixed"):
+        np.testing.assert_array_equal(found[key], data[key])
+    assert list(found["words"]) == ["爱", "b"]
+    assert found["number"] == 0.5
+    assert found["plain"] == [1, 2.5, None, True, "文", {"a": [1, 2]}]
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Evil(os.system, "touch {}"),
+        Evil(eval, "open({!r}, 'w')"),
+        Evil(np.save, "{}", 1),
+        Evil(np.memmap, "{}", "u1", "w+", 0, 4),
+        np.ma.array([1.0]),
+        {1, 2},
+        np.zeros(3, dtype=[("a", "f4")]),
+        copyreg._reconstructor,
+    ],
+    ids=lambda b: type(b).__name__,
+)
+def test_anything_else_is_refused_and_not_run(tmp_path, bad, protocol):
+    mark = tmp_path / "ran"
+    if isinstance(bad, Evil):
+        function, arguments = bad.call
+        bad = Evil(function, *[a.format(mark) if isinstance(a, str) else a for a in arguments])
+    path = save(tmp_path / "evil.pkl", {"train": [bad]}, protocol)
+    with pytest.raises(UserError, match=r"evil\.pkl: holds .* arrays, numbers, strings, lists and dicts only") as error:
+        unpickle.load(path)
+    assert "\n" not in str(error.value)
+    assert not mark.exists()
+
+
+def test_opcodes_that_reach_outside_are_refused(tmp_path):
+    for i, code in enumerate([b"Pother\n.", b"\x82\x01.", b"(i__main__\nX\n.", b"\x80\x02c__builtin__\neval\n."]):
+        path = tmp_path / f"{i}.pkl"
+        path.write_bytes(code)
+        with pytest.raises(UserError):
+            unpickle.load(path)
+
+
+def test_a_file_cut_off_anywhere_is_one_line(tmp_path):
+    whole = pickle.dumps(made(rows=40, audio=(50, 20)), protocol=4)
+    for share in (0.0, 0.01, 0.3, 0.7, 0.99):
+        path = tmp_path / "cut.pkl"
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match="no complete pickle"):
+            unpickle.load(path)
+    (tmp_path / "text.pkl").write_text("not a pickle")
+    with pytest.raises(UserError, match="no complete pickle"):
+        unpickle.load(tmp_path / "text.pkl")
+    with pytest.raises(UserError, match="cannot be read"):
+        unpickle.load(tmp_path / "none.pkl")
+
+
+def test_clips_and_rows_as_they_are(tmp_path):
+    data = made()
+    data["valid"]["vision"][1, :2] = 0  # OpenFace saw no face in the first two frames
+    data["valid"]["vision_lengths"][1] = 5
+    data["test"]["vision_lengths"][0] = 0
+    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache")
+    assert found.widths == {"text": 5, "audio": 3, "vision": 4}
+    assert [clip.split for clip in found.clips] == ["train"] * 4 + ["valid"] * 4 + ["test"] * 4
+    clip = found.clips[5]
+    assert (clip.id, clip.text, clip.row) == ("video_0001/valid1", "第1句话", 1)
+    assert clip.labels == {
+        t: data["valid"]["regression_labels" + s][1] for t, s in (("M", ""), ("T", "_T"), ("A", "_A"), ("V", "_V"))
+    }
+    values, mask = found.rows["vision"].gather(np.array([5, 8, 0]))
+    assert mask.sum(1).tolist() == [3, 0, data["train"]["vision_lengths"][0]]
+    np.testing.assert_array_equal(values[0, :3], data["valid"]["vision"][1, 2:5])
+    values, mask = found.rows["text"].gather(np.array([11]))
+    assert mask.sum() == 4
+    np.testing.assert_array_equal(values[0], data["test"]["text"][3, :4])
+
+
+def test_the_second_time_nothing_is_converted(tmp_path, monkeypatch):
+    path = save(tmp_path / "f.pkl", made())
+    read_features(path, tmp_path / "cache")
+    monkeypatch.setattr("senticlip.data.mmsa._row", None)
+    assert len(read_features(path, tmp_path / "cache").rows["audio"]) == 12
+
+
+def broken(change):
+    data = made()
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("valid"), "the keys train, valid and test"),
+        (lambda d: d["test"].pop("audio"), "test: the key 'audio' is missing; it has id, raw_text"),
+        (lambda d: d["train"].pop("id"), "train: the key 'id' is missing"),
+        (lambda d: d["train"].pop("regression_labels"), "'regression_labels' is missing"),
+        (lambda d: d["train"].update(text=d["train"]["text"][:3]), r"train, text: shape \(3, 6, 5\), expected 4 rows"),
+        (lambda d: d["train"].update(text=d["train"]["text"][..., 0]), r"train, text: shape \(4, 6\)"),
+        (lambda d: d["train"].update(text=["a"] * 4), "train, text: expected an array"),
+        (lambda d: d["test"].update(audio=d["test"]["audio"][..., :2]), "audio: widths differ: train 3"),
+        (lambda d: d["test"].update(audio_lengths=[1, 2]), "test, audio_lengths: 2 lengths"),
+        (lambda d: d["test"].update(audio_lengths=[99] * 4), "lengths up to 99 for 4 rows of 9 steps"),
+        (lambda d: d["valid"]["regression_labels_T"].__setitem__(2, np.nan), "valid, regression_labels_T, row 2: nan"),
+        (lambda d: d["valid"]["audio"].__setitem__((1, 0, 2), np.inf), "valid, audio, row 1, step 0, column 2: inf"),
+        (lambda d: d["valid"]["vision"].__setitem__((3, 0, 1), np.nan), "valid, vision, row 3, step 0, column 1: nan"),
+        (lambda d: d["valid"].update(raw_text=["x"]), "4 ids, but 1 raw_text"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, change, message):
+    path = save(tmp_path / "wrong.pkl", broken(change))
+    with pytest.raises(UserError, match=message) as error:
+        read_features(path, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_what_we_write_we_read(tmp_path):
+    data = made()
+    write_features(tmp_path / "ours.pkl", data)
+    found = read_features(tmp_path / "ours.pkl", tmp_path / "cache")
+    np.testing.assert_array_equal(found.rows["text"].gather(np.array([0]))[0][0], data["train"]["text"][0, :4])
+    assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_a_large_file_takes_little_memory(tmp_path):
+    """400 MB of arrays: converted and gathered with less than 150 MB of anonymous memory more than the imports take."""
+    script = """
+import pickle, re, sys
+import numpy as np
+from pathlib import Path
+from senticlip.data.mmsa import read_features
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+before, top = anonymous(), 0.0
+import senticlip.data.mmsa as room
+row = room._row
+def watched(*args):
+    global top
+    top = max(top, anonymous())
+    return row(*args)
+room._row = watched
+found = read_features(sys.argv[1], Path(sys.argv[2]))
+for start in range(0, len(found.clips), 32):
+    for store in found.rows.values():
+        store.gather(np.arange(start, min(start + 32, len(found.clips))))
+    top = max(top, anonymous())
+print(top - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        return
+    path = tmp_path / "large.pkl"
+    part = {
+        "id": [str(i) for i in range(400)],
+        "regression_labels": np.zeros(400),
+        "text": np.ones((400, 39, 768), np.float32),
+        "audio": np.ones((400, 400, 33), np.float32),
+        "vision": np.ones((400, 55, 709), np.float32),
+    }
+    small = {key: value[:1] for key, value in part.items()}
+    with path.open("wb") as file:
+        pickle.dump({"train": part, "valid": small, "test": small}, file, protocol=4)
+    del part
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(tmp_path / "cache")], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 150

@@ -1,0 +1,61 @@
+"""OpenFace CSVs, made here in OpenFace's form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from senticlip.data.openface import WIDTH, openface_store, read_openface
+from senticlip.structures import Clip, UserError
+
+HEADER = ["frame", " face_id", " timestamp", " confidence", " success", *[f" f_{i}" for i in range(WIDTH)]]
+
+
+def write(path, rows, header=HEADER):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [", ".join(header)] + [", ".join(map(str, row)) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def row(frame, value, success=1, confidence=0.9, face=0):
+    return [frame, face, frame / 25, confidence, success, *[value] * WIDTH]
+
+
+def test_frames_without_a_face_are_left_out_and_the_surest_face_counts(tmp_path):
+    rows = [row(1, 1.5), row(2, 0, success=0), row(3, 7, confidence=0.5), row(3, 3, confidence=0.8, face=1), row(4, 4)]
+    found = read_openface(write(tmp_path / "a.csv", rows))
+    assert found.shape == (3, WIDTH)
+    assert found[:, 0].tolist() == [1.5, 3, 4]
+    assert read_openface(write(tmp_path / "b.csv", [row(1, 0, success=0)])).shape == (0, WIDTH)
+    assert read_openface(write(tmp_path / "c.csv", [])).shape == (0, WIDTH)
+
+
+def test_a_long_clip_is_thinned_evenly(tmp_path):
+    found = read_openface(write(tmp_path / "a.csv", [row(i, i) for i in range(1, 101)]), limit=5)
+    assert found[:, 0].tolist() == [1, 26, 50, 75, 100] or found[:, 0].tolist() == [1, 26, 51, 75, 100]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        ([row(1, 1)], HEADER[:-1], "708 feature columns, expected OpenFace's 709"),
+        ([row(1, 1)], ["a", "b"], "no frame"),
+        ([row(1, 1), row(2, 1)[:-3]], HEADER, "row 3: 711 columns instead of 714"),
+        ([row(1, "x")], HEADER, "row 2: a cell is no number"),
+        ([row(1, "nan")], HEADER, "row 2, column f_0: not finite"),
+    ],
+)
+def test_faults_are_one_line(tmp_path, rows, header, message):
+    with pytest.raises(UserError, match=message):
+        read_openface(write(tmp_path / "a.csv", rows, header))
+
+
+def test_a_store_of_clips(tmp_path):
+    write(tmp_path / "faces" / "video_0001" / "0001.csv", [row(1, 1), row(2, 2)])
+    clips = [Clip("video_0001/0001"), Clip("video_0001/0002")]
+    values, mask = openface_store(clips, tmp_path / "faces", tmp_path / "cache").gather(np.array([0, 1]))
+    assert mask.tolist() == [[True, True], [False, False]]
+    assert values[0, :, 5].tolist() == [1, 2]
+    with pytest.raises(UserError, match="no OpenFace CSV for any clip"):
+        openface_store(clips[1:], tmp_path / "faces", tmp_path / "cache")

@@ -1,0 +1,329 @@
+"""The data reader: every shape of table gives the same clips; every fault names its row."""
+
+import csv
+import io
+import random
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from senticlip.data.sims import check, normal_id, read_clips
+from senticlip.structures import LABELS, UsageError, UserError
+
+COLUMNS = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
+WORDS = {-1: "Negative", 0: "Neutral", 1: "Positive"}
+TEXTS = st.text("好坏不是今天很高兴难过，。,\"'\n abc", min_size=1, max_size=12).map(lambda text: text.strip() or "好")
+
+
+@st.composite
+def tables(draw):
+    """Rows as CH-SIMS has them, a few videos with a few clips each."""
+    rows = []
+    for name in range(1, draw(st.integers(1, 4)) + 1):
+        for clip in range(1, draw(st.integers(1, 4)) + 1):
+            scores = draw(st.lists(st.integers(-5, 5).map(lambda k: k / 5), min_size=4, max_size=4))
+            word = WORDS[(scores[0] > 0) - (scores[0] < 0)]
+            mode = draw(st.sampled_from(["train", "valid", "test"]))
+            rows.append([f"video_{name:04}", f"{clip:04}", draw(TEXTS), *map(str, scores), word, mode])
+    return rows
+
+
+def write_folder(folder: Path, rows, order=None, header=True, zeros=True, encoding="utf-8", name="label.csv"):
+    for row in rows:
+        path = folder / "Raw" / row[0] / f"{row[1]}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    order = order or list(range(len(COLUMNS)))
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    if header:
+        writer.writerow([COLUMNS[i] for i in order])
+    for row in rows:
+        cells = row if zeros else [row[0], str(int(row[1])), *row[2:]]
+        writer.writerow([cells[i] for i in order])
+    (folder / name).write_bytes(out.getvalue().encode(encoding))
+    return folder
+
+
+def folder_of(tmp_path: Path, *lines: str) -> Path:
+    """A folder with video_0001/0001..0003 and the given lines below the usual header."""
+    for clip in (1, 2, 3):
+        path = tmp_path / "Raw" / "video_0001" / f"000{clip}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / "label.csv").write_text("\n".join([",".join(COLUMNS), *lines]), encoding="utf-8")
+    return tmp_path
+
+
+def write_video(path: Path) -> None:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for shade in range(0, 200, 20):
+            picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8), format="rgb24")
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode())
+
+
+def write_sound(path: Path) -> None:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        out.mux(stream.encode(sound))
+        out.mux(stream.encode())
+
+
+GOOD = "video_0001,0001,今天很好,1.0,0.6,1.0,0.4,Positive,train"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=tables(),
+    order=st.permutations(range(len(COLUMNS))),
+    zeros=st.booleans(),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "gbk", "utf-16"]),
+    name=st.sampled_from(["label.csv", "meta.csv"]),
+)
+def test_any_table_gives_the_same_clips(tmp_path_factory, rows, order, zeros, encoding, name):
+    folder = write_folder(tmp_path_factory.mktemp("sims"), rows, list(order), True, zeros, encoding, name)
+    clips = read_clips(folder)
+    assert [clip.id for clip in clips] == [f"{row[0]}/{row[1]}" for row in rows]
+    assert [clip.text for clip in clips] == [row[2] for row in rows]
+    assert [clip.split for clip in clips] == [row[8] for row in rows]
+    assert [list(clip.labels.values()) for clip in clips] == [[float(cell) for cell in row[3:7]] for row in rows]
+    assert all(clip.video == folder / "Raw" / f"{clip.id}.mp4" for clip in clips)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=tables(), zeros=st.booleans(), encoding=st.sampled_from(["utf-8", "utf-8-sig", "gbk"]))
+def test_no_header_in_the_usual_order(tmp_path_factory, rows, zeros, encoding):
+    folder = write_folder(tmp_path_factory.mktemp("sims"), rows, None, False, zeros, encoding)
+    assert [clip.id for clip in read_clips(folder)] == [f"{row[0]}/{row[1]}" for row in rows]
+    assert [clip.text for clip in read_clips(folder)] == [row[2] for row in rows]
+
+
+def test_no_header_in_another_order(tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for clip in range(40):
+        score = rng.choice([-1.0, -0.4, 0.0, 0.8])
+        word = WORDS[(score > 0) - (score < 0)]
+        scores = [str(score), "0.2", "-0.2", "0.0"]
+        rows.append([f"aqgy3_{clip // 20:04}", f"{clip % 20:05}", f"今天天气很好第{clip}句", *scores, word, "train"])
+    folder = write_folder(tmp_path, rows, [8, 2, 0, 1, 7, 3, 4, 5, 6], header=False, name="meta.csv")
+    clips = read_clips(folder)
+    assert [clip.id for clip in clips] == [f"{row[0]}/{row[1]}" for row in rows]
+    assert [clip.text for clip in clips] == [row[2] for row in rows]
+    assert [clip.labels["M"] for clip in clips] == [float(row[3]) for row in rows]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=tables(), seed=st.integers(0, 5), protocol=st.sampled_from(["tenth", "video"]))
+def test_random_protocols(tmp_path_factory, rows, seed, protocol):
+    folder = write_folder(tmp_path_factory.mktemp("sims"), rows)
+    clips = read_clips(folder, protocol=protocol, seed=seed)
+    assert clips == read_clips(folder, protocol=protocol, seed=seed)
+    backwards = write_folder(folder, rows[::-1])
+    assert {c.id: c.split for c in read_clips(backwards, protocol=protocol, seed=seed)} == {
+        c.id: c.split for c in clips
+    }
+    tenth = round(len(rows) / 10)
+    if protocol == "tenth":
+        assert [sum(c.split == name for c in clips) for name in ("valid", "test")] == [tenth, tenth]
+    else:
+        home = {c.id.split("/")[0]: c.split for c in clips}
+        assert all(home[c.id.split("/")[0]] == c.split for c in clips)
+    assert any(c.split == "train" for c in clips)
+
+
+def test_split_is_chosen_and_named(tmp_path):
+    folder = folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今").replace("train", "test"))
+    assert [clip.id for clip in read_clips(folder, "test")] == ["video_0001/0002"]
+    with pytest.raises(UsageError, match=r"no clips in split 'valid' — there is train, test"):
+        read_clips(folder, "valid")
+    with pytest.raises(UsageError, match=r"split 'dev2': unknown — choose one of train, valid, test"):
+        read_clips(folder, "dev2")
+    with pytest.raises(UsageError, match="protocol"):
+        read_clips(folder, protocol="fifth")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("video_0001,0002,好,great,,,,,train", "row 3, column label: 'great' is no label"),
+        ("video_0001,0002,好,1.4,,,,,train", "row 3, column label: '1.4' is no label"),
+        ("video_0001,0002,好,nan,,,,,train", "row 3, column label: 'nan' is no label"),
+        ("video_0001,0002,好,,,,,,train", "row 3, column label: '' is no label"),
+        ("video_0001,0002,好,0.2,x,,,,train", "row 3, column label_t: 'x' is no label"),
+        ("video_0001,0002,好,0.2,,,,,third", "row 3, column split/mode: 'third' is unknown — there are train, valid"),
+        ("video_0001,0009,好,0.2,,,,,train", "0009 does not exist"),
+        ("video_0007,0001,好,0.2,,,,,train", "video_0007 does not exist"),
+        ("video_0001,1,好,0.2,,,,,train", "row 3: video_0001/0001 was in row 2 already"),
+        ("video_0001,0002,好", "row 3: 3 columns instead of 9"),
+        (",0002,好,0.2,,,,,train", "row 3: video_id or clip_id is empty"),
+    ],
+)
+def test_faults_name_their_row(tmp_path, line, message):
+    folder = folder_of(tmp_path, GOOD, line)
+    with pytest.raises(UserError) as error:
+        read_clips(folder)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert any(message in problem for problem in check(folder, videos=False).problems)
+
+
+def test_check_lists_everything_at_once(tmp_path):
+    folder = folder_of(
+        tmp_path,
+        GOOD,
+        "video_0001,0002,今天很好,0.0,,,,Positive,test",
+        "video_0001,0003,,-0.2,,,,,dev",
+        "video_0001,0004,好,bad,,,,,nowhere",
+    )
+    report = check(folder, videos=False)
+    assert report.clips == 4
+    assert report.splits == {
+        "train": dict.fromkeys(LABELS, 0) | {"positive": 1},
+        "valid": dict.fromkeys(LABELS, 0) | {"negative": 1},
+        "test": dict.fromkeys(LABELS, 0) | {"neutral": 1},
+    }
+    assert len(report.problems) == 3
+    assert all("row 5" in problem for problem in report.problems)
+    warnings = "\n".join(report.warnings)
+    assert "video 'video_0001' is in 3 splits: train (row 2), valid (row 4), test (row 3)" in warnings
+    assert "text '今天很好' is in 2 splits: train (row 2), test (row 3)" in warnings
+    assert "row 3: label 0, but annotation Positive" in warnings
+    assert "row 4: no text" in warnings
+    assert set(report.to_json()) == {"clips", "splits", "problems", "warnings"}
+
+
+def test_no_leak_no_warning(tmp_path):
+    assert check(folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今")), videos=False).warnings == []
+
+
+def test_a_video_protocol_has_no_video_leak(tmp_path):
+    rows = [
+        [f"v_{i:02}", f"{j:02}", f"句{i}{j}", "0", "0", "0", "0", "Neutral", "train"] for i in range(20) for j in (1, 2)
+    ]
+    folder = write_folder(tmp_path, rows)
+    assert check(folder, videos=False, protocol="video").warnings == []
+    assert any("video" in warning for warning in check(folder, videos=False, protocol="tenth").warnings)
+
+
+def test_check_opens_the_videos(tmp_path):
+    lines = [GOOD.replace("0001,今", f"000{clip},今") for clip in (1, 2, 3, 4, 5)]
+    folder = folder_of(tmp_path, *lines[:3])
+    (folder / "label.csv").write_text("\n".join([",".join(COLUMNS), *lines]), encoding="utf-8")
+    files = folder / "Raw" / "video_0001"
+    write_video(files / "0001.mp4")
+    (files / "0002.mp4").write_bytes(b"")
+    (files / "0003.mp4").write_bytes(b"no video at all")
+    (files / "0004.mp4").write_bytes((files / "0001.mp4").read_bytes()[:-300])
+    write_sound(files / "0005.mp4")
+    problems = check(folder).problems
+    assert len(problems) == 4
+    for row, (problem, fault) in enumerate(zip(problems, ("empty", "not a video", "cut off", "no video"), strict=True)):
+        assert f"row {row + 3}: " in problem
+        assert fault in problem
+        assert "\n" not in problem
+    assert check(folder, videos=False).problems == []
+
+
+def test_features_without_videos(tmp_path):
+    folder = folder_of(tmp_path, GOOD)
+    (folder / "Processed").mkdir()
+    (folder / "Processed" / "unaligned_39.pkl").write_bytes(b"")
+    (folder / "Raw").rename(folder / "elsewhere")
+    (clip,) = read_clips(folder)
+    assert clip.video is None
+    assert clip.id == "video_0001/0001"
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(UsageError, match="no such folder or CSV"):
+        read_clips(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no label\.csv and no meta\.csv"):
+        read_clips(tmp_path)
+    (tmp_path / "label.csv").write_text("")
+    with pytest.raises(UserError, match="empty"):
+        read_clips(tmp_path)
+    (tmp_path / "label.csv").write_text(",".join(COLUMNS))
+    with pytest.raises(UserError, match="only a header"):
+        read_clips(tmp_path)
+    (tmp_path / "label.csv").write_text(GOOD)
+    with pytest.raises(UserError, match="neither Raw/ nor Processed/"):
+        read_clips(tmp_path)
+    (tmp_path / "label.csv").write_text("name,age\na,3")
+    with pytest.raises(UserError, match=r"row 1: .*expected video_id, clip_id, text, label, mode"):
+        read_clips(tmp_path)
+    (tmp_path / "label.csv").write_text('path,text,label\na.mp4,"open,1')
+    with pytest.raises(UserError, match=r"row 2.*quote"):
+        read_clips(tmp_path)
+    (tmp_path / "label.csv").write_bytes(b"path,text,label\na.mp4,\xff\xff,1")
+    with pytest.raises(UserError, match="row 2: neither UTF-8 nor GBK"):
+        read_clips(tmp_path)
+
+
+def test_two_files_for_one_id(tmp_path):
+    folder = folder_of(tmp_path, GOOD.replace("0001,今", "01,今"))
+    (folder / "Raw" / "video_0001" / "1.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"fits 0001\.mp4 and 1\.mp4"):
+        read_clips(folder)
+
+
+def test_own_csv(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "clips" / f"{name}.mp4").write_bytes(b"x")
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "label,path,text\n积极,clips/a.mp4,好\nneutral,clips/b.mp4,\n-0.4,clips/c.mp4,坏\n", encoding="gbk"
+    )
+    clips = read_clips(table)
+    assert [clip.labels for clip in clips] == [{"M": 1.0}, {"M": 0.0}, {"M": -0.4}]
+    assert [clip.text for clip in clips] == ["好", None, "坏"]
+    assert [clip.split for clip in clips] == [None] * 3
+    assert clips[0].video == tmp_path / "clips" / "a.mp4"
+    with pytest.raises(UsageError, match="no split column: --set protocol=tenth"):
+        read_clips(table, "train")
+    assert len(read_clips(table, "train", protocol="tenth")) == 3
+    assert check(table, videos=False).splits == {"none": dict.fromkeys(LABELS, 1)}
+
+
+def test_own_csv_with_splits_pieces_and_faults(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"x")
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "path\ttext\tlabel\tsplit\tstart\tend\n"
+        "film.mp4\t好\tpositive\ttraining\t0\t1.5\n"
+        "film.mp4\t坏\t消极\t测试\t1.5\t3\n"
+        "gone.mp4\t坏\t消极\t测试\tx\t3\n",
+        encoding="utf-8",
+    )
+    report = check(table, videos=False)
+    assert len(report.problems) == 2
+    assert "row 4, column start: 'x'" in report.problems[0]
+    assert "gone.mp4 does not exist" in report.problems[1]
+    table.write_text("\n".join(table.read_text(encoding="utf-8").split("\n")[:3]), encoding="utf-8")
+    first, second = read_clips(table)
+    assert (first.start, first.end, first.split) == (0.0, 1.5, "train")
+    assert (second.start, second.end, second.split) == (1.5, 3.0, "test")
+    assert first.id != second.id
+    assert "video 'film.mp4' is in 2 splits: train (row 2), test (row 3)" in check(table, videos=False).warnings
+
+
+def test_texts_alone(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("text,label\n好,1\n坏,-1\n", encoding="utf-8")
+    assert [clip.video for clip in read_clips(table)] == [None, None]
+
+
+@given(st.integers(0, 99999), st.integers(1, 8))
+def test_ids_meet_without_their_zeros(number, width):
+    assert normal_id(f"{number:0{width}}") == normal_id(str(number)) == normal_id(f"{number}.0")
+    assert normal_id(f"video_{number:0{width}}") == normal_id(f"video_{number}")

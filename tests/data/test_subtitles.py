@@ -1,0 +1,202 @@
+"""Subtitles: whatever stands on the screen becomes lines of what is said, in order and apart."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from senticlip.data.subtitles import Line, _Cue, clean, embedded, guess_text, merge, read
+from senticlip.structures import UsageError, UserError
+
+SRT = "1\n00:00:01,000 --> 00:00:02,500\n今天我真的很高兴\n\n2\n00:00:03,000 --> 00:00:04,000\n你不要再说了，好不好？\n"
+LINES = [Line(1.0, 2.5, "今天我真的很高兴"), Line(3.0, 4.0, "你不要再说了，好不好？")]
+HEAD = (
+    "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\nFormat: Name, Fontname, Fontsize\nStyle: Default,Arial,20\n\n"
+    "[Events]\nFormat: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
+)
+
+
+def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def ass(*events: tuple[str, str, str], style="Default", kind="Dialogue") -> str:
+    return HEAD + "".join(f"{kind}: 0,{start},{end},{style},,0,0,0,,{text}\n" for start, end, text in events)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "gb18030", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings(tmp_path, encoding):
+    assert read(write(tmp_path, "a.srt", SRT, encoding)) == LINES
+
+
+def test_big5_is_not_taken_for_gbk(tmp_path):
+    traditional = SRT.replace("今天我真的很高兴", "今天我真的很高興").replace("你不要再说了", "你不要再說了")
+    assert [line.text for line in read(write(tmp_path, "a.srt", traditional, "big5"))] == [
+        "今天我真的很高興",
+        "你不要再說了，好不好？",
+    ]
+
+
+@given(
+    st.text(
+        "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里",
+        min_size=12,
+    )
+)
+def test_gbk_is_not_taken_for_big5(text):
+    assert guess_text(SRT.replace("今天我真的很高兴", text).encode("gbk"), Path("a")).count(text) == 1
+
+
+def test_other_encodings_fall_to_the_normalizer(tmp_path):
+    text = "1\n00:00:01,000 --> 00:00:02,500\nCafé déjà vu, l'été à Genève, où êtes-vous allés hier?\n"
+    assert "été" in read(write(tmp_path, "a.srt", text, "cp1252"))[0].text
+
+
+def test_srt_tags_positions_and_marks(tmp_path):
+    text = (
+        "1\n00:00:01,000 --> 00:00:02,000 X1:10 X2:20 Y1:1 Y2:2\n"
+        '<i>你好</i> <font color="#fff">世</font>\n{\\an8}界\n\n'
+        "2\n00:00:03,000 --> 00:00:04,000\n♪ 啦啦 ♪\n\n3\n00:00:05,000 --> 00:00:06,000\n【音乐】\n\n"
+        "4\n00:00:07,000 --> 00:00:08,000\n[激昂的音乐] ♫\n\n5\n00:00:09,000 --> 00:00:10,000\n- (Laughter) 走吧\n\n"
+        "6\n00:00:12,000 --> 00:00:11,000\n倒着\n\n7\n00:00:13,000 --> 00:00:14,000\n...\n"
+    )
+    assert read(write(tmp_path, "a.srt", text)) == [
+        Line(1.0, 2.0, "你好 世界"),
+        Line(3.0, 4.0, "啦啦"),
+        Line(9.0, 10.0, "走吧"),
+    ]
+
+
+def test_vtt(tmp_path):
+    text = (
+        "WEBVTT\n\nSTYLE\n::cue { color: red }\n\nNOTE a remark\n\nintro\n"
+        "00:01.000 --> 00:02.000 align:start position:0%\n"
+        "<v 王小明>你好<00:00:01.500><c.yellow>世界</c> &amp; 朋友\n\n01:00:00.000 --> 01:00:02.000\n再见\n"
+    )
+    assert read(write(tmp_path, "a.vtt", text)) == [Line(1.0, 2.0, "你好世界 & 朋友"), Line(3600.0, 3602.0, "再见")]
+
+
+def test_rolling_captions(tmp_path):
+    text = (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:02.000\n大家好\n\n00:00:02.000 --> 00:00:04.000\n大家好\n今天讲历史\n\n"
+        "00:00:04.000 --> 00:00:06.000\n今天讲历史\n先看这里\n"
+    )
+    lines = read(write(tmp_path, "a.vtt", text))
+    assert "".join(line.text for line in lines) == "大家好今天讲历史先看这里"
+    assert (lines[0].start, lines[-1].end) == (0.0, 6.0)
+
+
+def test_ass_styles_drawings_comments_karaoke_and_layers(tmp_path):
+    events = [
+        ("0:00:01.00", "0:00:03.00", r"{\pos(10,20)\c&HFFFFFF&}你{\b1}好{\b0}\N世界"),
+        ("0:00:01.00", "0:00:03.00", r"{\blur4}你好\N世界"),
+        ("0:00:02.00", "0:00:03.00", r"{\p1}m 0 0 l 100 0 100 100{\p0}"),
+        ("0:00:05.00", "0:00:08.00", r"{\k50}我{\k50}爱{\k100}你"),
+        ("0:00:10.00", "0:00:12.00", r"{\move(1,2,3,4)}天"),
+        ("0:00:10.20", "0:00:12.00", r"{\t(0,100,\fscx120)}空"),
+        ("0:00:10.40", "0:00:12.00", "海"),
+    ]
+    text = ass(*events) + "Comment: 0,0:00:20.00,0:00:21.00,Default,,0,0,0,,注释\n"
+    assert read(write(tmp_path, "a.ass", text)) == [
+        Line(1.0, 3.0, "你好世界"),
+        Line(5.0, 8.0, "我爱你"),
+        Line(10.0, 12.0, "天空海"),
+    ]
+
+
+def test_two_languages_and_two_speakers():
+    assert merge([_Cue(0, 2, ["你好"]), _Cue(0, 2, ["Hello"])]) == [Line(0.0, 2.0, "你好 Hello")]
+    assert merge([_Cue(0, 3, ["你来吗"]), _Cue(1.5, 4, ["不来"])]) == [Line(0.0, 4.0, "你来吗不来")]
+
+
+def test_a_title_that_stays_does_not_swallow_the_film():
+    cues = [_Cue(0, 3600, ["字幕组"])] + [_Cue(t, t + 2, [f"第{t}句"]) for t in range(5, 3000, 5)]
+    lines = merge(cues)
+    assert len(lines) == len(cues)
+    assert lines[0] == Line(0.0, 5.0, "字幕组")
+
+
+def test_a_karaoke_line_that_grows():
+    cues = [_Cue(1, 1.5, ["我"]), _Cue(1.5, 2, ["我爱"]), _Cue(2, 4, ["我爱你"])]
+    assert merge(cues) == [Line(1.0, 4.0, "我爱你")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 60, allow_nan=False),
+            st.floats(-1, 8, allow_nan=False),
+            st.lists(st.text("好坏a ♪"), max_size=3),
+        ),
+        max_size=20,
+    ),
+    st.floats(-30, 30, allow_nan=False),
+)
+def test_lines_are_in_order_apart_and_said(cues, shift):
+    lines = merge([_Cue(start, start + length, rows) for start, length, rows in cues], shift)
+    for line in lines:
+        assert 0 <= line.start < line.end
+        assert line.text == clean(line.text)
+        assert "♪" not in line.text
+    assert all(a.end <= b.start + 0.0015 for a, b in pairwise(lines))
+
+
+def test_shift(tmp_path):
+    path = write(tmp_path, "a.srt", SRT)
+    assert [line.start for line in read(path, shift=1.5)] == [2.5, 4.5]
+    assert read(path, shift=-2.0) == [Line(0.0, 0.5, LINES[0].text), Line(1.0, 2.0, LINES[1].text)]
+    assert read(path, shift=-10.0) == []
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UsageError, match="no such subtitle file"):
+        read(tmp_path / "none.srt")
+    with pytest.raises(UsageError, match=r"choose one of \.srt"):
+        read(write(tmp_path, "a.doc", "x"))
+    for text in ("hello\nworld\n", "{}", "\x01\x02"):
+        with pytest.raises(UserError) as error:
+            read(write(tmp_path, "a.srt", text))
+        assert "\n" not in str(error.value)
+    assert read(write(tmp_path, "a.srt", "")) == []
+
+
+def film(path: Path, tracks: list[tuple[str, str]]) -> Path:
+    """A short film with subtitle tracks, copied in from .srt files."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sources = [av.open(str(write(path.parent, f"{language}.srt", text))) for language, text in tracks]
+        streams = [out.add_stream_from_template(source.streams.subtitles[0]) for source in sources]
+        for stream, (language, _) in zip(streams, tracks, strict=True):
+            stream.metadata["language"] = language
+        for _ in range(50):
+            picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            out.mux(video.encode(picture))
+        out.mux(video.encode())
+        for source, stream in zip(sources, streams, strict=True):
+            for packet in source.demux():
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+            source.close()
+    return path
+
+
+def test_embedded_tracks(tmp_path):
+    english = [Line(1.0, 2.5, "I am so happy")]
+    path = film(tmp_path / "film.mkv", [("eng", SRT[: SRT.index("今")] + "I am <b>so</b> happy\n"), ("chi", SRT)])
+    assert embedded(path) == LINES
+    assert embedded(path, track=0) == english
+    assert embedded(path, shift=1)[0].start == 2.0
+    with pytest.raises(UsageError, match="no subtitle track 2 — there are 0 to 1"):
+        embedded(path, track=2)
+    assert embedded(film(tmp_path / "silent.mkv", [])) == []
+    with pytest.raises(UserError, match="cannot be opened"):
+        embedded(tmp_path / "none.mkv")

@@ -1,0 +1,358 @@
+"""Every frame that is asked for by time is the one a full sequential decode shows then, on a zoo of made files."""
+
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from senticlip.data.decode import Decoder
+from senticlip.data.video import VideoReader, probe, read_frames, resize
+from senticlip.structures import UsageError, UserError
+
+WIDTH, HEIGHT, BITS = 96, 64, 8
+
+
+def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """A frame that says its number in 8 black and white bars, below them moving noise, red at the top left."""
+    image = np.full((height, width, 3), 90, np.uint8)
+    for bit in range(BITS):
+        bar = slice(bit * width // BITS, (bit + 1) * width // BITS)
+        image[height // 4 : 3 * height // 4, bar] = 255 * (number >> bit & 1)
+    image[3 * height // 4 :, (number * 5) % width :] = 200
+    image[: height // 4, : width // 4] = (230, 20, 20)
+    return image
+
+
+def number(pixels: np.ndarray) -> int:
+    """The number that a frame 3×H×W says."""
+    _, height, width = pixels.shape
+    return sum(int(pixels[1, height // 2, (2 * b + 1) * width // (2 * BITS)] > 128) << b for b in range(BITS))
+
+
+def write(
+    path: Path,
+    codec: str = "libx264",
+    stamps: list[int] | None = None,
+    base: Fraction = Fraction(1, 25),
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    sound: bool = False,
+    rotation: int | None = None,
+    container: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """Frames 0, 1, … at ``stamps`` × ``base`` seconds."""
+    with av.open(str(path), "w", options=container or {}) as out:
+        stream = out.add_stream(codec, rate=round(1 / base) if base.numerator == 1 and base > Fraction(1, 120) else 25)
+        stream.width, stream.height = size
+        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        stream.codec_context.time_base = base
+        stream.options = {"g": "12", **options}
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        if sound:
+            audio = out.add_stream("aac", rate=16000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 0
+        for i, stamp in enumerate(range(60) if stamps is None else stamps):
+            image = av.VideoFrame.from_ndarray(picture(i, *size), "rgb24")
+            image.pts, image.time_base = stamp, base
+            out.mux(stream.encode(image))
+        out.mux(stream.encode(None))
+        if sound:
+            out.mux(audio.encode(frame))
+            out.mux(audio.encode(None))
+    return path
+
+
+def remux(source: Path, path: Path, keep=lambda packet: True, shift: int = 0, **options: str) -> Path:
+    """The same packets in another file; those that ``keep`` rejects are left out, the rest is moved by ``shift``."""
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None and keep(packet):
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+def late_edit(folder: Path) -> Path:
+    """An edit list that begins in the middle of a group of pictures."""
+    return remux(write(folder / "whole.mp4"), folder / "edit.mp4", shift=-17 * 512)
+
+
+def delayed(folder: Path) -> Path:
+    """The pictures begin 0.8 s after the sound."""
+    return write(folder / "delayed.mp4", stamps=list(range(20, 60)), sound=True)
+
+
+ZOO = {
+    "constant rate, B-frames": lambda d: write(d / "a.mp4", bf="3"),
+    "one keyframe": lambda d: write(d / "a.mp4", g="600", bf="3"),
+    "no B-frames, sound": lambda d: write(d / "a.mp4", bf="0", sound=True),
+    "variable rate": lambda d: write(
+        d / "a.mp4", stamps=sorted(random.Random(1).sample(range(9000), 60)), base=Fraction(1, 1000), bf="3"
+    ),
+    "variable rate, long gaps": lambda d: write(
+        d / "a.mkv", stamps=[0, 10, 5000, 5010, 5020, 90000, 90040, 95000], base=Fraction(1, 1000), bf="2"
+    ),
+    "open GOP": lambda d: write(d / "a.mp4", **{"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3"}),
+    "open GOP, cut at its start": lambda d: remux(
+        write(d / "a.ts", **{"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3"}),
+        d / "b.ts",
+        keep=lambda packet: packet.dts > 126000 + 7 * 3600,
+    ),
+    "rolling refresh": lambda d: write(d / "a.mp4", **{"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
+    "edit list": late_edit,
+    "pictures after the sound": delayed,
+    "fragments, no index": lambda d: write(d / "a.mp4", container={"movflags": "frag_keyframe+empty_moov"}),
+    "matroska without index": lambda d: write(d / "a.mkv", bf="2", container={"live": "1"}),
+    "transport stream": lambda d: write(d / "a.ts", bf="2"),
+    "flash": lambda d: write(d / "a.flv", bf="2"),
+    "MPEG-2": lambda d: write(d / "a.mpg", codec="mpeg2video", bf="2"),
+    "MPEG-4 in AVI (no presentation times)": lambda d: write(d / "a.avi", codec="mpeg4", bf="2"),
+    "HEVC": lambda d: write(d / "a.mp4", codec="libx265", **{"x265-params": "log-level=none:keyint=12:bframes=3"}),
+    "VP9": lambda d: write(d / "a.webm", codec="libvpx-vp9", deadline="realtime", **{"cpu-used": "8"}),
+    "VP8": lambda d: write(d / "a.webm", codec="libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "10"}),
+    "motion JPEG": lambda d: write(d / "a.avi", codec="mjpeg"),
+    "bare H.264": lambda d: write(d / "a.h264", bf="2"),
+    "GIF": lambda d: write(d / "a.gif", codec="gif"),
+    "one frame": lambda d: write(d / "a.mp4", stamps=[0]),
+    "two frames": lambda d: write(d / "a.mkv", stamps=[0, 1]),
+    "vertical": lambda d: write(d / "a.mp4", size=(48, 128)),
+}
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def animal(request, tmp_path_factory) -> tuple[Path, list[tuple[float, int]]]:
+    path = ZOO[request.param](tmp_path_factory.mktemp("zoo"))
+    return path, sequential(path)
+
+
+def sequential(path: Path) -> list[tuple[float, int]]:
+    """(time, number) of every frame, decoded from the start; frames without times are counted at 25 a second."""
+    with av.open(str(path)) as container:
+        zero, frames = float(Fraction(container.start_time or 0, 10**6)), []
+        for frame in container.decode(video=0):
+            stamp = frame.pts if frame.pts is not None else frame.dts
+            time = len(frames) / 25 if stamp is None else float(stamp * frame.time_base) - zero
+            frames.append((time, number(rgb(frame))))
+    return frames
+
+
+def rgb(frame: av.VideoFrame) -> np.ndarray:
+    return frame.to_ndarray(format="rgb24").transpose(2, 0, 1)
+
+
+def shown(frames: list[tuple[float, int]], time: float) -> int:
+    return [n for t, n in frames if t <= time + 2e-6][-1] if time >= frames[0][0] else frames[0][1]
+
+
+def middles(frames: list[tuple[float, int]]) -> list[float]:
+    """Times that are not at the border of two frames."""
+    ends = [t for t, _ in frames[1:]] + [frames[-1][0] + 0.03]
+    return [t + (end - t) * x for (t, _), end in zip(frames, ends, strict=True) for x in (0.1, 0.5, 0.9)]
+
+
+def test_any_times_in_any_order(animal):
+    path, frames = animal
+    times = random.Random(0).sample(middles(frames), 3 * len(frames))[:50]
+    got = read_frames(path, times=times)
+    assert [number(p) for p in got.pixels] == [shown(frames, t) for t in times]
+    assert all(got.times[i] <= t + 1e-3 or t < frames[0][0] + 1e-3 for i, t in enumerate(times))
+
+
+@pytest.mark.parametrize("near", [0, 20])
+def test_one_frame_at_a_time(animal, near, monkeypatch):
+    """Forwards with one reader, jumping about with one reader; with every jump sought and with every jump read."""
+    monkeypatch.setattr("senticlip.data.decode.NEAR", max(near, 0.01))
+    path, frames = animal
+    times = middles(frames)[::2]
+    with VideoReader(path) as reader:
+        assert [number(reader.read(times=[t]).pixels[0]) for t in times] == [shown(frames, t) for t in times]
+        random.Random(2).shuffle(times)
+        times = times[:20]
+        assert [number(reader.read(times=[t]).pixels[0]) for t in times] == [shown(frames, t) for t in times]
+
+
+@pytest.mark.parametrize("m", [1, 6, 200])
+def test_evenly_spaced(animal, m):
+    path, frames = animal
+    with VideoReader(path) as reader:
+        first, duration = float(reader._start), reader.duration
+    got = read_frames(path, m)
+    expected = [shown(frames, first + (i + 0.5) * duration / m) for i in range(m)]
+    if m < 200:
+        assert [number(p) for p in got.pixels] == sorted(set(expected))
+    assert len(got.pixels) == len(got.times) <= min(m, len(frames))
+    assert np.all(np.diff(got.times) > 0)
+
+
+def test_pieces_in_order(animal):
+    path, frames = animal
+    first, last = frames[0][0], frames[-1][0]
+    pieces = [(first + i * (last - first) / 7, first + (i + 1) * (last - first) / 7) for i in range(7)]
+    with VideoReader(path) as reader:
+        for start, end in pieces:
+            got = reader.read(3, start, end)
+            assert {number(p) for p in got.pixels} == {
+                shown(frames, start + (i + 0.5) * (end - start) / 3) for i in range(3)
+            }
+
+
+def test_the_duration_is_that_of_the_pictures(animal):
+    path, frames = animal
+    info = probe(path)
+    assert info.problem is None
+    assert info.duration == pytest.approx(frames[-1][0] - frames[0][0] + 0.04, abs=0.25)
+    assert (info.width, info.height) in {(WIDTH, HEIGHT), (48, 128)}
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotated(tmp_path, degrees):
+    """Phones store the picture as the sensor saw it, and how to turn it."""
+    plain = read_frames(write(tmp_path / "a.mp4"), 3).pixels
+    turned = read_frames(write(tmp_path / "b.mp4", rotation=degrees), 3).pixels
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        said = next(container.decode(video=0)).rotation
+    assert said % 360 == degrees
+    # FFmpeg's rotation is counterclockwise, as numpy's is
+    assert np.array_equal(turned, np.rot90(plain, degrees // 90, axes=(2, 3)))
+    info = probe(tmp_path / "b.mp4")
+    assert (info.height, info.width) == turned.shape[2:]
+
+
+def test_mirrored(tmp_path):
+    path = write(tmp_path / "a.mp4", rotation=0)
+    plain = read_frames(path, 2).pixels
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # the matrix of the track: its first number is 1.0
+    assert data[at : at + 4] == (1 << 16).to_bytes(4, "big")
+    data[at : at + 4] = (-(1 << 16) & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert np.array_equal(read_frames(path, 2).pixels, plain[..., ::-1])
+
+
+def test_huge(tmp_path):
+    path = write(tmp_path / "a.mp4", stamps=[0, 1], size=(7680, 4320), preset="ultrafast", codec="libx264")
+    got = read_frames(path, 2, size=224)
+    assert got.pixels.shape == (2, 3, 224, 224)
+    assert [number(p) for p in got.pixels] == [0, 1]
+    assert probe(path)[1:3] == (7680, 4320)
+
+
+def test_a_long_film_is_not_decoded(tmp_path, monkeypatch):
+    """Six frames of twenty minutes: at most a group of pictures each, and 40 lines in order no group twice."""
+    path = write(tmp_path / "film.mp4", stamps=list(range(0, 1200 * 2)), base=Fraction(1, 2), g="20", bf="2")
+    fed = []
+    feed = Decoder._feed
+    monkeypatch.setattr(Decoder, "_feed", lambda self, read, skip: fed.append(read.pts) or feed(self, read, skip))
+    read_frames(path, 6)
+    assert len(fed) <= 6 * 22
+    fed.clear()
+    with VideoReader(path) as reader:
+        for i in range(40):
+            reader.read(2, 100 + 5 * i, 103 + 5 * i)
+    assert len(fed) <= 40 * 5 * 2 * 1.7
+
+
+def test_size_and_no_frames():
+    assert resize(np.zeros((0, 3, 5, 5), np.uint8), 8).shape == (0, 3, 8, 8)
+    same = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(1, 3, 8, 8)
+    assert np.array_equal(resize(same, 8).numpy(), same)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 90), st.integers(0, 60), st.integers(1, 90), st.integers(0, 9))
+def test_resize_is_pils(height, more, size, seed):
+    """On noise, the worst there is (for tall noise Pillow 13 rounds in another order, which only noise shows)."""
+    width, size = height + more, min(size, height)
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    ours = resize(image.transpose(2, 0, 1)[None], size)
+    assert ours.dtype == torch.uint8
+    pil = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    assert np.abs(ours[0].permute(1, 2, 0).numpy().astype(int) - pil).max() <= 1
+    listed = resize([image.transpose(2, 0, 1)] * 2, size)
+    assert torch.equal(listed[1], ours[0])
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    good = write(folder / "good.mp4", sound=True)
+    data = good.read_bytes()
+    files = {"missing": folder / "none.mp4", "folder": folder}
+    for name, content in {
+        "empty": b"",
+        "cut off before the index": data[: len(data) // 2],
+        "text": "这不是视频".encode() * 100,
+        "zeros": bytes(5000),
+        "picture data lost": data.replace(data[60 : len(data) // 2], b"", 1)[: len(data) // 2],
+    }.items():
+        files[name] = folder / f"{name}.mp4"
+        files[name].write_bytes(content)
+    files["plain text"] = folder / "notes.txt"
+    files["plain text"].write_text("hello\n" * 50)
+    files["sound alone"] = folder / "sound.wav"
+    with av.open(str(files["sound alone"]), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        out.mux(stream.encode(frame))
+    files["no frames"] = remux(good, folder / "zero.mp4", keep=lambda packet: False)
+    return files
+
+
+def test_bad_files_are_one_line(tmp_path, capfd):
+    for name, path in bad_files(tmp_path).items():
+        for ask in (read_frames, probe):
+            with pytest.raises(UserError) as told:
+                ask(path)
+            assert told.value.code == 1, name
+            assert str(path) in str(told.value), name
+            assert "\n" not in str(told.value), name
+    assert capfd.readouterr().err == ""
+
+
+def test_wrong_pieces(tmp_path):
+    path = write(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="before its start"):
+        read_frames(path, 6, 2.0, 1.0)
+    with pytest.raises(UserError, match="ends at"):
+        read_frames(path, 6, 5.0, 6.0)
+    with pytest.raises(UsageError, match="at least 1"):
+        read_frames(path, 0)
+    # a subtitle that stays a little longer than the film
+    assert len(read_frames(path, 2, 2.0, 9.0).pixels) == 2
+    assert len(read_frames(path, times=[]).pixels) == 0
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_a_file_that_was_cut_off_gives_what_is_there(tmp_path, name):
+    path = write(tmp_path / name, container={"movflags": "faststart"} if name == "a.mp4" else None)
+    whole = sequential(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    got = read_frames(path, 6)
+    numbers = [number(p) for p in got.pixels]
+    assert 2 <= len(numbers) <= 6
+    assert numbers == [shown(whole, t + 1e-3) for t in got.times]
+    if name == "a.mp4":
+        assert "cut off" in (probe(path).problem or "")
+        with pytest.raises(UserError, match="ends at"):
+            read_frames(path, 2, 2.2, 2.3)
+
+
+def test_damage_in_the_middle(tmp_path):
+    """Broken bytes cost the frames they hit, not the clip."""
+    path = write(tmp_path / "a.mkv")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
+    path.write_bytes(data)
+    got = read_frames(path, 6)
+    assert 3 <= len(got.pixels) <= 6
+    assert [number(p) for p in got.pixels[:3]] == [round(t * 25) for t in got.times[:3]]

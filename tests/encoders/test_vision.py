@@ -1,0 +1,142 @@
+"""Frames → states, against transformers' Chinese-CLIP and timm's own networks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tests.tiny import clip_folder, text_folder, timm_folder, tokenizer
+from transformers import ChineseCLIPModel
+from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
+
+from senticlip.config import Config, VisionConfig
+from senticlip.data.video import resize
+from senticlip.encoders.vision import VisionEncoder, vision_spec
+from senticlip.models import create_model
+from senticlip.structures import Sequence, UsageError
+
+
+def encoder_of(folder, **changes):
+    spec, weights = vision_spec(VisionConfig(encoder=str(folder), **changes))
+    encoder = VisionEncoder(spec)
+    encoder.load_folder(weights)
+    return encoder.eval()
+
+
+def frames(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def full(values):
+    return Sequence(values, torch.ones(values.shape[:2], dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return timm_folder(tmp_path_factory.mktemp("timm"))
+
+
+@torch.inference_mode()
+def test_frames_equal_chinese_clip(clip):
+    pixels, encoder = frames(2, 3, 3, 32, 32), encoder_of(clip)
+    reference = ChineseCLIPModel.from_pretrained(clip).eval()
+    mean = torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    std = torch.tensor([0.2, 0.3, 0.25])[:, None, None]
+    wanted = reference.get_image_features(((pixels / 255 - mean) / std).flatten(0, 1)).pooler_output
+    torch.testing.assert_close(encoder(full(pixels)).values, wanted.view(2, 3, 12), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_another_frame_size_interpolates_the_positions(clip):
+    pixels, encoder = frames(1, 2, 3, 48, 48), encoder_of(clip, size=48)
+    reference = ChineseCLIPModel.from_pretrained(clip).eval()
+    wanted = reference.get_image_features(encoder.normalize(pixels[0]), interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(encoder(full(pixels)).values[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("train", [False, True])
+def test_labels_equal_chinese_clip(clip, train):
+    changes = {"vision.encoder": str(clip), "text.encoder": str(clip), "text.max_length": 20, "width": 16, "heads": 2}
+    model = create_model(Config().override({**changes, "label.train": train})).eval()
+    reference = ChineseCLIPModel.from_pretrained(clip).eval()
+    prompts = [f"这段视频的情感是{name}的" for name in ("消极", "中性", "积极")]
+    wanted = reference.get_text_features(**tokenizer()(prompts, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(model.network.labels(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(360, 640), (640, 360), (100, 130), (224, 224)])
+def test_preprocessing_equals_the_hubs_processor(clip, shape):
+    """The hub's settings: squash to a square, bicubic, no crop, OpenAI's mean and deviation."""
+    random = np.random.default_rng(1)
+    blocks = random.integers(0, 256, (1, 3, shape[0] // 20 + 1, shape[1] // 20 + 1))
+    smooth = torch.nn.functional.interpolate(torch.from_numpy(blocks).float(), shape, mode="bilinear")
+    pixels = (smooth + torch.randn(smooth.shape) * 8).clamp(0, 255).byte()
+    processor = ChineseCLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
+    wanted = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    (clip / "preprocessor_config.json").rename(clip / "away.json")
+    try:
+        encoder = encoder_of(clip, size=224)
+    finally:
+        (clip / "away.json").rename(clip / "preprocessor_config.json")
+    found = encoder.normalize(resize(pixels, 224))
+    assert ((found - wanted) * encoder.std).abs().max() <= 1.001
+
+
+@torch.inference_mode()
+def test_timm_folder_equals_timm(network):
+    pixels, encoder = frames(2, 2, 3, 64, 64), encoder_of(network, size=64)
+    reference = timm.create_model(f"local-dir:{network}", pretrained=True, num_classes=0).eval()
+    wanted = reference((pixels.flatten(0, 1) / 255 - 0.5) / 0.25)
+    assert encoder.dim == wanted.shape[1]
+    torch.testing.assert_close(encoder(full(pixels)).values.flatten(0, 1), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet34", "resnet50", "convnext_tiny", "vit_base_patch32_224"])
+def test_the_papers_timm_networks_have_the_width_they_give(name):
+    spec, weights = vision_spec(VisionConfig(encoder=f"timm/{name}.some_tag", pretrained=False, size=64))
+    assert weights is None
+    with torch.device("meta"):
+        body = VisionEncoder(spec).body
+        assert body(torch.zeros(2, 3, 64, 64)).shape == (2, spec["dim"])
+
+
+def test_a_vit_of_timm_takes_another_size(tmp_path):
+    folder = timm_folder(tmp_path, "test_vit")
+    encoder = encoder_of(folder, size=64)
+    assert encoder(full(frames(1, 2, 3, 64, 64))).values.shape == (1, 2, encoder.dim)
+
+
+@pytest.mark.parametrize("kind", ["clip", "network"])
+def test_only_real_frames_are_computed(kind, request):
+    encoder = encoder_of(request.getfixturevalue(kind), size=64)
+    seen = []
+    encoder.body.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    pixels = frames(3, 4, 3, 64, 64)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    states = encoder.train()(Sequence(pixels, mask))
+    assert seen == [6]
+    assert states.values[~mask].abs().sum() == 0
+    again = encoder(Sequence(torch.where(mask[..., None, None, None], pixels, 255 - pixels), mask))
+    torch.testing.assert_close(states.values, again.values)  # in train mode: batch norms see the real frames only
+    none = encoder(Sequence(pixels, torch.zeros_like(mask)))
+    assert none.values.abs().sum() == 0
+    assert none.values.shape == states.values.shape
+    assert seen == [6, 6]
+
+
+def test_what_is_no_image_encoder_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"vision\.encoder: .* neither a Chinese-CLIP model nor a timm network"):
+        vision_spec(VisionConfig(encoder=str(text_folder(tmp_path / "text"))))
+    with pytest.raises(UsageError, match=r"vision\.encoder: no folder ./nowhere"):
+        vision_spec(VisionConfig(encoder="./nowhere"))
+    with pytest.raises(UsageError, match=r"holds no readable config\.json"):
+        vision_spec(VisionConfig(encoder=str(tmp_path)))

@@ -1,0 +1,258 @@
+"""The peers against independent references, written out by hand."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from tests.models.tester import ModelTester, answers, features
+from torch import nn
+
+from senticlip.models.lmf import LowRankFusion
+from senticlip.models.mult import attend, causal
+from senticlip.models.peer import LastState, drop_mask, dropout, groups, masked_mean, packed
+from senticlip.models.self_mm import SelfMM
+from senticlip.models.tfn import SlicedProduct, TensorLinear
+from senticlip.structures import Sequence, UsageError
+
+
+class Small(ModelTester):
+    def test_an_unknown_option_is_named(self):
+        with pytest.raises(UsageError, match=r"options\.ranc: .* it has .*task"):
+            self.network(options={"ranc": 3})
+
+
+class TestTFN(Small):
+    model = "tfn"
+    changes = {"options.text_hidden": 8, "options.text_out": 6, "options.vision_hidden": 5, "options.audio_hidden": 4}
+
+    def test_scores_stay_in_range(self):
+        network = self.network().eval()
+        nn.init.constant_(network.out.bias, 50.0)
+        assert network(features()).score.tolist() == pytest.approx([3.0] * 5)
+
+    def test_classification_has_logits(self):
+        output = self.network(**{"options.task": "classification"}).eval()(features())
+        assert output.score is None
+        assert output.logits["fused"].shape == (5, 3)
+
+
+class TestLMF(Small):
+    model = "lmf"
+    changes = {"options.text_hidden": 8, "options.vision_hidden": 5, "options.audio_hidden": 4, "options.rank": 3}
+
+    def test_every_parameter_is_in_one_group(self):
+        network = self.network()
+        found = network.param_groups(self.config())
+        assert [group["lr"] for group in found] == [5e-4, 1e-4]
+        parts = [id(p) for group in found for p in group["params"]]
+        assert sorted(parts) == sorted(id(p) for p in network.parameters())
+
+
+class TestMulT(Small):
+    model = "mult"
+    changes = {"options.width": 8, "options.heads": 2}
+
+    def test_with_positions_order_matters_more(self):
+        assert answers(self.network(**{"options.positions": True}).eval()(features())).isfinite().all()
+
+    def test_text_shorter_than_the_kernel(self):
+        batch = features()
+        short = {n: Sequence(s.values[:, :2], s.mask[:, :2]) for n, s in batch.modalities.items()}
+        assert answers(self.network().eval()(batch._replace(modalities=short))).isfinite().all()
+
+
+class TestSelfMM(Small):
+    model = "self_mm"
+    changes = {"options.train_size": 5}
+
+    def test_the_state_goes_to_a_file_of_another_size(self):
+        network, other = self.network(), self.network(**{"options.train_size": 0})
+        network.loss(network(features()), features())
+        other.load_state_dict(network.state_dict())
+        torch.testing.assert_close(other.labels, network.labels)
+        batch = features()
+        torch.testing.assert_close(answers(other.eval()(batch)), answers(network.eval()(batch)))
+
+    def test_a_row_out_of_the_training_set_is_named(self):
+        network, batch = self.network(**{"options.train_size": 3}), features()
+        with pytest.raises(UsageError, match="row 4"):
+            network.loss(network(batch), batch)
+
+    def test_evaluation_leaves_no_trace(self):
+        network, batch = self.network().eval(), features()
+        before = copy.deepcopy(network.state_dict())
+        network.loss(network(batch), batch)
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(value, before[name], equal_nan=True)
+
+
+class TestMMAF(Small):
+    model = "mmaf"
+    changes = {"options.width": 16, "options.heads": 2}
+
+
+class TestMMAFWithUnimodalTasks(Small):
+    model = "mmaf"
+    changes = {"options.width": 16, "options.heads": 2, "options.tasks": ["M", "T", "A", "V"]}
+
+    def test_the_tasks_have_heads_and_variances(self):
+        network = self.network(("text", "vision", "audio"))
+        assert set(network.heads) == {"fused", "text", "vision", "audio"}
+        assert network.param_groups(self.config())[0] | {"params": 4} == {"params": 4, "lr": 1e-2, "weight_decay": 0.0}
+        network.weigh.s["text"].data.fill_(99.0)
+        network.step_finished()
+        assert float(network.weigh.s["text"].detach()) == 5.0
+
+
+def test_masked_mean_and_packing_by_hand():
+    values, mask = torch.tensor([[[1.0], [9.0], [3.0]], [[5.0], [6.0], [7.0]]]), torch.tensor([[1, 0, 1], [0, 0, 0]])
+    sequence = Sequence(values, mask.bool())
+    assert masked_mean(sequence).tolist() == [[2.0], [0.0]]
+    front, lengths = packed(sequence)
+    assert front[..., 0].tolist() == [[1.0, 3.0], [0.0, 0.0]]
+    assert lengths.tolist() == [2, 0]
+
+
+def test_the_last_state_is_that_of_each_row_run_alone():
+    torch.manual_seed(0)
+    module, values = LastState(3, 4), torch.randn(4, 6, 3)
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0], [0, 1, 0, 1, 1, 0], [0] * 6]).bool()
+    result = module(Sequence(values, mask))
+    for row in range(3):
+        alone = module.lstm(values[row][mask[row]][None])[1][0][0, 0]
+        torch.testing.assert_close(result[row], alone)
+    assert result[3].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 4), (3, 4, 2)])
+def test_tensor_linear_is_the_outer_product_by_loops(sizes):
+    torch.manual_seed(0)
+    module = TensorLinear(list(sizes), 5, 0.0)
+    factors = [torch.randn(2, size) for size in sizes]
+    expected = module.bias.detach().repeat(2, 1)
+    for row, out in itertools.product(range(2), range(5)):
+        for place in itertools.product(*map(range, sizes)):
+            product = 1.0
+            for factor, i in zip(factors, place, strict=True):
+                product *= float(factor[row, i])
+            *first, last = place if len(place) > 1 else (0, *place)
+            flat = first[0] if len(first) == 1 else first[0] * sizes[1] + first[1]
+            expected[row, out] += product * float(module.weight[last, out, flat].detach())
+    torch.testing.assert_close(module(*factors), expected)
+
+
+def test_the_gradients_of_the_sliced_product_are_those_of_autograd():
+    torch.manual_seed(0)
+    inputs = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((3, 7), (3, 4), (4, 5, 7))]
+    assert torch.autograd.gradcheck(lambda *x: SlicedProduct.apply(*x, 0.0), inputs)
+    product, last, weight = (x.detach().float().requires_grad_() for x in inputs)
+    torch.manual_seed(1)
+    out = SlicedProduct.apply(product, last, weight, 0.5)
+    torch.manual_seed(1)
+    masks = [drop_mask(product.shape, 0.5)[0] for _ in range(4)]
+    expected = sum((2 * product * last[:, i : i + 1] * masks[i]) @ weight[i].T for i in range(4))
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(
+        *[torch.autograd.grad(x.square().sum(), (product, last, weight)) for x in (out, expected)], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_low_rank_fusion_is_the_full_tensor():
+    torch.manual_seed(0)
+    module = LowRankFusion([3, 4, 2], 5, rank=2)
+    a, b, c = torch.randn(6, 3), torch.randn(6, 4), torch.randn(6, 2)
+    full = torch.einsum("r,rio,rjo,rko->ijko", module.weights[0], *module.factors)
+    torch.testing.assert_close(module(a, b, c), torch.einsum("bi,bj,bk,ijko->bo", a, b, c, full))
+
+
+def test_attention_in_blocks_is_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 150, 4), torch.randn(2, 3, 90, 4), torch.randn(2, 3, 90, 4)
+    mask = causal(torch.tensor([150, 40]), torch.tensor([90, 20]), (150, 90))
+    # p below 1/512 keeps every weight, and the blocks are used all the same
+    result = attend(q, k, v, mask, 1e-3)
+    scores = (q @ k.mT / 2).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(result, scores @ v)
+
+
+def test_causality_by_hand():
+    mask = causal(torch.tensor([2, 3]), torch.tensor([4, 1]), (3, 4))[:, 0].int().tolist()
+    assert mask[0][:2] == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert mask[1] == [[1, 0, 0, 0]] * 3
+
+
+def test_a_key_ahead_cannot_be_heard():
+    torch.manual_seed(0)
+    length = torch.tensor([6])
+    mask, (q, k, v) = causal(length, length, (6, 6)), torch.randn(3, 1, 2, 6, 4)
+    before = attend(q, k, v, mask, 0.0)
+    v[:, :, 4:] += 100
+    torch.testing.assert_close(attend(q, k, v, mask, 0.0)[:, :, :4], before[:, :, :4])
+
+
+def test_dropout_keeps_the_mean_and_its_rate():
+    torch.manual_seed(0)
+    x = torch.ones(1001, 103, requires_grad=True)
+    y = dropout(x, 0.4, True)
+    assert float((y == 0).float().mean()) == pytest.approx(0.4, abs=0.01)
+    assert float(y.detach().mean()) == pytest.approx(1, abs=0.01)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach())
+    assert dropout(x, 0.4, False) is x
+
+
+def test_groups_take_each_parameter_once():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    special, rest = groups(network, [(network[0].parameters(), 0.5, 0.1)], 0.2, 0.3)
+    assert special["params"] == list(network[0].parameters())
+    assert (rest["params"], rest["lr"]) == (list(network[1].parameters()), 0.2)
+
+
+def test_self_mm_labels_move_as_the_paper_says():
+    """Two epochs of two rows each, worked out in plain arithmetic beside the module."""
+    torch.manual_seed(0)
+    network: SelfMM = TestSelfMM().network(("text", "vision"))
+    truth = torch.tensor([0.8, -0.6, 0.4, 0.0, -0.2])
+    heads = {"fused": 128, "text": 64, "vision": 32}
+    first = {n: torch.randn(5, w) for n, w in heads.items()}
+    second = {n: torch.randn(5, w) for n, w in heads.items()}
+    index = torch.arange(5)
+    network.remember(index, truth, torch.cat(list(first.values()), -1))
+    for labels in network.labels:
+        torch.testing.assert_close(labels, truth)
+    for name in heads:
+        torch.testing.assert_close(network.get_buffer(f"centres_{name}")[1], first[name][[0, 2]].mean(0))
+        torch.testing.assert_close(network.get_buffer(f"centres_{name}")[0], first[name][[1, 4]].mean(0))
+    network.epoch_started(2)
+    network.remember(index, truth, torch.cat(list(second.values()), -1))
+    for name in ("text", "vision"):
+        for row in range(5):
+            delta = {}
+            for which in (name, "fused"):
+                feature = second[which][row]
+                positive, negative = first[which][[0, 2]].mean(0), first[which][[1, 4]].mean(0)
+                d_p, d_n = (feature - positive).norm(), (feature - negative).norm()
+                delta[which] = (d_n - d_p) / (d_p + 1e-8)
+            alpha = delta[name] / (delta["fused"] + 1e-8)
+            new = 0.5 * alpha * truth[row] + 0.5 * (truth[row] + delta[name] - delta["fused"])
+            expected = 1 / 3 * truth[row] + 2 / 3 * new.clamp(-1, 1)
+            torch.testing.assert_close(network.labels[network.heads.index(name), row], expected)
+    torch.testing.assert_close(network.labels[0], truth)
+
+
+def test_self_mm_weighs_a_modality_by_how_far_its_label_went():
+    network, batch = TestSelfMM().network(), features()
+    network.train()
+    network.loss(network(batch), batch)
+    truth = batch.labels["M"]
+    network.labels[1] = truth + 0.5
+    output = network(batch)
+    total, logs = network.loss(output, batch)
+    expected = (torch.tensor(0.5).tanh() * (output.features["text_score"][:, 0] - truth - 0.5).abs()).mean()
+    torch.testing.assert_close(logs["loss_text"], expected.detach())
+    torch.testing.assert_close(logs["loss_vision"], torch.zeros(()))
+    torch.testing.assert_close(total.detach(), sum(logs.values()))

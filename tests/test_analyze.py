@@ -1,0 +1,172 @@
+"""A film → its timeline: right rows, one pass, resumable, a page that stands alone."""
+
+import json
+import re
+import sys
+import types
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from fakes import FakePredictor, write_film
+from senticlip import analyze as room
+from senticlip.analyze import analyze
+from senticlip.data.shots import shots, windows
+from senticlip.data.video import VideoReader
+from senticlip.speech import transcribe
+from senticlip.structures import UsageError, UserError
+
+MOODS = ["positive", "negative", "neutral", "positive", "negative", "positive"]
+WORDS = ["真好", "真坏", "然后呢", "太坏了", "</ script>好", "好"]
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return write_film(tmp_path_factory.mktemp("film") / "电影.mp4", MOODS, seconds=2)
+
+
+@pytest.fixture
+def srt(tmp_path):
+    path = tmp_path / "a.srt"
+    lines = [f"{i + 1}\n00:00:{2 * i:02},100 --> 00:00:{2 * i + 1:02},900\n{text}\n" for i, text in enumerate(WORDS)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(room, "BATCH", 2)
+
+
+def test_rows_files_and_page(film, srt, tmp_path):
+    out = tmp_path / "out"
+    rows = list(analyze(FakePredictor(), film, srt, out))
+    assert [row["text"] for row in rows] == WORDS
+    assert [row["label"] for row in rows] == MOODS
+    assert [(row["start"], row["end"]) for row in rows][:2] == [(0.1, 1.9), (2.1, 3.9)]
+    conflicts = [row["conflict"] for row in rows]
+    assert set(sorted(range(6), key=conflicts.__getitem__)[-2:]) == {3, 4}  # the face is glad where the words are bad
+    for row in rows:
+        assert row["negative"] + row["neutral"] + row["positive"] == pytest.approx(1)
+        assert row["sentiment"] == pytest.approx(row["positive"] - row["negative"])
+        assert row["weight_text"] + row["weight_video"] == pytest.approx(1)
+        assert row["audio_positive"] is None
+    table = pq.read_table(out / "timeline.parquet")
+    assert table.column_names == list(rows[0])
+    assert table["text"].to_pylist() == WORDS
+    assert pyarrow.csv.read_csv(out / "timeline.csv")["label"].to_pylist() == MOODS
+    assert sorted(path.name for path in out.iterdir()) == ["timeline.csv", "timeline.html", "timeline.parquet"]
+
+    page = (out / "timeline.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=.?(https?:)?//", page)
+    (said,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(said)
+    assert "</ script" not in page
+    assert data["name"] == "电影.mp4"
+    assert [row["x"] for row in data["rows"]] == WORDS
+    assert all(row["i"].startswith("data:image/jpeg;base64,") for row in data["rows"])
+
+
+def test_it_streams_in_one_pass_over_an_open_file(film, srt, monkeypatch):
+    opened = []
+    monkeypatch.setattr(room, "VideoReader", lambda path: opened.append(path) or VideoReader(path))
+    predictor = FakePredictor()
+    rows = analyze(predictor, film, srt)
+    next(rows)
+    assert predictor.batches == 1
+    assert len(list(rows)) == 5
+    assert (predictor.batches, len(opened)) == (3, 1)
+
+
+def test_resume_ends_as_if_nothing_had_happened(film, srt, tmp_path):
+    whole = list(analyze(FakePredictor(), film, srt, tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="killed"):
+        list(analyze(FakePredictor(fail_after=2), film, srt, tmp_path / "cut"))
+    assert not (tmp_path / "cut" / "timeline.parquet").exists()
+    predictor = FakePredictor()
+    again = list(analyze(predictor, film, srt, tmp_path / "cut", resume=True))
+    assert predictor.batches == 1
+    assert again == whole
+    for name in ("timeline.parquet", "timeline.csv", "timeline.html"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    finished = FakePredictor()
+    assert len(list(analyze(finished, film, srt, tmp_path / "cut", resume=True))) == 6
+    assert finished.batches == 0
+
+
+def test_resume_of_another_film_is_refused(film, srt, tmp_path):
+    with pytest.raises(RuntimeError):
+        list(analyze(FakePredictor(fail_after=1), film, srt, tmp_path / "out"))
+    with pytest.raises(UsageError, match="leave out --resume"):
+        list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3, resume=True))
+    assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6
+
+
+def test_a_bad_line_is_a_row_with_its_error(film, srt):
+    srt.write_text(srt.read_text(encoding="utf-8").replace("太坏了", "broken"), encoding="utf-8")
+    rows = list(analyze(FakePredictor(), film, srt))
+    assert [row["label"] for row in rows] == [*MOODS[:3], None, *MOODS[4:]]
+    assert rows[3]["error"] == "line 4: broken"
+
+
+def test_lines_after_the_film(film, srt):
+    rows = list(analyze(FakePredictor(), film, srt, shift=5))
+    assert rows[-1]["video_positive"] is not None or rows[-1]["start"] > 12
+    with pytest.raises(UserError, match="all lines begin after the end"):
+        analyze(FakePredictor(), film, srt, shift=500)
+
+
+def test_without_words(film, tmp_path):
+    rows = list(analyze(FakePredictor(), film, seconds=2))
+    assert [row["label"] for row in rows] == MOODS
+    assert all(row["text"] == "" and row["text_positive"] is None for row in rows)
+    cut = list(analyze(FakePredictor(), film, cut="shots"))
+    assert [row["label"] for row in cut] == MOODS
+    with pytest.raises(UsageError, match="choose windows or shots"):
+        analyze(FakePredictor(), film, cut="scenes")
+    empty = tmp_path / "empty.srt"
+    empty.write_text("")
+    with pytest.raises(UserError, match="no line is said"):
+        analyze(FakePredictor(), film, empty)
+    with pytest.raises(UserError, match="no such video"):
+        analyze(FakePredictor(), tmp_path / "none.mp4")
+
+
+def test_windows_and_shots(film):
+    assert [(line.start, line.end) for line in windows(10, 3)] == [(0, 3.333), (3.333, 6.667), (6.667, 10)]
+    assert len(windows(0.5)) == 1
+    with pytest.raises(UsageError, match="above 0"):
+        windows(10, 0)
+    found = shots(film)
+    assert [round(line.start) for line in found] == [0, 2, 4, 6, 8, 10]
+    assert found[-1].end == pytest.approx(12, abs=0.2)
+
+
+def test_transcribe_says_what_is_missing(film, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(UsageError, match=r"pip install 'senticlip\[asr\]'"):
+        analyze(FakePredictor(), film, transcribe=True)
+    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
+    with pytest.raises(UserError, match="no sound"):
+        transcribe(film)
+    monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="--asr-model small: Systran/faster-whisper-small is not on this disk"):
+        transcribe(film)
+
+
+def test_transcribed_lines(film, monkeypatch, tmp_path):
+    class Whisper:
+        def __init__(self, folder, **options):
+            assert folder == str(tmp_path)
+
+        def transcribe(self, path, **options):
+            assert options["language"] == "zh"
+            said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 5.5, "然后呢")]
+            return [types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in said], None
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=Whisper))
+    monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
+    rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model=str(tmp_path)))
+    assert [row["text"] for row in rows] == ["真好", "然后呢"]

@@ -1,0 +1,143 @@
+"""The exported file answers as the RUN does, at any number of rows, frames and characters; int8 and bf16 nearly so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import senticlip
+from senticlip.config import Config
+from senticlip.encoders.text import load_tokenizer
+from senticlip.export import export
+from senticlip.models import create_model
+from senticlip.precision import compare, disagreement
+from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    text = {"model_type": "bert", "vocab_size": 22000, **SMALL}
+    clip = {
+        "model_type": "chinese_clip",
+        "projection_dim": 12,
+        "text_config": {"model_type": "chinese_clip_text_model", "vocab_size": 22000, **SMALL},
+        "vision_config": {"patch_size": 8, "image_size": 32, **SMALL},
+    }
+    keys = {"width": 16, "heads": 2, "vision.frames": 4, "text.max_length": 24, "text.prefix_length": 2}
+    for name, spec in (("text", text), ("vision", clip)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(spec))
+        keys |= {f"{name}.encoder": str(folder / name), f"{name}.pretrained": False}
+    torch.manual_seed(0)
+    model = create_model(Config().override({**keys, "label.pretrained": False}))
+    model.network.temperature.copy_(torch.tensor([0.7, 3.0]))
+    model.save_pretrained(folder / "run")
+    load_tokenizer(None).save_pretrained(folder / "run" / "tokenizer")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def file(run) -> Path:
+    made = run.parent / "model.onnx"
+    assert export(run, made)["bytes"] == made.stat().st_size
+    return made
+
+
+@pytest.fixture(scope="module")
+def video(run) -> Path:
+    path = run.parent / "clip.mp4"
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(20):
+            image = random.integers(0, 256, (4, 6, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        out.mux(stream.encode(None))
+    return path
+
+
+def made_batch(rows: int, frames: int, characters: int) -> Batch:
+    random = torch.Generator().manual_seed(rows + frames)
+    ids = torch.randint(1, 20000, (rows, characters), generator=random)
+    pixels = torch.randint(0, 256, (rows, frames, 3, 32, 32), generator=random, dtype=torch.uint8)
+    masks = [torch.ones(rows, n, dtype=torch.bool) for n in (characters, frames)]
+    for mask in masks:
+        mask[rows // 2 :, mask.shape[1] // 2 + 1 :] = False
+    masks[0][-1] = rows == 1
+    return Batch({"text": Sequence(ids, masks[0]), "vision": Sequence(pixels, masks[1])}, {})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2), (2, 2, 3), (3, 3, 24), (7, 4, 11)])
+def test_every_shape_gives_the_same(run, file, shape):
+    batch = made_batch(*shape)
+    one, two = senticlip.load(run).output(batch), senticlip.load(file).output(batch)
+    torch.testing.assert_close(two.log_probs, one.log_probs, atol=1e-5, rtol=1e-5)
+    for part in ("logits", "weights"):
+        assert list(getattr(one, part)) == list(getattr(two, part))
+        for name, value in getattr(one, part).items():
+            torch.testing.assert_close(getattr(two, part)[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_predictions_are_the_same(run, file, video):
+    one, two = senticlip.load(run), senticlip.load(file)
+    for clip in ((video, "今天真开心"), (video, None), (None, "呵呵，真棒啊"), (video, "很长" * 40)):
+        a, b = one(clip[0], text=clip[1]), two(clip[0], text=clip[1])
+        assert a.label == b.label
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+        assert a.weights == pytest.approx(b.weights, abs=1e-6)
+        for name, probabilities in a.modalities.items():
+            assert probabilities == pytest.approx(b.modalities[name], abs=1e-5)
+
+
+def test_without_torch(run, file, video):
+    """The example, in a process of its own where importing torch fails."""
+    example = Path(__file__).parents[1] / "examples" / "onnx_only.py"
+    code = (
+        f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {['x', str(file), str(video), '--text', '开心']!r}"
+    )
+    code += f"; runpy.run_path({str(example)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == pytest.approx(senticlip.load(run)(video, text="开心").probabilities, abs=2e-3)
+
+
+def test_lower_precision_is_close_and_says_how_close(run, video):
+    fp32 = senticlip.load(run)
+    clips = [Clip(str(i), video, "今天天气" * i, start=i / 10, end=1 + i / 10) for i in range(1, 9)]
+    for precision in ("bf16", "int8"):
+        other = senticlip.load(run, precision=precision)
+        assert other.disagreement["n"] == 16
+        found = compare(fp32, other, clips)
+        assert found["n"] == 8
+        assert 0 < found["max_difference"] < 0.03
+    before = (run / "model-int8.onnx").stat().st_mtime_ns
+    senticlip.load(run, precision="int8")
+    assert (run / "model-int8.onnx").stat().st_mtime_ns == before
+
+
+def test_disagreement_by_hand():
+    one = Output(log_probs=torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log())
+    two = Output(log_probs=torch.tensor([[0.4, 0.5, 0.1], [0.1, 0.2, 0.7]]).log())
+    found = disagreement([(one, two)])
+    assert found == pytest.approx({"n": 2, "flips": 0.5, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
+
+
+def test_errors(run, file, tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    for path in (tmp_path / "bad.onnx", tmp_path / "none.onnx"):
+        with pytest.raises(UserError, match="not a file that senticlip export made"):
+            senticlip.load(path)
+    with pytest.raises(UsageError, match="fp32, bf16, int8"):
+        senticlip.load(run, precision="fp8")
+    with pytest.raises(UsageError, match="when it was exported"):
+        senticlip.load(file, precision="bf16")
+    with pytest.raises(UsageError, match="attention"):
+        senticlip.load(file).model(made_batch(1, 1, 1), attention=True)

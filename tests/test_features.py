@@ -1,0 +1,82 @@
+"""A folder of clips → a feature file, with small encoders made here."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from senticlip.config import Config
+from senticlip.data.mmsa import read_features
+from senticlip.features import features
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A text encoder of 16 numbers a character."""
+    folder = tmp_path / "bert"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天真好坏这句话的情感是"]
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six clips, one without a text."""
+    random = np.random.default_rng(0)
+    with (tmp_path / "label.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["video_id", "clip_id", "text", "label", "label_T", "mode"])
+        for i in range(6):
+            table.writerow(
+                ["v", f"{i:04}", "今天真好" if i else "", i / 5 - 0.4, 0.2, ["train", "valid", "test"][i % 3]]
+            )
+            (tmp_path / "Raw" / "v").mkdir(parents=True, exist_ok=True)
+            with av.open(str(tmp_path / "Raw" / "v" / f"{i:04}.mp4"), "w") as movie:
+                stream = movie.add_stream("mpeg4", rate=10)
+                stream.width = stream.height = 64
+                for _ in range(8):
+                    picture = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+                    movie.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                movie.mux(stream.encode())
+    return tmp_path
+
+
+def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encoder, monkeypatch):
+    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+    config = Config().override(
+        {
+            "text.encoder": str(encoder),
+            "vision.encoder": "timm/test_resnet.r160_in1k",
+            "vision.pretrained": False,
+            "vision.size": 32,
+            "vision.frames": 3,
+            "stages": {"text": {"modalities": ["text"]}},
+        }
+    )
+    assert features(folder, tmp_path / "f.pkl", config) == {"clips": 6, "file": str(tmp_path / "f.pkl")}
+    with (tmp_path / "f.pkl").open("rb") as file:
+        data = pickle.load(file)
+    train = data["train"]
+    assert train["id"] == ["v$_$0000", "v$_$0003"]
+    assert train["text"].shape == (2, 6, 16)
+    assert train["text_bert"].shape == (2, 3, 6)
+    assert train["text_lengths"] == [0, 6]
+    assert train["vision"].shape[:2] == (2, 3)
+    assert train["audio"].shape[2] == 33
+    assert train["audio_lengths"] == [0, 0]
+    assert train["annotations"] == ["Negative", "Positive"]
+    assert "regression_labels_V" not in train
+    found = read_features(tmp_path / "f.pkl", tmp_path / "cache")
+    assert [clip.id for clip in found.clips][:2] == ["v/0000", "v/0003"]
+    values, mask = found.rows["vision"].gather(np.array([1]))
+    assert mask.all()
+    np.testing.assert_allclose(values[0], train["vision"][1])

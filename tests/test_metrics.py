@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, precision_recall_fscore_support
+
+from senticlip import metrics
+
+classes = st.lists(st.tuples(*[st.integers(0, 2)] * 2), min_size=1, max_size=60)
+
+
+@given(classes)
+@settings(deadline=None, max_examples=60)
+def test_classification_agrees_with_scikit_learn(pairs):
+    truth, predicted = np.array(pairs).T
+    ours = metrics.classification(truth, predicted)
+    for average, names in (
+        ("macro", ("precision", "recall", "macro_f1")),
+        ("weighted", ("weighted_precision", "weighted_recall", "weighted_f1")),
+    ):
+        theirs = precision_recall_fscore_support(truth, predicted, average=average, zero_division=0)[:3]
+        assert [ours[name] for name in names] == pytest.approx(theirs)
+    assert ours["accuracy"] == pytest.approx((truth == predicted).mean())
+    assert ours["n"] == sum(map(sum, ours["confusion"])) == len(truth)
+    assert ours["ece"] is None
+
+
+def test_per_class_and_confusion_by_hand():
+    result = metrics.classification([0, 0, 1, 2], [0, 1, 1, 0])
+    assert result["confusion"] == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    assert result["per_class"]["negative"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert result["per_class"]["positive"]["f1"] == 0
+
+
+def test_the_majority_baseline_of_ch_sims():
+    truth = np.repeat([0, 1, 2], [248, 69, 140])
+    assert metrics.classification(truth, np.zeros(457, int))["accuracy"] == pytest.approx(0.5427, abs=5e-5)
+
+
+def test_calibration_by_hand():
+    probabilities = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]
+    result = metrics.calibration([0, 1, 1, 2], probabilities)
+    # 0.9 twice, one right: |0.5 - 0.9| on half of the rows; 0.5 right: 0.5 on a quarter; 1.0 right: 0
+    assert result["ece"] == pytest.approx(0.5 * 0.4 + 0.25 * 0.5)
+    assert sum(result["count"]) == 4
+    assert metrics.calibration([0], [[1 / 3, 1 / 3, 1 / 3]])["ece"] == pytest.approx(2 / 3)
+
+
+def test_regression_bins_are_those_of_mmsa():
+    scores = [-2, -1, -0.7, -0.69, -0.1, -0.09, 0, 0.1, 0.11, 0.7, 0.71, 1, 3]
+    assert metrics.score_class(scores).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert metrics.score_class(scores, metrics.ACC_5_BINS).tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]
+
+
+def test_regression_by_hand():
+    truth, score = np.array([-1, -0.6, 0, 0, 0.4, 1]), np.array([-1.5, 0.2, -0.05, 0.3, 0.5, 0.9])
+    result = metrics.regression(truth, score)
+    clipped = np.clip(score, -1, 1)
+    assert result["mae"] == pytest.approx(np.abs(truth - clipped).mean())
+    assert result["corr"] == pytest.approx(np.corrcoef(truth, clipped)[0, 1])
+    assert result["acc_3"] == pytest.approx(4 / 6)
+    assert result["acc_2"] == pytest.approx(4 / 6)  # the zero that was called 0.3 and the -0.6 called 0.2 are wrong
+    assert result["acc_2_nonzero"] == pytest.approx(3 / 4)
+    assert result["f1_2"] == pytest.approx(f1_score(truth > 0, score > 0, average="weighted"))
+    assert metrics.regression(truth, np.zeros(6))["corr"] == 0
+
+
+def test_paired_bootstrap_finds_a_difference_and_none_in_itself():
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 3, 400)
+    good = np.where(random.random(400) < 0.8, truth, random.integers(0, 3, 400))
+    bad = np.where(random.random(400) < 0.4, truth, random.integers(0, 3, 400))
+    result = metrics.paired_bootstrap(truth, good, bad)
+    for name, value in result.items():
+        assert value["low"] < value["difference"] < value["high"], name
+        assert value["low"] > 0
+        assert value["p"] < 0.01
+    turned = metrics.paired_bootstrap(truth, bad, good)
+    assert turned["accuracy"]["difference"] == pytest.approx(-result["accuracy"]["difference"])
+    same = metrics.paired_bootstrap(truth, good, good)
+    assert same["macro_f1"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
+
+
+def test_pooled_seeds_count_a_clip_once():
+    random = np.random.default_rng(1)
+    truth, clips = random.integers(0, 3, 100), np.arange(100)
+    first, second = random.integers(0, 3, (2, 100))
+    once = metrics.paired_bootstrap(truth, first, second)
+    copies = [np.tile(values, 5) for values in (truth, first, second)]
+    pooled = metrics.paired_bootstrap(*copies, groups=np.tile(clips, 5))
+    assert pooled == once
+    careless = metrics.paired_bootstrap(*copies)
+    assert careless["accuracy"]["high"] - careless["accuracy"]["low"] < 0.6 * (
+        once["accuracy"]["high"] - once["accuracy"]["low"]
+    )
+
+
+def test_the_interval_agrees_with_resampling_row_by_row():
+    random = np.random.default_rng(2)
+    truth, predicted = random.integers(0, 3, (2, 120))
+    low, high = metrics.bootstrap_interval(truth, predicted)["macro_f1"]
+    rows = random.integers(0, 120, (1000, 120))
+    drawn = [f1_score(truth[r], predicted[r], average="macro") for r in rows]
+    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.015)

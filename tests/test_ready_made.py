@@ -1,0 +1,99 @@
+"""Training and evaluation on features that come ready-made: a feature file, OpenFace's CSVs, sound."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+
+import numpy as np
+import pytest
+from tests.data.test_audio import tone, write_wav
+from tests.data.test_mmsa import made
+from tests.data.test_openface import row, write
+
+from senticlip.config import Config
+from senticlip.data.openface import WIDTH
+from senticlip.data.sims import read_clips
+from senticlip.evaluate import evaluate
+from senticlip.sources import feature_rows, ready_made
+from senticlip.structures import Clip, UsageError, UserError
+from senticlip.train import train
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set that is nothing but ``Processed/unaligned_39.pkl``."""
+    (tmp_path / "sims" / "Processed").mkdir(parents=True)
+    (tmp_path / "sims" / "Processed" / "unaligned_39.pkl").write_bytes(pickle.dumps(made(rows=12)))
+    return tmp_path / "sims"
+
+
+def config(model="lmf", names=("text", "vision", "audio"), **changes):
+    base = {
+        "model": model,
+        "modalities": list(names),
+        "text.encoder": "features",
+        "vision.encoder": "features",
+        "width": 16,
+        "heads": 2,
+        "train.epochs": 1,
+        "train.batch_size": 4,
+        "head": "linear",
+        "vision.frames": 7,
+    }
+    return Config().override({**base, **changes})
+
+
+@pytest.mark.parametrize("model", ["lmf", "self_mm", "mmaf", "clip_ca_msa"])
+def test_a_model_trains_on_a_feature_file_alone(tmp_path, folder, model):
+    result = train(config(model), folder, tmp_path / "run")
+    assert result["best_epoch"] == 1
+    found = evaluate(tmp_path / "run", folder)
+    assert found["n"] == 12
+    assert ("mae" in found) == (model in ("lmf", "self_mm"))
+
+
+def test_clips_of_a_feature_file_can_be_split_anew(folder):
+    assert [len(read_clips(folder, split)) for split in ("train", "valid", "test")] == [12, 12, 12]
+    assert len(read_clips(folder / "Processed" / "unaligned_39.pkl", None, "tenth", 1)) == 36
+
+
+def test_rows_are_found_by_id_whatever_the_zeros(folder):
+    clips = [Clip("video_1/test3"), Clip("video_0001/train0"), Clip("video_0009/nobody")]
+    rows, width = feature_rows(config(), clips, folder)["text"]
+    values, mask = rows.gather(np.array([0, 1, 2]))
+    assert (width, mask.any(1).tolist()) == (5, [True, True, False])
+    np.testing.assert_array_equal(values[0, :4], made(rows=12)["test"]["text"][3, :4])
+    with pytest.raises(UserError, match="has none of the clips, such as x"):
+        feature_rows(config(), [Clip("x")], folder)
+    with pytest.raises(UsageError, match=r"vision\.frames: 2, but .* has clips of 7 frames"):
+        feature_rows(config("clip_ca_msa", **{"vision.frames": 2}), [], folder)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"reads a feature file, Processed/unaligned_39\.pkl, but there is none"):
+        feature_rows(config(), [], tmp_path)
+
+
+def test_openface_csvs_and_sound_are_modalities(tmp_path):
+    random = np.random.default_rng(0)
+    with (tmp_path / "label.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["video_id", "clip_id", "text", "label", "mode"])
+        for i in range(24):
+            table.writerow(["v", f"{i:04}", "话", 1.0 if i % 2 else -1.0, ("train", "train", "valid", "test")[i // 6]])
+            (tmp_path / "Raw" / "v").mkdir(parents=True, exist_ok=True)
+            write_wav(tmp_path / "Raw" / "v" / f"{i:04}.mp4", tone(300 + 100 * (i % 2), 0.2), 16000)
+            write(tmp_path / "OpenFace" / "v" / f"{i:04}.csv", [row(1, float(random.random())), row(2, 0, success=0)])
+    experiment = config("lmf", ["vision", "audio"], **{"vision.encoder": "openface", "text.encoder": "x"})
+    assert ready_made(experiment) == ["vision", "audio"]
+    found = feature_rows(experiment, read_clips(tmp_path, "train"), tmp_path)
+    assert {name: width for name, (_, width) in found.items()} == {"vision": WIDTH, "audio": 33}
+    assert found["vision"][0].gather(np.arange(3))[1].sum(1).tolist() == [1, 1, 1]
+    train(experiment, tmp_path, tmp_path / "run")
+    assert evaluate(tmp_path / "run", tmp_path)["n"] == 6

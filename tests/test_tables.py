@@ -1,0 +1,113 @@
+"""The rows of the paper's tables: every file loads, and rows share what they can."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from senticlip.config import Config, load
+from senticlip.models import MODELS
+from senticlip.structures import UsageError
+from senticlip.tables import EXPERIMENTS, digest, load_tables, notes, row_changes
+
+STAGES = {
+    "text": {"modalities": ["text"], "target": "T", "text.train": "full", "train.epochs": 2},
+    "vision": {"modalities": ["vision"], "target": "V", "vision.train": "full"},
+}
+FILES = sorted(p for p in EXPERIMENTS.rglob("*.yaml") if p.name != "tables.yaml")
+
+
+def staged():
+    return Config().override({"stages": STAGES, "text.train": "frozen", "vision.train": "frozen"})
+
+
+def tables(preset, numbers=None, labels=("M", "T", "V"), random=False):
+    return {table.number: table for table in load_tables(preset, numbers, set(labels), random)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(EXPERIMENTS)))
+def test_every_shipped_file_is_an_experiment(path):
+    config = load(path)
+    assert config.model in MODELS
+    for stage in config.stages:
+        config.stage(stage)
+
+
+def test_every_file_of_a_row_is_used_by_a_table():
+    text = (EXPERIMENTS / "tables.yaml").read_text(encoding="utf-8")
+    for path in FILES:
+        if path.parent != EXPERIMENTS:
+            assert str(path.relative_to(EXPERIMENTS)) in text
+
+
+def test_the_tables_of_the_paper_are_complete():
+    found = tables(Config())
+    assert [len(found[n].rows) for n in "12345678"] == [7, 7, 5, 4, 3, 2, 2, 2]
+    assert found["1"].rows[-1].paper == {"accuracy": 78.07, "macro_f1": 77.39}
+    for table in found.values():
+        assert table.reference in [row.name for row in table.rows]
+    assert any("k/228" in note for note in notes())
+
+
+def test_paper_numbers_are_in_the_papers_text_order():
+    rows = yaml.safe_load((EXPERIMENTS / "tables.yaml").read_text(encoding="utf-8"))["tables"]["2"]["rows"]
+    # an F1 of a class average lies near the harmonic mean of P and R, so a slip of the columns would show
+    for name in ("OpenFace2.0", "ConvNeXt", "ViT-B-32"):
+        _, f1, precision, recall = rows[name]["paper"]
+        assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.5)
+
+
+def test_rows_that_are_the_same_model_have_one_digest():
+    found = tables(staged())
+    full = {digest(config) for n in "15678" for config in found[n].rows[-1].configs.values()}
+    assert len(full) == 1
+    ablations = {digest(config) for n in "5678" for row in found[n].rows for config in row.configs.values()}
+    assert len(ablations) == 6
+    config = staged()
+    assert digest(config) == digest(config.override({"seed": 4}))
+
+
+def test_all_rows_share_the_encoders_that_are_trained_first():
+    preset = staged()
+    own = {name: digest(preset.stage(name)) for name in STAGES}
+    for number, table in tables(preset, ["1", "5", "6", "7", "8"]).items():
+        for row in table.rows:
+            for config in row.configs.values():
+                for name in STAGES:
+                    assert digest(config.stage(name)) == own[name], (number, row.name)
+                    assert config.override({"seed": 3}).stage(name).seed == 3
+
+
+def test_another_encoder_is_trained_again():
+    preset = staged()
+    row = tables(preset, ["4"])["4"].rows[0].configs["M"]
+    assert row.vision.encoder == row.stage("vision").vision.encoder == "timm/resnet34.a1_in1k"
+    assert digest(row.stage("text")) != digest(preset.stage("text"))
+
+
+def test_single_encoders_are_judged_by_their_own_label_and_by_m():
+    found = tables(staged(), ["2", "3"])
+    row = found["3"].rows[-1]
+    assert [(t, c.target, c.modalities) for t, c in row.configs.items()] == [("T", "T", ["text"]), ("M", "M", ["text"])]
+    assert digest(row.configs["T"]) == digest(staged().stage("text"))
+    assert list(tables(Config(), ["2"], labels=("M",))["2"].rows[0].configs) == ["M"]
+
+
+def test_out_of_reach_encoders_get_random_weights_and_no_stage():
+    found = tables(staged(), ["2", "4"], random=True)
+    vgg = found["2"].rows[0].configs["V"]
+    assert (vgg.vision.pretrained, vgg.vision.train, vgg.vision.size) == (False, "frozen", 64)
+    whole = found["4"].rows[0].configs["M"]
+    assert list(whole.stages) == ["text"]
+    assert whole.label.encoder is None
+    assert found["4"].rows[-1].configs["M"].vision.pretrained
+
+
+def test_a_table_that_the_paper_does_not_have():
+    with pytest.raises(UsageError, match="the paper has Tables 1, 2"):
+        tables(Config(), ["9"])
+
+
+def test_nested_keys_become_dotted():
+    assert row_changes("clip/resnet34.yaml")["vision.encoder"] == "timm/resnet34.a1_in1k"
+    assert row_changes("peers/tfn.yaml")["options.post_fusion"] == 32

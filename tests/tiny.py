@@ -1,0 +1,112 @@
+"""Folders of tiny random encoders, as the hub's snapshots look, and tiny data sets of real clips."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AlbertConfig,
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertTokenizer,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+)
+
+CHARACTERS = "这段视频的情感是消极中性积句话一二三四五六七八九十好坏天气很高兴难过，。"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(CHARACTERS)]
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+KINDS = {
+    "bert": BertConfig(vocab_size=len(WORDS), max_position_embeddings=40, **SMALL),
+    "albert": AlbertConfig(vocab_size=len(WORDS), max_position_embeddings=40, embedding_size=8, **SMALL),
+    "ernie": AutoConfig.for_model(
+        "ernie", vocab_size=len(WORDS), max_position_embeddings=40, use_task_id=True, **SMALL
+    ),
+}
+
+
+def tokenizer() -> BertTokenizer:
+    """One character, one token."""
+    return BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
+
+
+def spread(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that every one of them shows in the output."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=random))
+
+
+def text_folder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
+    """A random text encoder with its tokenizer."""
+    model = AutoModel.from_config(KINDS[kind])
+    spread(model, seed)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def clip_folder(folder: Path, size: int = 32, seed: int = 0) -> Path:
+    """A random Chinese-CLIP model with its tokenizer and the hub's preprocessing."""
+    text = {"vocab_size": len(WORDS), "max_position_embeddings": 40, **SMALL}
+    vision = {"image_size": size, "patch_size": 8, **SMALL}
+    model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    spread(model, seed)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0) -> Path:
+    """A random timm network as the hub has them."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, pretrained=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**model.pretrained_cfg, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    entry = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": settings}
+    (folder / "config.json").write_text(json.dumps(entry))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def write_clip(path: Path, shade: int, seed: int, seconds: float = 0.6, size: int = 48) -> Path:
+    """A noisy clip of one shade of grey."""
+    random = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for _ in range(round(10 * seconds)):
+            pixels = (shade + random.integers(-30, 31, (size, size, 3))).clip(0, 255).astype(np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+def data_folder(folder: Path, counts: tuple[int, int, int] = (12, 6, 6)) -> Path:
+    """A CH-SIMS folder whose sentiment is the words' (label T) and the shade's (label V)."""
+    random, rows = np.random.default_rng(0), []
+    words = {-1: "天气坏，难过", 0: "这是一二三", 1: "天气好，很高兴"}
+    for split, count in zip(("train", "valid", "test"), counts, strict=True):
+        for i in range(count):
+            score = i % 3 - 1
+            name = f"{len(rows) + 1:04}"
+            write_clip(folder / "Raw" / "video_0001" / f"{name}.mp4", 128 + 70 * score, len(rows))
+            text = words[score] + "".join(random.choice(list("一二三四五六七八九十"), 3))
+            rows.append(["video_0001", name, text, score, score, score, score, "", split])
+    head = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
+    with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    return folder
