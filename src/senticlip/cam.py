@@ -158,7 +158,7 @@ class Split(nn.Module):
 
 def is_vit(body: Any) -> bool:
     """Whether a timm network is a plain pre-norm ViT: class token, blocks, norm."""
-    blocks = getattr(body, "blocks", None)
+    blocks: Any = getattr(body, "blocks", None)
     return hasattr(body, "num_prefix_tokens") and bool(blocks) and hasattr(blocks[-1], "norm1")
 
 

@@ -1,8 +1,8 @@
-"""``senticlip demo --pretrain``: the demo's two towers, trained frames against captions, as CLIP was (Radford et al. 2021).
+"""``senticlip demo --pretrain``: the demo's two towers, trained frames against captions as CLIP was (Radford 2021).
 
 Frames and captions come from the generator of drawn faces; no line of the demo, no label, no person of its sets is
 used, and no caption names a sentiment. A frame is held against all captions of one facet at once (嘴角上扬 | 嘴角平直 |
-嘴角下垂): its negatives differ from it in exactly what is to be seen. The vision tower is a small convolutional network:
+嘴角下垂): its negatives differ from it in exactly what is to be seen. The vision tower is a small convolutional net:
 a ViT of the same cost needs many more frames before it sees a mouth at any place and size (measured: after 10,000
 frames and three minutes it had learned no facet).
 """
@@ -57,13 +57,14 @@ class Towers(nn.Module):
         import timm
         from transformers import BertConfig, BertModel
 
-        self.vision = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
+        vision: Any = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
+        self.vision = vision
         config = BertConfig(
             vocab_size=len(vocabulary()), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=2 * WIDTH, max_position_embeddings=96, initializer_range=0.06,
         )  # fmt: skip
         self.text = BertModel(config, add_pooling_layer=False)
-        self.vision_projection = nn.Linear(self.vision.num_features, JOINT, bias=False)
+        self.vision_projection = nn.Linear(vision.num_features, JOINT, bias=False)
         self.text_projection = nn.Linear(WIDTH, JOINT, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
@@ -127,7 +128,8 @@ def pretrain(out: Path = FOLDER, minutes: float = 12.0, seed: int = 0, show: Cal
     captions = Captions([sample_words(rng) for _ in range(6000)])
     towers = Towers()
     optimizer = torch.optim.AdamW(towers.parameters(), lr=3e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    start, step, mean = time.process_time(), 0, {}
+    mean: dict[str, float] = {}
+    start, step = time.process_time(), 0
     while (done := (time.process_time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))

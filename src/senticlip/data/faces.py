@@ -202,10 +202,11 @@ def backdrop(background: str, color: str, seed: int, size: tuple[int, int]) -> I
     """A background of ``size`` (width, height) pixels; the same arguments give the same picture."""
     rng = np.random.default_rng(seed)
     wide, high = size
-    base = tuple(int(np.clip(c + rng.integers(-25, 25), 0, 255)) for c in COLORS[color])
-    image = Image.new("RGB", size, base)  # type: ignore[arg-type]
+    red, green, blue = (int(np.clip(c + rng.integers(-25, 25), 0, 255)) for c in COLORS[color])
+    base = (red, green, blue)
+    image = Image.new("RGB", size, base)
     draw = ImageDraw.Draw(image)
-    tone = lambda low=0.6, high=1.35: _shade(base, rng.uniform(low, high))  # type: ignore[arg-type] # noqa: E731
+    tone = lambda low=0.6, high=1.35: _shade(base, rng.uniform(low, high))  # noqa: E731
     step = int(high * rng.uniform(0.08, 0.2))
     if background == "条纹":
         for x in range(-high, wide, 2 * step):
@@ -226,11 +227,12 @@ def backdrop(background: str, color: str, seed: int, size: tuple[int, int]) -> I
     elif background == "窗":
         draw.rectangle([0, 0, wide, high], fill=(196, 216, 232))
         for x in range(0, wide, 4 * step):
-            draw.rectangle([x, 0, x + step // 2, high], fill=base)  # type: ignore[arg-type]
-        draw.rectangle([0, high // 2, wide, high // 2 + step // 2], fill=base)  # type: ignore[arg-type]
+            draw.rectangle([x, 0, x + step // 2, high], fill=base)
+        draw.rectangle([0, high // 2, wide, high // 2 + step // 2], fill=base)
     elif background == "光斑":
         for _ in range(24):
-            x, y, r = rng.integers(0, wide), rng.integers(0, high), rng.integers(step // 3, step + 2)
+            x, y = int(rng.integers(0, wide)), int(rng.integers(0, high))
+            r = int(rng.integers(step // 3, step + 2))
             draw.ellipse([x - r, y - r, x + r, y + r], fill=tone(0.8, 1.6))
     elif background == "风景":
         draw.rectangle([0, 0, wide, high], fill=(160, 195, 225))

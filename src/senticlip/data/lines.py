@@ -1,7 +1,10 @@
-"""Chinese lines from a small grammar: a few hundred phrases with negation, irony and neutral talk, split without overlap.
+"""Chinese lines from a small grammar: a few hundred phrases, split without overlap.
+
+There is negation, irony and neutral talk.
 
 A line is a topic and a clause. Topics and clauses are the phrases: each belongs to one split alone. The words that they
-are made of are shared, or nothing could be learned: 一点也不 + 靠谱 may be in test where train has 一点也不 + 舒服 and 很 + 靠谱.
+are made of are shared, or nothing could be learned: 一点也不 + 靠谱 may be in test where train has 一点也不 + 舒服
+and 很 + 靠谱.
 """
 
 from __future__ import annotations
@@ -27,18 +30,21 @@ NOT = (("一点也不{}", 0.8), ("并不{}", 0.4), ("谈不上{}", 0.4))
 IRONY = (("呵呵，可真{}", 0.8), ("{}个鬼啊", 1.0), ("还好意思说{}", 0.8))
 PLACES = ("在三楼", "在路口", "在桌上", "在学校", "在隔壁", "在网上", "在车里", "在门口")
 FACTS = ("昨天{}看到的", "今天{}拍的", "上午{}换的", "下午{}拿的", "周一{}订的", "刚才{}放的", "去年{}借的")
-TOPICS = (
-    "这家店", "那部电影", "今天的课", "这次旅行", "新来的老师", "楼下的面馆", "他的方案", "这个手机", "昨晚的演出", "你送的礼物",
-    "周末的聚会", "新出的游戏", "公司的食堂", "她的发言", "这本小说", "那场比赛", "这辆车", "酒店的房间", "小区的物业", "客服的回答",
-    "地铁的早班", "我的新室友", "路边的小吃", "这件外套", "那首歌", "医院的流程", "晚上的直播", "他做的菜", "公园的花", "老板的安排",
-    "这款耳机", "学校的操场", "网上的课程", "爸爸的车位", "那个展览", "这条路线", "邻居的小狗", "理发的师傅", "航班的餐食", "这个软件",
-    "社团的活动", "新装的空调", "姐姐的婚礼", "那家书店", "送货的小哥", "年会的节目", "这部剧", "实习的单位",
-)  # fmt: skip
+_TOPICS = (
+    "这家店 那部电影 今天的课 这次旅行 新来的老师 楼下的面馆 他的方案 "
+    "这个手机 昨晚的演出 你送的礼物 周末的聚会 新出的游戏 公司的食堂 她的发言 "
+    "这本小说 那场比赛 这辆车 酒店的房间 小区的物业 客服的回答 地铁的早班 "
+    "我的新室友 路边的小吃 这件外套 那首歌 医院的流程 晚上的直播 他做的菜 "
+    "公园的花 老板的安排 这款耳机 学校的操场 网上的课程 爸爸的车位 那个展览 "
+    "这条路线 邻居的小狗 理发的师傅 航班的餐食 这个软件 社团的活动 新装的空调 "
+    "姐姐的婚礼 那家书店 送货的小哥 年会的节目 这部剧 实习的单位"
+)
+TOPICS = tuple(_TOPICS.split())
 OPENERS = ("", "", "我说，", "你看，", "说起来，", "嗯，", "其实")
 
 
 class Line(NamedTuple):
-    """What is said, its polarity as a CH-SIMS score, how it is said (plain, negation, irony, neutral), and its phrases."""
+    """What is said, its polarity as a CH-SIMS score, how it is said (plain, negation, irony, neutral), its phrases."""
 
     text: str
     score: float
@@ -53,7 +59,7 @@ class _Clause(NamedTuple):
 
 
 def clauses() -> list[_Clause]:
-    """All clauses of the grammar: negation turns the score round, irony makes praise negative, places and facts are 0."""
+    """All clauses of the grammar: negation turns the score, irony makes praise negative, places and facts are 0."""
     found = []
     for sign, words in ((1, GOOD), (-1, BAD)):
         for word in words:

@@ -151,8 +151,10 @@ def plan(splits: dict[str, int], seed: int) -> list[Plan]:
             joint = vision or line.score
             audio = joint if rng.random() < 0.7 else 0.0
             plans.append(
-                Plan(f"video_{used:04d}", f"{i % CLIPS_PER_VIDEO + 1:04d}", split, int(rng.integers(2**31)), line, vision,
-                     joint, audio, person, background, color, ground)
+                Plan(
+                    f"video_{used:04d}", f"{i % CLIPS_PER_VIDEO + 1:04d}", split, int(rng.integers(2**31)),
+                    line, vision, joint, audio, person, background, color, ground,
+                )
             )  # fmt: skip
     return plans
 
@@ -304,7 +306,7 @@ def _truth(p: Plan, frames: list[dict[str, Any]]) -> dict[str, Any]:
 def _write_labels(path: Path, plans: list[Plan]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("video_id clip_id text label label_T label_A label_V annotation mode".split())
+        writer.writerow(["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"])
         for p in plans:
             scores = [f"{s:g}" for s in (p.joint, p.line.score, p.audio, p.vision)]
             word = LABELS[polarity(p.joint)].capitalize()
