@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 from pathlib import Path
@@ -83,7 +84,7 @@ def explain(run: Any, video: str | Path | None, text: str | None, out: str | Pat
         pixels, mask = batch.modalities["vision"]
         for i, (frame, heat) in enumerate(zip(pixels[0][mask[0]].cpu().numpy(), maps, strict=True)):
             data, path = _png(frame, heat / (maps.max() or 1)), folder / f"frame-{i + 1}.png"
-            write_whole(path, lambda partial, data=data: partial.write_bytes(data))
+            write_whole(path, functools.partial(Path.write_bytes, data=data))
             pictures.append(f'<img alt="frame {i + 1}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
             paths.append(str(path))
     said = {name: max(p, key=p.__getitem__) for name, p in prediction.modalities.items()}
