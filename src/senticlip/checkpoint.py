@@ -66,7 +66,7 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
         if rows.any():
             spread = (logits[rows][None] / TEMPERATURES[:, None, None]).log_softmax(-1)  # temperatures×n×C
             target = classes(scores[rows])[None, :, None].expand(len(TEMPERATURES), -1, 1)
-            model.network.temperature[i] = TEMPERATURES[-spread.gather(2, target).mean((1, 2)).neg().argmax()]
+            model.network.temperature[i] = TEMPERATURES[spread.gather(2, target).mean((1, 2)).argmax()]
 
 
 def save_run(
