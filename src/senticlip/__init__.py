@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LABELS", "analyze", "bulk", "load"]
+__all__ = ["LABELS", "analyze", "bulk", "explain", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
         from senticlip.structures import LABELS
 
         return LABELS
-    if name in ("analyze", "bulk"):
+    if name in ("analyze", "bulk", "explain"):
         import importlib
 
         return importlib.import_module(f"senticlip.{name}")

@@ -3,9 +3,10 @@
 Ablation-CAM (Desai & Ramaswamy 2020, doi 10.1109/WACV45572.2020.00106): A_k is channel k of one frame's activations, y
 the fused probability of a class, y_k the same with A_k set to zero in that frame, the other frames kept as they are;
 w_k = (y − y_k) / y and the map is ReLU(Σ_k w_k A_k). The layer: a ViT's last LayerNorm before attention (zeroed in all
-tokens, the class token, too), a CNN's last feature map. What lies before the layer is computed once, the channels go
-through the rest in batches, and Chinese-CLIP's last block only for its class token, where zeroing a channel changes
-queries, keys and values by one column each.
+tokens, the class token, too); a CNN's first stage of its final resolution, since those that follow on the same grid
+(dilated ones) only widen what a cell sees. What lies before the layer is computed once, the channels go through the
+rest in batches, and Chinese-CLIP's last block only for its class token, where zeroing a channel changes queries, keys
+and values by one column each.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ CHUNK = 128
 """Ablated channels that go through the model together."""
 
 
-def values(network: Any, output: Output) -> Tensor:
-    """What is explained, B×3 float64: the fused probability of each class.
+def log_odds(network: Any, output: Output) -> Tensor:
+    """What is explained, B×3 float64: ln p / (1 − p) of each class, p its fused probability.
 
-    A regression model has a score s instead: −s, −|s|, s speak for negative, neutral, positive.
+    From the logits and in float64: where p is all but 1, differences of p itself would be rounding errors. A regression
+    model has a score s instead: −s, −|s|, s speak for negative, neutral, positive.
     """
     if output.score is not None:
         score = output.score.double()
         return torch.stack([-score, -score.abs(), score], 1)
     assert output.log_probs is not None
     if not hasattr(network, "decide"):
-        return output.logits["fused"].double().softmax(-1)
-    # decided anew in float64: near 1, float32 cannot tell two probabilities apart
-    return network.decide({name: logits.double() for name, logits in output.logits.items()}, output.weights).exp()
+        said = output.logits["fused"].double()
+    else:
+        said = network.decide({name: logits.double() for name, logits in output.logits.items()}, output.weights)
+    others = [said[:, [i for i in range(said.shape[1]) if i != c]].logsumexp(1) for c in range(said.shape[1])]
+    return said - torch.stack(others, 1)
 
 
-def drop(network_score: bool, y: Tensor, without: Tensor) -> Tensor:
-    """How much of y went: (y − without) / y of a probability, y − without of a score."""
-    return y - without if network_score else (y - without) / y
+def drop(output: Output, y: Tensor, without: Tensor) -> Tensor:
+    """How much went, from log-odds: (p − p_k) / p of a probability, y − y_k of a score."""
+    if output.score is not None:
+        return y - without
+    return -torch.expm1(nn.functional.softplus(-y) - nn.functional.softplus(-without))
 
 
 def repeat(features: Batch, rows: int) -> Batch:
@@ -81,11 +87,12 @@ class Split(nn.Module):
             self.norm, self.prefix = self.block.norm1, self.body.num_prefix_tokens
         elif not hasattr(self.body, "forward_features"):
             raise UsageError(f"no heat maps for {type(self.body).__name__}: neither a ViT nor a CNN")
+        self.stage = None if self.block is not None else last_stage(self.body)
 
     def before(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised images N×3×S×S → the activations, and what passes by them (a ViT's residual stream)."""
         if self.block is None:
-            found = self.body.forward_features(images.contiguous(memory_format=torch.channels_last))
+            found = self._feature_map(images.contiguous(memory_format=torch.channels_last))
             if found.ndim != 4:
                 raise UsageError(f"no heat maps for {type(self.body).__name__}: neither a ViT nor a CNN")
             return found, None
@@ -97,8 +104,31 @@ class Split(nn.Module):
             handle.remove()
         return seen[0], seen[1]
 
+    def _feature_map(self, images: Tensor) -> Tensor:
+        """The map of ``stage``; the network's last, where what follows the stage is no plain chain."""
+        if self.stage is None:
+            return self.body.forward_features(images)
+        seen: list[Tensor] = []
+        handle = self.body.get_submodule(self.stage).register_forward_hook(lambda m, i, output: seen.append(output))
+        try:
+            states = self.body(images)
+        finally:
+            handle.remove()
+        with torch.no_grad():
+            try:
+                chain = torch.allclose(self.after(seen[0].clone(), None), states, rtol=1e-3, atol=1e-4)
+            except (RuntimeError, TypeError):
+                chain = False
+        if chain:
+            return seen[0]
+        self.stage = None
+        return self.body.forward_features(images)
+
     def after(self, activations: Tensor, residual: Tensor | None) -> Tensor:
         """Activations → states N×d."""
+        if self.stage is not None:
+            with passing(self.body, self.stage):
+                return self.body(activations)
         if residual is None:
             return self.body.forward_head(activations)
         handle = self.norm.register_forward_hook(lambda module, inputs, output: activations)
@@ -156,6 +186,34 @@ class Split(nn.Module):
         return self._project(token + self.block.mlp(self.block.layer_norm2(token)))
 
 
+def last_stage(body: Any) -> str | None:
+    """The first stage of a timm CNN that has its final resolution; None where timm does not name the stages."""
+    stages = [dict(stage) for stage in getattr(body, "feature_info", None) or []]
+    names = dict(body.named_modules())
+    found = [s["module"] for s in stages if s["reduction"] == stages[-1]["reduction"]]
+    return found[0] if found and found[0] in names else None
+
+
+@contextmanager
+def passing(body: Any, stage: str) -> Iterator[None]:
+    """Let the modules up to ``stage`` pass their input on, so that ``body(activations)`` is what follows the stage."""
+    before, owner = [], body
+    for name in stage.split("."):
+        for child, module in owner.named_children():
+            if child == name:
+                break
+            before.append(module)
+        owner = owner.get_submodule(name)
+    before.append(owner)
+    for module in before:
+        module.forward = lambda x, *more, **options: x
+    try:
+        yield
+    finally:
+        for module in before:
+            del module.forward
+
+
 def is_vit(body: Any) -> bool:
     """Whether a timm network is a plain pre-norm ViT: class token, blocks, norm."""
     blocks: Any = getattr(body, "blocks", None)
@@ -179,19 +237,20 @@ def seen_frames(model: SentimentModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def ablation_cam(
-    model: SentimentModel, batch: Batch, index: int, advance: Callable[[int], None] = lambda n: None
+    model: SentimentModel, batch: Batch, index: int, advance: Callable[[int, int], None] | None = None
 ) -> Tensor:
     """Maps k×h×w (not negative, not scaled) of the k real frames of one clip, for class ``index``.
 
-    ``advance`` hears how many channels are done.
+    ``advance`` hears how many channels are done, and how many there are.
     """
     split = Split(_encoder(model))
     images, places = seen_frames(model, batch)
     activations, residual = split.before(images)
     features = model.encode(batch)
     output = model.fuse(features)
-    y = values(model.network, output)[0, index]
+    y = log_odds(model.network, output)[0, index]
     count = split.channels(activations)
+    done = 0
     weights = torch.zeros(len(images), count, dtype=torch.float64, device=y.device)
     for i, place in enumerate(places):
         rest = None if residual is None else residual[i : i + 1]
@@ -202,9 +261,11 @@ def ablation_cam(
             changed = vision.values.clone()
             changed[:, place] = states
             rows.modalities["vision"] = Sequence(changed, vision.mask)
-            without = values(model.network, model.fuse(rows))[:, index]
-            weights[i, channels] = drop(output.score is not None, y, without)
-            advance(len(channels))
+            without = log_odds(model.network, model.fuse(rows))[:, index]
+            weights[i, channels] = drop(output, y, without)
+            done += len(channels)
+            if advance is not None:
+                advance(done, weights.numel())
     return torch.einsum("nc,nchw->nhw", weights, split.grid(activations).double()).relu().float()
 
 
@@ -220,12 +281,12 @@ class _Answer(nn.Module):
         self.mask = batch.modalities["vision"].mask
 
     def forward(self, images: Tensor) -> Tensor:
-        """The value of the class, a scalar."""
+        """The log-odds of the class, a scalar: its gradient is the probability's, up to one factor for all frames."""
         states = self.split(images)
         empty = states.new_zeros(*self.mask.shape, states.shape[-1])
         vision = Sequence(empty.masked_scatter(self.mask[..., None], states), self.mask)
         features = Batch({**self.features.modalities, "vision": vision}, {})
-        return values(self.model.network, self.model.fuse(features))[0, self.index]
+        return log_odds(self.model.network, self.model.fuse(features))[0, self.index]
 
 
 def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:

@@ -126,6 +126,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--track", type=int, help="which of the film's own subtitle tracks, from 0")
     p.add_argument("--device")
 
+    p = verb("explain", explain, "why this answer: a page with heat maps, attention and what it hangs on")
+    p.add_argument("model", metavar="RUN")
+    p.add_argument("video", metavar="VIDEO", nargs="?")
+    p.add_argument("--text")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--method", help="ablation-cam (default), grad-cam or rollout")
+    p.add_argument("--data", metavar="DIR", help="explain the worst errors on a data set instead of one clip")
+    p.add_argument("--split", default="test", help="of --data (default: test)")
+    p.add_argument("--worst", type=int, default=20, help="how many errors of --data (default: 20)")
+    p.add_argument("--device")
+
     p = verb("bulk", bulk, "an archive of videos → Parquet; the same command goes on after a kill")
     p.add_argument("model", metavar="RUN")
     p.add_argument("manifest", metavar="MANIFEST", help=".csv, .jsonl or .parquet: id, path, text or subtitles")
@@ -289,6 +300,25 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     html = str(Path(options.out) / "timeline.html")
     say(options, f"{segments} segments; open {html}")
     return {"segments": segments, "seconds": round(time.monotonic() - began, 2), "html": html}
+
+
+def explain(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip explain RUN VIDEO`` and ``senticlip explain RUN --data DIR``."""
+    if options.data is None:
+        from senticlip.explain import explain as run
+
+        result = run(options.model, options.video, options.text, options.out, options.method, options.device)
+    else:
+        from senticlip.structures import UsageError
+
+        if options.video is not None or options.text is not None:
+            raise UsageError("explain takes a VIDEO and --text, or --data, not both")
+        from senticlip.explain_set import explain_set
+
+        names = ("data", "out", "split", "worst", "method", "device")
+        result = explain_set(options.model, **{name: getattr(options, name) for name in names})
+    say(options, f"open {result['html']}")
+    return result
 
 
 def bulk(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""One clip's answer explained: heat maps over its frames, and what is answered without each modality and frame."""
+"""Why this answer? One clip explained on a page: heat maps, attention, and what is answered without each part."""
 
 from __future__ import annotations
 
 import base64
 import functools
-import html
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -16,47 +16,49 @@ from PIL import Image
 
 import senticlip
 from senticlip import cam
-from senticlip.answers import write_whole
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Sequence, UsageError
+from senticlip.answers import make_callable, write_whole
+from senticlip.data.video import Frames, VideoReader, read_frames
+from senticlip.occlusion import Case, alone, characters, looks, occlude, value
+from senticlip.progress import bar
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Sequence, UsageError
 
-STYLE = (
-    "body{font:16px sans-serif;max-width:900px;margin:auto;padding:12px}img{width:31%;margin:1%}td{padding:2px 12px}"
-)
-
-
-@torch.no_grad()
-def without(model: Any, batch: Batch, index: int) -> dict[str, float]:
-    """The value of class ``index`` as it is, and with each modality and each frame left out (exact occlusion)."""
-    features = model.encode(batch)
-    cases = [("everything", "", -1)]
-    for name, sequence in features.modalities.items():
-        if sequence.mask.any():
-            cases.append((f"without {SURFACE[name]}", name, -1))
-    places = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist() if "vision" in features.modalities else []
-    cases += [(f"without frame {i + 1}", "vision", place) for i, place in enumerate(places)]
-    rows = cam.repeat(features, len(cases))
-    for name, sequence in rows.modalities.items():
-        mask = sequence.mask.clone()
-        for row, (_, gone, place) in enumerate(cases):
-            if gone == name:
-                mask[row, slice(None) if place < 0 else place] = False
-        rows.modalities[name] = Sequence(sequence.values, mask)
-    found = cam.values(model.network, model.fuse(rows))[:, index].tolist()
-    return {case[0]: value for case, value in zip(cases, found, strict=True)}
+CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
+HEIGHT = 256
+"""Of the pictures, pixels."""
 
 
-def _png(pixels: np.ndarray, heat: np.ndarray) -> bytes:
-    """A frame 3×S×S uint8 under its map h×w in 0 … 1."""
-    frame = Image.fromarray(pixels.transpose(1, 2, 0))
-    strength = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(frame.size, Image.Resampling.BILINEAR))
-    share = 0.6 * strength[..., None]
-    mixed = (1 - share) * np.asarray(frame) + share * 255 * colormaps["turbo"](strength)[..., :3]
-    file = io.BytesIO()
-    Image.fromarray(mixed.astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
+class Looks(NamedTuple):
+    """Cross-attention for the page: a row for each word or frame, the shares of what it looked at."""
+
+    words: list[str]
+    frames: list[str]
+    text_to_frames: list[list[float]]
+    frames_to_text: list[list[float]]
 
 
-def explain(run: Any, video: str | Path | None, text: str | None, out: str | Path) -> dict[str, Any]:
+class Explanation(NamedTuple):
+    """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None where no map can be drawn."""
+
+    name: str
+    text: str | None
+    prediction: Prediction
+    cases: list[Case]
+    alone: dict[str, Prediction]
+    looks: Looks | None
+    times: list[float]
+    pictures: list[Image.Image]
+    maps: np.ndarray | None
+    method: str
+
+
+def explain(
+    run: Any,
+    video: str | Path | None = None,
+    text: str | None = None,
+    out: str | Path = "explain",
+    method: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
     """Explain the predicted class of one clip; writes ``OUT/explain.html`` (self-contained) and a PNG for each frame.
 
     Args:
@@ -64,39 +66,230 @@ def explain(run: Any, video: str | Path | None, text: str | None, out: str | Pat
         video: the clip, or None.
         text: what is said in it, or None.
         out: the folder to write to.
+        method: of the heat maps: ablation-cam, grad-cam or rollout; None takes Ablation-CAM, and none where the model
+            reads its frames by no network that has maps.
+        device: cpu, cuda, cuda:N.
+
+    Returns:
+        ``{"html": path, "frames": [path, …]}``.
 
     Raises:
-        UsageError: nothing to read. UserError: the video cannot be read, the folder cannot be written.
+        UsageError: nothing to read, an unknown method, or one that this model cannot have. UserError: the video cannot
+            be read, the folder cannot be written.
     """
-    predictor = senticlip.load(run) if isinstance(run, str | Path) else run
-    folder = Path(out)
-    batch = predictor.batch([Clip("", Path(video) if video is not None else None, text)])
-    prediction = predictor.predictions(predictor.output(batch))[0]
+    predictor = load(run, device)
+    clip = Clip("", Path(video) if video is not None else None, text)
+    return write(explanation(predictor, clip, method), out)
+
+
+def load(run: Any, device: str | None = None) -> Any:
+    """A Predictor whose model can be taken apart.
+
+    Raises:
+        UsageError: an exported file.
+    """
+    predictor = senticlip.load(run, device=device) if isinstance(run, str | Path) else run
+    if not hasattr(predictor.model, "encode"):
+        raise UsageError(f"{predictor.run}: an exported file cannot be taken apart — explain the RUN it was made from")
+    return predictor
+
+
+def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explanation:
+    """Explain one clip; writes nothing.
+
+    Raises:
+        UsageError, UserError: as ``explain``.
+    """
+    if method is not None and method not in cam.METHODS:
+        raise UsageError(f"--method {method}: unknown — choose one of {', '.join(cam.METHODS)}")
+    seen: list[Frames] = []
+
+    def read(*args: Any, **options: Any) -> Frames:
+        seen.append(read_frames(*args, **options))
+        return seen[-1]
+
+    batch = predictor.batch([clip], read=read)
+    with torch.no_grad():
+        features = predictor.model.encode(batch)
+        output = predictor.model.fuse(features, attention=True)
+    prediction = predictor.predictions(output)[0]
+    cases = occlude(predictor, batch, clip.text)
+    times = [float(t) for t in seen[0].times] if seen else []
+    pictures = _pictures(clip.video, times) if clip.video is not None and seen else []
+    maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
+    attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
+    name = clip.video.name if clip.video is not None else ""
+    return Explanation(
+        name, clip.text, prediction, cases, alone(cases), attention, times, pictures, maps, method or ""
+    )
+
+
+def _maps(
+    predictor: Any, batch: Batch, prediction: Prediction, method: str | None
+) -> tuple[np.ndarray | None, str | None]:
+    """Heat maps of the predicted class, scaled by the largest value in any frame, and the method's name."""
+    possible = cam.methods_for(predictor.model)
+    if method is not None and method not in possible:
+        raise UsageError(f"--method {method}: not for this model — it has {', '.join(possible) or 'no heat maps'}")
+    name = method or (possible[0] if possible else None)
+    if name is None:
+        return None, None
     index = LABELS.index(prediction.label)
-    answers = without(predictor.model, batch, index)
+    with bar(transient=True) as progress:
+        task = progress.add_task(name, total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        more = {"advance": advance} if name == "ablation-cam" else {}
+        try:
+            maps = cam.METHODS[name](predictor.model, batch, index, **more).cpu().numpy()
+        except UsageError:
+            if method is not None:
+                raise
+            return None, None
+    return maps / (maps.max() or 1.0), name
+
+
+def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
+    """The frames in their own shape, HEIGHT high, one after the other (8K frames are never together in memory)."""
+    pictures = []
+    with VideoReader(video) as reader:
+        for time in times:
+            whole = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
+            width = max(1, round(whole.width * HEIGHT / whole.height))
+            pictures.append(whole.resize((width, HEIGHT), Image.Resampling.BICUBIC))
+    return pictures
+
+
+def _looks(
+    predictor: Any, found: dict[str, torch.Tensor], features: Batch, text: str | None, frames: int
+) -> Looks | None:
+    """Attention with its words and frames; None where the model has none or the clip lacks one side."""
+    maps = [found.get("text_asks_vision"), found.get("vision_asks_text")]
+    present = all(bool(features.modalities[n].mask.any()) for n in ("text", "vision") if n in features.modalities)
+    if maps[0] is None or maps[1] is None or not present or predictor.tokenizer is None or not text:
+        return None
+    ids = predictor.tokenizer(text, truncation=True, max_length=predictor.config.text.max_length)["input_ids"]
+    words = [f"[{token.strip('[]<>/')}]" for token in predictor.tokenizer.convert_ids_to_tokens(ids)]
+    for span in characters(predictor.tokenizer, text, predictor.config.text.max_length):
+        words[span.token] = text[span.start : span.end]
+    columns = [*["全片 all"] * (maps[0].shape[1] - frames), *(str(i + 1) for i in range(frames))]
+    if maps[0].shape != (len(words), len(columns)) or maps[1].shape != (len(columns), len(words)):
+        return None
+    return Looks(words, columns, maps[0].tolist(), maps[1].tolist())
+
+
+def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
+    """A frame under its map h×w in 0 … 1; where the map is 0 the frame stays as it is."""
+    strength = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC))
+    strength = strength.clip(0, 1)
+    share = 0.7 * strength[..., None] ** 0.7
+    mixed = (1 - share) * np.asarray(picture) + share * 255 * colormaps["turbo"](strength)[..., :3]
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def inline(picture: Image.Image) -> str:
+    """A picture as a data URL."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def sentences(found: Explanation) -> list[tuple[str, str]]:
+    """The answer in a sentence or two, Chinese and English: a conflict, and what the answer hangs on."""
+    said = []
+    if len(found.alone) == 2 and found.alone["text"].label != found.alone["video"].label:
+        text, video, both = found.alone["text"].label, found.alone["video"].label, found.prediction.label
+        believed = [name for name in ("text", "video") if found.alone[name].label == both]
+        zh = f"文字与画面不一致：只看文字是{CHINESE[text]}，只看画面是{CHINESE[video]}"
+        en = f"Words and picture disagree: the words alone are {text}, the picture alone is {video}"
+        if believed:
+            zh, en = f"{zh}；模型采信了{CHINESE[believed[0]]}", f"{en}; the model believes the {believed[0]}"
+        irony = {text, video} == {"positive", "negative"}
+        zh, en = (zh + "，可能是反话", en + ". It may be irony") if irony else (zh, en)
+        said.append((zh + "。", en + "."))
+    before = found.cases[0].prediction
+    flips = [case for case in found.cases[1:] if case.prediction.label != before.label]
+    parts = [case for case in flips if case.kind in SURFACE.values()]
+    small = [case for case in flips if case.kind in ("frame", "character")]
+    for case in parts:
+        label = case.prediction.label
+        said.append(
+            (f"去掉{CHINESE[case.kind]}，答案会变成{CHINESE[label]}。", f"Without the {case.kind} it would be {label}.")
+        )
+    if small:
+        names = [f"第 {c.shown} 帧" if c.kind == "frame" else f"“{c.shown}”" for c in small]
+        english = [f"frame {c.shown}" if c.kind == "frame" else f"“{c.shown}”" for c in small]
+        said.append((f"单独去掉{'、'.join(names)}也会改变答案。", f"So would leaving out {', '.join(english)} alone."))
+    elif not parts and len(found.cases) > 1:
+        said.append(("去掉任何一部分，答案都不变。", "No single part that is left out changes the answer."))
+    return said
+
+
+def page(template: str, **values: Any) -> str:
+    """A page of the package's templates, with what all of them use."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("senticlip"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"LABELS": LABELS, "CHINESE": CHINESE, "value": value}
+    return environment.get_template(template).render(**values)
+
+
+def write(found: Explanation, out: str | Path) -> dict[str, Any]:
+    """Write the page and the PNGs of an explanation.
+
+    Raises:
+        UsageError, UserError: the folder cannot be made or written to.
+    """
+    folder = make_folder(out)
+    shown = found.pictures
+    if found.maps is not None:
+        shown = [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
+    paths = [folder / f"frame-{i + 1}.png" for i in range(len(shown))]
+    for old in folder.glob("frame-*.png"):
+        old.unlink()  # of another clip, which had more frames
+    for path, picture in zip(paths, shown, strict=True):
+        write_whole(path, functools.partial(_save_png, picture=picture))
+    label = found.prediction.label
+    before = value(found.cases[0].prediction, label)
+    html = page(
+        "explain.html",
+        found=found,
+        label=label,
+        sentences=sentences(found),
+        frames=[
+            (inline(picture), inline(heated), time)
+            for picture, heated, time in zip(found.pictures, shown, found.times, strict=True)
+        ],
+        differences=[(case, value(case.prediction, label) - before) for case in found.cases[1:]],
+        pieces=_pieces(found, before),
+    )
+    target = folder / "explain.html"
+    write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
+    return {"html": str(target), "frames": [str(path) for path in paths]}
+
+
+def _save_png(path: Path, picture: Image.Image) -> None:
+    picture.save(path, "PNG")
+
+
+def _pieces(found: Explanation, before: float) -> list[tuple[str, float]]:
+    """The characters of the text and how much the value falls without each."""
+    label = found.prediction.label
+    return [
+        (case.shown, before - value(case.prediction, label)) for case in found.cases if case.kind == "character"
+    ]
+
+
+def make_folder(out: str | Path) -> Path:
+    """The folder to write to, made if it is not there."""
+    folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder}: no folder to write to — {error.strerror}") from None
-    pictures, paths = [], []
-    if video is not None and "ablation-cam" in cam.methods_for(predictor.model):
-        maps = cam.ablation_cam(predictor.model, batch, index).cpu().numpy()
-        pixels, mask = batch.modalities["vision"]
-        for i, (frame, heat) in enumerate(zip(pixels[0][mask[0]].cpu().numpy(), maps, strict=True)):
-            data, path = _png(frame, heat / (maps.max() or 1)), folder / f"frame-{i + 1}.png"
-            write_whole(path, functools.partial(Path.write_bytes, data=data))
-            pictures.append(f'<img alt="frame {i + 1}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
-            paths.append(str(path))
-    said = {name: max(p, key=p.__getitem__) for name, p in prediction.modalities.items()}
-    rows = "".join(f"<tr><td>{html.escape(case)}</td><td>{value:.3f}</td></tr>" for case, value in answers.items())
-    heads = "".join(f"<li>{n}: {said[n]}, weight {prediction.weights[n]:.2f}</li>" for n in said)
-    clash = "<p>文字和画面不一致。 Text and video disagree.</p>" if len(set(said.values())) > 1 else ""
-    page = (
-        '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>senticlip explain</title><style>{STYLE}</style><h1>{prediction.label}</h1>"
-        f"<p>{html.escape(text or '')}</p>{clash}<ul>{heads}</ul><p>Ablation-CAM</p>{''.join(pictures)}"
-        f"<table><tr><th>seen</th><th>{prediction.label}</th></tr>{rows}</table>"
-    )
-    target = folder / "explain.html"
-    write_whole(target, lambda partial: partial.write_text(page, encoding="utf-8"))
-    return {"html": str(target), "frames": paths}
+        raise UsageError(f"--out {folder}: no folder to write to — {error.strerror}") from None
+    return folder
+
+
+make_callable(__name__)

@@ -1,0 +1,149 @@
+"""Are the heat maps where the reason is? On made clips, whose mouth and brows are known in every frame.
+
+    senticlip demo --out demo
+    python benchmarks/localisation.py demo/run --data demo/data --shuffled
+
+Clips of test that the model answers rightly and whose face shows something. For each method: the pointing game (Zhang
+et al. 2018: does the map's highest point lie in a box of mouth or brows), the share of the map's energy inside them,
+both against a random map, a centre bias (a Gaussian in the middle) and the training clips' mean of these boxes; and the
+same for models trained on shuffled labels (Adebayo et al. 2018). Then frames and characters are deleted from the clip,
+and inserted into nothing, in the order of what their removal changes, and the probability of the class is followed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import senticlip
+from senticlip import cam
+from senticlip.data.made import read_truth
+from senticlip.data.sims import read_clips
+from senticlip.data.video import read_frames
+from senticlip.structures import LABELS, Clip, polarity
+from senticlip.tables import load_preset
+from senticlip.train import train
+
+SIZE = 96
+"""Maps and boxes are compared at this size."""
+TOLERANCE = 1 / 24
+"""What the pointing game forgives, of the frame's width: half a cell of the demo's feature map."""
+PARTS = ("mouth", "brow_left", "brow_right")
+
+
+def mask_of(boxes: dict[str, list[float]], margin: float = 0.0) -> np.ndarray:
+    """SIZE×SIZE bool: True in the boxes of mouth and brows, each widened by ``margin``."""
+    centres = (np.arange(SIZE) + 0.5) / SIZE
+    inside = np.zeros((SIZE, SIZE), bool)
+    for name in PARTS:
+        if name in boxes:
+            x0, y0, x1, y1 = boxes[name]
+            across = (centres >= x0 - margin) & (centres <= x1 + margin)
+            inside |= ((centres >= y0 - margin) & (centres <= y1 + margin))[:, None] & across
+    return inside
+
+
+def boxes_of(clip: Clip, truth: dict[str, Any], frames: int) -> list[dict[str, list[float]]]:
+    """The boxes of each frame that the model reads."""
+    assert clip.video is not None
+    about = truth["clips"][clip.id if clip.id in truth["clips"] else clip.id.replace("$_$", "/")]
+    times = read_frames(clip.video, frames, size=8).times
+    return [about["frames"][min(round(t * about["rate"]), len(about["frames"]) - 1)] for t in times]
+
+
+def large(maps: torch.Tensor) -> np.ndarray:
+    """k×h×w → k×SIZE×SIZE, bilinear."""
+    return torch.nn.functional.interpolate(maps[:, None].float(), (SIZE, SIZE), mode="bilinear")[:, 0].numpy()
+
+
+def judge(maps: np.ndarray, boxes: list[dict[str, list[float]]]) -> tuple[float, float]:
+    """Pointing (share of the frames with a face) and energy ratio of one clip's maps k×SIZE×SIZE."""
+    hits, inside, total = [], 0.0, 0.0
+    for heat, box in zip(maps, boxes, strict=True):
+        if "mouth" not in box:
+            continue
+        inside += float(heat[mask_of(box)].sum())
+        total += float(heat.sum())
+        hits.append(bool(heat.max() > 0 and mask_of(box, TOLERANCE).flat[heat.argmax()]))
+    return float(np.mean(hits)), inside / total if total else 0.0
+
+
+def rivals(shape: tuple[int, ...], prior: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Maps that know nothing of the clip: noise at the feature map's size, a Gaussian, the mean of the boxes."""
+    y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE - 0.5
+    centre = np.exp(-(x**2 + y**2) / (2 * 0.2**2))
+    noise = large(torch.from_numpy(rng.random(shape)))
+    return {
+        "random": noise,
+        "centre bias": np.repeat(centre[None], shape[0], 0),
+        "mean of the boxes": np.repeat(prior[None], shape[0], 0),
+    }
+
+
+def prior_of(data: Path) -> np.ndarray:
+    """The mean mask of the training clips' frames."""
+    clips = [c for c in read_truth(data)["clips"].values() if c["split"] == "train"]
+    return np.mean([mask_of(box) for c in clips[::4] for box in c["frames"][::4] if "mouth" in box], 0)
+
+
+def chosen(predictor: Any, data: Path, count: int, right: bool = True) -> list[Clip]:
+    """Test clips whose face shows something, that the model answers rightly, at most ``count``."""
+    clips = [c for c in read_clips(data, "test") if c.labels["V"]]
+    found = predictor.predict(clips)
+    return [
+        c for c, p in zip(clips, found, strict=True) if not right or p.label == LABELS[polarity(c.labels["M"])]
+    ][:count]
+
+
+def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> dict[str, np.ndarray]:
+    """Pointing and energy ratio by method, clips×2 each."""
+    truth, prior, rng = read_truth(data), prior_of(data), np.random.default_rng(0)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for clip in clips:
+        batch = predictor.batch([clip])
+        boxes = boxes_of(clip, truth, predictor.config.vision.frames)
+        if not any("mouth" in box for box in boxes):
+            continue
+        label = predictor.predictions(predictor.output(batch))[0].label
+        shape: tuple[int, ...] = ()
+        for name in cam.methods_for(predictor.model):
+            maps = cam.METHODS[name](predictor.model, batch, LABELS.index(label))
+            shape = tuple(maps.shape)
+            found.setdefault(name, []).append(judge(large(maps), boxes))
+        if compare:
+            for name, maps in rivals(shape, prior, rng).items():
+                found.setdefault(name, []).append(judge(maps, boxes))
+    return {name: np.array(rows) for name, rows in found.items()}
+
+
+def shuffled_run(data: Path, out: Path, scratch: bool) -> Path:
+    """The tiny preset, trained on the same clips with the labels of each split dealt out anew."""
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "Raw").exists():
+        (folder / "Raw").symlink_to((data / "Raw").resolve())
+    with (data / "label.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rng, names = np.random.default_rng(0), ["label", "label_T", "label_A", "label_V"]
+    for split in ("train", "valid", "test"):
+        part = [row for row in rows if row["mode"] == split]
+        dealt = [{name: part[i][name] for name in names} for i in rng.permutation(len(part))]
+        for row, labels in zip(part, dealt, strict=True):
+            row |= labels
+    with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    config = load_preset("tiny")
+    if scratch:
+        config = config.override({"vision.pretrained": False, "vision.train": "full", "vision.lr": 1e-3})
+    run = out / ("scratch" if scratch else "head")
+    train(config, folder, run, 0)
+    return run

@@ -1,0 +1,137 @@
+"""What is answered without the text, the video, a frame, a character: each left out, and the model asked again."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from senticlip import cam
+from senticlip.encoders.text import tokenize
+from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence
+
+
+class Case(NamedTuple):
+    """``kind``: everything, text, video, audio, frame or character; ``place`` counts frames and characters from 0."""
+
+    kind: str
+    place: int
+    shown: str
+    prediction: Prediction
+
+
+class Character(NamedTuple):
+    """A token that the model reads: its place among the tokens, and text[start:end]."""
+
+    token: int
+    start: int
+    end: int
+
+
+def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Character]:
+    """The tokens that stand for something in the text, in its order; those of one span count once."""
+    if not text:
+        return []
+    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    found: dict[tuple[int, int], Character] = {}
+    for token, (start, end) in enumerate(encoded["offset_mapping"]):
+        if text[start:end].strip():
+            found.setdefault((start, end), Character(token, start, end))
+    return list(found.values())
+
+
+def value(prediction: Prediction, label: str) -> float:
+    """What is followed: the probability of ``label``, or the score of a regression model."""
+    return prediction.probabilities[label] if prediction.score is None else prediction.score
+
+
+def change(before: Prediction, after: Prediction) -> float:
+    """How far apart two answers are, 0 … 1: total variation of the probabilities, half the distance of two scores."""
+    if before.score is not None and after.score is not None:
+        return abs(before.score - after.score) / 2
+    return sum(abs(before.probabilities[name] - after.probabilities[name]) for name in LABELS) / 2
+
+
+def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
+    """One clip's features, a row for each case: a modality (place −1) or one position of it taken away."""
+    rows = cam.repeat(features, len(cases))
+    for name, sequence in rows.modalities.items():
+        mask = sequence.mask.clone()
+        for row, (gone, place) in enumerate(cases):
+            if gone == name:
+                mask[row, slice(None) if place < 0 else place] = False
+        rows.modalities[name] = Sequence(sequence.values, mask)
+    return rows
+
+
+@torch.no_grad()
+def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
+    """All cases of one clip, "everything" first; nothing is left out that is all there is.
+
+    A frame that is left out leaves its place in time empty; a character is cut out of the text. The frames are encoded
+    once, since an encoder sees each by itself.
+
+    Args:
+        predictor: of a RUN.
+        batch: of this one clip, as ``predictor.batch`` gives it.
+        text: what the batch was made of.
+    """
+    model = predictor.model
+    features = model.encode(batch)
+    there = [name for name, sequence in features.modalities.items() if sequence.mask.any()]
+    frames: list[int] = []
+    if "vision" in there and "vision" in model.encoders:
+        frames = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
+    asked = [("everything", 0, "", ("", -1))]
+    if len(there) > 1:
+        asked += [(SURFACE[name], 0, "", (name, -1)) for name in there]
+    if len(there) > 1 or len(frames) > 1:
+        asked += [("frame", i, str(i + 1), ("vision", place)) for i, place in enumerate(frames)]
+    answers = predictor.predictions(model.fuse(masked(features, [gone for *_, gone in asked])))
+    cases = [Case(kind, place, shown, found) for (kind, place, shown, _), found in zip(asked, answers, strict=True)]
+    return cases + _without_characters(predictor, features, text)
+
+
+def _without_characters(predictor: Any, features: Batch, text: str | None) -> list[Case]:
+    model = predictor.model
+    if not text or "text" not in model.encoders:
+        return []
+    length = predictor.config.text.max_length
+    spans = characters(predictor.tokenizer, text, length)
+    if not spans:
+        return []
+    shorter: list[str | None] = [text[: span.start] + text[span.end :] for span in spans]
+    ids, mask = tokenize(predictor.tokenizer, shorter, length)
+    said = model.encode(Batch({"text": Sequence(ids.to(model.device), mask.to(model.device))}, {}))
+    rows = cam.repeat(features, len(spans))
+    modalities = {name: said.modalities["text"] if name == "text" else s for name, s in rows.modalities.items()}
+    answers = predictor.predictions(model.fuse(Batch(modalities, {})))
+    return [
+        Case("character", i, text[span.start : span.end], found)
+        for i, (span, found) in enumerate(zip(spans, answers, strict=True))
+    ]
+
+
+def alone(cases: list[Case]) -> dict[str, Prediction]:
+    """What text alone and video alone say, where a clip has both and nothing else."""
+    without = {case.kind: case.prediction for case in cases if case.kind in SURFACE.values()}
+    return {"text": without["video"], "video": without["text"]} if set(without) == {"text", "video"} else {}
+
+
+def looks(output: Output, features: Batch) -> dict[str, torch.Tensor]:
+    """Cross-attention of one clip, the mean over its heads: ``text_asks_vision`` → queries×keys, the real ones only.
+
+    Where a video's first position stands for the whole clip, it is the first row or column. Each row sums to 1.
+    """
+    found = {}
+    for name, maps in output.attention.items():
+        sides = []
+        for modality, length in zip(name.split("_asks_"), maps.shape[-2:], strict=True):
+            mask = features.modalities[modality].mask[0]
+            lead = length - len(mask)
+            if lead not in (0, 1):
+                break
+            sides.append(torch.cat([mask.new_ones(lead), mask]))
+        if len(sides) == 2:
+            found[name] = maps[0].float().mean(0)[sides[0]][:, sides[1]].cpu()
+    return found
