@@ -62,7 +62,8 @@ def _sentiment(probabilities: dict[str, float]) -> float:
 def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[tuple[Prediction | None, str | None, Any]]:
     """For each clip its prediction, or the line that says why there is none, and its frames k×3×S×S if it has some.
 
-    All clips go as one batch; where that fails, each goes alone, so that only the bad one is lost.
+    All clips go as one batch; where that fails, each goes alone, so that only the bad one is lost. What torch raises
+    (RuntimeError) and a lack of memory are no clip's fault: they end the work, which can then go on elsewhere.
 
     Args:
         predictor: senticlip.load(RUN).
@@ -72,9 +73,12 @@ def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[tuple[
     try:
         batch = predictor.batch(clips, **options)
         predictions = predictor.predictions(predictor.output(batch))
-    except UserError as error:
+    except Exception as error:
+        if isinstance(error, (RuntimeError, MemoryError)):
+            raise
         if len(clips) == 1:
-            yield None, str(error), None
+            known = isinstance(error, UserError)
+            yield None, str(error) if known else f"{clips[0].id}: {type(error).__name__}: {error}", None
         else:
             for clip in clips:
                 yield from answer(predictor, [clip], **options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from senticlip.structures import Clip, UsageError, UserError
 
 BATCH = 16
 """Clips that are answered together: always the same ones, so that a part made again is the same to the last bit."""
+
+RETRIES = 8
+"""How often a part is begun again whose worker died: a clip that kills every worker must not keep them at it for ever."""
 
 SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
 
@@ -180,7 +184,9 @@ class Worker:
             try:
                 times[name] = None if row[name] is None else float(row[name])
             except ValueError:
-                raise UserError(f"{name}: {row[name]!r} is no time in seconds") from None
+                times[name] = nan
+            if not isfinite(times[name] or 0):
+                raise UserError(f"{row['id']}: {name} {row[name]!r} is no time in seconds")
         text = row["text"]
         if text is None and row["subtitles"] is not None:
             lines = subtitles.read(self.root / row["subtitles"])
@@ -216,15 +222,17 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
             num_cpus=1,
             num_gpus=1 if gpus else None,
             max_restarts=-1,
-            max_task_retries=-1,
+            max_task_retries=RETRIES,
         )
         for row in made.iter_rows():
             yield int(row["id"])
     except ConnectionError as error:
         raise UserError(f"--address {address}: no Ray cluster answers ({' '.join(str(error).split())[:120]})") from None
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, UserError) else None
-        raise cause or UserError(f"a worker failed: {' '.join(str(error.cause or error).split())[:300]}") from None
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"a worker failed: {' '.join(str(cause or error).split())[:300]}") from None
     finally:
         if own:
             ray.shutdown()

@@ -63,10 +63,10 @@ def read(manifest: Path) -> Iterator[dict[str, str | None]]:
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",")
-        names = [name.strip().casefold() for name in reader.fieldnames or []]
-        _known(manifest, names)
-        reader.fieldnames = names
         try:
+            names = [name.strip().casefold() for name in reader.fieldnames or []]
+            _known(manifest, names)
+            reader.fieldnames = names
             for row in reader:
                 row.pop(None, None)
                 yield reader.line_num, row

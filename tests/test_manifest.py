@@ -1,0 +1,102 @@
+"""Manifests of every kind → the same rows; what is wrong with one is told in a line."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from senticlip import manifest
+from senticlip.structures import UsageError, UserError
+
+ROWS = [
+    {"id": "一", "path": "a.mp4", "text": "今天真好，\n“明天”呢"},
+    {"id": "b", "path": "b.mp4", "subtitles": "b.srt", "start": "1.5", "end": "3"},
+    {"path": "c.mp4"},
+    {"text": "只有话"},
+]
+NAMES = ["一", "b", "c.mp4", "row 4"]
+
+
+def full(row, name):
+    return {column: row.get(column) for column in manifest.COLUMNS} | {"id": name}
+
+
+def write(path, rows=ROWS, encoding="utf-8"):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([{c: row.get(c) for c in manifest.COLUMNS} for row in rows]), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding=encoding)
+    else:
+        with path.open("w", encoding=encoding, newline="") as file:
+            writer = csv.DictWriter(file, manifest.COLUMNS, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet", "M.CSV"])
+def test_every_kind_gives_the_same_rows(name, tmp_path):
+    read = list(manifest.read(write(tmp_path / name)))
+    # a CSV's row 4 is the line of the file that it ends on: the first text has two
+    assert [row | {"id": NAMES[i]} for i, row in enumerate(read)] == [
+        full(*pair) for pair in zip(ROWS, NAMES, strict=True)
+    ]
+    assert [row["id"] for row in read][:3] == NAMES[:3]
+    assert read[3]["id"].startswith("row ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "gb18030"])
+def test_encodings_of_csv(encoding, tmp_path):
+    rows = list(manifest.read(write(tmp_path / "m.csv", encoding=encoding)))
+    assert rows[0] == full(ROWS[0], "一")
+
+
+def test_other_names_of_the_columns_and_numbers(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"Video": 1, "video_path": "x.mp4", "sentence": "好", "start": 2, "id": 7, "more": [1]}')
+    assert list(manifest.read(path)) == [
+        {"id": "7", "path": "x.mp4", "text": "好", "subtitles": None, "start": "2", "end": None}
+    ]
+
+
+def test_split_cuts_it_into_groups(tmp_path):
+    rows = [{"id": str(i), "text": f"第{i}句"} for i in range(10)]
+    manifest.split(write(tmp_path / "m.csv", rows), tmp_path / "rows.parquet", 4)
+    file = pq.ParquetFile(tmp_path / "rows.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)] == [4, 4, 2]
+    assert file.read_row_group(2).to_pylist() == [full(row, row["id"]) for row in rows[8:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("m.csv", "id,path\n1,\n", "row 2: neither path nor text"),
+        ("m.csv", "id,url\n1,x\n", "row 1: the columns are id, url — expected id, path, text or subtitles"),
+        ("m.csv", "", "row 1: the columns are nothing"),
+        ("m.csv", "path,text\n", "no rows"),
+        ("m.csv", b"\x00\xff\xfe\x81\x00" * 9, "m.csv"),
+        ("m.csv", "text\n" + "x" * 200_000 + "\n", "row 2: not readable as CSV"),
+        ("m.jsonl", '{"path": "a"}\n{"path": ', "row 2: not readable as JSON"),
+        ("m.jsonl", "[1]", "row 1: not readable as JSON (not an object)"),
+        ("m.jsonl", b'{"path": "\xff\xfe"}', "not readable as JSON"),
+        ("m.parquet", "no parquet", "not readable as Parquet"),
+    ],
+)
+def test_a_bad_manifest_is_one_line(name, data, said, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(UserError) as error:
+        manifest.split(path, tmp_path / "rows.parquet", 4)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [left.name for left in tmp_path.iterdir()] == [name]
+
+
+def test_what_is_no_manifest(tmp_path):
+    with pytest.raises(UsageError, match="no such manifest"):
+        list(manifest.read(tmp_path / "none.csv"))
+    (tmp_path / "m.xlsx").write_text("")
+    with pytest.raises(UsageError, match=r"choose \.csv, \.jsonl or \.parquet"):
+        list(manifest.read(tmp_path / "m.xlsx"))
