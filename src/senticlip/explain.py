@@ -20,7 +20,7 @@ from senticlip.answers import make_callable, write_whole
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.occlusion import Case, alone, characters, looks, occlude, value
 from senticlip.progress import bar
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Sequence, UsageError
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
 HEIGHT = 256
@@ -119,9 +119,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
     name = clip.video.name if clip.video is not None else ""
-    return Explanation(
-        name, clip.text, prediction, cases, alone(cases), attention, times, pictures, maps, method or ""
-    )
+    return Explanation(name, clip.text, prediction, cases, alone(cases), attention, times, pictures, maps, method or "")
 
 
 def _maps(
@@ -199,8 +197,12 @@ def inline(picture: Image.Image) -> str:
 def sentences(found: Explanation) -> list[tuple[str, str]]:
     """The answer in a sentence or two, Chinese and English: a conflict, and what the answer hangs on."""
     said = []
-    if len(found.alone) == 2 and found.alone["text"].label != found.alone["video"].label:
-        text, video, both = found.alone["text"].label, found.alone["video"].label, found.prediction.label
+    text, video, both = "", "", found.prediction.label
+    if len(found.alone) == 2:
+        text, video = found.alone["text"].label, found.alone["video"].label
+    if text and text == video:
+        said.append((f"文字与画面一致，都是{CHINESE[text]}。", f"Words and picture agree: both are {text}."))
+    elif text:
         believed = [name for name in ("text", "video") if found.alone[name].label == both]
         zh = f"文字与画面不一致：只看文字是{CHINESE[text]}，只看画面是{CHINESE[video]}"
         en = f"Words and picture disagree: the words alone are {text}, the picture alone is {video}"
@@ -233,7 +235,14 @@ def page(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("senticlip"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"LABELS": LABELS, "CHINESE": CHINESE, "value": value}
+    environment.filters["signed"] = signed
     return environment.get_template(template).render(**values)
+
+
+def signed(number: float, digits: int = 3) -> str:
+    """A change as it is read: +0.125, −0.030, 0 where it rounds to nothing."""
+    rounded = round(number, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else "0"
 
 
 def write(found: Explanation, out: str | Path) -> dict[str, Any]:
@@ -277,9 +286,7 @@ def _save_png(path: Path, picture: Image.Image) -> None:
 def _pieces(found: Explanation, before: float) -> list[tuple[str, float]]:
     """The characters of the text and how much the value falls without each."""
     label = found.prediction.label
-    return [
-        (case.shown, before - value(case.prediction, label)) for case in found.cases if case.kind == "character"
-    ]
+    return [(case.shown, before - value(case.prediction, label)) for case in found.cases if case.kind == "character"]
 
 
 def make_folder(out: str | Path) -> Path:

@@ -1,0 +1,179 @@
+"""A frame encoder cut in two at the layer whose channels a heat map weighs: what is before it, what is after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.encoders.vision import VisionEncoder
+from senticlip.structures import UsageError
+
+
+class Split(nn.Module):
+    """A frame encoder cut at the layer that is explained: ``before`` it, ``after`` it.
+
+    ``layer`` is an Identity where the activations pass, N×C×h×w or N×tokens×C: what grad-cam hooks.
+
+    Raises:
+        UsageError: a network that is neither a plain ViT nor one that ends with feature maps.
+    """
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        super().__init__()
+        self.encoder, self.body = encoder, encoder.body
+        self.layer = nn.Identity()
+        self.block: Any = None
+        self.norm: Any = None
+        self.last_map = getattr(self.body, "output_fmt", "NCHW")
+        self.prefix = 1
+        if encoder.kind == "chinese_clip":
+            self.block = self.body.encoder.layers[-1]
+            self.norm = self.block.layer_norm1
+        elif is_vit(self.body):
+            self.block = self.body.blocks[-1]
+            self.norm, self.prefix = self.block.norm1, self.body.num_prefix_tokens
+        elif not hasattr(self.body, "forward_features"):
+            raise UsageError(f"no heat maps for {type(self.body).__name__}: neither a ViT nor a CNN")
+        self.stage = None if self.block is not None else last_stage(self.body)
+
+    def before(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised images N×3×S×S → the activations, and what passes by them (a ViT's residual stream)."""
+        if self.block is None:
+            found = self._feature_map(images.contiguous(memory_format=torch.channels_last))
+            if found.ndim != 4:
+                raise UsageError(f"no heat maps for {type(self.body).__name__}: neither a ViT nor a CNN")
+            return found, None
+        seen: list[Tensor] = []
+        handle = self.norm.register_forward_hook(lambda module, inputs, output: seen.extend((output, inputs[0])))
+        try:
+            self.encoder.images(images)
+        finally:
+            handle.remove()
+        return seen[0], seen[1]
+
+    def _feature_map(self, images: Tensor) -> Tensor:
+        """The map of ``stage``; the network's last, where what follows the stage is no plain chain."""
+        if self.stage is None:
+            return self.body.forward_features(images)
+        seen: list[Tensor] = []
+        handle = self.body.get_submodule(self.stage).register_forward_hook(lambda m, i, output: seen.append(output))
+        try:
+            states = self.body(images)
+        finally:
+            handle.remove()
+        with torch.no_grad():
+            try:
+                chain = torch.allclose(self.after(seen[0].clone(), None), states, rtol=1e-3, atol=1e-4)
+            except (RuntimeError, TypeError):
+                chain = False
+        if chain:
+            return seen[0]
+        self.stage = None
+        return self.body.forward_features(images)
+
+    def after(self, activations: Tensor, residual: Tensor | None) -> Tensor:
+        """Activations → states N×d."""
+        if self.stage is not None:
+            with passing(self.body, self.stage):
+                return self.body(activations)
+        if residual is None:
+            return self.body.forward_head(activations)
+        handle = self.norm.register_forward_hook(lambda module, inputs, output: activations)
+        try:
+            if self.encoder.kind == "chinese_clip":
+                return self._project(self.block(residual, None)[:, 0])
+            return self.body.forward_head(self.body.norm(self.block(residual)))
+        finally:
+            handle.remove()
+
+    def _project(self, token: Tensor) -> Tensor:
+        return self.encoder.projection(self.body.post_layernorm(token))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What ``encoder.images`` gives."""
+        activations, residual = self.before(images)
+        return self.after(self.layer(activations), residual)
+
+    def grid(self, activations: Tensor) -> Tensor:
+        """Activations → N×C×h×w; the class token has no place in it."""
+        if self.block is None:
+            return activations.permute(0, 3, 1, 2) if self.last_map == "NHWC" else activations
+        return to_grid(activations[:, self.prefix :].transpose(1, 2))
+
+    def channels(self, activations: Tensor) -> int:
+        """How many there are."""
+        return self.grid(activations).shape[1]
+
+    def ablated(self, activations: Tensor, residual: Tensor | None, channels: Tensor) -> Tensor:
+        """The states K×d of one frame (N = 1) with each of K channels zeroed in turn."""
+        if self.encoder.kind == "chinese_clip" and residual is not None:
+            return self._ablated_clip(activations[0], residual[0], channels)
+        rows = activations.repeat(len(channels), *[1] * (activations.ndim - 1))
+        axis = 1 if self.block is None and self.last_map == "NCHW" else rows.ndim - 1
+        rows.transpose(1, axis)[torch.arange(len(channels)), channels] = 0
+        return self.after(rows, None if residual is None else residual.expand(len(channels), -1, -1))
+
+    def _ablated_clip(self, x: Tensor, residual: Tensor, channels: Tensor) -> Tensor:
+        """Chinese-CLIP's last block for its class token: x T×D; q, k and v each lose one column of their matrix."""
+        attention = self.block.self_attn
+        heads, width = attention.num_heads, attention.head_dim
+
+        def column(layer: nn.Linear) -> Tensor:
+            return layer.weight[:, channels].T.reshape(len(channels), heads, width)
+
+        gone = x[:, channels].T  # K×T
+        q = attention.q_proj(x[0]).view(heads, width) - gone[:, :1, None] * column(attention.q_proj)  # K×H×w
+        k = attention.k_proj(x).view(-1, heads, width)  # T×H×w
+        v = attention.v_proj(x).view(-1, heads, width)
+        scores = torch.einsum("khw,thw->kht", q, k) - gone[:, None] * (q * column(attention.k_proj)).sum(-1)[..., None]
+        looks = (scores * attention.scale).softmax(-1)  # K×H×T
+        heard = torch.einsum("kht,thw->khw", looks, v)
+        heard = heard - (looks * gone[:, None]).sum(-1)[..., None] * column(attention.v_proj)
+        token = residual[0] + attention.out_proj(heard.flatten(1))  # K×D
+        return self._project(token + self.block.mlp(self.block.layer_norm2(token)))
+
+
+def last_stage(body: Any) -> str | None:
+    """The first stage of a timm CNN that has its final resolution; None where timm does not name the stages."""
+    stages = [dict(stage) for stage in getattr(body, "feature_info", None) or []]
+    names = dict(body.named_modules())
+    found = [s["module"] for s in stages if s["reduction"] == stages[-1]["reduction"]]
+    return found[0] if found and found[0] in names else None
+
+
+@contextmanager
+def passing(body: Any, stage: str) -> Iterator[None]:
+    """Let the modules up to ``stage`` pass their input on, so that ``body(activations)`` is what follows the stage."""
+    before, owner = [], body
+    for name in stage.split("."):
+        for child, module in owner.named_children():
+            if child == name:
+                break
+            before.append(module)
+        owner = owner.get_submodule(name)
+    before.append(owner)
+    for module in before:
+        module.forward = lambda x, *more, **options: x
+    try:
+        yield
+    finally:
+        for module in before:
+            del module.forward
+
+
+def is_vit(body: Any) -> bool:
+    """Whether a timm network is a plain pre-norm ViT: class token, blocks, norm."""
+    blocks: Any = getattr(body, "blocks", None)
+    return hasattr(body, "num_prefix_tokens") and bool(blocks) and hasattr(blocks[-1], "norm1")
+
+
+def to_grid(tokens: Tensor) -> Tensor:
+    """N×…×(h·w) → N×…×h×w, square."""
+    side = round(tokens.shape[-1] ** 0.5)
+    if side * side != tokens.shape[-1]:
+        raise UsageError(f"no heat maps: {tokens.shape[-1]} patches are no square")
+    return tokens.unflatten(-1, (side, side))
