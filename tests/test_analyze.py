@@ -8,13 +8,11 @@ import types
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from tests.fakes import FakePredictor, write_film
 
-from fakes import FakePredictor, write_film
 from senticlip import analyze as room
 from senticlip.analyze import analyze
-from senticlip.data.shots import shots, windows
 from senticlip.data.video import VideoReader
-from senticlip.speech import transcribe
 from senticlip.structures import UsageError, UserError
 
 MOODS = ["positive", "negative", "neutral", "positive", "negative", "positive"]
@@ -131,29 +129,6 @@ def test_without_words(film, tmp_path):
         analyze(FakePredictor(), film, empty)
     with pytest.raises(UserError, match="no such video"):
         analyze(FakePredictor(), tmp_path / "none.mp4")
-
-
-def test_windows_and_shots(film):
-    assert [(line.start, line.end) for line in windows(10, 3)] == [(0, 3.333), (3.333, 6.667), (6.667, 10)]
-    assert len(windows(0.5)) == 1
-    with pytest.raises(UsageError, match="above 0"):
-        windows(10, 0)
-    found = shots(film)
-    assert [round(line.start) for line in found] == [0, 2, 4, 6, 8, 10]
-    assert found[-1].end == pytest.approx(12, abs=0.2)
-
-
-def test_transcribe_says_what_is_missing(film, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faster_whisper", None)
-    with pytest.raises(UsageError, match=r"pip install 'senticlip\[asr\]'"):
-        analyze(FakePredictor(), film, transcribe=True)
-    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
-    with pytest.raises(UserError, match="no sound"):
-        transcribe(film)
-    monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UsageError, match="--asr-model small: Systran/faster-whisper-small is not on this disk"):
-        transcribe(film)
 
 
 def test_transcribed_lines(film, monkeypatch, tmp_path):

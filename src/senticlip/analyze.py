@@ -233,10 +233,10 @@ def _inert(text: str) -> str:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the page reads it: short names, three digits."""
+    """A row as the page reads it: short names, few digits (more where rows are put in order by them)."""
 
-    def short(value: float | None) -> float | None:
-        return None if value is None else round(value, 3)
+    def short(value: float | None, digits: int = 3) -> float | None:
+        return None if value is None else round(value, digits)
 
     def probabilities(prefix: str) -> list[float | None] | None:
         values = [short(row[prefix + name]) for name in LABELS]
@@ -248,8 +248,8 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "e": row["end"],
         "x": row["text"],
         "l": row["label"],
-        "f": short(row["sentiment"]),
-        "c": short(row["conflict"]),
+        "f": short(row["sentiment"], 7),
+        "c": short(row["conflict"], 7),
         "p": probabilities(""),
         **{head: probabilities(f"{head}_") for head in HEADS},
         "w": {head: short(row[f"weight_{head}"]) for head in HEADS},

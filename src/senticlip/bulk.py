@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from math import isfinite, nan
 from pathlib import Path
@@ -26,7 +27,7 @@ BATCH = 16
 """Clips that are answered together: always the same ones, so that a part made again is the same to the last bit."""
 
 RETRIES = 8
-"""How often a part is begun again whose worker died: a clip that kills every worker must not keep them at it for ever."""
+"""How often a part is begun again whose worker died: a clip that kills them all must not keep them at it for ever."""
 
 SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
 
@@ -204,6 +205,8 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
     import ray
     import ray.data
 
+    if address:
+        _reach(address)
     own = not ray.is_initialized()
     try:
         if own:
@@ -236,6 +239,17 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
     finally:
         if own:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """See that somebody listens: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto", "local"
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--address {address}: no Ray cluster answers ({error})") from None
 
 
 answers.make_callable(__name__)

@@ -1,0 +1,214 @@
+"""What `senticlip analyze` costs on a long film: time, memory, and a kill in the middle.
+
+Makes a 720p film out of clips (encoded once, its packets then copied end to end) and subtitles, has `analyze` go
+through it in a process of its own, and answers some of its lines as clips, a file each, for comparison.
+
+    python benchmarks/film.py DATA [--run RUN | --text E5 --vision EFFICIENTNET] [--hours 2] [--lines 1500] [--out DIR]
+
+DATA: a CH-SIMS folder (Raw, label.csv). Without --run, a small-preset model with untrained fusion on the two encoders:
+what it answers is of no worth, what it costs is the same. Prints one JSON object; times are of one core (CPU seconds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+
+from senticlip import load
+from senticlip.structures import Clip
+
+SIZE, RATE, REEL = (1280, 720), 25, 120
+"""Of the film: pixels, frames a second, and the seconds that are encoded and then repeated."""
+
+GAP = 0.8
+"""A line lasts this share of the time to the next one."""
+
+SAMPLE = 48
+"""Lines that are also answered as clips."""
+
+
+def pictures(data: Path, seconds: float):
+    """The frames of the data's clips, one clip after the other."""
+    left = round(seconds * RATE)
+    for path in sorted((data / "Raw").glob("*/*.mp4")):
+        with av.open(str(path)) as source:
+            for frame in source.decode(video=0):
+                if not left:
+                    return
+                yield frame.reformat(*SIZE, "yuv420p")
+                left -= 1
+
+
+def encode(path: Path, frames) -> Path:
+    """Frames → an H.264 file as x264 makes it by default (a keyframe every 250 frames and at cuts)."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for number, frame in enumerate(frames):
+            frame.pts, frame.time_base, frame.pict_type = number, Fraction(1, RATE), 0
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def repeat(reel: Path, path: Path, seconds: float) -> Path:
+    """A film of the reel's packets, over and over."""
+    with av.open(str(path), "w") as out, av.open(str(reel)) as source:
+        old = source.streams.video[0]
+        stream = out.add_stream_from_template(old)
+        length = round(REEL / old.time_base)
+        for turn in range(round(seconds / REEL)):
+            source.seek(0)
+            for packet in source.demux(old):
+                if packet.dts is not None:
+                    packet.pts, packet.dts, packet.stream = (
+                        packet.pts + turn * length,
+                        packet.dts + turn * length,
+                        stream,
+                    )
+                    out.mux(packet)
+    return path
+
+
+def said(data: Path, seconds: float, count: int) -> list[tuple[float, float, str]]:
+    """Lines spread over the film."""
+    with (data / "label.csv").open(encoding="utf-8-sig", newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    step = seconds / count
+    return [(i * step, (i + GAP) * step, texts[i % len(texts)]) for i in range(count)]
+
+
+def srt(path: Path, lines: list[tuple[float, float, str]]) -> Path:
+    def clock(t: float) -> str:
+        ms = round(1000 * t)
+        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+
+    path.write_text(
+        "\n".join(f"{i}\n{clock(s)} --> {clock(e)}\n{x}\n" for i, (s, e, x) in enumerate(lines, 1)), "utf-8"
+    )
+    return path
+
+
+def small_run(folder: Path, text: str, vision: str) -> Path:
+    """The small preset on these encoders, untrained."""
+    from senticlip.encoders.text import load_tokenizer
+    from senticlip.models import create_model
+    from senticlip.tables import load_preset
+
+    config = load_preset("small", [f"text.encoder={text}", f"vision.encoder={vision}", f"label.encoder={text}"])
+    create_model(config).save_pretrained(folder)
+    load_tokenizer(Path(text)).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def command(run: Path, film: Path, subtitles: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "senticlip", "analyze", run, film, "--subtitles", subtitles, "--out", out, *more]
+
+
+def watched(arguments: list[str]) -> dict:
+    """Run a command; its seconds, CPU seconds, and memory (MiB) at a quarter, the half, the end, and its peak."""
+    began, memory = time.monotonic(), []
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    while True:
+        pid, status, used = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        fields = Path(f"/proc/{process.pid}/statm").read_text().split()
+        memory.append(int(fields[1]) * resource.getpagesize() / 2**20)
+        time.sleep(0.2)
+    assert status == 0, arguments
+    process.returncode = 0
+    at = {f"rss_mib_at_{share} %": round(memory[len(memory) * share // 100]) for share in (25, 50, 75)}
+    return {
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        **at,
+        "rss_mib_last": round(memory[-2]),
+        "peak_mib": round(used.ru_maxrss / 1024),
+    }
+
+
+def one_by_one(run: Path, reel: Path, lines: list[tuple[float, float, str]], folder: Path) -> float:
+    """CPU seconds per clip of ``predict`` on files that hold a line each (model loading left out)."""
+    with av.open(str(reel)) as source:
+        stream = iter(source.decode(video=0))
+        clips = []
+        for i, (start, end, text) in enumerate(lines):
+            piece = [next(frame for frame in stream if frame.time >= start)]
+            while piece[-1].time < end:
+                piece.append(next(stream))
+            clips.append(Clip(str(i), encode(folder / f"{i:03}.mp4", piece), text))
+    predictor = load(run)
+    list(predictor.predict(clips[:8]))
+    began = time.process_time()
+    count = sum(1 for _ in predictor.predict(clips, batch_size=16))
+    return (time.process_time() - began) / count
+
+
+def interrupted(run: Path, film: Path, subtitles: Path, folder: Path) -> bool:
+    """Whether a run that was killed at its half and went on made the files of one that was not."""
+    subprocess.run(command(run, film, subtitles, folder / "whole"), check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(run, film, subtitles, folder / "cut"))
+    while len(list((folder / "cut" / ".timeline").glob("[0-9]*.parquet"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command(run, film, subtitles, folder / "cut", "--resume"), check=True, stdout=subprocess.DEVNULL)
+    names = ("timeline.parquet", "timeline.csv", "timeline.html")
+    return all((folder / "cut" / n).read_bytes() == (folder / "whole" / n).read_bytes() for n in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--text", help="folder of the small preset's text encoder")
+    parser.add_argument("--vision", help="folder of its image encoder")
+    parser.add_argument("--hours", type=float, default=2)
+    parser.add_argument("--lines", type=int, default=1500)
+    parser.add_argument("--out", type=Path, help="keep the files here")
+    options = parser.parse_args()
+    if not options.run and not (options.text and options.vision):
+        parser.error("give --run, or --text and --vision")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = options.run or small_run(folder / "run", options.text, options.vision)
+        seconds = 3600 * options.hours
+        lines = said(options.data, seconds, options.lines)
+        reel = encode(folder / "reel.mp4", pictures(options.data, REEL))
+        short, film = repeat(reel, folder / "short.mp4", 2 * REEL), repeat(reel, folder / "film.mp4", seconds)
+        subtitles = srt(folder / "film.srt", lines)
+        sample = [line for line in lines if line[1] < REEL - 1][:SAMPLE]
+        alone = one_by_one(run, reel, sample, folder)
+        found = watched(command(run, film, subtitles, folder / "timeline"))
+        few = srt(folder / "short.srt", [line for line in lines if line[1] < 2 * REEL])
+        result = {
+            "film_mb": round(film.stat().st_size / 1e6),
+            "lines": options.lines,
+            **found,
+            "times_real_time": round(seconds / found["seconds"], 1),
+            "times_real_time_per_core": round(seconds / found["cpu_seconds"], 1),
+            "cpu_seconds_per_line": round(found["cpu_seconds"] / options.lines, 3),
+            "cpu_seconds_per_clip_alone": round(alone, 3),
+            "film_over_its_clips": round(found["cpu_seconds"] / options.lines / alone, 2),
+            "killed_and_resumed_is_the_same": interrupted(run, short, few, folder),
+        }
+        print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

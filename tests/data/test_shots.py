@@ -1,0 +1,91 @@
+"""A film without words is cut where its picture changes, and nowhere else."""
+
+import av
+import numpy as np
+import pytest
+from tests.fakes import write_film
+
+from senticlip.data.shots import LONGEST, SHORTEST, shots, windows
+from senticlip.structures import UsageError, UserError
+
+RATE = 25
+
+
+def film(path, pictures, start=0, codec="libx264"):
+    """A film of these pictures (H×W×3), whose clock begins at ``start`` frames."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=RATE)
+        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = start + i
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def scene(seed, frames, move=0):
+    """A still of large blocks, or one that a camera pans over by ``move`` pixels a frame."""
+    random = np.random.default_rng(seed)
+    wide = random.integers(0, 256, (4, 40, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    return [wide[:, int(i * move) : int(i * move) + 96] for i in range(frames)]
+
+
+def edges(lines):
+    return [line.start for line in lines] + [lines[-1].end]
+
+
+def test_windows_are_equal_and_cover_all():
+    assert edges(windows(10, 3)) == [0, 3.333, 6.667, 10]
+    assert edges(windows(7200, 5)) == pytest.approx(np.arange(0, 7201, 5))
+    assert edges(windows(0.5)) == [0, 0.5]
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(UsageError, match="above 0"):
+            windows(10, wrong)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_cuts_are_found_where_they_are(suffix, tmp_path):
+    lengths = [50, 33, 80, 20, 60]  # frames
+    pictures = [picture for seed, count in enumerate(lengths) for picture in scene(seed, count)]
+    found = shots(film(tmp_path / f"a{suffix}", pictures))
+    # frames are compared every fifth of a second
+    assert edges(found) == pytest.approx(np.cumsum([0, *lengths]) / RATE, abs=0.25)
+    assert all(line.text == "" for line in found)
+
+
+def test_a_panning_camera_is_no_cut(tmp_path):
+    pictures = scene(0, 100, move=0.5) + scene(1, 100, move=0.5)
+    found = shots(film(tmp_path / "pan.mp4", pictures))
+    assert edges(found) == pytest.approx([0, 4, 8], abs=0.25)
+
+
+def test_long_shots_are_cut_into_equal_pieces(tmp_path):
+    found = shots(write_film(tmp_path / "long.mp4", ["positive"], seconds=25))
+    assert len(found) == 2 or all(line.end - line.start <= LONGEST for line in found)
+    assert edges(found)[0] == 0
+    assert edges(found)[-1] == pytest.approx(25, abs=0.2)
+    assert np.diff(edges(found)) == pytest.approx(25 / len(found), abs=0.01)
+
+
+def test_flashes_make_no_splinters(tmp_path):
+    pictures = [picture for seed in range(30) for picture in scene(seed, 6)]  # a cut every 0.24 s
+    found = shots(film(tmp_path / "flashes.mp4", pictures))
+    assert all(line.end - line.start >= SHORTEST - 0.01 for line in found[:-1])
+    assert edges(found)[-1] == pytest.approx(180 / RATE, abs=0.2)
+
+
+def test_a_clock_that_does_not_begin_at_nought(tmp_path):
+    path = film(tmp_path / "late.ts", scene(0, 50) + scene(1, 50), start=2500)
+    assert edges(shots(path)) == pytest.approx([0, 2, 4], abs=0.25)
+
+
+def test_a_film_that_was_cut_off(tmp_path):
+    whole = film(tmp_path / "a.ts", scene(0, 50) + scene(1, 50))
+    cut = tmp_path / "cut.ts"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    found = edges(shots(cut))
+    assert found[:2] == pytest.approx([0, 2], abs=0.25)
+    assert found[-1] <= 4.1
+    with pytest.raises(UserError, match="no such video"):
+        shots(tmp_path / "none.mp4")

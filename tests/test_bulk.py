@@ -1,0 +1,269 @@
+"""An archive → its rows: in one process and on Ray, whatever fails, and whoever is killed when."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests.tiny import write_clip
+
+import senticlip
+from senticlip import answers, bulk
+from senticlip.config import Config
+from senticlip.encoders.text import load_tokenizer
+from senticlip.models import create_model
+from senticlip.structures import UsageError, UserError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+ROWS = 26
+PART = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A RUN folder of random weights."""
+    folder = tmp_path_factory.mktemp("bulk")
+    clip = {
+        "model_type": "chinese_clip",
+        "projection_dim": 12,
+        "text_config": {"model_type": "chinese_clip_text_model", "vocab_size": 22000, **SMALL},
+        "vision_config": {"patch_size": 8, "image_size": 32, **SMALL},
+    }
+    keys = {"width": 16, "heads": 2, "vision.frames": 3, "text.max_length": 24, "text.prefix_length": 2}
+    for name, spec in (("text", {"model_type": "bert", "vocab_size": 22000, **SMALL}), ("vision", clip)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(spec))
+        keys |= {f"{name}.encoder": str(folder / name), f"{name}.pretrained": False}
+    torch.manual_seed(0)
+    create_model(Config().override({**keys, "label.pretrained": False})).save_pretrained(folder / "run")
+    load_tokenizer(None).save_pretrained(folder / "run" / "tokenizer")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def archive(run) -> Path:
+    """A manifest of good clips with four bad rows among them."""
+    folder = run.parent / "archive"
+    for i in range(3):
+        write_clip(folder / f"{i}.mp4", 60 + 70 * i, i, size=32)
+    (folder / "text.mp4").write_text("not a film")
+    (folder / "0.srt").write_text("1\n00:00:00,000 --> 00:00:00,300\n真好\n\n2\n00:00:00,350 --> 00:00:00,600\n太坏\n")
+    rows = [{"id": f"{i:02}", "path": f"{i % 3}.mp4", "text": f"第{i}句话真好"} for i in range(ROWS)]
+    rows[1] |= {"path": "none.mp4"}
+    rows[5] |= {"path": "text.mp4"}
+    rows[6] |= {"start": "soon"}
+    rows[7] |= {"start": "100", "end": "101"}
+    rows[9] |= {"path": ""}
+    rows[10] |= {"text": ""}
+    rows[11] |= {"text": "", "path": "0.mp4", "subtitles": "0.srt"}
+    rows[12] |= {"text": "", "path": "0.mp4", "subtitles": "0.srt", "start": "0.32", "end": "0.6"}
+    rows[13] |= {"end": "inf"}
+    with (folder / "archive.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "path", "text", "subtitles", "start", "end"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "archive.csv"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, archive) -> dict[str, bytes]:
+    """The files of one process that nobody disturbed."""
+    list(bulk.bulk(run, archive, run.parent / "out", workers=1, rows_per_part=PART))
+    return files(run.parent / "out")
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
+
+
+def table(out: Path) -> list[dict]:
+    return [row for path in sorted(out.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_rows_are_those_of_predict(run, archive, undisturbed):
+    rows = {row["id"]: row for row in table(run.parent / "out")}
+    assert list(rows) == [f"{i:02}" for i in range(ROWS)]
+    predict, folder = senticlip.load(run), archive.parent
+    for name, given in {
+        "02": {"video": folder / "2.mp4", "text": "第2句话真好"},
+        "09": {"text": "第9句话真好"},
+        "10": {"video": folder / "1.mp4"},
+        "11": {"video": folder / "0.mp4", "text": "真好 太坏"},
+        "12": {"video": folder / "0.mp4", "text": "太坏", "start": 0.32, "end": 0.6},
+    }.items():
+        expected = answers.record(predict(**given))
+        assert {k: v for k, v in rows[name].items() if k != "id"} == pytest.approx(expected, abs=1e-6), name
+
+
+def test_a_failing_row_is_a_row_with_its_error(run, undisturbed):
+    rows = table(run.parent / "out")
+    errors = {row["id"]: row["error"] for row in rows if row["error"]}
+    assert set(errors) == {"01", "05", "06", "07", "13"}
+    assert "none.mp4: no such video" in errors["01"]
+    assert "'soon' is no time" in errors["06"]
+    assert "'inf' is no time" in errors["13"]
+    assert "the video ends at" in errors["07"]
+    for row in rows:
+        assert (row["label"] is None) == (row["error"] is not None)
+
+
+def test_an_error_of_no_kind_that_we_know_costs_one_row(run, archive, undisturbed, tmp_path, monkeypatch):
+    real = senticlip.load(run)
+
+    class Odd:
+        def batch(self, clips, **options):
+            if any(clip.id == "03" for clip in clips):
+                raise KeyError("a surprise")
+            return real.batch(clips, **options)
+
+        output, predictions = staticmethod(real.output), staticmethod(real.predictions)
+
+    monkeypatch.setattr("senticlip.predictor.load", lambda run, device: Odd())
+    rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert rows[3]["error"] == "03: KeyError: 'a surprise'"
+    expected = table(run.parent / "out")
+    for i in (0, 2, 4):
+        assert rows[i] == pytest.approx(expected[i], abs=1e-6)
+
+
+def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch):
+    made = []
+    real = bulk.Worker.make
+    monkeypatch.setattr(bulk.Worker, "make", lambda self, number: made.append(number) or real(self, number))
+    stream = senticlip.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART)
+    assert next(stream)["id"] == "00"
+    stream.close()
+    (tmp_path / ".part-000003.parquet.0123.partial").write_text("what a kill leaves")
+    assert made == [0]
+    rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert made == list(range(7))
+    assert rows == table(run.parent / "out")
+    assert files(tmp_path) == undisturbed
+    assert not list(tmp_path.glob(".*"))
+    list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert made == list(range(7))
+
+
+def test_another_manifest_or_folder_is_refused(run, archive, undisturbed, tmp_path):
+    with pytest.raises(UserError, match="another rows_per_part"):
+        bulk.bulk(run, archive, run.parent / "out", workers=1, rows_per_part=5)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "好"}')
+    with pytest.raises(UserError, match="another manifest"):
+        bulk.bulk(run, other, run.parent / "out", workers=1, rows_per_part=PART)
+    (tmp_path / "part-000000.parquet").write_text("")
+    with pytest.raises(UserError, match="something else"):
+        bulk.bulk(run, other, tmp_path)
+    for wrong, said in (({"workers": 0}, "at least 1"), ({"rows_per_part": 0}, "at least 1")):
+        with pytest.raises(UsageError, match=said):
+            bulk.bulk(run, other, tmp_path, **wrong)
+    with pytest.raises(UsageError, match="no trained model"):
+        bulk.bulk(tmp_path, other, tmp_path)
+    with pytest.raises(UsageError, match="no such manifest"):
+        bulk.bulk(run, tmp_path / "none.csv", tmp_path)
+
+
+def test_without_ray_it_is_one_process(run, archive, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    list(bulk.bulk(run, archive, tmp_path, rows_per_part=PART))
+    assert files(tmp_path) == undisturbed
+    for wrong in ({"workers": 2}, {"address": "10.0.0.1:6379"}):
+        with pytest.raises(UsageError, match=r"pip install 'senticlip\[ray\]'"):
+            bulk.bulk(run, archive, tmp_path, rows_per_part=PART, **wrong)
+
+
+def driver(run: Path, archive: Path, out: Path, workers: int) -> subprocess.Popen:
+    code = (
+        "import sys; from senticlip.bulk import bulk\n"
+        f"for row in bulk(*sys.argv[1:], workers={workers}, rows_per_part={PART}): pass"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, run, archive, out], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def killed_when(process: subprocess.Popen, happened) -> None:
+    """Kill -9 as soon as something has happened."""
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def test_a_driver_that_is_killed_at_any_moment(run, archive, undisturbed, tmp_path):
+    moments = [
+        lambda: (tmp_path / "bulk.json").exists(),
+        lambda: any(tmp_path.glob("part-*")),
+        lambda: any(tmp_path.glob(".part-00000[3-5]*.partial")) or len(files(tmp_path)) > 3,
+    ]
+    for happened in moments:
+        killed_when(driver(run, archive, tmp_path, 1), happened)
+    assert len(files(tmp_path)) < len(undisturbed)
+    assert driver(run, archive, tmp_path, 1).wait() == 0
+    assert files(tmp_path) == undisturbed
+
+
+def children(pid: int) -> dict[int, str]:
+    """The processes below one: pid → command line."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    below, found = [pid], {}
+    while below:
+        parent = below.pop()
+        for child in [p for p, above in parents.items() if above == parent]:
+            below.append(child)
+            found[child] = names.get(child, "")
+    return found
+
+
+def test_on_ray_a_worker_and_then_the_driver_are_killed(run, archive, undisturbed, tmp_path):
+    ray = pytest.importorskip("ray")
+    first = driver(run, archive, tmp_path / "driver", 2)
+    killed_when(first, lambda: any((tmp_path / "driver").glob("part-*")))
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        killed: list[int] = []
+        assassin = threading.Thread(target=kill_a_worker, args=(tmp_path / "worker", killed))
+        assassin.start()
+        rows = list(bulk.bulk(run, archive, tmp_path / "worker", workers=2, rows_per_part=PART))
+        assassin.join()
+        list(bulk.bulk(run, archive, tmp_path / "driver", workers=2, rows_per_part=PART))
+    finally:
+        ray.shutdown()
+    assert killed
+    assert sorted(row["id"] for row in rows) == [f"{i:02}" for i in range(ROWS)]
+    assert files(tmp_path / "worker") == undisturbed
+    assert files(tmp_path / "driver") == undisturbed
+
+
+def kill_a_worker(out: Path, killed: list[int]) -> None:
+    """Kill -9 the first worker that begins to write."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(out.glob("*.parquet*")):
+        time.sleep(0.001)
+    for pid, name in children(os.getpid()).items():
+        if name.startswith("ray::") and "Worker" in name and not killed:
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_no_cluster_answers(run, archive, tmp_path):
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        list(bulk.bulk(run, archive, tmp_path, address="127.0.0.1:1", rows_per_part=PART))

@@ -1,0 +1,76 @@
+"""Transcription: what faster-whisper says as lines, and one clear line where it, its model or the sound is missing."""
+
+import sys
+import types
+
+import pytest
+from tests.fakes import write_film
+
+from senticlip.data.subtitles import Line
+from senticlip.speech import transcribe
+from senticlip.structures import UsageError, UserError
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return write_film(tmp_path_factory.mktemp("film") / "a.mp4", ["positive"])
+
+
+@pytest.fixture
+def whisper(monkeypatch):
+    """faster-whisper, as far as it is used, and a film with sound."""
+    asked = types.SimpleNamespace(folder=None, options=None, said=[], error=None)
+
+    class Model:
+        def __init__(self, folder, **options):
+            asked.folder, asked.options = folder, options
+
+        def transcribe(self, path, **options):
+            assert options["language"] == "zh"
+            if asked.error:
+                raise asked.error
+            return (types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in asked.said), None
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=Model))
+    monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return asked
+
+
+def test_lines_as_they_are_said(film, whisper, tmp_path):
+    whisper.said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 4.0, "无"), (4.0, 5.50049, "然后呢")]
+    assert transcribe(film, str(tmp_path), "cuda:1") == [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
+    assert whisper.folder == str(tmp_path)
+    assert whisper.options["device"] == "cuda"
+    transcribe(film, str(tmp_path))
+    assert whisper.options["device"] == "auto"
+
+
+def test_the_extra_is_missing(film, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(UsageError, match=r"pip install 'senticlip\[asr\]'"):
+        transcribe(film)
+
+
+def test_the_model_is_missing(film, whisper, tmp_path):
+    with pytest.raises(UsageError) as error:
+        transcribe(film)
+    assert "--asr-model small: Systran/faster-whisper-small is not on this disk" in str(error.value)
+    assert "--asr-model FOLDER" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="no such folder"):
+        transcribe(film, str(tmp_path / "none"))
+
+
+def test_there_is_no_sound(film, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
+    with pytest.raises(UserError, match="no sound"):
+        transcribe(film)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA\nfailed"), ValueError("no model.bin"), OSError("damaged")])
+def test_what_goes_wrong_is_one_line(error, film, whisper, tmp_path):
+    whisper.error = error
+    with pytest.raises(UserError, match="not transcribed") as told:
+        transcribe(film, str(tmp_path))
+    assert "\n" not in str(told.value)
