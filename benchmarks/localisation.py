@@ -1,7 +1,7 @@
 """Are the heat maps where the reason is? On made clips, whose mouth and brows are known in every frame.
 
     senticlip demo --out demo
-    python benchmarks/localisation.py demo/run --data demo/data --shuffled
+    python benchmarks/localisation.py demo/run --data demo/data --shuffled shuffled
 
 Clips of test that the model answers rightly and whose face shows something. For each method: the pointing game (Zhang
 et al. 2018: does the map's highest point lie in a box of mouth or brows), the share of the map's energy inside them,
@@ -23,7 +23,8 @@ from senticlip import cam
 from senticlip.data.made import read_truth
 from senticlip.data.sims import read_clips
 from senticlip.data.video import read_frames
-from senticlip.structures import LABELS, Clip, polarity
+from senticlip.occlusion import characters, occlude, value
+from senticlip.structures import LABELS, Clip, Sequence, polarity
 from senticlip.tables import load_preset
 from senticlip.train import train
 
@@ -93,9 +94,9 @@ def chosen(predictor: Any, data: Path, count: int, right: bool = True) -> list[C
     """Test clips whose face shows something, that the model answers rightly, at most ``count``."""
     clips = [c for c in read_clips(data, "test") if c.labels["V"]]
     found = predictor.predict(clips)
-    return [
-        c for c, p in zip(clips, found, strict=True) if not right or p.label == LABELS[polarity(c.labels["M"])]
-    ][:count]
+    return [c for c, p in zip(clips, found, strict=True) if not right or p.label == LABELS[polarity(c.labels["M"])]][
+        :count
+    ]
 
 
 def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> dict[str, np.ndarray]:
@@ -141,5 +142,106 @@ def shuffled_run(data: Path, out: Path, scratch: bool) -> Path:
     if scratch:
         config = config.override({"vision.pretrained": False, "vision.train": "full", "vision.lr": 1e-3})
     run = out / ("scratch" if scratch else "head")
-    train(config, folder, run, 0)
+    train(config, folder, run, 0, resume=True)
     return run
+
+
+def energy(predictor: Any, batch: Any, index: int) -> list[float]:
+    """How much of the map lies in each frame."""
+    return cam.ablation_cam(predictor.model, batch, index).sum((1, 2)).tolist()
+
+
+@torch.no_grad()
+def frame_curves(predictor: Any, clips: list[Clip], rng: np.random.Generator) -> dict[str, list[tuple[float, float]]]:
+    """Deletion and insertion, clips×2: the mean probability of the class while frames go, and while they come."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for clip in clips:
+        batch = predictor.batch([clip])
+        cases = occlude(predictor, batch, None)
+        label = cases[0].prediction.label
+        features = predictor.model.encode(batch)
+        places = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
+        falls = [-value(case.prediction, label) for case in cases if case.kind == "frame"]
+        orders = {
+            "occlusion": np.argsort(falls)[::-1],
+            "ablation-cam": np.argsort(energy(predictor, batch, LABELS.index(label)))[::-1],
+            "random": rng.permutation(len(places)),
+        }
+        for name, order in orders.items():
+            rows = cam.repeat(features, 2 * len(order))
+            vision = rows.modalities["vision"]
+            mask = torch.zeros_like(vision.mask)
+            for step in range(1, len(order) + 1):
+                mask[step - 1, [places[i] for i in order[step:]]] = True
+                mask[len(order) + step - 1, [places[i] for i in order[:step]]] = True
+            rows.modalities["vision"] = Sequence(vision.values, mask)
+            p = [value(answer, label) for answer in predictor.predictions(predictor.model.fuse(rows))]
+            found.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
+    return found
+
+
+@torch.no_grad()
+def character_curves(
+    predictor: Any, clips: list[Clip], rng: np.random.Generator
+) -> dict[str, list[tuple[float, float]]]:
+    """The same for the characters of the text."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for clip in clips:
+        assert clip.text is not None
+        cases = occlude(predictor, predictor.batch([clip]), clip.text)
+        label = cases[0].prediction.label
+        spans = characters(predictor.tokenizer, clip.text, predictor.config.text.max_length)
+        falls = [-value(case.prediction, label) for case in cases if case.kind == "character"]
+        for name, order in {
+            "occlusion": np.argsort(falls)[::-1],
+            "random": rng.permutation(len(spans)),
+        }.items():
+            kept = [order[step:] for step in range(1, len(order) + 1)] + [
+                order[:step] for step in range(1, len(order) + 1)
+            ]
+            texts = ["".join(clip.text[spans[i].start : spans[i].end] for i in sorted(some)) for some in kept]
+            p = [value(a, label) for a in predictor.predict([clip._replace(text=text) for text in texts], 64)]
+            found.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
+    return found
+
+
+def show(title: str, heads: tuple[str, str], found: dict[str, Any]) -> None:
+    """A Markdown table with the 95 % interval of each mean."""
+    print(f"\n{title}\n\n| | {heads[0]} | {heads[1]} |\n| --- | --- | --- |")
+    for name, rows in found.items():
+        values = np.asarray(rows)
+        half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
+        cells = " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in zip(values.mean(0), half, strict=True))
+        print(f"| {name} | {cells} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--shuffled", type=Path, help="train on shuffled labels here (finished runs are taken up)")
+    options = parser.parse_args()
+    predictor, rng = senticlip.load(options.run, "cpu"), np.random.default_rng(0)
+    clips = chosen(predictor, options.data, options.clips)
+    began = time.monotonic()
+    heads = ("pointing game", "energy inside")
+    found = localise(predictor, clips, options.data, True)
+    show(f"Trained; {len(next(iter(found.values())))} clips", heads, found)
+    if options.shuffled:
+        for scratch, name in ((False, "its head"), (True, "all of it")):
+            run = shuffled_run(options.data, options.shuffled, scratch)
+            found = localise(senticlip.load(run, "cpu"), clips, options.data, False)
+            show(f"{name} trained on shuffled labels; {len(next(iter(found.values())))} clips", heads, found)
+    some = clips[:100]
+    show(f"Frames; {len(some)} clips", ("deletion", "insertion"), frame_curves(predictor, some, rng))
+    words = [clip for clip in read_clips(options.data, "test") if clip.labels["T"] and not clip.labels["V"]]
+    answers = predictor.predict(words)
+    right = [c for c, p in zip(words, answers, strict=True) if p.label == LABELS[polarity(c.labels["M"])]]
+    some = right[:100]
+    show(f"Characters; {len(some)} clips", ("deletion", "insertion"), character_curves(predictor, some, rng))
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

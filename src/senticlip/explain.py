@@ -23,6 +23,7 @@ from senticlip.progress import bar
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
+SAID = {"text": "words", "video": "picture"}
 HEIGHT = 256
 """Of the pictures, pixels."""
 
@@ -207,7 +208,7 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
         zh = f"文字与画面不一致：只看文字是{CHINESE[text]}，只看画面是{CHINESE[video]}"
         en = f"Words and picture disagree: the words alone are {text}, the picture alone is {video}"
         if believed:
-            zh, en = f"{zh}；模型采信了{CHINESE[believed[0]]}", f"{en}; the model believes the {believed[0]}"
+            zh, en = f"{zh}；模型采信了{CHINESE[believed[0]]}", f"{en}; the model believes the {SAID[believed[0]]}"
         irony = {text, video} == {"positive", "negative"}
         zh, en = (zh + "，可能是反话", en + ". It may be irony") if irony else (zh, en)
         said.append((zh + "。", en + "."))

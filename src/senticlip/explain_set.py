@@ -1,0 +1,200 @@
+"""A whole split explained: where the model errs, how conflicts come out, what it listens to; one index page."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from senticlip import metrics
+from senticlip.answers import write_whole
+from senticlip.data.loader import to_batch
+from senticlip.data.sims import read_clips
+from senticlip.explain import explanation, inline, load, make_folder, page, write
+from senticlip.occlusion import change
+from senticlip.progress import bar
+from senticlip.sources import clip_set
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Sequence, UsageError, UserError, polarity
+
+KINDS = {
+    "agree": "文字与画面一致",
+    "text only": "只有文字有情感",
+    "video only": "只有画面有情感",
+    "conflict": "文字与画面相反",
+    "neutral": "都是中性",
+}
+"""How words and face stand to each other."""
+
+
+class Answered(NamedTuple):
+    """One clip's answer with everything, and without each modality that it has (by surface name)."""
+
+    clip: Clip
+    truth: int
+    whole: Prediction
+    without: dict[str, Prediction]
+
+
+class Worst(NamedTuple):
+    """One error of the list: what was asked, what it should be, where its page lies."""
+
+    clip: Clip
+    truth: str
+    prediction: Prediction
+    kind: str
+    picture: str | None
+    href: str | None
+
+
+def kind(text: int, face: int) -> str:
+    """Of two class indices: agree, text only, video only, conflict or neutral."""
+    if text != 1 and face != 1:
+        return "agree" if text == face else "conflict"
+    return "text only" if text != 1 else "video only" if face != 1 else "neutral"
+
+
+def explain_set(
+    run: Any,
+    data: str | Path,
+    out: str | Path,
+    split: str = "test",
+    worst: int = 20,
+    method: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Explain the worst errors of a split and say what the model listens to; writes ``OUT/index.html``.
+
+    Args:
+        run: a RUN folder or a Predictor.
+        data: a CH-SIMS folder or a CSV of one's own.
+        out: the folder to write to; each error has a folder of its own in it.
+        split: train, valid or test.
+        worst: how many errors, those first to whose right class the least probability was given (of a regression
+            model: whose score is farthest from the label).
+        method: of the heat maps.
+        device: cpu, cuda, cuda:N.
+
+    Returns:
+        ``html``; ``n``; ``accuracy``; ``worst`` (paths of pages); ``kinds`` (kind → n, accuracy, confusion) and
+        ``by`` (whose kinds these are: labels or model); ``modalities`` (name → change, share, flips, weight).
+
+    Raises:
+        UsageError, UserError: wrong arguments, bad data.
+    """
+    if worst < 0:
+        raise UsageError(f"--worst {worst}: must be 0 or more")
+    predictor = load(run, device)
+    config = predictor.config
+    clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
+    if not clips:
+        raise UserError(f"{data}: no clip of {split} has a label {config.target}")
+    folder = make_folder(out)
+    with bar(transient=True) as progress:
+        task = progress.add_task("clips", total=len(clips))
+        rows = answered(predictor, clips, data, lambda n: progress.advance(task, n))
+        by, kinds = _kinds(rows)
+        errors = sorted((row for row in rows if LABELS.index(row.whole.label) != row.truth), key=_right)[:worst]
+        task = progress.add_task("worst errors", total=len(errors))
+        listed = []
+        for number, row in enumerate(errors):
+            listed.append(_page_of(predictor, row, kinds[id(row)], folder, f"worst-{number + 1:02}", method))
+            progress.advance(task)
+    result = _summary(rows, kinds) | {"by": by}
+    target = folder / "index.html"
+    html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=Path(data).name)
+    write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
+    return {"html": str(target), **result, "worst": [str(folder / item.href) for item in listed if item.href]}
+
+
+@torch.no_grad()
+def answered(
+    predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None], size: int = 32
+) -> list[Answered]:
+    """Answer each clip with everything it has and without each modality; what is encoded once stays in the cache."""
+    model, target = predictor.model, predictor.config.target
+    rows = clip_set(clips, model, predictor.tokenizer, data=data)
+    found = []
+    for begin in range(0, len(clips), size):
+        chosen = list(range(begin, min(begin + size, len(clips))))
+        inputs = rows.__getitems__(chosen)
+        features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
+        whole = predictor.predictions(model.fuse(features))
+        there = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
+        without = {name: predictor.predictions(model.fuse(_without(features, name))) for name in there}
+        for i, place in enumerate(chosen):
+            present = [name for name in there if there[name][i]]
+            others = {SURFACE[name]: without[name][i] for name in present} if len(present) > 1 else {}
+            found.append(Answered(clips[place], polarity(clips[place].labels[target]), whole[i], others))
+        advance(len(chosen))
+    return found
+
+
+def _without(features: Batch, gone: str) -> Batch:
+    """The same rows, all of them without one modality."""
+    modalities = {
+        name: Sequence(values, torch.zeros_like(mask) if name == gone else mask)
+        for name, (values, mask) in features.modalities.items()
+    }
+    return Batch(modalities, {})
+
+
+def _right(row: Answered) -> float:
+    """How right an answer is: the probability of the truth, or minus the distance from the label."""
+    if row.whole.score is not None:
+        return -abs(row.whole.score - row.clip.labels.get("M", row.truth - 1))
+    return row.whole.probabilities[LABELS[row.truth]]
+
+
+def _kinds(rows: list[Answered]) -> tuple[str, dict[int, str]]:
+    """The kind of each clip (by id of its row): by its labels T and V, else by what text and video alone say."""
+    if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
+        return "labels", {id(r): kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows}
+    both = [row for row in rows if set(row.without) == {"text", "video"}]
+    said = {id(r): [LABELS.index(r.without[name].label) for name in ("video", "text")] for r in both}
+    return "model", {id(row): kind(*said[id(row)]) if id(row) in said else "" for row in rows}
+
+
+def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
+    """Confusion by kind, and what each modality weighs: how far its absence moves the answer."""
+    truth = np.array([row.truth for row in rows])
+    found = np.array([LABELS.index(row.whole.label) for row in rows])
+    names = np.array([kinds[id(row)] for row in rows])
+    tables = {}
+    for name in KINDS:
+        here = names == name
+        if here.any():
+            confusion = metrics.classification(truth[here], found[here])["confusion"]
+            tables[name] = {
+                "n": int(here.sum()),
+                "accuracy": float((truth[here] == found[here]).mean()),
+                "confusion": np.asarray(confusion).tolist(),
+            }
+    modalities: dict[str, dict[str, float]] = {}
+    for name in sorted({name for row in rows for name in row.without}, key=list(SURFACE.values()).index):
+        pairs = [(row.whole, row.without[name]) for row in rows if name in row.without]
+        weights = [row.whole.weights[name] for row in rows if name in row.whole.weights]
+        modalities[name] = {
+            "change": float(np.mean([change(*pair) for pair in pairs])),
+            "flips": float(np.mean([a.label != b.label for a, b in pairs])),
+        }
+        if weights:
+            modalities[name]["weight"] = float(np.mean(weights))
+    total = sum(part["change"] for part in modalities.values())
+    for part in modalities.values():
+        part["share"] = part["change"] / total if total else 0.0
+    return {"n": len(rows), "accuracy": float((truth == found).mean()), "kinds": tables, "modalities": modalities}
+
+
+def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
+    """The page of one error; none where the model reads features, which no picture shows."""
+    entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
+    if not set(predictor.model.experiment.modalities) <= set(predictor.model.encoders):
+        return entry
+    found = explanation(predictor, row.clip, method)
+    write(found, folder / name)
+    picture = inline(found.pictures[len(found.pictures) // 2]) if found.pictures else None
+    return entry._replace(picture=picture, href=f"{name}/explain.html")

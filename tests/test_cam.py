@@ -1,0 +1,220 @@
+"""Heat maps against the naive way: zero a channel where it arises, run the whole model, compare probabilities."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorch_grad_cam import AblationCAM
+
+import tiny
+from senticlip import cam, cut
+from senticlip.config import from_dict
+from senticlip.models import create_model
+from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError
+
+M, N = 3, 7
+
+
+def build(folder: Path, vision: Path, size: int = 32, gain: float = 1.0, **changes):
+    config = from_dict(
+        {
+            "text": {"encoder": str(tiny.text_folder(folder / "text")), "max_length": 12, "prefix_length": 2},
+            "vision": {"encoder": str(vision), "frames": M, "size": size},
+            "width": 16,
+            "heads": 2,
+            **changes,
+        }
+    )
+    torch.manual_seed(3)
+    model = create_model(config).eval()
+    tiny.spread(model.network, 5)
+    if gain != 1.0:  # a network whose single channels hardly show
+        model.network.entrances["vision"].project.weight.data.mul_(gain)
+    if hasattr(model.network, "temperature"):
+        model.network.temperature.copy_(torch.tensor([0.7, 2.0]))
+    return model
+
+
+def clip(size: int = 32, frames: int = 2) -> Batch:
+    random = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (1, M, 3, size, size), generator=random, dtype=torch.uint8)
+    words = torch.randint(5, 20, (1, N), generator=random)
+    seen = torch.arange(M)[None] < frames
+    return Batch({"text": Sequence(words, torch.ones(1, N, dtype=torch.bool)), "vision": Sequence(pixels, seen)}, {})
+
+
+MODELS = {
+    "chinese_clip": lambda folder: build(folder, tiny.clip_folder(folder / "clip")),
+    "vit": lambda folder: build(folder, tiny.timm_folder(folder / "vit", "test_vit")),
+    "resnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn", "test_resnet"), 64),
+    "efficientnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn", "test_efficientnet"), 64, gain=50.0),
+}
+SIZES = {"chinese_clip": 32, "vit": 32, "resnet": 64, "efficientnet": 64}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = MODELS[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def layer_of(model):
+    """The explained layer, its channel axis and the number of tokens that are no patches."""
+    encoder = model.encoders["vision"]
+    if encoder.kind == "chinese_clip":
+        return encoder.body.encoder.layers[-1].layer_norm1, 2, 1
+    if hasattr(encoder.body, "blocks") and hasattr(encoder.body, "num_prefix_tokens"):
+        return encoder.body.blocks[-1].norm1, 2, encoder.body.num_prefix_tokens
+    return encoder.body.get_submodule(cut.last_stage(encoder.body)), 1, 0
+
+
+@torch.no_grad()
+def naive(model, batch):
+    """Σ w_k A_k of each class, by as many passes of the whole model as there are channels and frames."""
+    layer, axis, prefix = layer_of(model)
+    seen = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    y = model(batch).log_probs.double().exp()[0]
+    handle.remove()
+    activations = seen[0].double()
+    weights = torch.zeros(activations.shape[0], activations.shape[axis], 3, dtype=torch.float64)
+    for frame in range(weights.shape[0]):
+        for channel in range(weights.shape[1]):
+
+            def ablate(module, inputs, output, frame=frame, channel=channel):
+                output = output.clone()
+                output[frame].select(axis - 1, channel).zero_()
+                return output
+
+            handle = layer.register_forward_hook(ablate)
+            weights[frame, channel] = (y - model(batch).log_probs.double().exp()[0]) / y
+            handle.remove()
+    if axis == 2:
+        activations = cut.to_grid(activations[:, prefix:].transpose(1, 2))
+    return torch.einsum("ncl,nchw->lnhw", weights, activations).relu()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ablation_cam_is_the_naive_map_of_probabilities(models, name):
+    model, batch = models(name), clip(SIZES[name])
+    expected = naive(model, batch)
+    assert expected.amax((1, 2, 3)).max() > 1e-2  # there is something to compare
+    for index in range(3):
+        counted = []
+        found = cam.ablation_cam(model, batch, index, lambda *done, seen=counted: seen.append(done))
+        assert (found - expected[index]).abs().max() < 1e-4 * max(1, expected[index].max())
+        total = 2 * cut.Split(model.encoders["vision"]).channels(layer_seen(model, batch))
+        assert counted[-1] == (total, total)
+
+
+def layer_seen(model, batch):
+    return cut.Split(model.encoders["vision"]).before(cam.seen_frames(model, batch)[0])[0]
+
+
+def test_ablation_cam_is_that_of_the_package_where_it_zeroes(models):
+    """After a ReLU the package's ablated value is 0, too; it explains one image: a clip of one frame."""
+    model, batch = models("resnet"), clip(64, frames=1)
+
+    class Probabilities(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            rows = cam.repeat(model.encode(batch), len(images))
+            values = rows.modalities["vision"].values.clone()
+            values[:, 0] = model.encoders["vision"].images(images)
+            rows.modalities["vision"] = Sequence(values, rows.modalities["vision"].mask)
+            return model.fuse(rows).log_probs.exp()
+
+    layer = layer_of(model)[0]
+    images = cam.seen_frames(model, batch)[0]
+    weights = []
+    theirs = AblationCAM(Probabilities(), [layer], batch_size=16)
+    inner = theirs.get_cam_weights
+    theirs.get_cam_weights = lambda *args: weights.append(inner(*args)) or weights[-1]
+    theirs(images, [lambda output: output[2]])
+    activations = layer_seen(model, batch)
+    assert activations.min() == 0
+    expected = torch.einsum("nc,nchw->nhw", torch.from_numpy(np.asarray(weights[0])).float(), activations).relu()
+    found = cam.ablation_cam(model, batch, 2)
+    assert found.max() > 1e-4
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cut_encoder_gives_what_the_whole_gives(models, name):
+    encoder = models(name).encoders["vision"]
+    size = SIZES[name]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(cut.Split(encoder)(images), encoder.images(images), atol=1e-5)
+        assert torch.allclose(encoder.images(images), encoder.images(images))  # and is left as it was
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_grad_cam_is_the_gradient_of_the_probability(models, name):
+    model, batch = models(name), clip(SIZES[name])
+    index = int(max(range(3), key=lambda c: cam.grad_cam(model, batch, c).max()))
+    layer, axis, prefix = layer_of(model)
+    kept = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: output.retain_grad() or kept.append(output))
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    model(batch).log_probs.exp()[0, index].backward()
+    handle.remove()
+    model.zero_grad(set_to_none=True)
+    activations, gradients = kept[0].detach(), kept[0].grad
+    if axis == 2:
+        activations = cut.to_grid(activations[:, prefix:].transpose(1, 2))
+        gradients = cut.to_grid(gradients[:, prefix:].transpose(1, 2))
+    expected = (gradients.mean((2, 3), keepdim=True) * activations).sum(1).relu()
+    found = cam.grad_cam(model, batch, index)
+    assert found.max() > 0
+    assert torch.allclose(found / found.max(), expected / expected.max(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["chinese_clip", "vit"])
+def test_rollout_is_a_distribution_over_tokens(models, name):
+    model, batch = models(name), clip()
+    found = cam.rollout(model, batch)
+    assert found.shape[0] == 2
+    assert (found >= 0).all()
+    assert (found.sum((1, 2)) < 1).all()  # the class token keeps a share
+    assert (found.sum((1, 2)) > 0.1).all()
+
+
+def test_a_cnn_has_no_rollout(models):
+    with pytest.raises(UsageError, match="needs a ViT"):
+        cam.rollout(models("resnet"), clip())
+    assert cam.methods_for(models("resnet")) == ["ablation-cam", "grad-cam"]
+    assert cam.methods_for(models("vit")) == list(cam.METHODS)
+
+
+def test_a_sure_answer_is_told_from_a_surer_one():
+    """Where p is 1 in every digit, its differences are still exact."""
+    y, without = torch.tensor(300.0).double(), torch.tensor([299.0, 301.0, -2.0]).double()
+    expected = [math.exp(-299) - math.exp(-300), math.exp(-301) - math.exp(-300), 1 - 1 / (1 + math.exp(2))]
+    assert cam.drop(Output(), y, without).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_score_is_explained_by_its_fall(tmp_path):
+    model = build(tmp_path, tiny.timm_folder(tmp_path / "cnn", "test_resnet"), model="tfn")
+    batch = clip()
+    with torch.no_grad():
+        output = model(batch)
+        assert cam.log_odds(model.network, output)[0].tolist() == pytest.approx(
+            [-output.score.item(), -abs(output.score.item()), output.score.item()]
+        )
+    up, down = cam.ablation_cam(model, batch, LABELS.index("positive")), cam.ablation_cam(model, batch, 0)
+    assert up.shape == down.shape
+    assert not torch.equal(up, down)
+    assert (up * down).max() == 0  # what speaks for one speaks against the other
