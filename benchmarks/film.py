@@ -1,9 +1,10 @@
 """What `senticlip analyze` costs on a long film: time, memory, and a kill in the middle.
 
-Makes a 720p film out of clips (encoded once, its packets then copied end to end) and subtitles, has `analyze` go
+Makes a film out of clips (encoded once, its packets then copied end to end) and subtitles, has `analyze` go
 through it in a process of its own, and answers some of its lines as clips, a file each, for comparison.
 
-    python benchmarks/film.py DATA [--run RUN | --text E5 --vision EFFICIENTNET] [--hours 2] [--lines 1500] [--out DIR]
+    python benchmarks/film.py DATA [--run RUN | --text E5 --vision EFFICIENTNET] [--hours 2] [--lines 1500]
+        [--height 720] [--out DIR]
 
 DATA: a CH-SIMS folder (Raw, label.csv). Without --run, a small-preset model with untrained fusion on the two encoders:
 what it answers is of no worth, what it costs is the same. Prints one JSON object; times are of one core (CPU seconds).
@@ -29,17 +30,17 @@ import av
 from senticlip import load
 from senticlip.structures import Clip
 
-SIZE, RATE, REEL = (1280, 720), 25, 120
-"""Of the film: pixels, frames a second, and the seconds that are encoded and then repeated."""
+RATE, REEL = 25, 120
+"""Of the film: frames a second, and the seconds that are encoded and then repeated."""
 
 GAP = 0.8
 """A line lasts this share of the time to the next one."""
 
-SAMPLE = 48
+SAMPLE = 24
 """Lines that are also answered as clips."""
 
 
-def pictures(data: Path, seconds: float):
+def pictures(data: Path, seconds: float, height: int):
     """The frames of the data's clips, one clip after the other."""
     left = round(seconds * RATE)
     for path in sorted((data / "Raw").glob("*/*.mp4")):
@@ -47,7 +48,7 @@ def pictures(data: Path, seconds: float):
             for frame in source.decode(video=0):
                 if not left:
                     return
-                yield frame.reformat(*SIZE, "yuv420p")
+                yield frame.reformat(height * 16 // 9 // 2 * 2, height, "yuv420p")
                 left -= 1
 
 
@@ -55,8 +56,10 @@ def encode(path: Path, frames) -> Path:
     """Frames → an H.264 file as x264 makes it by default (a keyframe every 250 frames and at cuts)."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "23"})
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.pix_fmt = "yuv420p"
         for number, frame in enumerate(frames):
+            if not number:
+                stream.width, stream.height = frame.width, frame.height
             frame.pts, frame.time_base, frame.pict_type = number, Fraction(1, RATE), 0
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--vision", help="folder of its image encoder")
     parser.add_argument("--hours", type=float, default=2)
     parser.add_argument("--lines", type=int, default=1500)
+    parser.add_argument("--height", type=int, default=720, help="of the film's pictures")
     parser.add_argument("--out", type=Path, help="keep the files here")
     options = parser.parse_args()
     if not options.run and not (options.text and options.vision):
@@ -189,7 +193,7 @@ def main() -> None:
         run = options.run or small_run(folder / "run", options.text, options.vision)
         seconds = 3600 * options.hours
         lines = said(options.data, seconds, options.lines)
-        reel = encode(folder / "reel.mp4", pictures(options.data, REEL))
+        reel = encode(folder / "reel.mp4", pictures(options.data, REEL, options.height))
         short, film = repeat(reel, folder / "short.mp4", 2 * REEL), repeat(reel, folder / "film.mp4", seconds)
         subtitles = srt(folder / "film.srt", lines)
         sample = [line for line in lines if line[1] < REEL - 1][:SAMPLE]
@@ -197,6 +201,7 @@ def main() -> None:
         found = watched(command(run, film, subtitles, folder / "timeline"))
         few = srt(folder / "short.srt", [line for line in lines if line[1] < 2 * REEL])
         result = {
+            "height": options.height,
             "film_mb": round(film.stat().st_size / 1e6),
             "lines": options.lines,
             **found,
