@@ -1,14 +1,24 @@
-"""``senticlip demo``: make clips, train, compare with text alone and video alone, and write a report."""
+"""``senticlip demo``: make clips, train, compare with text alone and video alone, explain one, and write a report."""
 
 from __future__ import annotations
 
-import html
-import os
+import base64
+import csv
+import io
+import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from senticlip.checkpoint import read_metrics, write_text
+from senticlip.config import Config
 from senticlip.data.made import make
+from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
+from senticlip.explain import explain
+from senticlip.predictor import load
 from senticlip.structures import LABELS
 from senticlip.tables import load_preset
 from senticlip.train import train
@@ -26,33 +36,64 @@ def demo(out: str | Path = "demo", seed: int = 0, sound: bool = False) -> dict[s
     out.mkdir(parents=True, exist_ok=True)
     best = make(out / "data", seed, sound)["best"]["test"]
     config = load_preset("tiny")
-    train(config, out / "data", out / "run", seed)
-    found = {"fused": evaluate(out / "run", out / "data")}
-    for name, modality in ALONE.items():
-        stages = {"text": config.stages["text"]} if name == "text" else {}
-        single = config.override({"modalities": [modality], "stages": stages})
-        train(single, out / "data", out / f"run-{name}", seed)
-        found[name] = evaluate(out / f"run-{name}", out / "data")
-    report = out / "report.html"
-    temporary = out / "report.html.tmp"
-    temporary.write_text(_page(found, best), encoding="utf-8")
-    os.replace(temporary, report)
-    fused = found["fused"]
-    return {"accuracy": fused["accuracy"], "macro_f1": fused["macro_f1"], "report": str(report)}
+    runs = {"fused": config} | {name: single(config, modality) for name, modality in ALONE.items()}
+    found = {}
+    for name, experiment in runs.items():
+        run = out / ("run" if name == "fused" else f"run-{name}")
+        train(experiment, out / "data", run, seed)
+        found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
+    shown = strip(out / "run" / "predictions-test.csv", out / "data")
+    asked = next(clip for clip in shown if clip["conflict"])
+    explain(load(out / "run"), asked["path"], asked["text"], out / "explain")
+    write_text(out / "report.html", page(found, shown))
+    return {name: found["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
 
 
-def _page(found: dict[str, dict[str, Any]], best: dict[str, float]) -> str:
-    rows = "".join(
-        f"<tr><td>{name}<td>{r['accuracy']:.3f}<td>{r['macro_f1']:.3f}<td>{best[name]:.3f}" for name, r in found.items()
-    )
-    confusion = "".join(
-        f"<tr><th>{html.escape(label)}" + "".join(f"<td>{n}" for n in row)
-        for label, row in zip(LABELS, found["fused"]["confusion"], strict=True)
-    )
-    return (
-        "<!doctype html><meta charset=utf-8><title>senticlip demo</title>"
-        "<style>body{font:16px sans-serif;max-width:50em;margin:2em auto}td,th{padding:.3em 1em;text-align:left}</style>"
-        "<h1>senticlip demo</h1><h2>Test accuracy</h2>"
-        f"<table><tr><th>model<th>accuracy<th>macro-F1<th>best possible{rows}</table>"
-        f"<h2>Confusion of the fused model (rows: truth)</h2><table><tr><th>{''.join('<th>' + n for n in LABELS)}{confusion}</table>"
-    )
+def single(config: Config, modality: str) -> Config:
+    """The same experiment on one modality, which is trained by itself, stage and all."""
+    stages = {name: stage for name, stage in config.stages.items() if stage["modalities"] == [modality]}
+    return config.override({"modalities": [modality], "stages": stages})
+
+
+def strip(predictions: Path, data: Path, per_kind: int = 2) -> list[dict[str, Any]]:
+    """The first few test clips of each kind, with a thumbnail of their middle and what was predicted."""
+    truth = json.loads((data / "truth.json").read_text(encoding="utf-8"))["clips"]
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    with predictions.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            kind = truth[row["id"]]["kind"]
+            clips = chosen.setdefault(kind, [])
+            if len(clips) < per_kind:
+                path = data / "Raw" / f"{row['id']}.mp4"
+                clips.append({**row, "kind": kind, "path": path, "conflict": kind == "conflict", "image": _image(path)})
+    return [clip for clips in chosen.values() for clip in clips]
+
+
+def _image(path: Path) -> str:
+    file = io.BytesIO()
+    Image.fromarray(read_frames(path, 1).pixels[0].transpose(1, 2, 0)).save(file, "JPEG", quality=88)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def curves(found: dict[str, dict[str, Any]]) -> str:
+    """Accuracy on valid by epoch of each model, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for name, result in found.items():
+        rows = [row for row in result["history"] if "accuracy" in row]
+        axes.plot([row["epoch"] for row in rows], [row["accuracy"] for row in rows], label=name)
+    axes.set(xlabel="epoch", ylabel="accuracy on valid", ylim=(0.3, 1.0))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+def page(found: dict[str, dict[str, Any]], shown: list[dict[str, Any]]) -> str:
+    """The report: accuracy by modality, confusion, curves, clips with their predictions."""
+    pages = Environment(loader=PackageLoader("senticlip"), autoescape=select_autoescape())
+    return pages.get_template("report.html").render(found=found, shown=shown, labels=LABELS, curves=curves(found))
