@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from math import isfinite, nan
 from pathlib import Path
@@ -28,6 +30,11 @@ BATCH = 16
 
 RETRIES = 8
 """How often a part is begun again whose worker died: a clip that kills them all must not keep them at it for ever."""
+
+PATIENCE = 3
+"""How often a part may be begun in vain before each of its videos is first opened in a process of its own."""
+
+_OPEN = "import sys; from senticlip.data.video import read_frames; read_frames(sys.argv[1], size=16)"
 
 SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
 
@@ -161,9 +168,24 @@ class Worker:
         path = part_path(self.out, number)
         if not path.is_file():
             rows = self.parts.read_row_group(number).to_pylist()
+            begun = path.with_name(f".{path.name}.begun")
+            with begun.open("a") as file:
+                file.write("|")
+            if begun.stat().st_size > PATIENCE:
+                deadly = self._deadly(rows)
+                rows = [row | {"deadly": row["path"] in deadly} for row in rows]
             made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
             answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
+            begun.unlink(missing_ok=True)
         return number
+
+    def _deadly(self, rows: list[dict[str, Any]]) -> set[str]:
+        """The paths whose decoding kills the process that does it (a codec that crashes, a picture beyond memory)."""
+        paths = {row["path"] for row in rows if row["path"] is not None}
+        tries = {path: [sys.executable, "-c", _OPEN, str(self.root / path)] for path in sorted(paths)}
+        return {
+            path for path, command in tries.items() if subprocess.run(command, stderr=subprocess.DEVNULL).returncode < 0
+        }
 
     def answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One batch of manifest rows; what cannot be read becomes a row with its error."""
@@ -180,6 +202,8 @@ class Worker:
             yield {"id": row["id"], **answers.record(prediction, fault)}
 
     def _clip(self, row: dict[str, Any]) -> Clip:
+        if row.get("deadly"):
+            raise UserError(f"{self.root / row['path']}: whatever decodes it crashes — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
             try:
@@ -224,9 +248,11 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
             compute=ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
             num_cpus=1,
             num_gpus=1 if gpus else None,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
+            # a lost worker is always replaced; Ray takes this by no other name any more
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
         )
+        # it has set up its own logging by now; what goes wrong is raised
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         for row in made.iter_rows():
             yield int(row["id"])
     except ConnectionError as error:
