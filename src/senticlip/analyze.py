@@ -24,7 +24,7 @@ from senticlip.data.subtitles import Line
 from senticlip.data.video import VideoReader, probe
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
-BATCH = 16
+BATCH = 8
 """Lines that are answered together, and lost together by a kill."""
 
 THUMBNAIL = 96
