@@ -12,13 +12,16 @@ and inserted into nothing, in the order of what their removal changes, and the p
 
 from __future__ import annotations
 
+import argparse
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import senticlip
 from senticlip import cam
 from senticlip.data.made import read_truth
 from senticlip.data.sims import read_clips

@@ -49,7 +49,7 @@ MODELS = {
     "chinese_clip": lambda folder: build(folder, tiny.clip_folder(folder / "clip")),
     "vit": lambda folder: build(folder, tiny.timm_folder(folder / "vit", "test_vit")),
     "resnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn", "test_resnet"), 64),
-    "efficientnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn", "test_efficientnet"), 64, gain=50.0),
+    "efficientnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn"), 64, gain=1000.0),
 }
 SIZES = {"chinese_clip": 32, "vit": 32, "resnet": 64, "efficientnet": 64}
 

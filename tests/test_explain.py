@@ -1,0 +1,260 @@
+"""The page of a clip and of a split; occlusion against the predictor on what is left; attention over what is there."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import senticlip
+import tiny
+from senticlip.config import from_dict
+from senticlip.explain import Explanation, explain, explanation, sentences
+from senticlip.explain_set import explain_set, kind
+from senticlip.models import create_model
+from senticlip.occlusion import Case, alone, characters, looks, occlude
+from senticlip.predictor import Predictor
+from senticlip.structures import LABELS, Batch, Clip, Prediction, Sequence, UsageError, UserError
+
+TEXT = "天气好，很高兴"
+M = 3
+
+
+def run_folder(folder, vision, **changes):
+    """A RUN of random weights."""
+    config = from_dict(
+        {
+            "text": {"encoder": str(tiny.text_folder(folder / "text")), "max_length": 16, "prefix_length": 2},
+            "vision": {"encoder": str(vision), "frames": M, "size": 32},
+            "width": 16,
+            "heads": 2,
+            **changes,
+        }
+    )
+    torch.manual_seed(4)
+    model = create_model(config)
+    tiny.spread(model.network, 6)
+    model.save_pretrained(folder / "run")
+    tiny.tokenizer().save_pretrained(folder / "run" / "tokenizer")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    return run_folder(folder, tiny.clip_folder(folder / "clip"))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return tiny.write_clip(tmp_path_factory.mktemp("video") / "片 段.mp4", 120, 1)
+
+
+def test_occlusion_is_the_predictor_on_what_is_left(run, video):
+    predictor = Predictor(run)
+    batch = predictor.batch([Clip("", video, TEXT)])
+    cases = occlude(predictor, batch, TEXT)
+    assert [case.kind for case in cases] == ["everything", "text", "video", *["frame"] * M, *["character"] * len(TEXT)]
+    same = {
+        ("everything", 0): predictor(video, TEXT),
+        ("text", 0): predictor(video),
+        ("video", 0): predictor(None, TEXT),
+        **{("character", i): predictor(video, TEXT[:i] + TEXT[i + 1 :]) for i in range(len(TEXT))},
+    }
+    pixels, mask = batch.modalities["vision"]
+    for i in range(M):
+        left = mask.clone()
+        left[0, i] = False
+        unseen = pixels.masked_fill(~left[..., None, None, None], 255)  # what is left out is not read either
+        reduced = Batch({**batch.modalities, "vision": Sequence(unseen, left)}, {})
+        same["frame", i] = predictor.predictions(predictor.output(reduced))[0]
+    assert len(same) == len(cases)
+    for case in cases:
+        for name in LABELS:
+            expected = same[case.kind, case.place].probabilities[name]
+            assert case.prediction.probabilities[name] == pytest.approx(expected, abs=1e-5)
+    assert len({round(case.prediction.probabilities["positive"], 6) for case in cases}) > 3
+    assert alone(cases)["text"] == cases[2].prediction
+
+
+def test_nothing_is_left_out_that_is_all_there_is(run, video):
+    predictor = Predictor(run)
+    kinds = [case.kind for case in occlude(predictor, predictor.batch([Clip("", video)]), None)]
+    assert kinds == ["everything", *["frame"] * M]
+    kinds = [case.kind for case in occlude(predictor, predictor.batch([Clip("", None, "好")]), "好")]
+    assert kinds == ["everything", "character"]
+
+
+def test_attention_rows_sum_to_one_over_what_is_there(run, video):
+    predictor = Predictor(run)
+    clips = [Clip("", video, TEXT), Clip("", video, TEXT + "一二三四五")]  # padding for the first
+    batch = predictor.batch(clips)
+    vision = batch.modalities["vision"]
+    mask = vision.mask.clone()
+    mask[0, 1] = False
+    first = Batch({n: Sequence(s.values[:1], s.mask[:1]) for n, s in batch.modalities.items()}, {})
+    first.modalities["vision"] = Sequence(vision.values[:1], mask[:1])
+    with torch.no_grad():
+        features = predictor.model.encode(first)
+        found = looks(predictor.model.fuse(features, attention=True), features)
+    words, frames = len(TEXT) + 2, 1 + M - 1  # [CLS] and [SEP]; the whole clip and what is left of its frames
+    assert found["text_asks_vision"].shape == (words, frames)
+    assert found["vision_asks_text"].shape == (frames, words)
+    for shares in found.values():
+        assert torch.allclose(shares.sum(1), torch.ones(len(shares)), atol=1e-5)
+
+
+def check_page(result, folder, text):
+    page = (folder / "explain.html").read_text(encoding="utf-8")
+    assert result["html"] == str(folder / "explain.html")
+    assert "http" not in page
+    assert all(source.startswith("data:image/") for source in re.findall(r'src="(.*?)"', page))
+    assert "<script" not in page
+    assert "NaN" not in page
+    assert text in page
+    return page
+
+
+def test_the_page_stands_alone(run, video, tmp_path):
+    text = "天气好，<script>很高兴"
+    result = senticlip.explain(run, video, text, tmp_path / "out")
+    page = check_page(result, tmp_path / "out", "天气好，&lt;script&gt;很高兴")
+    assert [name.rsplit("/", 1)[1] for name in result["frames"]] == [f"frame-{i + 1}.png" for i in range(M)]
+    assert all(open(name, "rb").read(4) == b"\x89PNG" for name in result["frames"])
+    assert "ablation-cam" in page
+    assert "每个字看了哪一帧" in page
+    assert "每一帧看了哪些字" in page
+    prediction = Predictor(run)(video, text)
+    assert f"Why {prediction.label}?" in page
+    assert f"{prediction.probabilities[prediction.label]:.2f}" in page
+    for method in ("grad-cam", "rollout"):
+        assert method in _page(run, video, tmp_path / method, method)
+    # fewer frames leave none of the old ones
+    assert explain(run, None, TEXT, tmp_path / "out")["frames"] == []
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def _page(run, video, out, method):
+    explain(run, video, TEXT, out, method)
+    return (out / "explain.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "linear", "temporal": "mean"},
+        {"fusion": "concat", "temporal": "lstm"},
+        {"model": "tfn"},
+        {"model": "mult"},
+        {"model": "mmaf", "target": "M"},
+        {"modalities": ["vision"]},
+        {"modalities": ["text"]},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_switch_and_the_peers_are_explained(tmp_path, video, changes):
+    run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn", "test_resnet"), **changes)
+    predictor = Predictor(run)
+    found = explanation(predictor, Clip("", video, TEXT))
+    result = explain(predictor, video, TEXT, tmp_path / "out")
+    check_page(result, tmp_path / "out", TEXT)
+    reads = predictor.config.modalities
+    assert (found.maps is not None) == ("vision" in reads)
+    assert len(result["frames"]) == (M if "vision" in reads else 0)
+    assert {"text", "video"} <= {case.kind for case in found.cases} or len(reads) == 1
+    assert found.prediction == predictor(video, TEXT)
+
+
+def test_conflict_is_said_in_both_languages():
+    def said(label, p=0.8):
+        rest = (1 - p) / 2
+        return Prediction(label, {name: p if name == label else rest for name in LABELS}, {}, {})
+
+    cases = [
+        Case("everything", 0, "", said("negative")),
+        Case("text", 0, "", said("negative")),
+        Case("video", 0, "", said("positive")),
+        Case("frame", 1, "2", said("neutral")),
+    ]
+    found = Explanation("", "好", cases[0].prediction, cases, alone(cases), None, [], [], None, "")
+    chinese, english = map(" ".join, zip(*sentences(found), strict=True))
+    assert "文字与画面不一致：只看文字是积极，只看画面是消极；模型采信了画面，可能是反话。" in chinese
+    assert "the words alone are positive, the picture alone is negative; the model believes the picture" in english
+    assert "irony" in english
+    assert "去掉画面，答案会变成积极。" in chinese
+    assert "去掉文字" not in chinese
+    assert "第 2 帧" in chinese
+    agree = [cases[0], cases[1], Case("video", 0, "", said("negative"))]
+    found = found._replace(cases=agree, alone=alone(agree))
+    assert sentences(found)[0][1] == "Words and picture agree: both are negative."
+
+
+def test_characters_are_spans_of_the_text():
+    tokenizer = tiny.tokenizer()
+    text = " 好 Q天"  # Q is unknown, the spaces stand for nothing
+    found = characters(tokenizer, text, 16)
+    assert [text[c.start : c.end] for c in found] == ["好", "Q", "天"]
+    assert [c.token for c in found] == list(range(1, 1 + len(found)))
+    assert len(characters(tokenizer, TEXT, 5)) == 3
+    assert characters(tokenizer, None, 5) == characters(tokenizer, "", 5) == []
+
+
+def test_a_split_is_explained(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+    data = tiny.data_folder(tmp_path / "data", (3, 3, 6))
+    result = explain_set(run, data, tmp_path / "out", "test", 2)
+    predictor, rows = Predictor(run), []
+    for line in (data / "label.csv").read_text(encoding="utf-8").splitlines()[1:]:
+        video, clip, text, score, *_, split = line.split(",")
+        if split == "test":
+            answer = predictor(data / "Raw" / video / f"{clip}.mp4", text)
+            rows.append((answer, LABELS[int(score) + 1]))
+    right = sum(answer.label == truth for answer, truth in rows)
+    assert result["n"] == 6
+    assert result["accuracy"] == pytest.approx(right / 6)
+    assert result["by"] == "labels"
+    assert {name: part["n"] for name, part in result["kinds"].items()} == {"agree": 4, "neutral": 2}
+    assert sum(part["share"] for part in result["modalities"].values()) == pytest.approx(1)
+    assert len(result["worst"]) == min(2, 6 - right)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "http" not in page
+    for link in re.findall(r'href="(.*?)"', page):
+        assert (tmp_path / "out" / link).is_file()
+    assert json.dumps(result)
+
+
+def test_kinds():
+    assert [kind(*pair) for pair in ((0, 0), (0, 2), (0, 1), (1, 2), (1, 1))] == [
+        "agree",
+        "conflict",
+        "text only",
+        "video only",
+        "neutral",
+    ]
+
+
+def test_bad_input_is_told_in_one_line(run, video, tmp_path):
+    with pytest.raises(UsageError, match="nothing to read"):
+        explain(run, None, None, tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere.mp4"):
+        explain(run, tmp_path / "nowhere.mp4", TEXT, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"--method x: unknown — choose one of ablation-cam, grad-cam, rollout"):
+        explain(run, video, TEXT, tmp_path / "out", method="x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="no folder to write to"):
+        explain(run, None, TEXT, tmp_path / "file")
+    with pytest.raises(UsageError, match="--worst"):
+        explain_set(run, tmp_path, tmp_path / "out", worst=-1)
+
+
+def test_the_command_line(run, video, tmp_path):
+    command = [sys.executable, "-m", "senticlip", "explain", str(run), str(video), "--text", TEXT, "--json"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {"html", "frames"}
+    check_page(result, tmp_path / "out", TEXT)
+    done = subprocess.run([*command, "--out", "x", "--data", "y"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
