@@ -238,7 +238,7 @@ def test_kinds():
 def test_bad_input_is_told_in_one_line(run, video, tmp_path):
     with pytest.raises(UsageError, match="nothing to read"):
         explain(run, None, None, tmp_path / "out")
-    with pytest.raises(UserError, match="nowhere.mp4"):
+    with pytest.raises(UserError, match=r"nowhere\.mp4"):
         explain(run, tmp_path / "nowhere.mp4", TEXT, tmp_path / "out")
     with pytest.raises(UsageError, match=r"--method x: unknown — choose one of ablation-cam, grad-cam, rollout"):
         explain(run, video, TEXT, tmp_path / "out", method="x")
