@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_the_page_stands_alone(run, video, tmp_path):
     result = senticlip.explain(run, video, text, tmp_path / "out")
     page = check_page(result, tmp_path / "out", "天气好，&lt;script&gt;很高兴")
     assert [name.rsplit("/", 1)[1] for name in result["frames"]] == [f"frame-{i + 1}.png" for i in range(M)]
-    assert all(open(name, "rb").read(4) == b"\x89PNG" for name in result["frames"])
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in result["frames"])
     assert "ablation-cam" in page
     assert "每个字看了哪一帧" in page
     assert "每一帧看了哪些字" in page
