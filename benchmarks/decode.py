@@ -1,0 +1,48 @@
+"""Six frames of a 4-second clip: OpenCV reading all of it, against read_frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from benchmarks import timing
+from senticlip.data.video import read_frames
+
+
+def read_all(path: Path, frames: int = 6) -> np.ndarray:
+    """Decode every frame, keep those in the middle of ``frames`` equal parts: k×3×H×W RGB."""
+    video = cv2.VideoCapture(str(path))
+    every = []
+    while True:
+        there, image = video.read()
+        if not there:
+            break
+        every.append(image)
+    video.release()
+    chosen = [every[int((i + 0.5) * len(every) / frames)] for i in range(frames)]
+    return np.stack([image[..., ::-1].transpose(2, 0, 1) for image in chosen])
+
+
+def same(one: np.ndarray, two: np.ndarray) -> float:
+    """The mean difference of two stacks of frames of 0 … 255; another frame would differ by more than 3."""
+    assert one.shape == two.shape, (one.shape, two.shape)
+    gaps = np.abs(one.astype(np.int16) - two).mean((1, 2, 3))
+    assert gaps.max() < 3, f"not the same frames: {gaps}"
+    return float(gaps.max())
+
+
+def run(quick: bool) -> None:
+    """720p and 360p."""
+    with timing.folder() as folder:
+        for name, width, height in (("720p", 1280, 720), ("360p", 640, 360)):
+            path = timing.make_video(folder / f"{name}.mp4", width, height, 4)
+            ways = {"OpenCV, read all": lambda p=path: read_all(p), "ours": lambda p=path: read_frames(p, 6).pixels}
+            answers, costs = timing.interleave(ways, 3 if quick else 9)
+            gap = same(*answers.values())
+            timing.show(f"decode {name}", costs, {"ours": f"mean difference {gap:.2f}/255"})
+
+
+if __name__ == "__main__":
+    timing.main(run, __doc__)

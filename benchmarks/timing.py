@@ -1,0 +1,162 @@
+"""What the benchmarks share: interleaved timing, medians, the machine's GEMM ceiling and made videos."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import torch
+
+from senticlip import runtime
+
+
+class Cost(NamedTuple):
+    """Median seconds of one call: on the clock, and of CPU over all threads."""
+
+    wall: float
+    cpu: float
+
+
+def once(way: Callable[[], Any]) -> tuple[Any, Cost]:
+    """One call's answer and cost."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    answer = way()
+    return answer, Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def interleave(ways: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Any], dict[str, list[Cost]]]:
+    """Call every way in turn, ``rounds`` times: what else runs on the machine meets them all alike.
+
+    Returns:
+        the last answer and all costs, by the name of the way.
+    """
+    answers: dict[str, Any] = {}
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            answers[name], cost = once(way)
+            costs[name].append(cost)
+    return answers, costs
+
+
+def median(costs: list[Cost]) -> Cost:
+    """The median of each column."""
+    return Cost(*map(statistics.median, zip(*costs, strict=True)))
+
+
+def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None = None) -> None:
+    """Print a line for each way; ratios are medians over rounds, of the first way's cost to this one's."""
+    first = next(iter(costs.values()))
+    for name, found in costs.items():
+        cost = median(found)
+        ratio = Cost(
+            *(statistics.median(a[i] / b[i] for a, b in zip(first, found, strict=True)) for i in range(len(Cost._fields)))
+        )
+        note = (notes or {}).get(name, "")
+        print(
+            f"{title:22} {name:26} cpu {1e3 * cost.cpu:9.1f} ms {ratio.cpu:7.2f}x   "
+            f"wall {1e3 * cost.wall:9.1f} ms {ratio.wall:7.2f}x  {note}",
+            flush=True,
+        )
+
+
+def main(run: Callable[[bool], None], about: str | None) -> None:
+    """The command line of one benchmark."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller inputs")
+    options = parser.parse_args()
+    runtime.setup()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    run(options.quick)
+
+
+def ceiling(dtype: torch.dtype, size: int = 1536, rounds: int = 5) -> float:
+    """GFLOP for each CPU second that torch's matrix product reaches: the best of some rounds."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return max(2e-9 * size**3 / once(lambda: torch.mm(a, b))[1].cpu for _ in range(rounds))
+
+
+def int8_ceiling(size: int = 1536, rounds: int = 5) -> float:
+    """The same of onnxruntime's product of uint8 with constant int8."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    weight = numpy_helper.from_array(random.integers(-127, 127, (size, size), np.int8), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [size, size])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [size, size])],
+        [weight],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {"x": random.integers(0, 255, (size, size), np.uint8)}
+    session.run(None, feed)
+    return max(2e-9 * size**3 / once(lambda: session.run(None, feed))[1].cpu for _ in range(rounds))
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A temporary folder."""
+    path = Path(tempfile.mkdtemp(prefix="senticlip-bench-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def make_video(path: Path, width: int, height: int, seconds: float, seed: int = 0, rate: int = 25) -> Path:
+    """A textured picture that pans, a patch that moves its own way, sensor noise; x264's own settings (B-frames)."""
+    random = np.random.default_rng(seed)
+    coarse = torch.from_numpy(random.random((1, 3, 24, 40), np.float32))
+    fine = torch.from_numpy(random.random((1, 3, height // 4, width // 2), np.float32))
+    big = (height + 128, width + 512)
+    scene = sum(
+        part * torch.nn.functional.interpolate(layer, big, mode="bicubic")[0]
+        for part, layer in ((190.0, coarse), (50.0, fine))
+    )
+    base = np.asarray(scene).transpose(1, 2, 0)
+    noise = [random.normal(0, 4, (height, width, 1)).astype(np.float32) for _ in range(4)]
+    patch = base[: height // 4, : width // 6, ::-1]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(round(seconds * rate)):
+            x, y = 256 + round(250 * np.sin(i / 60)), 64 + round(60 * np.cos(i / 45))
+            image = base[y : y + height, x : x + width] + noise[i % 4]
+            left, top = round((width - patch.shape[1]) * (i % 90) / 90), round(height * (0.4 + 0.3 * np.sin(i / 12)))
+            image[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image.clip(0, 255).astype(np.uint8), "rgb24")))
+        out.mux(stream.encode(None))
+    return path
+
+
+def repeat_video(source: Path, path: Path, times: int) -> Path:
+    """The packets of a video, again and again: a long video without encoding one."""
+    with av.open(str(path), "w") as out:
+        with av.open(str(source)) as container:
+            target = out.add_stream_from_template(container.streams.video[0])
+        for number in range(times):
+            with av.open(str(source)) as container:
+                stream: Any = container.streams.video[0]
+                for packet in container.demux(stream):
+                    if packet.dts is not None and packet.pts is not None:
+                        packet.pts += number * stream.duration
+                        packet.dts += number * stream.duration
+                        packet.stream = target
+                        out.mux(packet)
+    return path
