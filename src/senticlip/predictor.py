@@ -128,12 +128,13 @@ class Predictor:
         weights = {name: weight.cpu().tolist() for name, weight in output.weights.items()}
         answers = []
         for i, row in enumerate(fused):
-            present = [name for name in heads if weights[name][i] > 0]
+            # a peer may weigh modalities that have no head of their own, and its fused head is no modality
+            present = [name for name in weights if weights[name][i] > 0]
             answers.append(
                 Prediction(
                     LABELS[int(np.argmax(row))],
                     dict(zip(LABELS, row, strict=True)),
-                    {SURFACE.get(n, n): dict(zip(LABELS, heads[n][i], strict=True)) for n in present},
+                    {SURFACE.get(n, n): dict(zip(LABELS, heads[n][i], strict=True)) for n in present if n in heads},
                     {SURFACE.get(n, n): weights[n][i] for n in present},
                 )
             )
