@@ -6,8 +6,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-
 from benchmarks import timing
+
 from senticlip.data.video import read_frames
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-
 from benchmarks import timing
 from benchmarks.decode import same
+
 from senticlip.data.video import read_frames
 
 

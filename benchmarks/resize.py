@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks import timing
 from torch import Tensor
 
-from benchmarks import timing
 from senticlip.data.video import read_frames, resize
 from senticlip.encoders.hub import OPENAI_MEAN, OPENAI_STD
 

@@ -59,7 +59,10 @@ def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None 
     for name, found in costs.items():
         cost = median(found)
         ratio = Cost(
-            *(statistics.median(a[i] / b[i] for a, b in zip(first, found, strict=True)) for i in range(len(Cost._fields)))
+            *(
+                statistics.median(a[i] / b[i] for a, b in zip(first, found, strict=True))
+                for i in range(len(Cost._fields))
+            )
         )
         note = (notes or {}).get(name, "")
         print(

@@ -1,0 +1,78 @@
+"""The paper's sizes with random weights: Chinese-CLIP ViT-B/16 reads 6 frames, RoBERTa base the text."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from senticlip.config import Config, from_dict
+from senticlip.encoders.text import load_tokenizer
+from senticlip.models import create_model
+from senticlip.predictor import Predictor
+from senticlip.structures import Batch, Output, Sequence
+
+TEXT = "今天的天气真不错，我们一起去公园散步吧，好不好呀？"
+
+
+def config(train: str = "full") -> Config:
+    """The paper's preset, nothing downloaded."""
+    part = {"pretrained": False, "train": train}
+    return from_dict({"text": part, "vision": {**part, "frames": 6}, "label": {"pretrained": False}})
+
+
+@functools.cache
+def run_folder() -> Path:
+    """A RUN of this model, removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="senticlip-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(0)
+    create_model(config()).save_pretrained(folder)
+    load_tokenizer(None).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@functools.cache
+def predictor(precision: str) -> Predictor:
+    """Its predictor, loaded once."""
+    return Predictor(run_folder(), "cpu", precision)
+
+
+@torch.no_grad()
+def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Output:
+    """The naive peer: torch's default fp32, one frame after the other; ``pixels`` m×3×S×S are normalised already."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    vision = model.encoders["vision"]
+    try:
+        if pixels is None:
+            pixels = vision.normalize(batch.modalities["vision"].values[0])
+        states = torch.cat([vision.images(frame[None]) for frame in pixels])[None]
+        features = {
+            "text": model.encoders["text"](batch.modalities["text"]),
+            "vision": Sequence(states, torch.ones(states.shape[:2], dtype=torch.bool)),
+        }
+        return model.fuse(Batch(features, {}))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def gap(one: Output, two: Output) -> float:
+    """The largest difference of a probability."""
+    assert one.log_probs is not None and two.log_probs is not None
+    return float((one.log_probs.exp() - two.log_probs.exp()).abs().max())
+
+
+def precisions(quick: bool) -> list[str]:
+    """int8 is exported first, which takes longer than all of a quick run."""
+    return ["fp32", "bf16"] if quick else ["fp32", "bf16", "int8"]
+
+
+LIMIT = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.1}
+"""How far a probability may be from the naive peer's (int8 is judged by the labels of a trained model)."""

@@ -1,0 +1,115 @@
+"""An epoch of the fusion head on cached features: transformers.Trainer as ``senticlip train`` runs it, against a bare
+PyTorch loop of the same model; and against the frozen encoders run each time.
+
+The encoders' epoch is not run: their forward on one clip is timed and counted for every clip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks import paper, timing
+from transformers import PrinterCallback
+
+from senticlip.data.cache import cached
+from senticlip.data.loader import ClipSet, collate, to_batch
+from senticlip.models import create_model
+from senticlip.structures import Batch, Clip, Sequence
+from senticlip.train import Fitter, Trainee, _arguments, parameter_groups
+
+
+def made_set(folder: Path, count: int, widths: dict[str, int]) -> ClipSet:
+    """Random features in a real cache: 30 characters, 6 frames."""
+    random = np.random.default_rng(0)
+    keys = [f"{i}" for i in range(count)]
+    stores = {}
+    for name, length in (("text", 30), ("vision", 6)):
+        shape = (length, widths[name])
+        rows = (random.standard_normal(shape, np.float32).astype(np.float16) for _ in keys)
+        stores[name] = cached(folder, {"made": name}, keys, lambda places, rows=rows: rows)
+    return ClipSet([Clip(key, labels={"M": float(random.integers(-1, 2))}) for key in keys], stores)
+
+
+def fresh(seed: int = 0) -> Any:
+    """The network without its frozen encoders, and what they were."""
+    torch.manual_seed(seed)
+    model = create_model(paper.config("frozen").override({"prompt": "none", "dropout": 0.0}))
+    encoders = {name: model.encoders.pop(name).eval() for name in list(model.encoders)}
+    return model, encoders
+
+
+def bare(trainee: Trainee, data: ClipSet) -> float:
+    """The loop that one would write by hand, with the same batches' size; the last loss."""
+    config = trainee.experiment.train
+    groups = parameter_groups(trainee)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    order = torch.randperm(len(data)).tolist()
+    loss = torch.zeros(())
+    trainee.train()
+    for begin in range(0, len(order) - config.batch_size + 1, config.batch_size):
+        batch = to_batch(data.__getitems__(order[begin : begin + config.batch_size]))
+        loss = trainee.model.loss(trainee.model(batch), batch)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainee.parameters(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainee.step_finished()
+    return float(loss.detach())
+
+
+def by_trainer(trainee: Trainee, data: ClipSet, folder: Path) -> float:
+    """The same by the Trainer, without evaluation and checkpoints."""
+    arguments = dataclasses.replace(
+        _arguments(trainee.experiment, folder, torch.device("cpu")),
+        num_train_epochs=1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
+    trainer = Fitter(trainee, arguments, data_collator=collate, train_dataset=data)
+    trainer.pop_callback(PrinterCallback)
+    return float(trainer.train().training_loss)
+
+
+@torch.inference_mode()
+def encode_one(encoders: dict[str, Any]) -> None:
+    """Both encoders on one clip."""
+    pixels = torch.zeros(1, 6, 3, 224, 224, dtype=torch.uint8)
+    ids = torch.full((1, 30), 500)
+    encoders["vision"](Sequence(pixels, torch.ones(1, 6, dtype=torch.bool)))
+    encoders["text"](Sequence(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
+def run(quick: bool) -> None:
+    """1368 clips, as in CH-SIMS; fewer when quick."""
+    count = 128 if quick else 1368
+    model, encoders = fresh()
+    twin = fresh()[0]
+    with timing.folder() as folder:
+        data = made_set(folder / "cache", count, model.network.dims)
+        probe = Batch(to_batch(data.__getitems__([0, 1])).modalities, {})
+        with torch.no_grad():
+            assert torch.equal(model.eval()(probe).log_probs, twin.eval()(probe).log_probs)
+        trainees = Trainee(model), Trainee(twin)
+        ways = {
+            "bare PyTorch loop": lambda: bare(trainees[0], data),
+            "ours, Trainer": lambda: by_trainer(trainees[1], data, folder / "out"),
+            "encoders, one clip": lambda: encode_one(encoders),
+        }
+        answers, costs = timing.interleave(ways, 1 if quick else 3)
+    assert all(np.isfinite(answers[name]) for name in ("bare PyTorch loop", "ours, Trainer"))
+    clip = costs.pop("encoders, one clip")
+    timing.show(f"epoch of {count} clips", costs)
+    head, one = timing.median(costs["ours, Trainer"]).cpu, timing.median(clip).cpu
+    print(
+        f"cached epoch: {head:.1f} cpu-s; with the encoders each time {head + count * one:.0f} cpu-s "
+        f"({one:.2f} a clip, counted for {count}): {(head + count * one) / head:.0f}x"
+    )
+
+
+if __name__ == "__main__":
+    timing.main(run, __doc__)
