@@ -65,7 +65,8 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
 
 def gap(one: Output, two: Output) -> float:
     """The largest difference of a probability."""
-    assert one.log_probs is not None and two.log_probs is not None
+    assert one.log_probs is not None
+    assert two.log_probs is not None
     return float((one.log_probs.exp() - two.log_probs.exp()).abs().max())
 
 

@@ -58,12 +58,8 @@ def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None 
     first = next(iter(costs.values()))
     for name, found in costs.items():
         cost = median(found)
-        ratio = Cost(
-            *(
-                statistics.median(a[i] / b[i] for a, b in zip(first, found, strict=True))
-                for i in range(len(Cost._fields))
-            )
-        )
+        pairs = list(zip(first, found, strict=True))
+        ratio = median([Cost(a.wall / b.wall, a.cpu / b.cpu) for a, b in pairs])
         note = (notes or {}).get(name, "")
         print(
             f"{title:22} {name:26} cpu {1e3 * cost.cpu:9.1f} ms {ratio.cpu:7.2f}x   "

@@ -30,7 +30,8 @@ def run(quick: bool) -> None:
         clip = Clip("clip", path, paper.TEXT)
         ways = {"naive": lambda: naive(path, peer)}
         for name in paper.precisions(quick):
-            ways[f"ours {name}"] = lambda p=paper.predictor(name): p.output(p.batch([clip]))
+            predictor = paper.predictor(name)
+            ways[f"ours {name}"] = lambda p=predictor: p.output(p.batch([clip]))
         answers, costs = timing.interleave(ways, 3 if quick else 9)
     notes = {}
     for name in paper.precisions(quick):
