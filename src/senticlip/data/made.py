@@ -88,7 +88,7 @@ def make(
         UsageError: ``out`` holds something else.
     """
     out, splits = Path(out), splits or SPLITS
-    spec = {"seed": seed, "sound": sound, "splits": splits, "version": 1}
+    spec = {"seed": seed, "sound": sound, "splits": splits, "version": 2}
     if out.exists() and any(out.iterdir()):
         truth = read_truth(out)
         if truth["spec"] == spec:
