@@ -247,25 +247,24 @@ def children(pid: int) -> dict[int, str]:
     return found
 
 
-def test_on_ray_a_worker_and_then_the_driver_are_killed(run, archive, undisturbed, tmp_path):
+def test_on_ray_a_worker_is_killed(run, archive, undisturbed, tmp_path):
     ray = pytest.importorskip("ray")
-    first = driver(run, archive, tmp_path / "driver", 2)
-    killed_when(first, lambda: any((tmp_path / "driver").glob("part-*")))
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        killed: list[int] = []
-        assassin = threading.Thread(target=kill_a_worker, args=(tmp_path / "worker", killed))
-        assassin.start()
-        rows = list(bulk.bulk(run, archive, tmp_path / "worker", workers=2, rows_per_part=PART))
-        assassin.join()
-        list(bulk.bulk(run, archive, tmp_path / "driver", workers=2, rows_per_part=PART))
-    finally:
-        ray.shutdown()
+    killed: list[int] = []
+    assassin = threading.Thread(target=kill_a_worker, args=(tmp_path, killed))
+    assassin.start()
+    rows = list(bulk.bulk(run, archive, tmp_path, workers=2, rows_per_part=PART))
+    assassin.join()
+    assert not ray.is_initialized()
     assert killed
     assert sorted(row["id"] for row in rows) == [f"{i:02}" for i in range(ROWS)]
-    assert files(tmp_path / "worker") == undisturbed
-    assert files(tmp_path / "driver") == undisturbed
+    assert files(tmp_path) == undisturbed
+
+
+def test_on_ray_the_driver_is_killed(run, archive, undisturbed, tmp_path):
+    pytest.importorskip("ray")
+    killed_when(driver(run, archive, tmp_path, 2), lambda: any(tmp_path.glob("part-*")))
+    list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert files(tmp_path) == undisturbed
 
 
 def kill_a_worker(out: Path, killed: list[int]) -> None:
