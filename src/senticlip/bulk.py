@@ -248,8 +248,8 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
             compute=ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
             num_cpus=1,
             num_gpus=1 if gpus else None,
-            # a lost worker is always replaced; Ray takes this by no other name any more
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
+            max_restarts=-1,
+            max_task_retries=RETRIES,
         )
         # it has set up its own logging by now; what goes wrong is raised
         logging.getLogger("ray.data").setLevel(logging.ERROR)
