@@ -193,9 +193,9 @@ class Fitter(Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Every row of valid: ``dataloader_drop_last`` is meant for training batches, but reaches these, too."""
-        self.args.dataloader_drop_last = False
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         loader = super().get_eval_dataloader(*args, **kwargs)
-        self.args.dataloader_drop_last = True
+        self.args.dataloader_drop_last = drop
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -260,6 +260,8 @@ def fit(
         counts = np.bincount(_classes_of(training, config), minlength=len(LABELS))
         model.network.class_weights.copy_(torch.tensor(counts.sum() / len(LABELS) / counts.clip(1)))
 
+    # a rest of a batch is left out, unless it is all there is
+    arguments.dataloader_drop_last = len(training) >= config.train.batch_size
     trainee = Trainee(model)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:

@@ -1,0 +1,136 @@
+"""CLIP-CA-MSA with every switch, and its equations against plain numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.models.tester import DIMS, ModelTester, answers, features
+from transformers import BertConfig
+
+from senticlip.config import Config
+from senticlip.models.clip_ca_msa import ClipCaMsa
+from senticlip.models.fusion import CrossAttentionBlock
+from senticlip.models.heads import SimilarityHead
+from senticlip.structures import Sequence
+
+SPEC = BertConfig(
+    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+).to_dict()
+
+
+class Switches(ModelTester):
+    model = "clip_ca_msa"
+    changes = {"dropout": 0.0, "vision.frames": 8}
+
+    def network(self, names=("text", "vision"), seed=0, **changes):
+        torch.manual_seed(seed)
+        config = self.config(names, **changes)
+        similar = config.head == "similarity" and "vision" in names
+        network = ClipCaMsa(config, {n: DIMS[n] for n in names}, {"spec": SPEC, "shape": (3, 5)} if similar else None)
+        if similar:
+            network.labels.states.copy_(torch.randn(3, 8, generator=torch.Generator().manual_seed(7)))
+        return network
+
+
+class TestPaper(Switches):
+    def test_permuted_labels_permute_the_video_logits(self):
+        network, batch = self.network().eval(), features()
+        before = network(batch).logits["vision"]
+        network.labels.states.copy_(network.labels.states[[2, 0, 1]].clone())
+        torch.testing.assert_close(network(batch).logits["vision"], before[:, [2, 0, 1]])
+
+    def test_the_prediction_rule(self):
+        network, batch = self.network().eval(), features()
+        network.temperature.copy_(torch.tensor([2.0, 0.5]))
+        with torch.no_grad():
+            network.combine.s["text"].fill_(0.7)
+        output = network(batch)
+        w = np.exp(-np.array([0.7, 0.0]))
+        w /= w.sum()
+        text, video = (output.logits[name].detach().numpy().astype(float) for name in ("text", "vision"))
+        votes = w[0] * text / 2 + w[1] * video / 0.5
+        expected = votes - np.log(np.exp(votes).sum(1, keepdims=True))
+        np.testing.assert_allclose(output.log_probs.detach().numpy(), expected, atol=1e-5)
+
+
+class TestLinear(Switches):
+    changes = {"dropout": 0.0, "vision.frames": 8, "head": "linear"}
+
+
+class TestConcat(Switches):
+    changes = {"dropout": 0.0, "vision.frames": 8, "fusion": "concat"}
+
+
+class TestSum(Switches):
+    changes = {"dropout": 0.0, "vision.frames": 8, "loss": "sum"}
+
+
+class TestMean(Switches):
+    changes = {"dropout": 0.0, "vision.frames": 8, "temporal": "mean"}
+
+
+class TestLSTM(Switches):
+    changes = {"dropout": 0.0, "vision.frames": 8, "temporal": "lstm"}
+
+
+@pytest.mark.parametrize(("temporal", "matters"), [("transformer", True), ("lstm", True), ("mean", False)])
+def test_the_order_of_frames(temporal, matters):
+    tester = TestPaper()
+    network = tester.network(("vision",), temporal=temporal).eval()
+    batch = features(names=("vision",))
+    full = torch.ones_like(batch.modalities["vision"].mask)
+    values = batch.modalities["vision"].values
+    answer = answers(network(batch._replace(modalities={"vision": Sequence(values, full)})))
+    turned = answers(network(batch._replace(modalities={"vision": Sequence(values.flip(1), full)})))
+    assert torch.allclose(answer, turned, atol=1e-6) != matters
+
+
+def softmax(x):
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def norm(x, layer):
+    scale, shift = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + layer.eps) * scale + shift
+
+
+def linear(x, weight, bias):
+    return x @ weight.detach().numpy().T + bias.detach().numpy()
+
+
+def test_equations_9_to_12():
+    """softmax(Q Kᵀ / √d_k) V in each head, then add & norm, feed-forward, add & norm."""
+    torch.manual_seed(0)
+    config = Config().override({"width": 8, "heads": 2, "dropout": 0.0})
+    block = CrossAttentionBlock(config).eval()
+    query, context = torch.randn(1, 3, 8), torch.randn(1, 4, 8)
+    real = torch.tensor([[True, True, True, False]])
+    found, weights = block(Sequence(query, torch.ones(1, 3, dtype=torch.bool)), Sequence(context, real), attention=True)
+    weight, bias = block.attention.in_proj_weight, block.attention.in_proj_bias
+    asks, answer = query[0].numpy(), context[0, :3].numpy()
+    q, k, v = (
+        linear(x, weight[i * 8 : i * 8 + 8], bias[i * 8 : i * 8 + 8]) for i, x in enumerate((asks, answer, answer))
+    )
+    heads, maps = [], []
+    for h in (slice(0, 4), slice(4, 8)):
+        maps.append(softmax(q[:, h] @ k[:, h].T / 2.0))
+        heads.append(maps[-1] @ v[:, h])
+    out = block.attention.out_proj
+    s = norm(linear(np.concatenate(heads, 1), out.weight, out.bias) + asks, block.norm)
+    inner = torch.nn.functional.gelu(
+        torch.from_numpy(linear(s, block.feed_forward[0].weight, block.feed_forward[0].bias))
+    )
+    expected = norm(s + linear(inner.numpy(), last.weight, last.bias), block.norm2)
+    np.testing.assert_allclose(found[0].detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(weights[0, :, :, :3].detach().numpy(), np.stack(maps), atol=1e-6)
+
+
+def test_equation_13():
+    head = SimilarityHead(Config().override({"width": 8, "heads": 2}), 8)
+    states, labels = torch.randn(2, 3, 8), torch.randn(3, 8)
+    found = head(Sequence(states, torch.ones(2, 3, dtype=torch.bool)), labels).detach().numpy()
+    v, p = states[:, 0].numpy(), labels.numpy()
+    cosine = (v @ p.T) / np.linalg.norm(v, axis=1)[:, None] / np.linalg.norm(p, axis=1)
+    np.testing.assert_allclose(found, cosine / 0.07, rtol=1e-4, atol=1e-4)

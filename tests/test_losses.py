@@ -1,0 +1,72 @@
+"""Losses against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from senticlip.losses import Uncertainty, WeightedSum, cross_entropy
+
+LOGITS = torch.tensor([[0.0, math.log(2), math.log(3)]])
+"""Probabilities 1/6, 2/6, 3/6."""
+
+
+def test_focal():
+    # target 2: p = 1/2, so −(1 − 1/2)² ln 1/2 = 0.25 · 0.693147
+    assert float(cross_entropy(LOGITS, torch.tensor([2]), gamma=2.0)) == pytest.approx(0.1732868, abs=1e-6)
+    # target 0: p = 1/6, so (5/6)² · ln 6 = 0.694444 · 1.791759
+    assert float(cross_entropy(LOGITS, torch.tensor([0]), gamma=2.0)) == pytest.approx(1.2442773, abs=1e-6)
+    assert float(cross_entropy(LOGITS, torch.tensor([0]))) == pytest.approx(math.log(6), abs=1e-6)
+
+
+def test_class_weights():
+    weighed = cross_entropy(LOGITS, torch.tensor([0]), weight=torch.tensor([3.0, 1.0, 1.0]))
+    assert float(weighed) == pytest.approx(3 * math.log(6), abs=1e-5)
+
+
+def test_a_certain_row_has_a_finite_gradient():
+    logits = torch.tensor([[0.0, 0.0, 200.0]], requires_grad=True)
+    cross_entropy(logits, torch.tensor([2]), gamma=2.0).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_uncertainty_and_its_gradient():
+    combine = Uncertainty(["text", "vision"])
+    with torch.no_grad():
+        combine.s["text"].fill_(math.log(2))
+    total = combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)})
+    # ½ · 0.5 + ln 2 / 2 = 0.596574, and 1 · 1 + 0
+    assert total.item() == pytest.approx(1.5965736, abs=1e-6)
+    total.backward()
+    # −exp(−s) L + ½
+    assert float(combine.s["text"].grad) == pytest.approx(0.25, abs=1e-6)
+    assert float(combine.s["vision"].grad) == pytest.approx(-0.5, abs=1e-6)
+    assert combine.weights(["text", "vision"]).tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_uncertainty_finds_its_minimum():
+    """At s = ln 2L."""
+    combine = Uncertainty(["text"])
+    optimizer = torch.optim.SGD(combine.parameters(), lr=0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        combine({"text": torch.tensor(0.3)}).backward()
+        optimizer.step()
+    assert float(combine.s["text"]) == pytest.approx(math.log(0.6), abs=1e-4)
+
+
+def test_clamped_s_can_come_back():
+    combine = Uncertainty(["text"])
+    with torch.no_grad():
+        combine.s["text"].fill_(9.0)
+    combine.clamp()
+    assert float(combine.s["text"]) == 5.0
+    combine({"text": torch.tensor(1.0)}).backward()
+    assert float(combine.s["text"].grad) != 0
+
+
+def test_sum():
+    combine = WeightedSum(["text", "vision"])
+    assert float(combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)})) == 1.5
