@@ -54,7 +54,7 @@ def test_uncertainty_finds_its_minimum():
         optimizer.zero_grad()
         combine({"text": torch.tensor(0.3)}).backward()
         optimizer.step()
-    assert float(combine.s["text"]) == pytest.approx(math.log(0.6), abs=1e-4)
+    assert combine.s["text"].item() == pytest.approx(math.log(0.6), abs=1e-4)
 
 
 def test_clamped_s_can_come_back():

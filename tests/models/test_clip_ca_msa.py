@@ -119,9 +119,8 @@ def test_equations_9_to_12():
         heads.append(maps[-1] @ v[:, h])
     out = block.attention.out_proj
     s = norm(linear(np.concatenate(heads, 1), out.weight, out.bias) + asks, block.norm)
-    inner = torch.nn.functional.gelu(
-        torch.from_numpy(linear(s, block.feed_forward[0].weight, block.feed_forward[0].bias))
-    )
+    first, last = block.feed_forward[0], block.feed_forward[3]
+    inner = torch.nn.functional.gelu(torch.from_numpy(linear(s, first.weight, first.bias)))
     expected = norm(s + linear(inner.numpy(), last.weight, last.bias), block.norm2)
     np.testing.assert_allclose(found[0].detach().numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(weights[0, :, :, :3].detach().numpy(), np.stack(maps), atol=1e-6)
