@@ -85,6 +85,7 @@ class TrainConfig:
     balance: Literal["none", "weights", "sampler"] = "none"
     ema: float = 0.0
     modality_dropout: float = 0.0
+    recombine: float = 0.0
 
 
 @dataclass

@@ -17,6 +17,9 @@ LABELS = ("negative", "neutral", "positive")
 TARGETS = ("M", "T", "A", "V")
 """The labels of a clip: joint, text alone, audio alone, vision alone."""
 
+OWN_LABEL = {"text": "T", "audio": "A", "vision": "V"}
+"""The label of each modality by itself."""
+
 MODALITIES = ("text", "vision", "audio")
 """The modalities, in the order in which models read them."""
 

@@ -12,10 +12,9 @@ import yaml
 
 from senticlip import config as configs
 from senticlip.config import Config
-from senticlip.structures import UsageError
+from senticlip.structures import OWN_LABEL, UsageError
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-OWN_LABEL = {"text": "T", "vision": "V"}
 PAPER_METRICS = ("accuracy", "macro_f1", "precision", "recall")
 
 

@@ -32,7 +32,7 @@ from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import EpochProgress
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import LABELS, Batch, Sequence, UserError
+from senticlip.structures import LABELS, OWN_LABEL, Batch, Sequence, UserError
 
 
 def train(
@@ -171,6 +171,8 @@ class Trainee(nn.Module):
             if config.vision.train_frames:
                 vision = sample_frames(vision, config.vision.train_frames)
             parts["vision"] = Sequence(augment(vision.values, config.vision.augment), vision.mask)
+        if config.train.recombine:
+            parts = recombine(parts, batch.labels, config.train.recombine)
         if config.train.modality_dropout and len(parts) > 1:
             rows = len(next(iter(parts.values())).mask)
             lost = torch.rand(rows) < config.train.modality_dropout
@@ -179,6 +181,30 @@ class Trainee(nn.Module):
                 gone = (lost & (which == i)).to(sequence.mask.device)
                 parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
         return Batch(parts, batch.labels, batch.rows)
+
+
+def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
+    """New pairs of words and faces: a modality is now and then another row's whose own label has the same sign.
+
+    What the modalities say stays the same, and so does the joint label, as far as it hangs on that alone.
+
+    Args:
+        parts: the modalities of a batch, B rows each.
+        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
+        chance: the share of rows in which a modality is exchanged.
+    """
+    mixed = {}
+    for name, sequence in parts.items():
+        if (own := labels.get(OWN_LABEL[name])) is None:
+            mixed[name] = sequence
+            continue
+        own = own.cpu()
+        stays = own.isnan() | (torch.rand(len(own)) >= chance)
+        group = torch.where(stays, 2.0 * torch.arange(1, len(own) + 1), own.sign())  # -1, 0, 1, or a group of its own
+        rows = torch.empty(len(own), dtype=torch.long)
+        rows[torch.argsort(group + torch.rand(len(own)) / 2)] = torch.argsort(group + torch.rand(len(own)) / 2)
+        mixed[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
+    return mixed
 
 
 class Fitter(Trainer):

@@ -155,7 +155,12 @@ def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Ten
     if not isinstance(pixels, (np.ndarray, Tensor)):
         return torch.cat([resize(frame[None], size) for frame in pixels])
     frames = torch.as_tensor(pixels)
-    if frames.shape[-2:] != (size, size):
+    if min(frames.shape[-2:]) < size:
+        # enlarging, torch's 8-bit path is off by up to 2: its weights are coarse. In PIL's steps: across, round, down
+        for shape in ((frames.shape[-2], size), (size, size)):
+            wide = torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
+            frames = wide.round().clamp(0, 255).byte()
+    elif frames.shape[-2:] != (size, size):
         # PIL's path for channels that lie side by side is the fastest
         frames = frames.contiguous(memory_format=torch.channels_last)
         frames = torch.nn.functional.interpolate(frames, (size, size), mode="bicubic", antialias=True)

@@ -82,4 +82,7 @@ class LabelTower(nn.Module):
         states = self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # C×n×h
         if self.projection is not None:
             return self.projection(states[:, 0])
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        # sentence encoders put prompts that differ in one word almost on one spot (e5: cosine 0.95); their common
+        # part tells no class from another
+        return means - means.mean(0)

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from senticlip.config import Config
 from senticlip.losses import LOSSES
 from senticlip.models.peer import Peer, groups, masked_mean, mean_of
-from senticlip.structures import LABELS, Batch, Output, Sequence
-
-TASKS = {"text": "T", "audio": "A", "vision": "V"}
+from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
 
 class Perception(nn.Module):
@@ -68,7 +66,7 @@ class MMAF(Peer):
         parts = len(self.names) + len(self.pairs)
         self.gate = nn.Linear(parts * d, parts) if parts > 1 else None
         self.drop = nn.Dropout(o["dropout"])
-        tasks = {"fused": "M", **{name: TASKS[name] for name in self.names if TASKS[name] in o["tasks"]}}
+        tasks = {"fused": "M", **{name: OWN_LABEL[name] for name in self.names if OWN_LABEL[name] in o["tasks"]}}
         self.tasks = tasks
         self.heads = nn.ModuleDict({name: nn.Linear(d, len(LABELS)) for name in tasks})
         self.weigh: Any = LOSSES[config.loss](list(tasks)) if len(tasks) > 1 else None
