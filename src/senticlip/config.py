@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -12,8 +13,48 @@ import yaml
 
 from senticlip.structures import MODALITIES, TARGETS, UsageError
 
+Model = Literal["clip_ca_msa", "tfn", "lmf", "mult", "self_mm", "mmaf"]
+"""The names of ``models.MODELS``, told here without torch."""
+
 Trainable = Literal["frozen", "full"] | int
 """How much of an encoder learns: nothing, everything, or its top k layers."""
+
+MOST = math.inf
+RANGES: dict[str, tuple[float, float]] = {
+    "width": (1, MOST),
+    "heads": (1, MOST),
+    "layers": (1, MOST),
+    "dropout": (0, 0.99),
+    "focal_gamma": (0, MOST),
+    "seed": (0, 2**32 - 1),
+    "text.train": (1, MOST),
+    "text.lr": (0, MOST),
+    "text.max_length": (4, MOST),
+    "text.prefix_length": (1, MOST),
+    "vision.train": (1, MOST),
+    "vision.lr": (0, MOST),
+    "vision.frames": (1, MOST),
+    "vision.size": (8, MOST),
+    "vision.train_frames": (1, MOST),
+    "vision.augment": (0, MOST),
+    "audio.bands": (1, 128),
+    "audio.lr": (0, MOST),
+    "train.epochs": (1, MOST),
+    "train.batch_size": (1, MOST),
+    "train.accumulation": (1, MOST),
+    "train.lr": (0, MOST),
+    "train.scalar_lr": (0, MOST),
+    "train.weight_decay": (0, MOST),
+    "train.warmup": (0, 1),
+    "train.clip_norm": (0, MOST),
+    "train.label_smoothing": (0, 0.99),
+    "train.patience": (1, MOST),
+    "train.ema": (0, 0.99999),
+    "train.modality_dropout": (0, 1),
+    "train.recombine": (0, 1),
+}
+"""What a number may be, both ends included; every one is finite. A key that is left open (null, a word) is not meant.
+"""
 
 
 @dataclass
@@ -96,7 +137,7 @@ class Config:
     ["text"], "target": "T", "train.epochs": 5}}``); the encoders that they trained start the main one.
     """
 
-    model: str = "clip_ca_msa"
+    model: Model = "clip_ca_msa"
     modalities: list[str] = field(default_factory=lambda: ["text", "vision"])
     target: str = "M"
     protocol: Literal["official", "tenth", "video"] = "official"
@@ -120,7 +161,13 @@ class Config:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the fields against each other."""
+        """Check the numbers against RANGES, the fields against each other."""
+        for key, (low, high) in RANGES.items():
+            *section, name = key.split(".")
+            value = getattr(getattr(self, section[0]) if section else self, name)
+            if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
+                told = f"at least {low}" if high == MOST else f"from {low} to {high}"
+                raise UsageError(f"config key {key}: {value} — must be {told}")
         self.modalities = ["vision" if name == "video" else name for name in self.modalities]
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or not self.modalities or len(set(self.modalities)) != len(self.modalities):
@@ -131,10 +178,6 @@ class Config:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
-        for key, low in (("vision.frames", 1), ("text.max_length", 4), ("train.batch_size", 1), ("train.epochs", 1)):
-            section, name = key.split(".")
-            if getattr(getattr(self, section), name) < low:
-                raise UsageError(f"{key}: must be at least {low}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -148,16 +191,23 @@ class Config:
         """A new config with dotted keys changed, as in ``{"text.lr": 1e-4}``; an unknown key raises UsageError."""
         data = self.to_dict()
         for dotted, value in changes.items():
-            *path, last = dotted.split(".")
+            path = dotted.split(".")
+            # a stage keeps its keys dotted, as it is written: what it leaves out is the main training's
+            path = [*path[:2], ".".join(path[2:])] if path[0] == "stages" and len(path) > 2 else path
             place = data
-            for name in path:
-                place = place.setdefault(name, {}) if isinstance(place, dict) else {}
-            place[last] = value
+            for i, name in enumerate(path[:-1]):
+                place = place.setdefault(name, {})
+                if not isinstance(place, dict):
+                    raise UsageError(f"unknown config key {dotted}: {'.'.join(path[: i + 1])} has no keys below it")
+            place[path[-1]] = value
         return from_dict(data)
 
     def stage(self, name: str) -> Config:
-        """The config of one preceding training."""
-        return self.override({"stages": {}, **self.stages[name]})
+        """The config of one preceding training; what is wrong with it is told by its name."""
+        try:
+            return self.override({"stages": {}, **self.stages[name]})
+        except UsageError as error:
+            raise UsageError(f"stages.{name}: {error}") from None
 
 
 def from_dict(data: dict[str, Any]) -> Config:
@@ -169,18 +219,24 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``a.b=c`` overrides (their values are YAML, too).
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key, a value of the wrong type, or parts that do not fit.
+        UsageError: no such file, not YAML, an unknown key, a value of the wrong type or out of its range, parts that
+            do not fit; in a stage, too.
     """
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path}: not YAML — {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected keys and values")
-    return from_dict(data).override(parse_overrides(overrides or []))
+    config = from_dict(data).override(parse_overrides(overrides or []))
+    for name in config.stages:
+        config.stage(name)
+    return config
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -221,7 +277,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     options = [] if get_origin(kind) is Literal else list(get_args(kind))
     if get_origin(kind) in (list, dict):
         if isinstance(value, get_origin(kind)):
-            return value
+            inner = get_args(kind)[-1]  # the stages are dicts of dicts
+            return {k: _value(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
         raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {value!r}")
     for option in options or [kind]:
         if get_origin(option) is Literal and value in get_args(option):

@@ -1,0 +1,144 @@
+"""The experiment's file: what is taken, what is refused in one line, and that no torch is needed to say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from senticlip import config as configs
+from senticlip.config import RANGES, Config, from_dict, load
+from senticlip.structures import UsageError
+from senticlip.tables import EXPERIMENTS, load_preset, row_changes
+
+PRESETS = ["paper", "small", "tiny"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "e.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads_and_its_resolved_form_is_the_same(name, tmp_path):
+    config = load_preset(name)
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_row_of_a_table_is_a_change_of_a_preset(path):
+    changes = row_changes(f"{path.parent.name}/{path.name}")
+    assert changes
+    for preset in PRESETS:
+        config = load_preset(preset).override(changes)
+        assert all(config.stage(name).stages == {} for name in config.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model=foo", "config key model: 'foo' is not one of clip_ca_msa, tfn, lmf, mult, self_mm, mmaf"),
+        ("heads=0", "config key heads: 0 — must be at least 1"),
+        ("heads=-4", "config key heads: -4 — must be at least 1"),
+        ("width=0", "config key width: 0 — must be at least 1"),
+        ("layers=0", "config key layers: 0 — must be at least 1"),
+        ("width=10", "width: 10 cannot be divided among heads: 4"),
+        ("dropout=5", "config key dropout: 5.0 — must be from 0 to 0.99"),
+        ("seed=-1", "config key seed: -1 — must be from 0 to 4294967295"),
+        ("text.max_length=3", "config key text.max_length: 3 — must be at least 4"),
+        ("text.train=0", "config key text.train: 0 — must be at least 1"),
+        ("vision.size=0", "config key vision.size: 0 — must be at least 8"),
+        ("vision.frames=0", "config key vision.frames: 0 — must be at least 1"),
+        ("vision.train_frames=0", "config key vision.train_frames: 0 — must be at least 1"),
+        ("train.accumulation=0", "config key train.accumulation: 0 — must be at least 1"),
+        ("train.ema=2", "config key train.ema: 2.0 — must be from 0 to 0.99999"),
+        ("train.lr=.nan", "config key train.lr: nan — must be at least 0"),
+        ("train.lr=.inf", "config key train.lr: inf — must be at least 0"),
+        ("train.recombine=3", "config key train.recombine: 3.0 — must be from 0 to 1"),
+        ("train.epochs=1.5", "config key train.epochs: 1.5 is not one of int"),
+        ("seed.x=1", "unknown config key seed.x: seed has no keys below it"),
+        ("text.encoder.x=1", "unknown config key text.encoder.x: text.encoder has no keys below it"),
+        ("label.names.x=1", "unknown config key label.names.x: label.names has no keys below it"),
+        ("text.encodr=x", "unknown config key text.encodr — did you mean text.encoder?"),
+        ("foo.bar=1", "unknown config key foo"),
+        ("stages.text=3", "config key stages.text: expected a dict, not 3"),
+        ("stages.text.widht=8", "stages.text: unknown config key widht — did you mean width?"),
+        ("stages.text.train.epochs=0", "stages.text: config key train.epochs: 0 — must be at least 1"),
+        ("stages.text.head=none", "stages.text: config key head: 'none' is not one of similarity, linear"),
+        ("modalities=[smell]", "modalities: ['smell'] — choose distinct ones of text, vision, audio"),
+        ("target=Q", "target: 'Q' — choose one of M, T, A, V"),
+        ("label.prompt=x", "label.prompt needs a {}"),
+        ("width", "--set width: expected KEY=VALUE"),
+        ("width=[", "--set width=[: the value is not YAML"),
+    ],
+)
+def test_what_cannot_be_is_told_at_once(change, said):
+    with pytest.raises(UsageError, match=re.escape(said)) as error:
+        load(EXPERIMENTS / "tiny.yaml", [change])
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_none(file, tmp_path):
+    for text, said in [("a: [", "not YAML"), ("- 1", "expected keys and values"), ("text: 3", "text: expected keys")]:
+        with pytest.raises(UsageError, match=said):
+            load(file(text))
+    file("").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="not YAML"):
+        load(tmp_path / "e.yaml")
+    with pytest.raises(UsageError, match="no such config file"):
+        load(tmp_path)
+
+
+def test_every_number_has_a_range_and_every_range_a_key():
+    numbers = set()
+    for field in dataclasses.fields(Config):
+        value = getattr(Config(), field.name)
+        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else []
+        for name, kind in [(field.name, field.type), *((f"{field.name}.{f.name}", f.type) for f in inner)]:
+            if re.search(r"\b(int|float|Trainable)\b", str(kind)):
+                numbers.add(name)
+    assert numbers == set(RANGES)
+
+
+def test_the_ends_of_a_range_are_in_it():
+    assert Config(dropout=0.99).dropout == 0.99
+    changes = {"train.warmup": 1, "train.ema": 0, "vision.size": None, "text.train": "full", "train.lr": "1e-4"}
+    assert Config().override(changes).train.lr == 1e-4
+
+
+def test_a_stage_is_the_main_training_with_its_own_keys(file):
+    plain = file("width: 64\nheads: 4\nstages:\n  text:\n    modalities: [text]\n    train: {epochs: 3, lr: 0.1}\n")
+    assert load(plain).stage("text").train.lr == 0.1
+    changed = load(plain, ["stages.text.train.epochs=9", "stages.text.dropout=0.5", "width=32"]).stage("text")
+    assert (changed.train.epochs, changed.train.lr, changed.dropout, changed.width) == (9, 0.1, 0.5, 32)
+    dotted = load(EXPERIMENTS / "tiny.yaml", ["stages.text.train.epochs=2"]).stage("text")
+    assert (dotted.train.epochs, dotted.train.patience, dotted.train.lr) == (2, 40, load_preset("tiny").train.lr)
+
+
+def test_an_override_leaves_the_config_it_came_from():
+    config = Config()
+    config.override({"text.lr": 1.0, "stages.a.width": 8, "options.x": 1})
+    assert config == Config() == from_dict(yaml.safe_load(Config().to_yaml()))
+
+
+def test_model_names_are_those_that_there_are():
+    from typing import get_args
+
+    from senticlip.models import MODELS
+
+    assert get_args(configs.Model) == tuple(MODELS)
+
+
+def test_a_config_needs_no_torch():
+    script = "import sys, senticlip.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
