@@ -77,6 +77,7 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("stages.text.head=none", "stages.text: config key head: 'none' is not one of similarity, linear"),
         ("modalities=[smell]", "modalities: ['smell'] — choose distinct ones of text, vision, audio"),
         ("target=Q", "target: 'Q' — choose one of M, T, A, V"),
+        ("text.prefix_text=' '", "text.prefix_text: empty"),
         ("label.prompt=x", "label.prompt needs a {}"),
         ("width", "--set width: expected KEY=VALUE"),
         ("width=[", "--set width=[: the value is not YAML"),

@@ -178,6 +178,8 @@ class Config:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
+        if self.prompt != "none" and not self.text.prefix_text.strip():
+            raise UsageError("text.prefix_text: empty — the prompt starts from its words; prompt: none does without")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

@@ -23,22 +23,33 @@ def setup(threads: int | None = None) -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores())
+    torch.set_num_threads(threads or _asked() or cores())
     torch.set_float32_matmul_precision("high")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
+def _asked() -> int:
+    """OMP_NUM_THREADS, which may be empty or a list with a number for each level; 0: not said."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 def device(name: str | None = None) -> Any:
-    """The torch device: the one asked for, else a GPU if there is one."""
+    """The torch device: the one asked for, else a GPU if there is one.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
     import torch
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {name}: no CUDA GPU is visible here; use --device cpu")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device {name}: choose cpu, cuda or cuda:N") from None
+        found = torch.device(name)
+        torch.zeros(1, device=found).tolist()  # a name may be well formed and nothing be behind it
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: cannot be used here ({reason}) — choose cpu, cuda or cuda:N") from None
+    return found

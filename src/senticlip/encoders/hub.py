@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import socket
+import threading
 import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from senticlip.structures import UsageError
+from senticlip.structures import UsageError, UserError
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SHIPPED = "senticlip/"
@@ -58,12 +63,13 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def fetch(name: str, key: str) -> Path:
+def fetch(name: str, key: str, advice: str | None = None) -> Path:
     """The local folder of an encoder: ``name`` itself if it is one, else the hub's snapshot, from disk if it is there.
 
     Args:
         name: a folder or a hub id.
         key: the config key it came from, for the message.
+        advice: what to do where there is none; by default, how to set ``key``.
 
     Raises:
         UsageError: no such folder or hub id, or no network (at once: the hub's own retries take minutes).
@@ -72,30 +78,82 @@ def fetch(name: str, key: str) -> Path:
         return Path(__file__).parents[1] / name.removeprefix(SHIPPED)
     if Path(name).is_dir():
         return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UsageError(f"{key}: no folder {name} — give a folder with config.json or a hub id")
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UsageError(f"{key}: no folder {name} — give a folder with config.json or a hub id") from None
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        if has_weights(folder):  # a killed download leaves a snapshot without them
+            return folder
+    except OSError:
         pass
-    hub = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     random = f"--set {key.rsplit('.')[0]}.pretrained=false"
-    advice = f"set a local folder instead: --set {key}=FOLDER (or random weights: {random})"
+    advice = advice or f"set a local folder instead: --set {key}=FOLDER (or random weights: {random})"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UsageError(f"{key}: {name} is not on this disk and HF_HUB_OFFLINE is set; {advice}")
-    try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=5).close()
-    except OSError:
-        raise UsageError(f"{key}: {name} is not on this disk and {hub.hostname} cannot be reached; {advice}") from None
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not reachable(hub):
+        raise UsageError(f"{key}: {name} is not on this disk and {hub} cannot be reached; {advice}")
     try:
         files = list_repo_files(name)
         weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", weights]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
+        # the hub's own errors, the network library's, the disk's
         raise UsageError(f"{key}: the hub has no {name} for you ({type(error).__name__}); {advice}") from None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether an encoder's weights are in a folder: one file of them, or all those that an index names."""
+    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        return True
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if all((folder / name).is_file() for name in shards):
+            return True
+    return False
+
+
+def reachable(url: str, seconds: float = 5.0) -> bool:
+    """Whether anything listens at a URL (at the proxy before it, if there is one), known after so many seconds.
+
+    In a thread that may be left behind: looking up a name has no time limit, and each address of a name has its own.
+    """
+    scheme = urllib.parse.urlparse(url).scheme
+    place = urllib.parse.urlparse(urllib.request.getproxies().get(scheme, url))
+    port = place.port or (80 if place.scheme == "http" else 443)
+    answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((place.hostname or "", port), seconds).close()
+            answer.put(True)
+        except OSError:
+            answer.put(False)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        return answer.get(timeout=seconds)
+    except queue.Empty:
+        return False
+
+
+@contextmanager
+def loading(folder: Path, key: str) -> Iterator[None]:
+    """What the libraries raise over weights that are missing or broken, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # each library, and each format, fails in a way of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}: no weights can be read from {folder} ({reason}) — fetch them again") from error
 
 
 def read_config(folder: Path, key: str) -> dict[str, Any]:
@@ -107,11 +165,17 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
 
 
 def hf_config(data: dict[str, Any]) -> Any:
-    """A transformers config from plain data (its ``model_type`` says which)."""
+    """A transformers config from plain data (its ``model_type`` says which); everything is built in float32."""
     from transformers import AutoConfig
 
-    rest = {name: value for name, value in data.items() if name not in ("model_type", "architectures", "dtype")}
+    rest = {name: value for name, value in _without_dtype(data).items() if name not in ("model_type", "architectures")}
     return AutoConfig.for_model(data["model_type"], **rest)
+
+
+def _without_dtype(data: dict[str, Any]) -> dict[str, Any]:
+    """``dtype``, and its older name, would have the architecture built in half precision; its parts have one, too."""
+    kept = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype")}
+    return {name: _without_dtype(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def load_pretrained(module: Any, weights: dict[str, Any], key: str) -> None:

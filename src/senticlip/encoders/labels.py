@@ -16,7 +16,11 @@ from senticlip.encoders.text import build_body, load_body
 
 
 class LabelEncoder(nn.Module):
-    """The C label vectors. CLIP: [CLS] state × text projection, no pooler; other encoders: the mean of the states.
+    """The C label vectors.
+
+    CLIP: the [CLS] state × the text projection, no pooler, as its own ``get_text_features``. Other encoders: the mean
+    of the states, less the mean of the C vectors (a reading of ours): sentence encoders put prompts that differ in one
+    word almost on one spot (e5: cosine 0.95), and what they share tells no class from another.
 
     Args:
         spec: of the encoder; ``clip`` is true for a Chinese-CLIP model.
@@ -83,6 +87,4 @@ class LabelTower(nn.Module):
         if self.projection is not None:
             return self.projection(states[:, 0])
         means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        # sentence encoders put prompts that differ in one word almost on one spot (e5: cosine 0.95); their common
-        # part tells no class from another
         return means - means.mean(0)

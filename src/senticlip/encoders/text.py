@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senticlip.config import TextConfig
 from senticlip.encoders import hub
-from senticlip.structures import Sequence, UsageError
+from senticlip.structures import Sequence, UsageError, UserError
 
 
 def build_body(spec: dict[str, Any]) -> Any:
@@ -35,12 +35,13 @@ def load_body(folder: Path, key: str = "text.encoder") -> Any:
 
     spec = hub.read_config(folder, key)
     body = build_body(spec)
-    if spec.get("model_type") == "chinese_clip":
-        source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32).text_model
-    else:
-        pooler = {"add_pooling_layer": False} if getattr(body, "pooler", True) is None else {}
-        source = AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler)
-    hub.load_pretrained(body, source.state_dict(), key)
+    with hub.loading(folder, key):
+        if spec.get("model_type") == "chinese_clip":
+            source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32).text_model
+        else:
+            pooler = {"add_pooling_layer": False} if getattr(body, "pooler", True) is None else {}
+            source = AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler)
+        hub.load_pretrained(body, source.state_dict(), key)
     return body
 
 
@@ -67,11 +68,24 @@ def spec_width(spec: dict[str, Any]) -> int:
 
 
 def load_tokenizer(folder: Path | None) -> Any:
-    """The tokenizer of a folder; without one, a character tokenizer that covers the common Chinese characters."""
+    """The tokenizer of a folder; without one, a character tokenizer that covers the common Chinese characters.
+
+    It pads at the right, whatever the folder says: rows are trimmed there.
+
+    Raises:
+        UserError: there is none in the folder, or it cannot be read.
+    """
     from transformers import AutoTokenizer, BertTokenizer
 
     if folder is not None:
-        return AutoTokenizer.from_pretrained(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: the tokenizer's folder is missing — copy it from where the weights came from")
+        try:
+            return AutoTokenizer.from_pretrained(folder, padding_side="right")
+        except Exception as error:
+            # each kind of tokenizer fails in a way of its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{folder}: no tokenizer can be read here ({reason}) — fetch the folder again") from error
     characters = [
         chr(code)
         for code in (*range(0x21, 0x7F), *range(0x3000, 0x3020), *range(0x4E00, 0x9FA6), *range(0xFF01, 0xFF20))

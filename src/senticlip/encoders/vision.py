@@ -105,19 +105,20 @@ class VisionEncoder(nn.Module):
 
     def load_folder(self, folder: Path) -> None:
         """Load the folder's weights."""
-        if self.kind == "chinese_clip":
-            from transformers import ChineseCLIPModel
+        with hub.loading(folder, "vision.encoder"):
+            if self.kind == "chinese_clip":
+                from transformers import ChineseCLIPModel
 
-            source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32)
-            hub.load_pretrained(self.body, source.vision_model.state_dict(), "vision.encoder")
-            self.projection.load_state_dict(source.visual_projection.state_dict())
-        else:
-            import timm
+                source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32)
+                hub.load_pretrained(self.body, source.vision_model.state_dict(), "vision.encoder")
+                self.projection.load_state_dict(source.visual_projection.state_dict())
+            else:
+                import timm
 
-            # timm fits position embeddings to the image size, so it does the loading
-            fitted = {"img_size": self.size} if _takes_size(self.body) else {}
-            source = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **fitted)
-            hub.load_pretrained(self.body, source.state_dict(), "vision.encoder")
+                # timm fits position embeddings to the image size, so it does the loading
+                fitted = {"img_size": self.size} if _takes_size(self.body) else {}
+                source = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **fitted)
+                hub.load_pretrained(self.body, source.state_dict(), "vision.encoder")
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """N×3×H×W in 0 … 255 → what the network was trained on."""

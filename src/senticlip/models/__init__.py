@@ -32,9 +32,7 @@ MODELS: dict[str, Any] = {
 
 
 def network_class(name: str) -> type[nn.Module]:
-    """The network of a name; an unknown one lists those there are."""
-    if name not in MODELS:
-        raise UsageError(f"model: no {name!r} — choose one of {', '.join(MODELS)}")
+    """The network of a name; config.py knows the names, too, and refuses another."""
     return MODELS[name]
 
 
@@ -46,16 +44,17 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
         dims: feature widths of the modalities that come as features (feature files, audio): they get no encoder.
 
     Raises:
-        UsageError: an unknown model, an encoder that cannot be had, parts that do not fit.
+        UsageError: an encoder that cannot be had, parts that do not fit.
     """
-    network_class(config.model)
     widths = {name: width for name, width in (dims or {}).items() if name in config.modalities}
     parts: dict[str, Any] = {}
     folders: dict[str, Any] = {}
     tokens: dict[str, torch.Tensor] = {}
+    tokenizer = None
     if "text" in config.modalities and "text" not in widths:
         spec, folders["text"] = text_encoder.text_spec(config.text)
-        tokens["prompt"] = _words(text_encoder.load_tokenizer(folders["text"]), config.text.prefix_text)
+        tokenizer = text_encoder.load_tokenizer(folders["text"])
+        tokens["prompt"] = _words(tokenizer, config.text.prefix_text)
         parts["text"] = {"spec": spec, "prompt_length": len(tokens["prompt"])}
     if "vision" in config.modalities and "vision" not in widths:
         spec, folders["vision"] = vision_encoder.vision_spec(config.vision)
@@ -70,26 +69,28 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
     if "vision" in parts:
         widths["vision"] = parts["vision"]["spec"]["dim"]
     model = SentimentModel(SenticlipConfig(config.to_dict(), parts, widths))
+    model.tokenizer = tokenizer
     _start(model, parts, folders, tokens)
     return model
 
 
 def _words(tokenizer: Any, text: str) -> torch.Tensor:
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
 def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], Any, torch.Tensor, torch.Tensor]:
-    """Spec, folder and prompt ids of the label encoder that LabelConfig tells."""
-    label, vision = config.label, config.vision
+    """Spec, folder of the weights (None: random ones) and prompt ids of the label encoder that LabelConfig tells."""
+    label = config.label
+    source: Any
+    key, source = "label.encoder", label
     if label.encoder is None:
         clip = parts.get("vision", {}).get("spec", {}).get("kind") == "chinese_clip"
-        source = vision if clip else config.text
-        spec, folder = text_encoder.text_spec(source, "vision.encoder" if clip else "text.encoder")
-    else:
-        spec, folder = text_encoder.text_spec(label, "label.encoder")
-    prompts: list[str | None] = [label.prompt.format(name) for name in label.names]
+        key, source = ("vision.encoder", config.vision) if clip else ("text.encoder", config.text)
+    spec, folder = text_encoder.text_spec(source, key)
+    prompts: list[str | None] = [label.prompt.replace("{}", str(name)) for name in label.names]
     ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder), prompts, 52)
-    return {"spec": spec, "shape": list(ids.shape)}, folder, ids, mask
+    weights = folder if label.pretrained and source.pretrained else None
+    return {"spec": spec, "shape": list(ids.shape)}, weights, ids, mask
 
 
 def _start(
@@ -104,6 +105,4 @@ def _start(
     if "vision" in parts and folders["vision"] is not None:
         model.encoders["vision"].load_folder(folders["vision"])  # type: ignore[operator]
     if "label" in parts:
-        pretrained = model.experiment.label.pretrained
-        folder = folders["label"] if pretrained else None
-        model.network.labels.start(parts["label"]["spec"], folder, tokens["label"], tokens["label_mask"])
+        model.network.labels.start(parts["label"]["spec"], folders["label"], tokens["label"], tokens["label_mask"])

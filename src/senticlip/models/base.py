@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from senticlip.config import Config, from_dict
-from senticlip.encoders.text import TextEncoder
+from senticlip.encoders import hub
+from senticlip.encoders.text import TextEncoder, load_tokenizer
 from senticlip.encoders.vision import VisionEncoder
 from senticlip.structures import Batch, Output, Sequence, UsageError, UserError
 
@@ -38,17 +40,21 @@ class SenticlipConfig(PreTrainedConfig):
         self.format_version = format_version
 
 
-def train_part(module: nn.Module, how: str | int) -> None:
-    """Let nothing, everything or the top k layers of an encoder learn, with what comes after them."""
+def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
+    """Let nothing, everything or the top k layers of an encoder learn, with what comes after them.
+
+    Raises:
+        UsageError: it has fewer layers.
+    """
     for parameter in module.parameters():
         parameter.requires_grad_(how == "full")
     if not isinstance(how, int):
         return
-    layers = max(
-        (m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential)), key=_weight, default=None
-    )
-    if layers is None or not 0 < how <= len(layers):
-        raise UsageError(f"train: top {how} layers of an encoder that has {len(layers or [])}")
+    stacks = [stack for part in module.modules() if (stack := _stack(part))]
+    # the stack of several layers that holds most of the parameters; ALBERT has one layer only
+    layers = max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
+    if not 0 < how <= len(layers):
+        raise UsageError(f"{key}: top {how} layers of an encoder that has {len(layers)}")
     names = {id(p) for p in layers[len(layers) - how].parameters()}
     learning = False
     for parameter in module.parameters():  # in the order of definition, which is the order of depth
@@ -56,15 +62,40 @@ def train_part(module: nn.Module, how: str | int) -> None:
         parameter.requires_grad_(learning)
 
 
-def _weight(layers: nn.Module) -> tuple[bool, int]:
-    """The stack of layers of an encoder: the list of several modules that holds most of the parameters."""
-    return len(list(layers.children())) > 1, sum(p.numel() for p in layers.parameters())
+def _stack(module: nn.Module) -> list[nn.Module]:
+    """The layers of a module, one after the other: a list's items, or lists of a kind side by side (ResNet's layer1 …
+    layer4, but not its stem)."""
+    lists = nn.ModuleList | nn.Sequential
+    parts = [part for part in module.children() if _size(part)]  # an activation is no layer
+    if isinstance(module, lists):
+        return parts
+    kinds: dict[type, list[nn.Module]] = {}
+    for part in parts:
+        if isinstance(part, lists):
+            kinds.setdefault(type(part[0]), []).append(part)
+    return max(kinds.values(), key=lambda kind: sum(map(_size, kind)), default=[])
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def run_folder(run: str | Path) -> Path:
+    """The local folder of a RUN: itself, or the snapshot of a hub id.
+
+    Raises:
+        UsageError: neither.
+    """
+    if Path(run).is_dir():
+        return Path(run)
+    return hub.fetch(str(run), "RUN", "give a folder that senticlip train wrote")
 
 
 class SentimentModel(PreTrainedModel):
     """``encode`` (token ids, pixels → features), then ``fuse`` (features → Output); ``forward`` does both.
 
     What is features already (float) passes the encoders, so cached features and raw input take one path.
+    ``tokenizer`` is what its text encoder reads with (None without one); it is saved, loaded and pushed with the model.
     """
 
     config_class = SenticlipConfig
@@ -74,6 +105,7 @@ class SentimentModel(PreTrainedModel):
         super().__init__(config)
         from senticlip.models import network_class
 
+        self.tokenizer: Any = None
         self.experiment = experiment = from_dict(config.experiment)
         encoders = config.encoders
         self.encoders = nn.ModuleDict()
@@ -87,7 +119,7 @@ class SentimentModel(PreTrainedModel):
         encoder: Any
         for name, encoder in self.encoders.items():
             how = getattr(experiment, name).train
-            train_part(encoder.body, how)
+            train_part(encoder.body, how, f"{name}.train")
             if how == "frozen" and (name == "vision" or self._settled(name)):
                 encoder.requires_grad_(False)
         self.post_init()
@@ -106,27 +138,47 @@ class SentimentModel(PreTrainedModel):
         """Load a saved model from a folder or a hub id, exactly: every parameter and buffer, or an error.
 
         transformers' own loader builds on ``meta`` and leaves what a file lacks as uninitialised memory.
-        """
-        path = Path(folder)
-        if not path.is_dir():
-            from senticlip.encoders.hub import fetch
 
-            path = fetch(str(folder), "RUN")
+        Raises:
+            UsageError: no such folder or hub id, no model in it. UserError: a file of it is broken or missing.
+        """
+        path = run_folder(folder)
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
             raise UsageError(
                 f"{path}: no trained model here (config.json and model.safetensors) — senticlip train makes one"
             )
-        config = SenticlipConfig.from_pretrained(path)
-        if config.model_type != "senticlip" or config.format_version > FORMAT:
-            raise UserError(
-                f"{path}: format {config.format_version} of {config.model_type!r}; this senticlip reads up to {FORMAT}"
-            )
-        model = cls(config)
+        model = cls._described(path)
         try:
             model.load_state_dict(load_file(path / "model.safetensors"))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f"{path}/model.safetensors does not fit its config: {str(error).splitlines()[0]}") from None
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            file, reason = path / "model.safetensors", str(error).splitlines()[0]
+            raise UserError(f"{file}: broken, or not its config's ({reason}) — copy it again") from None
+        if "text" in model.encoders:
+            model.tokenizer = load_tokenizer(path / "tokenizer")
         return model.eval()
+
+    @classmethod
+    def _described(cls, path: Path) -> SentimentModel:
+        """The architecture that a folder's config.json describes."""
+        try:
+            config = SenticlipConfig.from_pretrained(path)
+            if config.model_type != "senticlip" or config.format_version > FORMAT:
+                raise UserError(
+                    f"format {config.format_version} of {config.model_type!r}; this senticlip reads up to {FORMAT}"
+                )
+            return cls(config)
+        except UserError as error:
+            raise UserError(f"{path}/config.json: {error}") from None
+        except Exception as error:
+            # a broken description can fail anywhere
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UserError(f"{path}/config.json: describes no model ({reason}) — copy it again") from error
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config, weights and, in ``tokenizer/``, the tokenizer; ``push_to_hub`` sends what this writes."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
 
     def train(self, mode: bool = True) -> SentimentModel:
         """What does not learn stays in eval mode: its dropout and its batch norms must not move."""
