@@ -5,26 +5,34 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from senticlip import metrics
 from senticlip.checkpoint import as_probabilities, outputs, write_text
-from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
 from senticlip.predictor import Predictor
 from senticlip.sources import clip_set
-from senticlip.structures import LABELS, SURFACE, Output, UserError
+from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError
+
+
+class Answers(NamedTuple):
+    """What a run says about each clip of a split, beside what is true: class indices, in the order of the clips."""
+
+    clips: list[Clip]
+    truth: np.ndarray
+    predicted: np.ndarray
+    result: dict[str, Any]
 
 
 def evaluate(
     run: str | Path, data: str | Path, split: str = "test", device: str | None = None, target: str | None = None
 ) -> dict[str, Any]:
-    """Metrics of a run on a split; writes ``RUN/predictions-<split>.csv``.
+    """Metrics of a run on a split; writes ``RUN/predictions-<split>.csv`` (nothing where RUN is a hub id).
 
     Args:
-        run: the checkpoint folder.
+        run: the checkpoint folder, or a hub id.
         data: a CH-SIMS folder or a CSV of one's own.
         split: train, valid or test.
         device: cpu, cuda, cuda:N.
@@ -34,7 +42,16 @@ def evaluate(
         accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n; ``interval`` (95 %
         bootstrap of accuracy); ``heads`` (each head alone) and ``equal_weights``; a regression model's
         scores, too.
+
+    Raises:
+        UsageError: no such run, split, device or target. UserError: the data cannot be read, or has no such label.
     """
+    return _answers(run, data, split, device, target).result
+
+
+def _answers(run: str | Path, data: str | Path, split: str, device: str | None, target: str | None) -> Answers:
+    if target is not None and target not in TARGETS:
+        raise UsageError(f"--target {target}: choose one of {', '.join(TARGETS)}")
     predictor = Predictor(run, device)
     config = predictor.config
     target = target or config.target
@@ -51,23 +68,28 @@ def evaluate(
         alone = {SURFACE[name]: logits.argmax(-1).numpy() for name, logits in heads.items()}
         result["heads"] = {name: _short(truth, predicted) for name, predicted in alone.items()}
         result["equal_weights"] = _short(truth, sum(heads.values()).argmax(-1).numpy())
-    write_text(Path(run) / f"predictions-{split}.csv", _table(rows, output, truth))
-    return result
+    if Path(run).is_dir():
+        write_text(Path(run) / f"predictions-{split}.csv", _table(clips, output, truth))
+    return Answers(clips, truth, _predicted(output), result)
 
 
 def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     """All metrics of an output against class indices and label scores."""
+    predicted, probabilities = _predicted(output), as_probabilities(output)
+    result = metrics.classification(truth, predicted, probabilities)
     if output.score is not None:
-        found = output.score.numpy()
-        predicted = metrics.score_class(found)
-        result = metrics.classification(truth, predicted) | metrics.regression(scores, found)
-    else:
-        probabilities = as_probabilities(output)
-        assert probabilities is not None
-        predicted = probabilities.argmax(-1)
-        result = metrics.classification(truth, predicted, probabilities)
+        result |= metrics.regression(scores, output.score.numpy())
     low, high = metrics.bootstrap_interval(truth, predicted)["accuracy"]
     return result | {"interval": [low, high]}
+
+
+def _predicted(output: Output) -> np.ndarray:
+    """The class index of each row."""
+    probabilities = as_probabilities(output)
+    if probabilities is not None:
+        return probabilities.argmax(-1)
+    assert output.score is not None
+    return metrics.score_class(output.score.numpy())
 
 
 def _short(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -75,39 +97,38 @@ def _short(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return {name: found[name] for name in ("accuracy", "macro_f1")}
 
 
-def _table(rows: ClipSet, output: Output, truth: np.ndarray) -> str:
+def _table(clips: list[Clip], output: Output, truth: np.ndarray) -> str:
     """id, text, truth, predicted, a probability per class (or the score)."""
     text = io.StringIO()
     writer = csv.writer(text)
-    probabilities = as_probabilities(output)
-    writer.writerow(["id", "text", "truth", "predicted", *(LABELS if probabilities is not None else ["score"])])
-    for i, clip in enumerate(rows.clips):
-        if probabilities is not None:
-            predicted, values = int(probabilities[i].argmax()), [f"{p:.6f}" for p in probabilities[i]]
-        else:
-            assert output.score is not None
-            predicted, values = int(metrics.score_class(output.score[i].numpy())), [f"{output.score[i]:.6f}"]
-        writer.writerow([clip.id, clip.text or "", LABELS[truth[i]], LABELS[predicted], *values])
+    values = as_probabilities(output)
+    columns = list(LABELS) if values is not None else ["score"]
+    if values is None:
+        assert output.score is not None
+        values = output.score.numpy()[:, None]
+    writer.writerow(["id", "text", "truth", "predicted", *columns])
+    for clip, true, found, row in zip(clips, truth, _predicted(output), values, strict=True):
+        writer.writerow([clip.id, clip.text or "", LABELS[true], LABELS[found], *(f"{value:.6f}" for value in row)])
     return text.getvalue()
 
 
-def compare(run_a: str | Path, run_b: str | Path, data: str | Path, split: str = "test") -> dict[str, Any]:
+def compare(
+    run_a: str | Path,
+    run_b: str | Path,
+    data: str | Path,
+    split: str = "test",
+    device: str | None = None,
+    target: str | None = None,
+) -> dict[str, Any]:
     """Two runs on the same clips: both metrics, the difference A − B and its paired bootstrap.
 
     Raises:
-        UserError: the runs split the data differently, so that their clips are not the same.
+        UserError: the runs split the data differently, so that their clips are not the same, or were trained for
+            different labels and no ``target`` is given.
     """
-    results = [evaluate(run, data, split) for run in (run_a, run_b)]
-    tables = [_read(Path(run) / f"predictions-{split}.csv") for run in (run_a, run_b)]
-    if [row["id"] for row in tables[0]] != [row["id"] for row in tables[1]]:
+    a, b = (_answers(run, data, split, device, target) for run in (run_a, run_b))
+    if [clip.id for clip in a.clips] != [clip.id for clip in b.clips]:
         raise UserError(f"{run_a} and {run_b} split {data} differently (protocol, seed or target): nothing to compare")
-    truth, a, b = (
-        np.array([LABELS.index(row[k]) for row in t])
-        for t, k in zip(tables[:1] + tables, ("truth", "predicted", "predicted"), strict=True)
-    )
-    return {"a": results[0], "b": results[1], "difference": metrics.paired_bootstrap(truth, a, b)}
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    if (a.truth != b.truth).any():
+        raise UserError(f"{run_a} and {run_b} were trained for different labels — choose one with --target")
+    return {"a": a.result, "b": b.result, "difference": metrics.paired_bootstrap(a.truth, a.predicted, b.predicted)}

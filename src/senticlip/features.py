@@ -13,7 +13,7 @@ from senticlip.data.audio import audio_store
 from senticlip.data.loader import Rows
 from senticlip.data.mmsa import LABELS, SPLITS, write_features
 from senticlip.data.sims import read_clips
-from senticlip.encoders.text import load_tokenizer, text_spec, tokenize
+from senticlip.encoders.text import tokenize
 from senticlip.models import create_model
 from senticlip.sources import cache_root, clip_set
 from senticlip.structures import LABELS as CLASSES
@@ -59,8 +59,7 @@ def features(
     if lost:
         raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split, a feature file needs both")
     model = create_model(config).to(runtime.device(device)).eval()
-    tokenizer = load_tokenizer(text_spec(config.text)[1])
-    found = clip_set(clips, model, tokenizer)
+    found = clip_set(clips, model, model.tokenizer)
     stores = {**found.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
     splits = {}
     for split in SPLITS:
@@ -69,7 +68,7 @@ def features(
         splits[split] = {
             "id": [clip.id.replace("/", "$_$") for clip in chosen],
             "raw_text": [clip.text or "" for clip in chosen],
-            "text_bert": _tokens(tokenizer, chosen, config.text.max_length),
+            "text_bert": _tokens(model.tokenizer, chosen, config.text.max_length),
             **_labels(chosen),
         }
         for name, store in stores.items():

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from senticlip import runtime
+from senticlip.data.audio import log_mel, read_audio
 from senticlip.data.loader import ArrayRows, Rows, to_batch
 from senticlip.data.video import Frames, read_frames
-from senticlip.encoders.text import load_tokenizer, tokenize
+from senticlip.encoders.text import tokenize
 from senticlip.metrics import score_class
-from senticlip.models.base import SentimentModel
+from senticlip.models.base import SentimentModel, run_folder
 from senticlip.precision import disagreement, probe, reduced
+from senticlip.sources import hears
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError
 
 
@@ -29,7 +31,10 @@ class Predictor:
     """``predictor("clip.mp4", text="…")`` → Prediction; video or text may be left out.
 
     ``precision``: fp32, bf16 or int8; ``disagreement`` says what the reduced ones change on made input (senticlip
-    export RUN --data DIR says what on yours).
+    export RUN --data DIR says what on yours). ``run`` is the folder (of a hub id: its snapshot) or the ONNX file.
+
+    Raises:
+        UsageError: no such RUN, device or precision. UserError: a file of the RUN is broken or missing.
     """
 
     def __init__(self, run: str | Path, device: str | None = None, precision: str = "fp32") -> None:
@@ -46,9 +51,10 @@ class Predictor:
             self.model = OnnxModel(self.run)
             self.tokenizer = self.model.tokenizer()
         else:
-            self.model = SentimentModel.from_pretrained(run).to(runtime.device(device))
-            if "text" in self.model.encoders:
-                self.tokenizer = load_tokenizer(self.run / "tokenizer")
+            where = runtime.device(device)
+            self.run = run_folder(run)
+            self.model = SentimentModel.from_pretrained(self.run).to(where)
+            self.tokenizer = self.model.tokenizer
         self.config = self.model.experiment
         if precision != "fp32":
             self._reduce(precision)
@@ -81,16 +87,18 @@ class Predictor:
             yield from self.predictions(self.output(self.batch(chunk)))
 
     def batch(self, clips: list[Clip], read: Callable[..., Frames] = read_frames) -> Batch:
-        """Decode, resize and tokenise clips; ``read`` gets the frames of one (an open film has its own)."""
+        """Decode, resize, listen to and tokenise clips; ``read`` gets the frames of one (an open film has its own)."""
         stores: dict[str, Rows] = {}
         if "text" in self.model.encoders:
             ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
             stores["text"] = ArrayRows(ids.numpy(), mask.numpy())
         if "vision" in self.model.encoders:
             stores["vision"] = self._frames(clips, read)
+        if hears(self.config):
+            stores["audio"] = self._sound(clips)
         for clip in clips:
-            given = {"text": clip.text is not None, "vision": clip.video is not None}
-            if not any(given.get(name) for name in stores):
+            given = {name: clip.text is not None if name == "text" else clip.video is not None for name in stores}
+            if not any(given.values()):
                 needs = " or ".join(SURFACE[name] for name in stores) or "feature files, no clips"
                 raise UsageError(f"{clip.id or 'clip'}: nothing to read — this model reads {needs}")
         inputs = {}
@@ -108,6 +116,18 @@ class Predictor:
             if clip.video is not None:
                 frames = read(clip.video, m, clip.start, clip.end, size=size).pixels
                 values[i, : len(frames)], mask[i, : len(frames)] = frames, True
+        return ArrayRows(values, mask)
+
+    def _sound(self, clips: list[Clip]) -> ArrayRows:
+        """The log-mel of each piece; one without a video, or without a sound, is an empty row."""
+        bands = self.config.audio.bands
+        rows = [
+            log_mel(np.zeros(0) if clip.video is None else read_audio(clip.video, clip.start, clip.end), bands)
+            for clip in clips
+        ]
+        mask = np.arange(max(1, *map(len, rows))) < np.array([len(row) for row in rows])[:, None]
+        values = np.zeros((*mask.shape, bands), np.float32)
+        values[mask] = np.concatenate(rows)
         return ArrayRows(values, mask)
 
     @torch.inference_mode()

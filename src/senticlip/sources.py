@@ -37,6 +37,12 @@ def ready_made(config: Config) -> list[str]:
     return [name for name in config.modalities if named[name] in FROM_FILE]
 
 
+def hears(config: Config) -> bool:
+    """Whether the model reads the log-mel of the clips: sound comes from a feature file only where text or video do."""
+    others = [getattr(config, name).encoder for name in config.modalities if name != "audio"]
+    return "audio" in config.modalities and FROM_FILE[0] not in others
+
+
 def feature_rows(
     config: Config, clips: list[Clip], data: str | Path, root: Path | None = None
 ) -> dict[str, tuple[Rows, int]]:
@@ -51,7 +57,7 @@ def feature_rows(
     root, names = root or cache_root(), ready_made(config)
     found: dict[str, tuple[Rows, int]] = {}
     folder = Path(data) / "OpenFace"
-    if "audio" in names and FROM_FILE[0] not in [getattr(config, name).encoder for name in names if name != "audio"]:
+    if hears(config):
         found["audio"] = (audio_store(clips, config.audio.bands, root), config.audio.bands)
     if config.vision.encoder == "openface" and "vision" in names and folder.is_dir():
         found["vision"] = (openface_store(clips, folder, root), WIDTH)
@@ -113,7 +119,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 def encoded(store: Rows, model: SentimentModel, name: str, root: Path, batch_size: int = 32) -> Rows:
     """The features (fp16) that a frozen encoder gives for each row of a store, from the cache or computed now."""
-    encoder = model.encoders[name].eval()
+    encoder: Any = model.encoders[name].eval()
     device = next(encoder.parameters()).device
 
     @torch.inference_mode()
@@ -124,7 +130,9 @@ def encoded(store: Rows, model: SentimentModel, name: str, root: Path, batch_siz
             features = encoder(to_batch(inputs).modalities[name])
             yield from _ragged(features.values, features.mask)
 
-    spec = {"encoder": fingerprint(encoder), "modality": name}
+    # words are told apart by their ids, which are the rows' keys; a clip's key does not say which frames were taken
+    read = cache.frame_spec(model.experiment.vision.frames, encoder.size) if name == "vision" else {}
+    spec = {"encoder": fingerprint(encoder), "modality": name, "of": read, "version": 1}
     return cache.cached(root, spec, store.keys, compute)
 
 
