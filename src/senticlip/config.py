@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "vision.augment": (0, MOST),
     "audio.bands": (1, 128),
     "audio.lr": (0, MOST),
+    "label.lr": (0, MOST),
     "train.epochs": (1, MOST),
     "train.batch_size": (1, MOST),
     "train.accumulation": (1, MOST),
@@ -86,7 +87,7 @@ class VisionConfig:
 
 @dataclass
 class AudioConfig:
-    """Log-mel frames; no pretrained network is needed."""
+    """Log-mel frames; no pretrained network is needed, and ``lr`` is the rate of the layer that takes them in."""
 
     bands: int = 33
     lr: float = 1e-3
@@ -104,6 +105,7 @@ class LabelConfig:
     prompt: str = "这段视频的情感是{}的"
     names: list[str] = field(default_factory=lambda: ["消极", "中性", "积极"])
     train: bool = False
+    lr: float = 1e-5
 
 
 @dataclass

@@ -200,6 +200,11 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def frame_spec(frames: int, size: int) -> dict[str, Any]:
+    """All that cached frames depend on besides their clip; ``version`` rises when the same clip gives other pixels."""
+    return {"frames": frames, "size": size, "version": 2}
+
+
 def frame_store(
     clips: list[Clip],
     frames: int,
@@ -232,7 +237,7 @@ def frame_store(
                 advance()
             yield row
 
-    return cached(root, {"frames": frames, "size": size, "version": 1}, keys, compute)
+    return cached(root, frame_spec(frames, size), keys, compute)
 
 
 def _clip_key(clip: Clip, contents: dict[Path, str]) -> str:
