@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +18,52 @@ import torch
 
 from senticlip.config import Config, from_dict
 from senticlip.data.loader import ClipSet, to_batch
+from senticlip.data.sims import read_clips
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
-from senticlip.structures import Output, UserError
+from senticlip.structures import Clip, Output, UsageError, UserError
 
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
+CHECKPOINTS = "checkpoints"
+"""Where a RUN keeps what a killed training goes on from; gone when it is finished."""
+
+
+@contextmanager
+def disk(place: Path, then: str = "run the same command again") -> Iterator[None]:
+    """A full disk is one line for the user, whichever library has met it.
+
+    Raises:
+        UserError: instead of the error of a full disk; other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_full(error):
+            raise UserError(f"{place}: the disk is full — make room, then {then}") from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Python says it by number, safetensors (Rust) by a number in words, and torch that bytes are missing."""
+    if error is None:
+        return False
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    short = isinstance(error, RuntimeError) and re.search(r"unexpected pos \d+ vs \d+|file write failed", str(error))
+    return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _is_full(error.__cause__)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: the disk is full.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with disk(path):
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -69,8 +107,55 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
             model.network.temperature[i] = TEMPERATURES[spread.gather(2, target).mean((1, 2)).argmax()]
 
 
+def rows_digest(data: str | Path, clips: list[Clip]) -> str:
+    """A hash of a data set's place and of all its clips: ids, videos, words, labels, splits (not of the pictures)."""
+    root = Path(data).resolve()
+    rows = [clip._replace(video=clip.video and os.path.relpath(clip.video, root)) for clip in clips]
+    return hashlib.blake2b(json.dumps([str(root), rows]).encode(), digest_size=16).hexdigest()
+
+
+def origin(config: Config, data: str | Path) -> dict[str, Any]:
+    """What a training comes from: the experiment, and the data by its place and its rows."""
+    rows = rows_digest(data, read_clips(data, None, config.protocol, config.seed))
+    return {"experiment": config.to_dict(), "data": str(data), "rows": rows}
+
+
+def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:
+    """What a run was made of that is not mine: its config, its data, or nothing."""
+    try:
+        same = from_dict(record["experiment"]) == from_dict(mine["experiment"])
+    except (KeyError, UsageError):
+        same = False
+    if not same:
+        return "another config"
+    return "" if record.get("rows") == mine["rows"] else f"other data ({record['data']}, or its labels have changed)"
+
+
+def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run of this origin, or None where there is none or it can be resumed.
+
+    Raises:
+        UserError: there is a run of another origin, finished or not.
+    """
+    finished, begun = read_metrics(out), _read(out / CHECKPOINTS / "origin.json")
+    if finished and not _other(finished, mine):
+        return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
+    if (there := begun or finished) and (other := _other(there, mine)):
+        raise UserError(f"{out}: holds a run of {other} — choose another --out, or leave out --resume")
+    return None
+
+
+def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
+    """Say what is trained in ``out``; what another training had left to go on from is thrown away."""
+    folder = out / CHECKPOINTS
+    if not (resume and _read(folder / "origin.json")):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
+
+
 def save_run(
-    out: Path, model: SentimentModel, tokenizer: Any, config: Config, data: str | Path, result: dict[str, Any]
+    out: Path, model: SentimentModel, tokenizer: Any, config: Config, mine: dict[str, Any], result: dict[str, Any]
 ) -> None:
     """Write the RUN beside its place, then move file by file; ``metrics.json`` comes last and says: finished."""
     from senticlip.card import model_card
@@ -80,36 +165,27 @@ def save_run(
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial / "tokenizer")
+    write_text(partial / "experiment.yaml", config.to_yaml())
+    write_text(partial / "README.md", model_card(config, mine["data"], result))
+    (out / "metrics.json").unlink(missing_ok=True)  # an older run's
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             target = out / path.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
     shutil.rmtree(partial)
-    write_text(out / "README.md", model_card(config, data, result))
-    record = {**result, "data": str(data), "experiment": config.to_dict()}
-    write_text(out / "metrics.json", json.dumps(record, ensure_ascii=False, indent=1))
-
-
-def is_finished(out: Path, config: Config) -> dict[str, Any] | None:
-    """The result of a finished run of this experiment, or None.
-
-    Raises:
-        UserError: there is a run of another experiment.
-    """
-    try:
-        record = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if from_dict(record["experiment"]) != config:
-        raise UserError(f"{out}: holds a finished run of another config — choose another --out, or leave out --resume")
-    return {name: record[name] for name in ("best_epoch", "valid", "seconds", "history")}
+    write_text(out / "metrics.json", json.dumps({**result, **mine}, ensure_ascii=False, indent=1))
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
     """What training wrote about a run; empty if nothing."""
+    return _read(run / "metrics.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

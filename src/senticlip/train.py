@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from senticlip import metrics, runtime
-from senticlip.checkpoint import calibrate, is_finished, save_run, write_text
+from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, disk, is_finished, origin, save_run
 from senticlip.config import Config
-from senticlip.data.loader import ClipSet, collate, to_batch
+from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
-from senticlip.encoders.augment import augment, sample_frames
 from senticlip.encoders.text import load_tokenizer, text_spec
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import EpochProgress
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import LABELS, OWN_LABEL, Batch, Sequence, UserError
+from senticlip.structures import LABELS, UserError
+from senticlip.trainee import Trainee
 
 
 def train(
@@ -58,30 +54,29 @@ def train(
     """
     started = time.monotonic()
     config = config if seed is None else config.override({"seed": seed})
-    out, root_device = Path(out), runtime.device(device)
-    if resume and (result := is_finished(out, config)):
+    out, chosen, mine = Path(out), runtime.device(device), origin(config, data)
+    if resume and (result := is_finished(out, mine)):
         return result
-    stages = {}
-    for name in config.stages:
-        stages[name] = out / "stages" / name
-        train(config.stage(name), data, stages[name], resume=resume, device=device)
-    with _disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "experiment.yaml", config.to_yaml())
+    with disk(out, "--resume goes on"):
+        if os.environ.get("RANK", "0") == "0":
+            begin(out, mine, resume)
+        stages = {name: out / "stages" / name for name in config.stages}
+        for name, folder in stages.items():
+            train(config.stage(name), data, folder, resume=resume, device=device)
         set_seed(config.seed)
-        model = create_model(config, feature_widths(config, data)).to(root_device)
+        arguments = _arguments(config, out / CHECKPOINTS, chosen)
+        model = create_model(config, feature_widths(config, data)).to(arguments.device)
         for folder in stages.values():
             adopt(model, SentimentModel.from_pretrained(folder))
         tokenizer = load_tokenizer(text_spec(config.text)[1]) if "text" in model.encoders else None
-        arguments = _arguments(config, out / "checkpoints", root_device)
         with arguments.main_process_first():
             sets = {split: _split(data, config, split, model, tokenizer) for split in ("train", "valid")}
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
         calibrate(model, sets["valid"])
         result["seconds"] = round(time.monotonic() - started, 1)
-        if arguments.process_index == 0:
-            save_run(out, model, tokenizer, config, data, result)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        with arguments.main_process_first():  # the others wait: they may want to read it, as a stage
+            if arguments.process_index == 0:
+                save_run(out, model, tokenizer, config, mine, result)
     return result
 
 
@@ -99,112 +94,6 @@ def adopt(model: SentimentModel, stage: SentimentModel) -> None:
             model.encoders[name].load_state_dict(encoder.state_dict())
             if getattr(model.experiment, name).train == "frozen":
                 model.encoders[name].requires_grad_(False)
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """A full disk is told in one line; the last complete checkpoint stays."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            raise UserError(f"{out}: the disk is full — make room, then run the same command with --resume") from error
-        raise
-
-
-class Trainee(nn.Module):
-    """What the Trainer trains and saves: the model, and a moving average of it if one is wanted, which is evaluated.
-
-    Args:
-        model: without its frozen encoders: their output comes from the cache, and checkpoints need not hold them.
-    """
-
-    accepts_loss_kwargs = False
-    steps: Tensor
-
-    def __init__(self, model: SentimentModel) -> None:
-        super().__init__()
-        self.experiment, self.model = model.experiment, model
-        self.average = copy.deepcopy(model).requires_grad_(False).eval() if model.experiment.train.ema else None
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def train(self, mode: bool = True) -> Trainee:
-        """The average is never in training mode."""
-        super().train(mode)
-        if self.average is not None:
-            self.average.eval()
-        return self
-
-    @torch.no_grad()
-    def step_finished(self) -> None:
-        """Let the network clamp what it must, then move the average; it follows fast at first."""
-        if hasattr(self.model.network, "step_finished"):
-            self.model.network.step_finished()
-        if self.average is None:
-            return
-        self.steps += 1
-        decay = min(self.experiment.train.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
-        for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, 1 - decay)
-            else:
-                mean.copy_(value)
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Loss and prediction (log-probabilities B×C, or scores B)."""
-        batch = to_batch(inputs)
-        if self.training:
-            batch = self.disturb(batch)
-        model = self.model if self.training or self.average is None else self.average
-        output = model(batch)
-        loss, logs = model.loss(output, batch)
-        prediction = output.score if output.score is not None else output.log_probs
-        assert prediction is not None
-        return {"loss": loss, "prediction": prediction} | ({} if self.training else logs)
-
-    def disturb(self, batch: Batch) -> Batch:
-        """Augment the frames, choose some of them, and leave out a modality now and then."""
-        parts = dict(batch.modalities)
-        vision, config = parts.get("vision"), self.experiment
-        if vision is not None and vision.values.dtype == torch.uint8:
-            if config.vision.train_frames:
-                vision = sample_frames(vision, config.vision.train_frames)
-            parts["vision"] = Sequence(augment(vision.values, config.vision.augment), vision.mask)
-        if config.train.recombine:
-            parts = recombine(parts, batch.labels, config.train.recombine)
-        if config.train.modality_dropout and len(parts) > 1:
-            rows = len(next(iter(parts.values())).mask)
-            lost = torch.rand(rows) < config.train.modality_dropout
-            which = torch.randint(len(parts), (rows,))
-            for i, (name, sequence) in enumerate(parts.items()):
-                gone = (lost & (which == i)).to(sequence.mask.device)
-                parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
-        return Batch(parts, batch.labels, batch.rows)
-
-
-def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """New pairs of words and faces: a modality is now and then another row's whose own label has the same sign.
-
-    What the modalities say stays the same, and so does the joint label, as far as it hangs on that alone.
-
-    Args:
-        parts: the modalities of a batch, B rows each.
-        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
-        chance: the share of rows in which a modality is exchanged.
-    """
-    mixed = {}
-    for name, sequence in parts.items():
-        if (own := labels.get(OWN_LABEL[name])) is None:
-            mixed[name] = sequence
-            continue
-        own = own.cpu()
-        stays = own.isnan() | (torch.rand(len(own)) >= chance)
-        group = torch.where(stays, 2.0 * torch.arange(1, len(own) + 1), own.sign())  # -1, 0, 1, or a group of its own
-        rows = torch.empty(len(own), dtype=torch.long)
-        rows[torch.argsort(group + torch.rand(len(own)) / 2)] = torch.argsort(group + torch.rand(len(own)) / 2)
-        mixed[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
-    return mixed
 
 
 class Fitter(Trainer):
@@ -229,10 +118,7 @@ class Fitter(Trainer):
         config: Config = trainee.experiment
         if config.train.balance != "sampler":
             return super()._get_train_sampler(*args, **kwargs)
-        target = _classes_of(self.train_dataset, config)
-        weights = 1 / np.bincount(target, minlength=len(LABELS)).clip(1)
-        generator = torch.Generator().manual_seed(config.seed)
-        return torch.utils.data.WeightedRandomSampler(weights[target].tolist(), len(target), generator=generator)
+        return BalancedSampler(_classes_of(self.train_dataset, config), config.seed)
 
 
 def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
@@ -248,14 +134,21 @@ def _groups(trainee: Any, config: Config, encoders_only: bool) -> list[dict[str,
     for name, parameter in trainee.model.named_parameters():
         if not parameter.requires_grad or (encoders_only and not name.startswith("encoders.")):
             continue
-        rate = config.train.lr
-        if name.startswith("encoders.") and not name.endswith(".prefix"):
-            rate = getattr(config, name.split(".")[1]).lr
-        elif ".combine." in name:
-            rate = config.train.scalar_lr
+        rate = _rate(name, config)
         decay = 0.0 if parameter.ndim < 2 or name.endswith(".prefix") else config.train.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+def _rate(name: str, config: Config) -> float:
+    """The learning rate of a parameter: a pretrained encoder's own, the scalars', the sound's, or ``train.lr``."""
+    if name.startswith("encoders.") and not name.endswith(".prefix"):
+        return getattr(config, name.split(".")[1]).lr
+    if name.startswith("network.labels."):
+        return config.label.lr
+    if name.startswith("network.entrances.audio."):
+        return config.audio.lr
+    return config.train.scalar_lr if ".combine." in name else config.train.lr
 
 
 class Hooks(TrainerCallback):
@@ -291,9 +184,9 @@ def fit(
     trainee = Trainee(model)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
-        values = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        truth = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
-        return score(values, truth)
+        values, *more = prediction.predictions if trainee.logged else [prediction.predictions]
+        log = {name: float(rows.mean()) for name, rows in zip(trainee.logged, more, strict=True)}
+        return score(values, prediction.label_ids) | log
 
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
     if arguments.process_index == 0:
@@ -311,8 +204,6 @@ def fit(
     trainer.pop_callback(PrinterCallback)
     folder = Path(arguments.output_dir or "")
     checkpoint = newest_checkpoint(folder) if resume else None
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
     if checkpoint is None or not _stopped(checkpoint, config.train.patience):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:  # it was killed after its last epoch
@@ -372,8 +263,8 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
     t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
     if t.batch_size % world:
         raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
-    return TrainingArguments(
-        output_dir=str(folder),
+    arguments = TrainingArguments(
+        output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
         num_train_epochs=t.epochs,
         per_device_train_batch_size=t.batch_size // world,
         per_device_eval_batch_size=max(t.batch_size // world, 32),
@@ -389,6 +280,7 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
         logging_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         metric_for_best_model=t.metric,
         greater_is_better=t.metric != "nll",
         seed=config.seed,
@@ -403,3 +295,15 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
         disable_tqdm=True,
         log_level="error",
     )
+    if device.type == "cuda" and world == 1:
+        _stay_on(arguments, torch.device("cuda", device.index or 0))
+    return arguments
+
+
+def _stay_on(arguments: TrainingArguments, device: torch.device) -> None:
+    """One process, one GPU: TrainingArguments takes the first, whatever was asked for, and DataParallel over all."""
+    first = arguments.device  # it is found once and kept, in these three places
+    assert first.type == device.type
+    torch.cuda.set_device(device)
+    arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
+    arguments.distributed_state.device = device

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from senticlip.structures import MODALITIES, TARGETS, Batch, Clip, Sequence
 
@@ -78,6 +78,33 @@ class ClipSet(Dataset[dict[str, Tensor]]):
             values, mask = store.gather(chosen)
             batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
         return batch
+
+
+class BalancedSampler(Sampler[int]):
+    """Rows drawn with replacement, each class as often as the others.
+
+    What is drawn hangs on the seed and the epoch's number alone, which the Trainer tells: a resumed training draws what
+    the uninterrupted one would have drawn, and so does every process of several.
+
+    Args:
+        classes: N class indices.
+        seed: of the training.
+    """
+
+    def __init__(self, classes: np.ndarray, seed: int) -> None:
+        weights = 1 / np.bincount(classes)[classes]
+        self.chances, self.seed, self.epoch = weights / weights.sum(), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The number of the epoch to draw for, from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        n = len(self.chances)
+        return iter(np.random.default_rng((self.seed, self.epoch)).choice(n, n, p=self.chances).tolist())
+
+    def __len__(self) -> int:
+        return len(self.chances)
 
 
 def collate(batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,53 +12,61 @@ from senticlip.structures import Sequence
 
 
 def sample_frames(vision: Sequence, k: int) -> Sequence:
-    """k random real frames of each clip in their order (fewer where there are fewer)."""
+    """Mask all but k random real frames of each clip (fewer where there are fewer); each stays in its place in time."""
     chance = torch.rand(vision.mask.shape, device=vision.mask.device).masked_fill(~vision.mask, -1.0)
-    chosen = chance.topk(min(k, chance.shape[1]), 1).indices.sort(1).values  # B×k
-    mask = vision.mask.gather(1, chosen)
-    order = (~mask).int().argsort(dim=1, stable=True)  # padding to the end
-    rows = torch.arange(len(mask), device=mask.device)[:, None]
-    return Sequence(vision.values[rows, chosen.gather(1, order)], mask.gather(1, order))
+    chosen = chance.topk(min(k, chance.shape[1]), 1).indices
+    return Sequence(vision.values, vision.mask & torch.zeros_like(vision.mask).scatter(1, chosen, True))
 
 
-def augment(pixels: Tensor, strength: float) -> Tensor:
+def augment(vision: Sequence, strength: float) -> Sequence:
     """Mirror, crop and stretch, turn, relight, lose colour, erase a box: B×m×3×H×W uint8 → the same.
 
+    Masked frames, which no encoder reads, are left as they are.
+
     Args:
-        pixels: the frames.
+        vision: the frames.
         strength: 0 changes nothing, 1 is usual for faces.
     """
-    if not strength:
-        return pixels
-    b, m, _, h, w = pixels.shape
-    x = pixels.float()
-    device = x.device
+    pixels, mask = vision
+    if not strength or not mask.any():
+        return vision
+    b, _, _, h, w = pixels.shape
+    device = pixels.device
+    clip = torch.arange(b, device=device)[:, None].expand_as(mask)[mask]  # N: the clip of each real frame
+    x = pixels[mask].float()  # N×3×H×W
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(b, device=device).uniform_(low, high)
 
+    theta = _turns(b, strength, uniform)[clip]
+    grid = torch.nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
+    x = torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    contrast = torch.exp(strength * uniform(-0.4, 0.4))[clip, None, None, None]
+    bright = (strength * uniform(-40.0, 40.0))[clip, None, None, None]
+    sums = torch.zeros(b, device=device).index_add(0, clip, x.mean((1, 2, 3)))
+    middle = (sums / mask.sum(1).clamp(min=1))[clip, None, None, None]
+    x = (x - middle) * contrast + middle + bright
+    grey = (torch.rand(b, device=device) < 0.3 * strength)[clip, None, None, None]
+    x = torch.where(grey, x.mean(1, keepdim=True).expand_as(x), x)
+    x = torch.where(_box(b, h, w, strength, device)[clip, None], middle, x)
+    changed = pixels.clone()
+    changed[mask] = x.clamp(0, 255).round().to(torch.uint8)
+    return Sequence(changed, mask)
+
+
+def _turns(b: int, strength: float, uniform: Callable[[float, float], Tensor]) -> Tensor:
+    """Mirror, crop, stretch and turn of each clip, B×2×3."""
     scale = 1 - strength * uniform(0.0, 0.3)
     aspect = torch.exp(strength * uniform(-0.15, 0.15))
     angle = strength * uniform(-1.0, 1.0) * math.radians(15)
-    mirror = torch.where(torch.rand(b, device=device) < 0.5, -1.0, 1.0)
+    mirror = torch.where(torch.rand(b, device=scale.device) < 0.5, -1.0, 1.0)
     sx, sy = scale * aspect, scale / aspect
-    theta = torch.zeros(b, 2, 3, device=device)
+    theta = torch.zeros(b, 2, 3, device=scale.device)
     theta[:, 0, 0], theta[:, 0, 1] = mirror * sx * angle.cos(), -sy * angle.sin()
     theta[:, 1, 0], theta[:, 1, 1] = mirror * sx * angle.sin(), sy * angle.cos()
     theta[:, 0, 2] = uniform(-1.0, 1.0) * (1 - sx).clamp_min(0)
     theta[:, 1, 2] = uniform(-1.0, 1.0) * (1 - sy).clamp_min(0)
-    grid = torch.nn.functional.affine_grid(theta.repeat_interleave(m, 0), [b * m, 3, h, w], align_corners=False)
-    x = torch.nn.functional.grid_sample(
-        x.flatten(0, 1), grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    ).view(b, m, 3, h, w)
-    contrast = torch.exp(strength * uniform(-0.4, 0.4)).view(b, 1, 1, 1, 1)
-    bright = (strength * uniform(-40.0, 40.0)).view(b, 1, 1, 1, 1)
-    middle = x.mean((1, 2, 3, 4), keepdim=True)
-    x = (x - middle) * contrast + middle + bright
-    grey = (torch.rand(b, device=device) < 0.3 * strength).view(b, 1, 1, 1, 1)
-    x = torch.where(grey, x.mean(2, keepdim=True).expand_as(x), x)
-    x = torch.where(_box(b, h, w, strength, device)[:, None, None], middle, x)
-    return x.clamp(0, 255).round().to(torch.uint8)
+    return theta
 
 
 def _box(b: int, h: int, w: int, strength: float, device: torch.device) -> Tensor:

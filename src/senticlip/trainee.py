@@ -1,0 +1,115 @@
+"""What the Trainer trains: the model and its moving average, the changes of a training batch, what goes into the log."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from senticlip.data.loader import to_batch
+from senticlip.encoders.augment import augment, sample_frames
+from senticlip.models.base import SentimentModel
+from senticlip.structures import OWN_LABEL, Batch, Sequence
+
+
+class Trainee(nn.Module):
+    """What the Trainer trains and saves: the model, and a moving average of it if one is wanted, which is evaluated.
+
+    Args:
+        model: without its frozen encoders: their output comes from the cache, and checkpoints need not hold them.
+    """
+
+    accepts_loss_kwargs = False
+    steps: Tensor
+    logged: list[str]
+
+    def __init__(self, model: SentimentModel) -> None:
+        super().__init__()
+        self.experiment, self.model = model.experiment, model
+        self.average = copy.deepcopy(model).requires_grad_(False).eval() if model.experiment.train.ema else None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.logged = []
+
+    def train(self, mode: bool = True) -> Trainee:
+        """The average is never in training mode."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    @torch.no_grad()
+    def step_finished(self) -> None:
+        """Let the network clamp what it must, then move the average; it follows fast at first."""
+        if hasattr(self.model.network, "step_finished"):
+            self.model.network.step_finished()
+        if self.average is None:
+            return
+        self.steps += 1
+        decay = min(self.experiment.train.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
+        for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Loss and prediction (log-probabilities B×C, or scores B); in evaluation, what ``logged`` names, too, B each."""
+        batch = to_batch(inputs)
+        if self.training:
+            batch = self.disturb(batch)
+        model = self.model if self.training or self.average is None else self.average
+        output = model(batch)
+        loss, parts = model.loss(output, batch)
+        prediction = output.score if output.score is not None else output.log_probs
+        assert prediction is not None
+        if self.training:
+            return {"loss": loss, "prediction": prediction}
+        # a value for each row, so that their mean is right where the last batch is smaller
+        log = {f"weight_{name}": weight for name, weight in output.weights.items()}
+        log |= {name: part.expand(len(prediction)) for name, part in parts.items()}
+        self.logged = list(log)
+        return {"loss": loss, "prediction": prediction, **log}
+
+    def disturb(self, batch: Batch) -> Batch:
+        """Augment the frames, choose some of them, and leave out a modality now and then."""
+        parts = dict(batch.modalities)
+        vision, config = parts.get("vision"), self.experiment
+        if vision is not None and vision.values.dtype == torch.uint8:
+            if config.vision.train_frames:
+                vision = sample_frames(vision, config.vision.train_frames)
+            parts["vision"] = augment(vision, config.vision.augment)
+        if config.train.recombine:
+            parts = recombine(parts, batch.labels, config.train.recombine)
+        if config.train.modality_dropout and len(parts) > 1:
+            rows = len(next(iter(parts.values())).mask)
+            lost = torch.rand(rows) < config.train.modality_dropout
+            which = torch.randint(len(parts), (rows,))
+            for i, (name, sequence) in enumerate(parts.items()):
+                gone = (lost & (which == i)).to(sequence.mask.device)
+                parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
+        return Batch(parts, batch.labels, batch.rows)
+
+
+def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
+    """New pairs of words and faces: a modality is now and then another row's whose own label has the same sign.
+
+    What the modalities say stays the same, and so does the joint label, as far as it hangs on that alone.
+
+    Args:
+        parts: the modalities of a batch, B rows each.
+        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
+        chance: the share of rows in which a modality is exchanged.
+    """
+    mixed = {}
+    for name, sequence in parts.items():
+        if (own := labels.get(OWN_LABEL[name])) is None:
+            mixed[name] = sequence
+            continue
+        own = own.cpu()
+        stays = own.isnan() | (torch.rand(len(own)) >= chance)
+        group = torch.where(stays, 2.0 * torch.arange(1, len(own) + 1), own.sign())  # -1, 0, 1, or a group of its own
+        rows = torch.empty(len(own), dtype=torch.long)
+        rows[torch.argsort(group + torch.rand(len(own)) / 2)] = torch.argsort(group + torch.rand(len(own)) / 2)
+        mixed[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
+    return mixed
