@@ -138,20 +138,37 @@ def _get(path: str | Path, split: str, part: dict[str, Any], key: str) -> Any:
     return part[key]
 
 
+def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[Any]:
+    value = _get(path, split, part, key)
+    if not (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)):
+        raise UserError(f"{path}, {split}, {key}: expected a list, not {type(value).__name__}")
+    return list(value)
+
+
+def _numbers(path: str | Path, split: str, key: str, value: Any, count: int) -> np.ndarray:
+    """One number for each of the ``count`` rows of a split, float64."""
+    try:
+        numbers = np.asarray(value, dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        raise UserError(f"{path}, {split}, {key}: expected a number for each clip") from None
+    if len(numbers) != count:
+        raise UserError(f"{path}, {split}: {count} ids, but {len(numbers)} {key}")
+    return numbers
+
+
 def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
-    ids = [str(name).replace("$_$", "/") for name in _get(path, split, part, "id")]
+    ids = [str(name).replace("$_$", "/") for name in _list(path, split, part, "id")]
     scores = {}
     for target, key in LABELS.items():
         if key in part or target == "M":
-            values = np.asarray(_get(path, split, part, key), dtype=np.float64).ravel()
-            if len(values) != len(ids):
-                raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(values)} {key}")
+            values = _numbers(path, split, key, _get(path, split, part, key), len(ids))
             wrong = np.flatnonzero(~(np.abs(values) <= 1))
             if len(wrong):
                 raise UserError(f"{path}, {split}, {key}, row {wrong[0]}: {values[wrong[0]]} is not in -1 … 1")
             scores[target] = values
-    texts = part.get("raw_text")
-    texts = [None] * len(ids) if texts is None else [str(text) or None for text in texts]
+    texts: list[Any] = [None] * len(ids)
+    if part.get("raw_text") is not None:
+        texts = [str(text) or None for text in _list(path, split, part, "raw_text")]
     if len(texts) != len(ids):
         raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(texts)} raw_text")
     return [
@@ -169,17 +186,26 @@ def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tupl
         values = values[:, None]  # one vector a clip
     if values.ndim != 3 or len(values) != count or 0 in values.shape[1:]:
         raise UserError(f"{path}, {split}, {name}: shape {values.shape}, expected {count} rows × steps × columns")
-    lengths = part.get(f"{name}_lengths")
-    if lengths is None and name == "text" and "text_bert" in part:
-        lengths = np.asarray(part["text_bert"])[:, 1].sum(1)
-    lengths = np.full(count, values.shape[1]) if lengths is None else np.asarray(lengths).ravel().astype(np.int64)
-    if len(lengths) != count or (lengths < 0).any() or (lengths > values.shape[1]).any():
-        worst = int(lengths.max(initial=0))
+    key, steps = f"{name}_lengths", values.shape[1]
+    given = part.get(key)
+    if given is None and name == "text" and part.get("text_bert") is not None:
+        key, given = "text_bert", _real_tokens(path, split, part["text_bert"], count)
+    lengths = _numbers(path, split, key, np.full(count, steps) if given is None else given, count)
+    wrong = np.flatnonzero(~((lengths >= 0) & (lengths <= steps)))
+    if len(wrong):
         raise UserError(
-            f"{path}, {split}, {name}_lengths: {len(lengths)} lengths up to {worst} for {count} rows of "
-            f"{values.shape[1]} steps"
+            f"{path}, {split}, {key}, row {wrong[0]}: a length of {lengths[wrong[0]]:g} where there are {steps} steps"
         )
-    return values, lengths
+    return values, lengths.astype(np.int64)
+
+
+def _real_tokens(path: str | Path, split: str, value: Any, count: int) -> np.ndarray:
+    """How many tokens of each row the mask of ``text_bert`` (N×3×n: ids, mask, types) holds for real."""
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+    if not numbers or value.ndim != 3 or value.shape[:2] != (count, 3):
+        told = f"shape {value.shape}" if numbers else type(value).__name__
+        raise UserError(f"{path}, {split}, text_bert: {told}, expected an array of numbers {count} rows × 3 × tokens")
+    return value[:, 1].sum(1)
 
 
 def _row(path: str | Path, split: str, name: str, i: int, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
