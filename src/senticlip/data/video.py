@@ -28,8 +28,9 @@ class Frames(NamedTuple):
 class VideoInfo(NamedTuple):
     """What a video file says, and what is there.
 
-    ``duration`` in seconds; ``width`` and ``height`` as displayed; ``subtitle_tracks`` a name each; ``problem`` is a
-    line for the user where not all that is promised is there (None: all well).
+    The pictures begin at ``start`` on a player's clock and last for ``duration``, seconds; ``width`` and ``height`` as
+    displayed; ``subtitle_tracks`` a name each; ``problem`` is a line for the user where not all that is promised is
+    there (None: all well).
     """
 
     duration: float
@@ -40,6 +41,7 @@ class VideoInfo(NamedTuple):
     subtitle_tracks: list[str]
     codec: str
     problem: str | None
+    start: float = 0.0
 
 
 class VideoReader:
@@ -206,4 +208,4 @@ def probe(path: str | Path) -> VideoInfo:
         problem = None
         if reader.duration < promised - max(0.5, 2 / (rate or 25)):
             problem = f"{path}: cut off, {reader.duration:.1f} s of {promised:.1f} s are there — copy it again"
-        return VideoInfo(reader.duration, width, height, rate, has_audio, names, codec, problem)
+        return VideoInfo(reader.duration, width, height, rate, has_audio, names, codec, problem, float(reader._start))
