@@ -8,12 +8,16 @@ from typing import Any
 from senticlip import __version__
 from senticlip.config import Config
 
+CALIBRATED = (
+    "Its probabilities are calibrated on the validation split of that data (one temperature per head), not elsewhere."
+)
+UNCALIBRATED = "It is not calibrated: how sure it says it is, is no share of right answers."
 LIMITS = """## Limits
 
 * It reads *expressed* sentiment of a clip (a face, a line of text), not what a person feels. Faces differ between
   people and cultures; lighting, pose, cutaways, irony and several faces in a picture mislead it.
 * It was measured on the data named above and on nothing else. Measure it on yours before you rely on it.
-* Its probabilities are calibrated on the validation split of that data (one temperature per head), not elsewhere.
+* {calibrated}
 
 ## What it must not be used for
 
@@ -28,6 +32,12 @@ def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
     parts = [f"* text: `{config.text.encoder}` ({config.text.train})"] if "text" in config.modalities else []
     if "vision" in config.modalities:
         parts.append(f"* video: `{config.vision.encoder}` ({config.vision.train}), {config.vision.frames} frames")
+    own = config.model == "clip_ca_msa"  # the peers have none of its parts, and no temperature
+    if own:
+        parts.append(
+            f"* temporal: {config.temporal}, fusion: {config.fusion}, head: {config.head}, loss: {config.loss},"
+        )
+        parts.append(f"  prompt: {config.prompt}")
     valid = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["valid"].items())
     return f"""---
 language: zh
@@ -46,8 +56,6 @@ senticlip.load("RUN")("clip.mp4", text="…")
 ## Model
 
 {chr(10).join(parts)}
-* temporal: {config.temporal}, fusion: {config.fusion}, head: {config.head}, loss: {config.loss},
-  prompt: {config.prompt}
 * the whole experiment: `experiment.yaml`
 
 ## Data and metrics
@@ -59,4 +67,4 @@ best epoch {result["best_epoch"]}, chosen by {config.train.metric} on valid:
 |---|---|
 {valid}
 
-{LIMITS}"""
+{LIMITS.format(calibrated=CALIBRATED if own else UNCALIBRATED)}"""

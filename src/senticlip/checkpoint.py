@@ -110,7 +110,7 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
 def rows_digest(data: str | Path, clips: list[Clip]) -> str:
     """A hash of a data set's place and of all its clips: ids, videos, words, labels, splits (not of the pictures)."""
     root = Path(data).resolve()
-    rows = [clip._replace(video=clip.video and os.path.relpath(clip.video, root)) for clip in clips]
+    rows = [(clip.video and os.path.relpath(clip.video, root), clip._replace(video=None)) for clip in clips]
     return hashlib.blake2b(json.dumps([str(root), rows]).encode(), digest_size=16).hexdigest()
 
 
@@ -137,18 +137,22 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         UserError: there is a run of another origin, finished or not.
     """
-    finished, begun = read_metrics(out), _read(out / CHECKPOINTS / "origin.json")
+    folder = out / CHECKPOINTS
+    finished, begun = read_metrics(out), read_json(folder / "origin.json")
     if finished and not _other(finished, mine):
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
-    if (there := begun or finished) and (other := _other(there, mine)):
-        raise UserError(f"{out}: holds a run of {other} — choose another --out, or leave out --resume")
+    if begun and not _other(begun, mine):
+        return None
+    if there := begun if any(folder.glob("checkpoint-*")) else finished:
+        raise UserError(f"{out}: holds a run of {_other(there, mine)} — choose another --out, or leave out --resume")
     return None
 
 
 def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
     """Say what is trained in ``out``; what another training had left to go on from is thrown away."""
     folder = out / CHECKPOINTS
-    if not (resume and _read(folder / "origin.json")):
+    begun = read_json(folder / "origin.json")
+    if not resume or not begun or _other(begun, mine):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
@@ -180,10 +184,11 @@ def save_run(
 
 def read_metrics(run: Path) -> dict[str, Any]:
     """What training wrote about a run; empty if nothing."""
-    return _read(run / "metrics.json")
+    return read_json(run / "metrics.json")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of ours holds; empty if there is none that is whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

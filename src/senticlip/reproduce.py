@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from senticlip import results
+from senticlip.checkpoint import disk, read_json, rows_digest, write_text
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.progress import bar, console
-from senticlip.structures import LABELS, UserError
+from senticlip.structures import LABELS, Clip, UserError
 from senticlip.tables import Table, digest, load_preset, load_tables
 
 WEIGHTS = "model.safetensors"
@@ -49,11 +50,15 @@ def reproduce(
 
     Returns:
         ``{"tables": {number: {row: {metric: {"mean", "std"}}}}, "report": path}``
+
+    Raises:
+        UserError: ``out`` holds runs on other data; no row could be run; the disk is full.
     """
     out = Path(out)
     config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
     clips = read_clips(data, None, protocol, 0)
     labels = {name for clip in clips for name in clip.labels}
+    _claim(out / "runs", data, clips)
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
     runner = Runner(data, out / "runs", keep, device)
     runner.run_all(chosen, seeds)
@@ -63,6 +68,19 @@ def reproduce(
     found = results.collect(chosen, runner.results, seeds)
     report = results.write(out, chosen, found, clips, preset, protocol, seeds, str(data))
     return {"tables": results.numbers(found), "report": str(report)}
+
+
+def _claim(runs: Path, data: str | Path, clips: list[Clip]) -> None:
+    """Keep to one data set and one protocol: a row that is done is read again, not run again."""
+    mine = {"data": str(data), "rows": rows_digest(data, clips)}
+    there = read_json(runs / "data.json")
+    if there and there["rows"] != mine["rows"]:
+        raise UserError(
+            f"{runs.parent}: holds runs on other data, labels or protocol ({there['data']}) — choose another --out"
+        )
+    with disk(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+    write_text(runs / "data.json", json.dumps(mine, ensure_ascii=False))
 
 
 class Runner:
@@ -100,8 +118,9 @@ class Runner:
         try:
             result = self.result(config, seed)
             told = f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
-        except UserError as error:
-            result, told = {"error": str(error)}, f"not run: {error}"
+        except Exception as error:  # a row's failure is that row's, even one that is our bug: the other rows go on
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            result, told = {"error": " ".join(reason.split())}, f"not run: {reason}"
         self.results[digest(config), seed] = result
         if not sys.stderr.isatty():
             console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
@@ -115,7 +134,6 @@ class Runner:
         folder = self.folder(config, seed)
         done = folder / "result.json"
         if not done.is_file():
-            from senticlip.checkpoint import write_text
             from senticlip.evaluate import evaluate
 
             self.train(config, seed)

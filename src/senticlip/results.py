@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from senticlip import metrics
-from senticlip.checkpoint import write_text
+from senticlip.checkpoint import disk, write_text
+from senticlip.config import Config
 from senticlip.structures import LABELS, TARGETS, Clip, polarity
 from senticlip.tables import Table, digest, notes
 
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
 WORDS = {"M": "the joint label M", "T": "the text's own label T", "V": "the video's own label V"}
+DAGGER = "†"
 Block = tuple[str, Any]
 """A piece of the report: ("#" | "##" | "p" | "li" | "table" | "figure", content)."""
 
@@ -24,24 +26,30 @@ Block = tuple[str, Any]
 def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]], seeds: int) -> dict[str, Any]:
     """Results by (digest of the config, seed) → for each table and target: rows of means, and their comparisons.
 
-    Each row gives ``runs`` (one dict of metrics per seed), ``scores`` (metric → mean and std), ``versus`` (the paired
-    bootstrap of reference − row over the pooled seeds, clips drawn whole) and ``error`` if it did not run.
+    Each row gives ``runs`` (seed → metrics), ``scores`` (metric → mean and std), ``versus`` (the paired bootstrap of
+    reference − row over the pooled seeds, clips drawn whole), ``errors`` (seed → why it did not run) and ``random``
+    (an encoder is frozen with random weights).
     """
     found: dict[str, Any] = {}
     for table in tables:
         by_target: dict[str, dict[str, Any]] = {}
         for row in table.rows:
             for target, config in row.configs.items():
-                runs = [results[digest(config), seed] for seed in range(seeds) if (digest(config), seed) in results]
-                error = next((run["error"] for run in runs if "error" in run), None)
-                good = [run for run in runs if "error" not in run]
-                entry = {"paper": row.paper, "runs": good, "error": error, "scores": spread(good)}
-                by_target.setdefault(target, {})[row.name] = entry
+                runs = {
+                    seed: results[digest(config), seed] for seed in range(seeds) if (digest(config), seed) in results
+                }
+                good = {seed: run for seed, run in runs.items() if "error" not in run}
+                by_target.setdefault(target, {})[row.name] = {
+                    "paper": row.paper,
+                    "random": _random(config),
+                    "runs": good,
+                    "errors": {seed: run["error"] for seed, run in runs.items() if "error" in run},
+                    "scores": spread(list(good.values())),
+                }
         for rows in by_target.values():
-            reference = rows.get(table.reference, {"runs": []})
+            reference = rows.get(table.reference, {"runs": {}})
             for name, entry in rows.items():
-                same = name == table.reference or not entry["runs"] or not reference["runs"]
-                entry["versus"] = None if same else versus(reference["runs"], entry["runs"])
+                entry["versus"] = None if name == table.reference else versus(reference["runs"], entry["runs"])
         found[table.number] = by_target
     return found
 
@@ -56,10 +64,18 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def versus(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The paired bootstrap of first − second over the seeds that both have run."""
-    pairs = [(a["predictions"], b["predictions"]) for a, b in zip(first, second, strict=False)]
+def _random(config: Config) -> bool:
+    """Whether an encoder is frozen with the random weights that it was made with."""
+    parts = [getattr(config, name) for name in config.modalities if name != "audio"]
+    return any(part.train == "frozen" and not part.pretrained for part in parts)
+
+
+def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> dict[str, dict[str, float]] | None:
+    """The paired bootstrap of first − second over the seeds that both have run on the same clips; None without any."""
+    pairs = [(first[seed]["predictions"], second[seed]["predictions"]) for seed in first if seed in second]
     pairs = [(a, b) for a, b in pairs if a["id"] == b["id"]]
+    if not pairs:
+        return None
     ids, truth, ours, theirs = (
         np.concatenate([np.asarray(part) for part in column])
         for column in zip(*[(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs], strict=True)
@@ -74,7 +90,7 @@ def numbers(found: dict[str, Any]) -> dict[str, Any]:
         rows: dict[str, Any] = {}
         for i, (target, entries) in enumerate(by_target.items()):
             for name, entry in entries.items():
-                told = entry["scores"] if entry["scores"] else {"error": entry["error"]}
+                told = entry["scores"] or {"error": next(iter(entry["errors"].values()), None)}
                 if i == 0:
                     rows[name] = dict(told)
                 else:
@@ -105,7 +121,8 @@ def write(
     data: str,
 ) -> Path:
     """Write ``results.json``, ``report.md``, ``labels.svg`` and ``report.html``; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
+    with disk(out):
+        out.mkdir(parents=True, exist_ok=True)
     kept = {
         number: {
             target: {name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in rows.items()}
@@ -163,13 +180,18 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[B
             blocks.append(("p", f"Judged by {WORDS.get(target, target)}:"))
         header = ["", *NAMES.values(), f"{table.reference} − row, Acc", "macro F1"]
         blocks.append(("table", (header, [_line(name, entry) for name, entry in rows.items()])))
-        blocks += [("li", f"{name}: not run — {entry['error']}") for name, entry in rows.items() if entry["error"]]
+        if any(entry["random"] for entry in rows.values()):
+            blocks.append(("p", f"{DAGGER} random weights, not pretrained: tests the path, not the paper."))
+        for name, entry in rows.items():
+            if errors := entry["errors"]:
+                where = f" for {len(errors)} of {seeds} seeds" if len(errors) < seeds else ""
+                blocks.append(("li", f"{name}: not run{where} — {next(iter(errors.values()))}"))
         blocks += [("p", sentence) for sentence in verdict(table.reference, rows)]
     return blocks
 
 
 def _line(name: str, entry: dict[str, Any]) -> list[str]:
-    cells = [name]
+    cells = [f"{name} {DAGGER}" if entry["random"] else name]
     for metric in NAMES:
         if metric not in entry["scores"]:
             cells.append("—")
@@ -189,12 +211,14 @@ def _points(gap: dict[str, float]) -> tuple[float, float, float]:
 
 
 def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
-    """What the intervals say, and no more."""
+    """What the intervals say, and no more; random weights speak neither for nor against anything."""
+    if rows[reference]["random"]:
+        return []
     above: list[str] = []
     below: list[str] = []
     open_: list[str] = []
     for name, entry in rows.items():
-        if gap := (entry["versus"] or {}).get("accuracy"):
+        if not entry["random"] and (gap := (entry["versus"] or {}).get("accuracy")):
             (above if gap["low"] > 0 else below if gap["high"] < 0 else open_).append(name)
     told = []
     if above:

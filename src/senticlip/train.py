@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,15 @@ def train(
         data: a CH-SIMS folder, or a CSV of one's own.
         out: the RUN folder.
         seed: instead of the config's.
-        resume: go on where a killed training of the same config stopped; a finished one is left alone.
+        resume: go on where a killed training of the same config on the same data stopped; a finished one is left
+            alone.
         device: cpu, cuda, cuda:N; a GPU if there is one by default.
 
     Returns:
-        ``{"best_epoch": …, "valid": {…}, "seconds": …}``
+        ``{"best_epoch": …, "valid": {…}, "seconds": …, "history": […]}``
+
+    Raises:
+        UserError: no clip has the label; the disk is full; ``resume`` in a folder that holds another run.
     """
     started = time.monotonic()
     config = config if seed is None else config.override({"seed": seed})
@@ -65,7 +68,8 @@ def train(
             train(config.stage(name), data, folder, resume=resume, device=device)
         set_seed(config.seed)
         arguments = _arguments(config, out / CHECKPOINTS, chosen)
-        model = create_model(config, feature_widths(config, data)).to(arguments.device)
+        place: Any = arguments.device
+        model = create_model(config, feature_widths(config, data)).to(place)
         for folder in stages.values():
             adopt(model, SentimentModel.from_pretrained(folder))
         tokenizer = load_tokenizer(text_spec(config.text)[1]) if "text" in model.encoders else None

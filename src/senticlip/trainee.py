@@ -1,4 +1,4 @@
-"""What the Trainer trains: the model and its moving average, the changes of a training batch, what goes into the log."""
+"""What the Trainer trains: the model and its moving average, what is done to a training batch, what is logged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Trainee(nn.Module):
                 mean.copy_(value)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Loss and prediction (log-probabilities B×C, or scores B); in evaluation, what ``logged`` names, too, B each."""
+        """Loss and prediction (log-probabilities B×C, or scores B); in evaluation what ``logged`` names, B each."""
         batch = to_batch(inputs)
         if self.training:
             batch = self.disturb(batch)
