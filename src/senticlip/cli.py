@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from senticlip import __version__
-from senticlip.structures import UserError
+from senticlip.structures import UsageError, UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,19 +19,49 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         result = options.run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"senticlip: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        if options.json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
     except KeyboardInterrupt:
-        print("senticlip: interrupted; --resume goes on where there is one", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted; --resume goes on where there is one", 130)
     except BrokenPipeError:
         sys.exit(1)
-    if options.json:
-        print(json.dumps(result, ensure_ascii=False))
+    except Exception as error:
+        if options.debug:
+            raise
+        if isinstance(error, UserError):
+            fail(str(error), error.code)
+        fail(f"{type(error).__name__}: {error} — run with --debug", 1)
     sys.exit(1 if isinstance(result, dict) and result.get("problems") else 0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, and out."""
+    print(f"senticlip: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells wrong use in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2."""
+        fail(f"{message} — see {self.prog} --help", 2)
+
+
+def folder(name: str) -> str:
+    """The argument of an option that names a folder to write into: it can be made where it is said to be."""
+    for place in (Path(name), *Path(name).parents):
+        if place.exists() and not place.is_dir():
+            raise argparse.ArgumentTypeError(f"{place} is a file, no folder")
+    return name
+
+
+def file(name: str) -> str:
+    """The argument of an option that names a file to write."""
+    if Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is a folder, no file")
+    folder(str(Path(name).parent))
+    return name
 
 
 def say(options: argparse.Namespace, text: str) -> None:
@@ -39,9 +71,9 @@ def say(options: argparse.Namespace, text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs."""
-    top = argparse.ArgumentParser(prog="senticlip", description="Sentiment of video clips: CLIP-CA-MSA")
+    top = Parser(prog="senticlip", description="Sentiment of video clips: CLIP-CA-MSA")
     top.add_argument("--version", action="version", version=f"senticlip {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -52,10 +84,11 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     p = verb("demo", demo, "make a data set, train, evaluate, predict, explain: a report in under five minutes")
-    p.add_argument("--out", default="demo", help="folder (default: demo)")
+    p.add_argument("--out", type=folder, default="demo", help="folder (default: demo)")
     p.add_argument("--sound", action="store_true", help="give the clips a voice")
     p.add_argument("--pretrain", action="store_true", help="train the tiny towers that ship with the package, and stop")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the clips and the training (default: 0)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the tiny preset")
 
     data = verbs.add_parser("data", help="look at data sets").add_subparsers(dest="action", required=True)
     p = data.add_parser("check", help="list all problems of a data set at once, by row", parents=[common])
@@ -66,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("train", train, "train a model; its folder is a complete checkpoint")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, as in experiments/")
     p.add_argument("--data", required=True, metavar="DIR")
-    p.add_argument("--out", required=True, metavar="RUN")
+    p.add_argument("--out", type=folder, required=True, metavar="RUN")
     p.add_argument("--seed", type=int)
     p.add_argument("--resume", action="store_true", help="go on where a killed training stopped")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key")
@@ -81,7 +114,9 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("reproduce", reproduce, "the paper's tables from experiments × seeds: one report beside its numbers")
     p.add_argument("--data", required=True, metavar="DIR")
-    p.add_argument("--out", required=True, metavar="DIR", help="runs and report; the same command goes on after a kill")
+    p.add_argument(
+        "--out", type=folder, required=True, metavar="DIR", help="runs, report; a killed one is gone on with"
+    )
     p.add_argument("--preset", default="paper", help="size of the encoders: tiny, small or paper")
     p.add_argument("--tables", metavar="1,5", help="which of the eight (default: all)")
     p.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
@@ -92,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("features", features, "clips → an MMSA-style feature file (text, audio, vision)")
     p.add_argument("data", metavar="DIR")
-    p.add_argument("--out", required=True, metavar="F")
+    p.add_argument("--out", type=file, required=True, metavar="F")
     p.add_argument("--preset", default="tiny", help="whose encoders: tiny (ships with the package), small or paper")
     p.add_argument("--protocol", default="official", help="official, tenth or video")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key of the preset")
@@ -103,11 +138,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("video", metavar="VIDEO", nargs="?")
     p.add_argument("--text")
     p.add_argument("--device")
-    _precision(p)
+    p.add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
 
     p = verb("export", export, "write a run as one ONNX file")
     p.add_argument("run_folder", metavar="RUN")
-    p.add_argument("--out", required=True, metavar="F.onnx")
+    p.add_argument("--out", type=file, required=True, metavar="F.onnx")
     p.add_argument("--int8", action="store_true", help="weights as int8")
     p.add_argument("--data", metavar="DIR", help="measure on these clips what the file answers differently")
     p.add_argument("--split", default="valid", help="the clips of --data to measure on (default: valid)")
@@ -116,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="RUN")
     p.add_argument("video", metavar="VIDEO")
     p.add_argument("--subtitles", metavar="F", help=".srt, .ass or .vtt (default: the film's own track, else windows)")
-    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--out", type=folder, required=True, metavar="DIR")
     p.add_argument("--shift", type=float, default=0.0, help="seconds added to the subtitles' times")
     p.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     p.add_argument("--transcribe", action="store_true", help="let faster-whisper write the lines (extra: asr)")
@@ -130,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="RUN")
     p.add_argument("video", metavar="VIDEO", nargs="?")
     p.add_argument("--text")
-    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--out", type=folder, required=True, metavar="DIR")
     p.add_argument("--method", help="ablation-cam (default), grad-cam or rollout")
     p.add_argument("--data", metavar="DIR", help="explain the worst errors on a data set instead of one clip")
     p.add_argument("--split", default="test", help="of --data (default: test)")
@@ -140,15 +175,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("bulk", bulk, "an archive of videos → Parquet; the same command goes on after a kill")
     p.add_argument("model", metavar="RUN")
     p.add_argument("manifest", metavar="MANIFEST", help=".csv, .jsonl or .parquet: id, path, text or subtitles")
-    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--out", type=folder, required=True, metavar="DIR")
     p.add_argument("--address", help="of a Ray cluster (default: this machine)")
     p.add_argument("--workers", type=int, help="models at work (default: one per core or GPU)")
     p.add_argument("--device")
     return top
-
-
-def _precision(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
 
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
@@ -157,9 +188,12 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         from senticlip.pretrain import pretrain
 
         return pretrain(seed=options.seed, show=lambda line: say(options, line))
+    from senticlip.tables import load_preset
+
+    config = load_preset("tiny", [f"seed={options.seed}", *options.set])
     from senticlip.demo import demo as run
 
-    result = run(options.out, seed=options.seed, sound=options.sound)
+    result = run(options.out, config, sound=options.sound)
     say(options, f"accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f}; open {result['report']}")
     return result
 
@@ -197,12 +231,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip evaluate RUN`` and ``senticlip evaluate RUN_A RUN_B``."""
     from senticlip import evaluate as room
-    from senticlip.structures import UsageError
 
     if len(options.runs) > 2:
         raise UsageError(f"evaluate takes one RUN or two, not {len(options.runs)}")
     if len(options.runs) == 2:
-        result = room.compare(options.runs[0], options.runs[1], options.data, options.split)
+        a, b = options.runs
+        result = room.compare(a, b, options.data, options.split, options.device, options.target)
         say(options, json.dumps(result["difference"], indent=1))
         return result
     result = room.evaluate(options.runs[0], options.data, options.split, options.device, options.target)
@@ -216,8 +250,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def reproduce(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip reproduce``."""
-    from senticlip.structures import UsageError
-
     if options.seeds < 1:
         raise UsageError(f"--seeds {options.seeds}: must be at least 1")
     from senticlip import runtime
@@ -226,17 +258,8 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.reproduce import reproduce as run
 
     tables = [number.strip() for number in options.tables.split(",")] if options.tables else None
-    result = run(
-        options.data,
-        options.out,
-        options.preset,
-        tables,
-        options.seeds,
-        options.protocol,
-        options.keep,
-        options.set,
-        options.device,
-    )
+    names = ("data", "out", "preset", "seeds", "protocol", "keep", "device")
+    result = run(tables=tables, overrides=options.set, **{name: getattr(options, name) for name in names})
     say(options, f"open {result['report']}")
     return result
 
@@ -289,9 +312,6 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip analyze``."""
-    import time
-    from pathlib import Path
-
     from senticlip.analyze import analyze as run
 
     began = time.monotonic()
@@ -309,8 +329,6 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
 
         result = run(options.model, options.video, options.text, options.out, options.method, options.device)
     else:
-        from senticlip.structures import UsageError
-
         if options.video is not None or options.text is not None:
             raise UsageError("explain takes a VIDEO and --text, or --data, not both")
         from senticlip.explain_set import explain_set
@@ -323,8 +341,6 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
 
 def bulk(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip bulk``."""
-    import time
-
     from senticlip.bulk import bulk as run
 
     began, done, failed = time.monotonic(), 0, 0

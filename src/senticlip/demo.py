@@ -26,21 +26,26 @@ from senticlip.train import train
 ALONE = {"text": "text", "video": "vision"}
 
 
-def demo(out: str | Path = "demo", seed: int = 0, sound: bool = False) -> dict[str, Any]:
+def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = False) -> dict[str, Any]:
     """Make ``out``/data, train ``out``/run and its two single modalities, evaluate, and write ``out``/report.html.
+
+    Args:
+        out: the folder.
+        config: the experiment, of text and video; the tiny preset by default. Its seed is that of the clips, too.
+        sound: give the clips a voice.
 
     Returns:
         ``{"accuracy": …, "macro_f1": …, "report": path}`` of the fused model on test.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    best = make(out / "data", seed, sound)["best"]["test"]
-    config = load_preset("tiny")
+    config = config or load_preset("tiny")
+    best = make(out / "data", config.seed, sound)["best"]["test"]
     runs = {"fused": config} | {name: single(config, modality) for name, modality in ALONE.items()}
     found = {}
     for name, experiment in runs.items():
         run = out / ("run" if name == "fused" else f"run-{name}")
-        train(experiment, out / "data", run, seed)
+        train(experiment, out / "data", run)
         found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
     shown = strip(out / "run" / "predictions-test.csv", out / "data")
     asked = next(clip for clip in shown if clip["conflict"])
@@ -51,7 +56,7 @@ def demo(out: str | Path = "demo", seed: int = 0, sound: bool = False) -> dict[s
 
 def single(config: Config, modality: str) -> Config:
     """The same experiment on one modality, which is trained by itself, stage and all."""
-    stages = {name: stage for name, stage in config.stages.items() if stage["modalities"] == [modality]}
+    stages = {name: stage for name, stage in config.stages.items() if stage.get("modalities") == [modality]}
     return config.override({"modalities": [modality], "stages": stages})
 
 

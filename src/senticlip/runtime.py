@@ -50,6 +50,6 @@ def device(name: str | None = None) -> Any:
         found = torch.device(name)
         torch.zeros(1, device=found).tolist()  # a name may be well formed and nothing be behind it
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UsageError(f"--device {name}: cannot be used here ({reason}) — choose cpu, cuda or cuda:N") from None
     return found
