@@ -9,8 +9,9 @@ import pytest
 
 from senticlip import reproduce as room
 from senticlip import results
+from senticlip.config import Config
 from senticlip.structures import LABELS, Clip, UserError
-from senticlip.tables import digest
+from senticlip.tables import digest, load_tables
 
 PRESET = """
 text: {train: frozen}
@@ -34,12 +35,15 @@ def world(tmp_path, monkeypatch):
     for i in range(30):
         (tmp_path / f"{i}.mp4").touch()
     (tmp_path / "preset.yaml").write_text(PRESET, encoding="utf-8")
-    asked = []
+    asked: list[tuple[str, int]] = []
+    broken: dict[str, Exception] = {}
 
     def train(config, data, out, seed=None, resume=False, device=None):
         assert resume
         if config.temporal == "lstm":
             raise UserError("no such thing")
+        if broken and config.temporal in broken:
+            raise broken[config.temporal]
         asked.append((digest(config), seed))
         out.mkdir(parents=True, exist_ok=True)
         for name in config.stages:
@@ -63,8 +67,10 @@ def world(tmp_path, monkeypatch):
 
     def run(**options):
         options = {"tables": ["1", "5"], "seeds": 2, **options}
-        return room.reproduce(data, tmp_path / "out", preset=str(tmp_path / "preset.yaml"), **options)
+        options = {"data": data, "preset": str(tmp_path / "preset.yaml"), **options}
+        return room.reproduce(out=tmp_path / "out", **options)
 
+    run.broken = broken
     return run, asked, tmp_path / "out"
 
 
@@ -102,6 +108,48 @@ def test_a_second_run_reads_and_weights_are_not_kept(world):
     assert {seed for _, seed in asked[before:]} == {2}
 
 
+def test_results_of_other_data_are_not_read(world):
+    run, asked, out = world
+    run(tables=["6"], seeds=1)
+    before = (out / "results.json").read_bytes()
+    table = out.parent / "data.csv"
+    other = out.parent / "other.csv"
+    other.write_text(table.read_text(encoding="utf-8"), encoding="utf-8")
+    trained = len(asked)
+    with pytest.raises(UserError, match=r"holds runs on other data.*data\.csv"):
+        run(tables=["6"], seeds=1, data=other)
+    with pytest.raises(UserError, match="holds runs on other data, labels or protocol"):
+        run(tables=["6"], seeds=1, protocol="tenth")
+    table.write_text(table.read_text(encoding="utf-8").replace("4.mp4,话4,-1.0", "4.mp4,话4,0.2"), encoding="utf-8")
+    with pytest.raises(UserError, match="holds runs on other data, labels"):
+        run(tables=["6"], seeds=1)
+    assert len(asked) == trained
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("mat1 and mat2\ndo not fit"), "RuntimeError: mat1 and mat2 do not fit"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_row_that_crashes_is_one_rows_error(world, error, told):
+    run, _, _ = world
+    run.broken["mean"] = error
+    rows = run(tables=["5"], seeds=1)["tables"]["5"]
+    assert rows["MeanP"]["error"] == told
+    assert rows["Transformer"]["accuracy"]["mean"] == 1.0
+
+
+def test_an_interrupt_ends_the_tables(world):
+    run, asked, _ = world
+    run.broken["mean"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(tables=["5"], seeds=1)
+    assert len(asked) == 2  # the stages of the first row
+
+
 def test_a_stage_whose_weights_went_is_trained_again_for_a_new_row(world):
     run, asked, _ = world
     run(tables=["1"], seeds=1)
@@ -134,6 +182,56 @@ def test_mean_and_std_over_seeds():
     assert results.spread([]) == {}
 
 
+def predicted(*classes, ids="abcd"):
+    return {"predictions": {"id": list(ids), "truth": [0, 0, 0, 0], "predicted": list(classes)}}
+
+
+def test_runs_are_paired_by_their_seed():
+    ours = {1: predicted(0, 0, 0, 0), 2: predicted(0, 0, 0, 1)}  # seed 0 failed
+    theirs = {0: predicted(1, 1, 1, 1), 1: predicted(0, 0, 0, 1), 2: predicted(0, 0, 1, 1)}
+    # by seed: 4/4 − 3/4 and 3/4 − 2/4; by position it would be 4/4 − 0 and 3/4 − 3/4
+    assert results.versus(ours, theirs)["accuracy"]["difference"] == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {0: predicted(0, 0, 0, 0)}),
+        ({0: predicted(0, 0, 0, 0)}, {1: predicted(0, 0, 0, 0)}),
+        ({0: predicted(0, 0, 0, 0)}, {0: predicted(0, 0, 0, 0, ids="abce")}),
+    ],
+)
+def test_runs_that_share_nothing_are_not_compared(ours, theirs):
+    assert results.versus(ours, theirs) is None
+
+
+def test_random_weights_are_marked_and_not_judged():
+    preset = Config().override({"text.train": "frozen", "vision.train": "frozen"})
+    tables = load_tables(preset, ["4"], {"M"}, random=True)
+    runs = {}
+    for row in tables[0].rows:
+        classes = (0, 0, 0, 0) if row.name == tables[0].reference else (1, 1, 1, 1)
+        accuracy = {"accuracy": float(classes[0] == 0), "macro_f1": 0.5}
+        runs[digest(row.configs["M"]), 0] = {**accuracy, **predicted(*classes)}
+    found = results.collect(tables, runs, 1)
+    text = results.as_markdown(results._table_blocks(tables[0], found["4"], 1))
+    for row in tables[0].rows:
+        assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
+    assert "† random weights, not pretrained: tests the path, not the paper" in text
+    assert "For:" not in text  # although every interval excludes zero
+    real = results.collect(load_tables(preset, ["4"], {"M"}, random=False), runs, 1)
+    assert not any(entry["random"] for entry in real["4"]["M"].values())
+
+
+def test_seeds_that_failed_are_counted():
+    (table,) = load_tables(Config(), ["6"], {"M"}, random=False)
+    first, last = (row.configs["M"] for row in table.rows)
+    good = {"accuracy": 1.0, "macro_f1": 1.0, **predicted(0, 0, 0, 0)}
+    runs = {(digest(c), s): good for c in (first, last) for s in (0, 1)} | {(digest(first), 1): {"error": "no room"}}
+    text = results.as_markdown(results._table_blocks(table, results.collect([table], runs, 2)["6"], 2))
+    assert f"{table.rows[0].name}: not run for 1 of 2 seeds — no room" in text
+
+
 def test_the_figure_and_the_majority_count_clips():
     clips = [
         Clip(str(i), labels={"M": s, "T": s}, split=split)
@@ -148,13 +246,14 @@ def test_the_figure_and_the_majority_count_clips():
 
 
 def test_what_the_report_says_follows_the_intervals():
-    def row(low, high):
-        return {"versus": {"accuracy": {"low": low, "high": high}}}
+    def row(low, high, random=False):
+        return {"versus": {"accuracy": {"low": low, "high": high}}, "random": random}
 
-    told = results.verdict(
-        "ours", {"a": row(0.1, 0.2), "b": row(-0.2, -0.1), "c": row(-1, 1), "ours": {"versus": None}}
-    )
+    rows = {"a": row(0.1, 0.2), "b": row(-0.2, -0.1), "c": row(-1, 1), "d": row(0.1, 0.2, random=True)}
+    told = results.verdict("ours", {**rows, "ours": {"versus": None, "random": False}})
     assert [line.split(":")[0] for line in told] == ["For", "Against", "Open"]
+    assert told[0].startswith("For: ours is above a (")
+    assert results.verdict("ours", {**rows, "ours": {"versus": None, "random": True}}) == []
 
 
 def test_markup_in_a_name_is_text():

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any
 
 from senticlip import results
@@ -119,8 +120,9 @@ class Runner:
             result = self.result(config, seed)
             told = f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
         except Exception as error:  # a row's failure is that row's, even one that is our bug: the other rows go on
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            result, told = {"error": " ".join(reason.split())}, f"not run: {reason}"
+            reason = str(error) if isinstance(error, UserError) else "".join(format_exception_only(error))
+            result = {"error": " ".join(reason.split())}
+            told = f"not run: {result['error']}"
         self.results[digest(config), seed] = result
         if not sys.stderr.isatty():
             console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
