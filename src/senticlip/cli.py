@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from senticlip import __version__
+from senticlip import __version__, runtime
 from senticlip.structures import UsageError, UserError
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         result = options.run(options)
-        if options.json:
+        if options.json and runtime.first_process():
             print(json.dumps(result, ensure_ascii=False), flush=True)
     except KeyboardInterrupt:
         fail("interrupted; --resume goes on where there is one", 130)
@@ -66,7 +66,8 @@ def file(name: str) -> str:
 
 def say(options: argparse.Namespace, text: str) -> None:
     """Tell a person; with ``--json`` stdout stays the object's."""
-    print(text, file=sys.stderr if options.json else sys.stdout)
+    if runtime.first_process():
+        print(text, file=sys.stderr if options.json else sys.stdout)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -217,8 +218,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip import config as configs
 
     config = configs.load(options.config, options.set)
-    from senticlip import runtime
-
     runtime.setup()
     from senticlip.train import train as run
 
@@ -252,8 +251,6 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip reproduce``."""
     if options.seeds < 1:
         raise UsageError(f"--seeds {options.seeds}: must be at least 1")
-    from senticlip import runtime
-
     runtime.setup()
     from senticlip.reproduce import reproduce as run
 
@@ -266,8 +263,6 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
 
 def features(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip features``."""
-    from senticlip import runtime
-
     runtime.setup()
     from senticlip.features import features as run
     from senticlip.tables import load_preset

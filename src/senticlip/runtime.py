@@ -18,6 +18,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def first_process() -> bool:
+    """Whether this process speaks and writes for all that torchrun has started; true where there is only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def setup(threads: int | None = None) -> None:
     """Set torch's threads (default: OMP_NUM_THREADS, else the cores) and fast fp32 products; be quiet."""
     import torch

@@ -61,7 +61,7 @@ def train(
     if resume and (result := is_finished(out, mine)):
         return result
     with disk(out, "--resume goes on"):
-        if os.environ.get("RANK", "0") == "0":
+        if runtime.first_process():
             begin(out, mine, resume)
         stages = {name: out / "stages" / name for name in config.stages}
         for name, folder in stages.items():
