@@ -2,6 +2,7 @@
 
 import random
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -121,6 +122,8 @@ ZOO = {
     "HEVC": lambda d: write(d / "a.mp4", codec="libx265", **{"x265-params": "log-level=none:keyint=12:bframes=3"}),
     "VP9": lambda d: write(d / "a.webm", codec="libvpx-vp9", deadline="realtime", **{"cpu-used": "8"}),
     "VP8": lambda d: write(d / "a.webm", codec="libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "10"}),
+    "H.264 in AVI (wrong presentation times)": lambda d: write(d / "a.avi", bf="3"),
+    "AV1": lambda d: write(d / "a.mp4", codec="libsvtav1", preset="11", **{"svtav1-params": "keyint=12"}),
     "motion JPEG": lambda d: write(d / "a.avi", codec="mjpeg"),
     "bare H.264": lambda d: write(d / "a.h264", bf="2"),
     "GIF": lambda d: write(d / "a.gif", codec="gif"),
@@ -144,6 +147,8 @@ def sequential(path: Path) -> list[tuple[float, int]]:
             stamp = frame.pts if frame.pts is not None else frame.dts
             time = len(frames) / 25 if stamp is None else float(stamp * frame.time_base) - zero
             frames.append((time, number(rgb(frame))))
+    if any(one[0] > two[0] for one, two in pairwise(frames)):  # what falls is no presentation time
+        return [(i / 25, said) for i, (_, said) in enumerate(frames)]
     return frames
 
 
@@ -250,6 +255,7 @@ def test_huge(tmp_path):
 
 def test_a_long_film_is_not_decoded(tmp_path, monkeypatch):
     """Six frames of twenty minutes: at most a group of pictures each, and 40 lines in order no group twice."""
+    monkeypatch.setattr("senticlip.data.decode.Sequential", never)
     path = write(tmp_path / "film.mp4", stamps=list(range(0, 1200 * 2)), base=Fraction(1, 2), g="20", bf="2")
     fed = []
     feed = Decoder._feed
@@ -261,6 +267,21 @@ def test_a_long_film_is_not_decoded(tmp_path, monkeypatch):
         for i in range(40):
             reader.read(2, 100 + 5 * i, 103 + 5 * i)
     assert len(fed) <= 40 * 5 * 2 * 1.7
+
+
+def never(path: Path) -> None:
+    raise AssertionError(f"{path}: decoded from its start")
+
+
+@pytest.mark.parametrize("codec", [{"bf": "3"}, {"bf": "3", "g": "250"}, {"codec": "libsvtav1", "preset": "11"}])
+def test_a_short_clip_is_decoded_once(tmp_path, monkeypatch, codec):
+    """Also where its last frame that is wanted is decoded before another one."""
+    monkeypatch.setattr("senticlip.data.decode.Sequential", never)
+    for length in range(12, 26):
+        path = write(tmp_path / f"{length}.mp4", stamps=list(range(length)), **codec)
+        for m in (3, 16):
+            numbers = [number(p) for p in read_frames(path, m).pixels]
+            assert numbers == sorted({int((i + 0.5) * length / m) for i in range(m)})
 
 
 def test_size_and_no_frames():

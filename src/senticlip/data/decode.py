@@ -20,7 +20,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from senticlip.data.sequential import Sequential, open_video
+from senticlip.data.sequential import Sequential, open_video, times_are_guessed
 from senticlip.structures import UserError
 
 NEAR = 20
@@ -31,6 +31,9 @@ SEEKABLE = ("mp4", "matroska", "mpegts", "flv")
 
 MANY = 2000
 """Packets kept while looking for the next keyframe: no film is held in memory, however long its GOP."""
+
+SHORT = 16 << 20
+"""Bytes of a file that is read as a whole at once, and not once for its end and again for its frames."""
 
 
 class Read(NamedTuple):
@@ -55,9 +58,10 @@ class Decoder:
         self.tick = self.stream.time_base or Fraction(1, 90000)
         self.alone = False
         self._near = int(NEAR / self.tick)
+        self._step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
         self._slow: Sequential | None = None
-        self._trusted = True
+        self._trusted = not times_are_guessed(self.container, self.stream)
         self._start_reading()
         if self._trusted and not self._ahead:
             self.close()
@@ -126,6 +130,10 @@ class Decoder:
 
     def _find_end(self) -> int:
         """The time at which the last frame that is in the file ends (headers err, and files get cut off)."""
+        while not self._finished and len(self._ahead) < MANY and self.container.size <= SHORT:
+            self._read()
+        if self._finished and self._trusted:
+            return max(self._after(read) for read in self._ahead)
         if not self._trusted:
             slow = Sequential(self.path)
             last = slow.end()
@@ -143,15 +151,17 @@ class Decoder:
 
     def _read_all(self) -> int | None:
         end: int | None = None
-        step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         while self._ahead or not self._finished:
             if self._ahead:
-                read = self._ahead.popleft()
-                after = read.pts + (read.packet.duration or step)
+                after = self._after(self._ahead.popleft())
                 end = after if end is None else max(end, after)
             else:
                 self._read()
         return end
+
+    def _after(self, read: Read) -> int:
+        """The time at which a frame ends."""
+        return read.pts + (read.packet.duration or self._step)
 
     def _seek_before(self, stamp: int) -> None:
         """Begin at a keyframe at or before ``stamp``: the last one, as far as the file knows."""
@@ -239,6 +249,7 @@ class Decoder:
 
     def _feed(self, read: Read, skip: bool) -> list[VideoFrame]:
         codec = self.stream.codec_context
+        codec.open(strict=False)  # dav1d takes skip_frame when it is opened, and then for good: so before it is set
         if self._key is None:
             codec.flush_buffers()
         if self._key is None or read.is_key:
@@ -252,9 +263,9 @@ class Decoder:
 
     def _decode(self, wanted: list[int], drain: bool) -> Iterator[VideoFrame]:
         """The frames with the ``wanted`` times, in order; ends early where one does not come out."""
-        left = deque(wanted)
+        left, unfed = deque(wanted), set(wanted)
         if self._held and left and self._held.pts == left[0]:
-            left.popleft()
+            unfed.discard(left.popleft())
             yield self._held
         while left:
             if not self._ahead and not self._finished:
@@ -264,7 +275,9 @@ class Decoder:
             if not last:
                 read = self._ahead.popleft()
                 frames = self._feed(read, skip=read.pts not in left)
-                last = drain and read.pts == left[-1]
+                unfed.discard(read.pts)
+                # not at the last of them: a P-frame is decoded before the B-frames that are shown before it
+                last = drain and not unfed
             if last:
                 with suppress(FFmpegError):
                     frames = frames + self.stream.decode(None)

@@ -180,7 +180,8 @@ def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     turned = abs(b) > abs(a)
     height, width = (shape[2:0:-1] if turned else shape[1:]) if shape else (frame.height, frame.width)
-    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
+    # starting threads takes as long as converting the frame
+    rgb = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
     if turned:
         # a pixel at (x, y) is shown at (c·y, b·x)
         rgb, a, d = rgb.transpose(1, 0, 2), c, b
