@@ -66,7 +66,7 @@ def _open(path: Path) -> InputContainer:
 
 
 def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether presentation times are FFmpeg's guesses: AVI stores none, and those of H.264's B-frames come out wrong."""
+    """Whether presentation times are guesses: AVI stores none, and FFmpeg guesses those of H.264's B-frames wrong."""
     return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
 
 
