@@ -15,7 +15,7 @@ SHADES = {"negative": (200, 60, 40), "neutral": (120, 120, 120), "positive": (40
 
 
 class FakePredictor:
-    """The text decides by 好 and 坏, the picture by its colour, and the picture weighs twice.
+    """The text decides by 好 and 坏, the picture by its colour, and the picture weighs twice; what is absent is silent.
 
     ``fail_after``: the number of batches after which it breaks down, as a killed process would.
     """
@@ -36,6 +36,7 @@ class FakePredictor:
             if clip.video is not None:
                 pixels = read(clip.video, 3, clip.start, clip.end, size=16).pixels
                 values[i, : len(pixels)], mask[i, : len(pixels)] = torch.from_numpy(pixels), True
+        self.seen = mask.any(1).tolist()
         return Batch({"vision": Sequence(values, mask)}, {})
 
     def output(self, batch):
@@ -43,12 +44,14 @@ class FakePredictor:
 
     def predictions(self, output):
         answers = []
-        for text, (red, green, _) in zip(self.texts, output.logits["vision"].tolist(), strict=True):
-            video = soft((red - green) / 40 - 1, 0.0, (green - red) / 40 - 1)
-            heads = {"video": video}
+        colours = output.logits["vision"].tolist()
+        for text, seen, (red, green, _) in zip(self.texts, self.seen, colours, strict=True):
+            heads = {}
+            if seen:
+                heads["video"] = soft((red - green) / 40 - 1, 0.0, (green - red) / 40 - 1)
             if text is not None:
                 heads["text"] = soft(2.0 * ("坏" in text), 0.5, 2.0 * ("好" in text))
-            weights = {"video": 2 / 3, "text": 1 / 3} if len(heads) == 2 else {"video": 1.0}
+            weights = {"video": 2 / 3, "text": 1 / 3} if len(heads) == 2 else dict.fromkeys(heads, 1.0)
             fused = {n: sum(weights[h] * heads[h][n] for h in heads) for n in LABELS}
             answers.append(Prediction(max(fused, key=fused.__getitem__), fused, heads, weights))
         return answers

@@ -8,11 +8,12 @@ import types
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from tests.data.test_video import delayed
 from tests.fakes import FakePredictor, write_film
 
 from senticlip import analyze as room
 from senticlip.analyze import analyze
-from senticlip.data.video import VideoReader
+from senticlip.data.video import VideoReader, probe
 from senticlip.structures import UsageError, UserError
 
 MOODS = ["positive", "negative", "neutral", "positive", "negative", "positive"]
@@ -110,9 +111,47 @@ def test_a_bad_line_is_a_row_with_its_error(film, srt):
 
 def test_lines_after_the_film(film, srt):
     rows = list(analyze(FakePredictor(), film, srt, shift=5))
-    assert rows[-1]["video_positive"] is not None or rows[-1]["start"] > 12
+    assert [row["start"] for row in rows] == pytest.approx([5.1, 7.1, 9.1, 11.1, 13.1, 15.1])
+    assert [row["video_positive"] is not None for row in rows] == [True] * 4 + [False] * 2  # the film has 12 s
+    assert [row["text"] for row in rows] == WORDS
     with pytest.raises(UserError, match="all lines begin after the end"):
         analyze(FakePredictor(), film, srt, shift=500)
+
+
+def test_pictures_that_begin_after_the_sound(tmp_path):
+    path = delayed(tmp_path)
+    info = probe(path)
+    assert (info.start, info.duration) == (pytest.approx(0.8), pytest.approx(1.6))
+    srt = tmp_path / "a.srt"
+    srt.write_text("1\n00:00:01,700 --> 00:00:02,300\n好\n\n2\n00:00:02,500 --> 00:00:03,000\n坏\n", encoding="utf-8")
+    rows = list(analyze(FakePredictor(), path, srt))
+    assert [row["video_positive"] is not None for row in rows] == [True, False]
+    assert [(row["start"], row["end"]) for row in analyze(FakePredictor(), path, seconds=1.2)] == [(0, 1.2), (1.2, 2.4)]
+
+
+def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt):
+    srt.write_text(
+        srt.read_text(encoding="utf-8").replace("真好", "broken").replace("真坏", "broken"), encoding="utf-8"
+    )
+    rows = list(analyze(FakePredictor(), film, srt))
+    assert [row["label"] for row in rows] == [None, None, *MOODS[2:]]
+    predictor = FakePredictor()
+    predictor.batch = lambda clips, read: (_ for _ in ()).throw(UsageError("this model reads no such thing"))
+    with pytest.raises(UsageError, match="no such thing"):
+        list(analyze(predictor, film, srt))
+
+
+@pytest.mark.parametrize("wrong", [{"shift": float("nan")}, {"shift": float("inf")}, {"seconds": 1e-9}])
+def test_times_that_are_none(film, wrong):
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+        analyze(FakePredictor(), film, **wrong)
+
+
+def test_another_precision_is_another_job(film, srt, tmp_path):
+    with pytest.raises(RuntimeError):
+        list(analyze(FakePredictor(fail_after=1), film, srt, tmp_path / "out", precision="bf16"))
+    with pytest.raises(UsageError, match="leave out --resume"):
+        list(analyze(FakePredictor(), film, srt, tmp_path / "out", resume=True))
 
 
 def test_without_words(film, tmp_path):

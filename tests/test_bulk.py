@@ -10,9 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import av
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.fakes import FakePredictor
 from tests.tiny import write_clip
 
 import senticlip
@@ -20,7 +22,7 @@ from senticlip import answers, bulk
 from senticlip.config import Config
 from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import Clip, UsageError, UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 ROWS = 26
@@ -66,6 +68,9 @@ def archive(run) -> Path:
     rows[11] |= {"text": "", "path": "0.mp4", "subtitles": "0.srt"}
     rows[12] |= {"text": "", "path": "0.mp4", "subtitles": "0.srt", "start": "0.32", "end": "0.6"}
     rows[13] |= {"end": "inf"}
+    rows[14] |= {"text": "", "subtitles": "字" * 300 + ".srt"}  # no file system has such a name
+    rows[15] |= {"path": "", "text": ""}
+    rows[17] |= {"path": "", "text": "", "subtitles": "0.srt"}
     with (folder / "archive.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["id", "path", "text", "subtitles", "start", "end"])
         writer.writeheader()
@@ -96,6 +101,7 @@ def test_rows_are_those_of_predict(run, archive, undisturbed):
         "02": {"video": folder / "2.mp4", "text": "第2句话真好"},
         "09": {"text": "第9句话真好"},
         "10": {"video": folder / "1.mp4"},
+        "17": {"text": "真好 太坏"},
         "11": {"video": folder / "0.mp4", "text": "真好 太坏"},
         "12": {"video": folder / "0.mp4", "text": "太坏", "start": 0.32, "end": 0.6},
     }.items():
@@ -106,11 +112,13 @@ def test_rows_are_those_of_predict(run, archive, undisturbed):
 def test_a_failing_row_is_a_row_with_its_error(run, undisturbed):
     rows = table(run.parent / "out")
     errors = {row["id"]: row["error"] for row in rows if row["error"]}
-    assert set(errors) == {"01", "05", "06", "07", "13"}
+    assert set(errors) == {"01", "05", "06", "07", "13", "14", "15"}
     assert "none.mp4: no such video" in errors["01"]
     assert "'soon' is no time" in errors["06"]
     assert "'inf' is no time" in errors["13"]
     assert "the video ends at" in errors["07"]
+    assert "14: OSError: " in errors["14"]
+    assert "archive.csv, row 17: neither path nor text" in errors["15"]
     for row in rows:
         assert (row["label"] is None) == (row["error"] is not None)
 
@@ -126,12 +134,55 @@ def test_an_error_of_no_kind_that_we_know_costs_one_row(run, archive, undisturbe
 
         output, predictions = staticmethod(real.output), staticmethod(real.predictions)
 
-    monkeypatch.setattr("senticlip.predictor.load", lambda run, device: Odd())
+    monkeypatch.setattr("senticlip.predictor.load", lambda run, **options: Odd())
     rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     assert rows[3]["error"] == "03: KeyError: 'a surprise'"
     expected = table(run.parent / "out")
     for i in (0, 2, 4):
         assert rows[i] == pytest.approx(expected[i], abs=1e-6)
+
+
+@pytest.mark.parametrize("error", [av.error.MemoryError(12, "no memory"), RuntimeError("conv2d"), MemoryError()])
+def test_what_one_clip_alone_does_to_the_machine_costs_its_row(error):
+    class Picky(FakePredictor):
+        def batch(self, clips, **options):
+            if any(clip.id == "b" for clip in clips):
+                raise error
+            return super().batch(clips, **options)
+
+    found = list(answers.answer(Picky(), [Clip(name, None, "好") for name in "abc"]))
+    assert [each[0] is None for each in found] == [False, True, False]
+    assert str(found[1][1]).startswith(f"b: {type(error).__name__}")
+    assert list(answers.answer(Picky(), [Clip("b", None, "好")]))[0][0] is None
+
+
+def test_a_broken_machine_ends_the_work_and_files_do_not():
+    class Broken(FakePredictor):
+        def batch(self, clips, **options):
+            self.batches += 1
+            raise self.error
+
+    clips, broken = [Clip(name, None, "好") for name in "ab"], Broken()
+    broken.error = RuntimeError("CUDA error")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        list(answers.answer(broken, clips))
+    broken.error = av.error.BugError(1, "bug")
+    assert ["BugError" in str(error) for _, error, _ in answers.answer(broken, clips)] == [True, True]
+
+
+def test_what_fails_once_is_tried_again():
+    class Shaky(FakePredictor):
+        def batch(self, clips, **options):
+            if self.batches < 2:
+                self.batches += 1
+                raise RuntimeError("out of memory")
+            return super().batch(clips, **options)
+
+    (found,) = answers.answer(Shaky(), [Clip("a", None, "好")])  # the batch, and then the clip again
+    assert found[0] is None
+    assert [error for _, error, _ in answers.answer(Shaky(), [Clip("a", None, "好"), Clip("b", None, "坏")])] == [
+        None
+    ] * 2
 
 
 def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch):
@@ -165,10 +216,45 @@ def test_another_manifest_or_folder_is_refused(run, archive, undisturbed, tmp_pa
     for wrong, said in (({"workers": 0}, "at least 1"), ({"rows_per_part": 0}, "at least 1")):
         with pytest.raises(UsageError, match=said):
             bulk.bulk(run, other, tmp_path, **wrong)
+    with pytest.raises(UserError, match="another precision"):
+        bulk.bulk(run, archive, run.parent / "out", workers=1, rows_per_part=PART, precision="bf16")
+    with pytest.raises(UsageError, match="--precision fp8: choose one of fp32, bf16, int8"):
+        bulk.bulk(run, other, tmp_path, precision="fp8")
     with pytest.raises(UsageError, match="no trained model"):
         bulk.bulk(tmp_path, other, tmp_path)
     with pytest.raises(UsageError, match="no such manifest"):
         bulk.bulk(run, tmp_path / "none.csv", tmp_path)
+
+
+def test_a_manifest_that_was_cut_before_a_kill_is_not_anothers(run, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": "好"}), encoding="utf-8")
+
+    def killed(path, write):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "write_whole", killed)  # the stamp's: manifest has its own name for it
+        with pytest.raises(KeyboardInterrupt):
+            bulk.bulk(run, tmp_path / "one.jsonl", tmp_path / "out", workers=1)
+    assert (tmp_path / "out" / "manifest" / "rows.parquet").is_file()
+    assert [row["id"] for row in bulk.bulk(run, tmp_path / "two.jsonl", tmp_path / "out", workers=1)] == ["two"]
+
+
+def test_an_exported_file_is_a_run_too(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("senticlip.predictor.load", lambda path, **options: FakePredictor(path))
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "真好"}', encoding="utf-8")
+    (row,) = bulk.bulk(tmp_path / "a.onnx", tmp_path / "a.jsonl", tmp_path / "out", workers=1)
+    assert row["label"] == "positive"
+    with pytest.raises(UserError, match="another run"):
+        bulk.bulk(tmp_path / "b.onnx", tmp_path / "a.jsonl", tmp_path / "out", workers=1)
+    with pytest.raises(UsageError, match="of an ONNX file: fp32"):
+        bulk.bulk(tmp_path / "a.onnx", tmp_path / "a.jsonl", tmp_path / "new", workers=1, precision="int8")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UsageError, match="no trained model"):
+        bulk.bulk(tmp_path / "c.onnx", tmp_path / "a.jsonl", tmp_path / "new", workers=1)
 
 
 def test_without_ray_it_is_one_process(run, archive, undisturbed, tmp_path, monkeypatch):
@@ -193,6 +279,12 @@ def test_a_video_that_kills_its_worker_costs_its_rows(run, archive, undisturbed,
         pytest.approx(row, abs=1e-6) for row in expected if row["id"] != "02"
     ]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_video_that_is_never_done_kills_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "DEADLINE", 0.5)
+    monkeypatch.setattr(bulk, "_OPEN", "import sys, time; time.sleep(60 * sys.argv[1].endswith('b.mp4'))")
+    assert [bulk._kills(tmp_path / name) for name in ("a.mp4", "b.mp4")] == [False, True]
 
 
 def driver(run: Path, archive: Path, out: Path, workers: int) -> subprocess.Popen:

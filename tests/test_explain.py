@@ -13,7 +13,7 @@ import senticlip
 import tiny
 from senticlip.config import from_dict
 from senticlip.explain import Explanation, explain, explanation, sentences
-from senticlip.explain_set import explain_set, kind
+from senticlip.explain_set import Answered, _right, explain_set, kind
 from senticlip.models import create_model
 from senticlip.occlusion import Case, alone, characters, looks, occlude
 from senticlip.predictor import Predictor
@@ -228,6 +228,21 @@ def test_a_split_is_explained(run, tmp_path, monkeypatch):
     for link in re.findall(r'href="(.*?)"', page):
         assert (tmp_path / "out" / link).is_file()
     assert json.dumps(result)
+    (tmp_path / "out" / "worst-07").mkdir()
+    (tmp_path / "out" / "worst-07" / "explain.html").write_text("of an earlier report")
+    (tmp_path / "out" / "worst-08").mkdir()
+    (tmp_path / "out" / "worst-08" / "notes.txt").write_text("somebody's own")
+    explain_set(run, data, tmp_path / "out", "test", 0)
+    assert [path.name for path in (tmp_path / "out").glob("worst-*")] == ["worst-08"]
+
+
+def test_the_worst_scores_are_those_farthest_from_the_label_asked_for():
+    def row(score, **labels):
+        return Answered(Clip("", labels=labels), labels["T"], Prediction("neutral", {}, {}, {}, score), {})
+
+    rows = [row(0.0, M=1.0, T=0.2), row(0.0, M=0.0, T=-0.8), row(0.4, M=0.4, T=0.0)]
+    assert sorted(rows, key=_right) == [rows[1], rows[2], rows[0]]
+    assert [each.truth for each in rows] == [2, 0, 1]
 
 
 def test_kinds():

@@ -20,7 +20,7 @@ NAMES = ["一", "b", "c.mp4", "row 4"]
 
 
 def full(row, name):
-    return {column: row.get(column) for column in manifest.COLUMNS} | {"id": name}
+    return {column: row.get(column) for column in manifest.COLUMNS} | {"id": name, "error": None}
 
 
 def write(path, rows=ROWS, encoding="utf-8"):
@@ -57,7 +57,7 @@ def test_other_names_of_the_columns_and_numbers(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"Video": 1, "video_path": "x.mp4", "sentence": "好", "start": 2, "id": 7, "more": [1]}')
     assert list(manifest.read(path)) == [
-        {"id": "7", "path": "x.mp4", "text": "好", "subtitles": None, "start": "2", "end": None}
+        {"id": "7", "path": "x.mp4", "text": "好", "subtitles": None, "start": "2", "end": None, "error": None}
     ]
 
 
@@ -72,13 +72,12 @@ def test_split_cuts_it_into_groups(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("m.csv", "id,path\n1,\n", "row 2: neither path nor text"),
         ("m.csv", "id,url\n1,x\n", "row 1: the columns are id, url — expected id, path, text or subtitles"),
         ("m.csv", "", "row 1: the columns are nothing"),
         ("m.csv", "path,text\n", "no rows"),
         ("m.csv", b"\x00\xff\xfe\x81\x00" * 9, "m.csv"),
         ("m.csv", "text\n" + "x" * 200_000 + "\n", "row 2: not readable as CSV"),
-        ("m.jsonl", '{"path": "a"}\n{"path": ', "row 2: not readable as JSON"),
+        ("m.jsonl", '{"path": ', "row 1: not readable as JSON"),
         ("m.jsonl", "[1]", "row 1: not readable as JSON (not an object)"),
         ("m.jsonl", b'{"path": "\xff\xfe"}', "not readable as JSON"),
         ("m.parquet", "no parquet", "not readable as Parquet"),
@@ -100,3 +99,31 @@ def test_what_is_no_manifest(tmp_path):
     (tmp_path / "m.xlsx").write_text("")
     with pytest.raises(UsageError, match=r"choose \.csv, \.jsonl or \.parquet"):
         list(manifest.read(tmp_path / "m.xlsx"))
+
+
+def test_a_bad_row_is_a_row_with_its_error(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("id,path,text\n1,a.mp4,\n2,,\n3,,好\n")
+    manifest.split(path, tmp_path / "rows.parquet", 4)
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert [row["error"] for row in rows] == [None, f"{path}, row 3: neither path nor text", None]
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
+
+    path = tmp_path / "m.jsonl"
+    lines = [
+        '{"id": 1, "text": "好"}',
+        '{"id": "\\ud800", "text": "a\\udfffb"}',
+        '{"path": ',
+        "[1]",
+        '{"path": "\udcff"}',
+    ]
+    lines += ["[" * 100_000, '{"text": "\\ud83d\\ude00"}', '{"subtitles": "a.srt"}', "{}"]
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    manifest.split(path, tmp_path / "rows.parquet", 4)
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ["1", "?", *(f"row {i}" for i in range(3, 10))]
+    assert [row["text"] for row in rows if not row["error"]] == ["好", "😀", None]
+    for i, said in {1: "column id: half a character", 2: "JSON", 3: "not an object", 4: "utf-8", 5: "JSON"}.items():
+        assert said in rows[i]["error"]
+        assert f"{path}, row {i + 1}" in rows[i]["error"]
+    assert rows[8]["error"].endswith("row 9: neither path nor text")

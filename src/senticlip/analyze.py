@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class _Job(NamedTuple):
 
     video: Path
     lines: list[Line]
-    duration: float
+    end: float
     aspect: float
     out: Path | None
     key: str
@@ -65,6 +66,7 @@ def analyze(
     track: int | None = None,
     asr_model: str = "small",
     device: str | None = None,
+    precision: str = "fp32",
 ) -> Iterator[dict[str, Any]]:
     """The sentiment of every line of a film, as a stream of rows: start, end (seconds), text, and answers.FIELDS.
 
@@ -80,14 +82,19 @@ def analyze(
         track: which of the film's own subtitle tracks.
         asr_model: size or folder of the speech model.
         device: cpu, cuda, cuda:N.
+        precision: fp32, bf16 or int8; of a Predictor, its own.
 
     Raises:
-        UsageError: wrong arguments, a missing extra. UserError: a film or subtitles that cannot be read.
+        UsageError: wrong arguments, a missing extra, a film that has nothing which this model reads. UserError: a film
+            or subtitles that cannot be read.
     """
     video = Path(video)
     if cut not in ("windows", "shots"):
         raise UsageError(f"cut {cut!r}: unknown — choose windows or shots")
+    if not isfinite(shift):
+        raise UsageError(f"--shift {shift}: must be a number of seconds")
     info = probe(video)
+    end = info.start + info.duration
     if transcribe:
         from senticlip.speech import transcribe as listen
 
@@ -95,30 +102,27 @@ def analyze(
     elif subtitles is not None:
         lines = subs.read(subtitles, shift)
     else:
-        lines = subs.embedded(video, track, shift) or (
-            shots(video) if cut == "shots" else windows(info.duration, seconds)
-        )
+        lines = subs.embedded(video, track, shift) or (shots(video) if cut == "shots" else windows(end, seconds))
     if not lines:
         raise UserError(f"{subtitles or video}: no line is said in it — leave out the subtitles to cut by time")
-    if lines[0].start >= info.duration:
-        raise UserError(
-            f"{subtitles or video}: all lines begin after the end of {video} ({info.duration:.1f} s): --shift?"
-        )
+    if lines[0].start >= end:
+        raise UserError(f"{subtitles or video}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
     predictor = run
     if isinstance(run, (str, Path)):
         import senticlip
 
-        predictor = senticlip.load(run, device=device)
-    key = _key(predictor, video, lines)
-    job = _Job(video, lines, info.duration, info.width / info.height, None if out is None else Path(out), key)
+        predictor = senticlip.load(run, device=device, precision=precision)
+    key = _key(predictor, video, lines, precision)
+    job = _Job(video, lines, end, info.width / info.height, None if out is None else Path(out), key)
     return _stream(job, predictor, resume)
 
 
-def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
-    """What decides the timeline: the model, the film, the lines."""
+def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:
+    """What decides the timeline: the model and its precision, the film, the lines."""
     stat = video.stat()
     run = answers.fingerprint(predictor.run) if hasattr(predictor, "run") else ""
-    said = json.dumps([run, str(video.resolve()), stat.st_size, stat.st_mtime_ns, BATCH, lines], ensure_ascii=False)
+    film = [str(video.resolve()), stat.st_size, stat.st_mtime_ns]
+    said = json.dumps([run, precision, *film, BATCH, lines], ensure_ascii=False)
     return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
 
@@ -173,7 +177,7 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
     chosen = job.lines[first : first + BATCH]
     clips = [
         # what is said after the last picture has words only
-        Clip(f"line {first + i + 1}", job.video if line.start < job.duration else None, line.text or None)._replace(
+        Clip(f"line {first + i + 1}", job.video if line.start < job.end else None, line.text or None)._replace(
             start=line.start, end=line.end
         )
         for i, line in enumerate(chosen)
@@ -183,8 +187,8 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
         return reader.read(frames, start, end, None, size)
 
     found = list(answers.answer(predictor, clips, read=read))
-    if first == 0 and all(error for _, error, _ in found):
-        raise UserError(str(found[0][1]))
+    if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
+        raise UsageError(f"{job.video}: {found[0][1]}")  # the model reads nothing that this film has
     for line, (prediction, error, frames) in zip(chosen, found, strict=True):
         row = {"start": line.start, "end": line.end, "text": line.text, **answers.record(prediction, error)}
         yield row | {"thumbnail": None if frames is None else _thumbnail(frames[len(frames) // 2], job.aspect)}
@@ -208,9 +212,7 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
     before, after = page.split("/*DATA*/")
 
     def write_page(path: Path) -> None:
-        head = json.dumps(
-            {"name": job.video.name, "duration": max(job.duration, job.lines[-1].end)}, ensure_ascii=False
-        )
+        head = json.dumps({"name": job.video.name, "duration": max(job.end, job.lines[-1].end)}, ensure_ascii=False)
         with path.open("w", encoding="utf-8") as file:
             file.write(before + _inert(head[:-1]) + ', "rows": [')
             for number, part in enumerate(files):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
 from senticlip.structures import LABELS, Clip, Prediction, UserError
@@ -36,10 +37,10 @@ FIELDS = [
 absent."""
 
 
-def record(prediction: Prediction | None, error: str | None = None) -> dict[str, Any]:
+def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:
     """A prediction as a row with the columns FIELDS; what it does not have is None."""
     row: dict[str, Any] = {name: None for name, _ in FIELDS}
-    row["error"] = error
+    row["error"] = None if error is None else str(error)
     if prediction is None:
         return row
     row["label"] = prediction.label
@@ -59,38 +60,71 @@ def _sentiment(probabilities: dict[str, float]) -> float:
     return probabilities["positive"] - probabilities["negative"]
 
 
-def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[tuple[Prediction | None, str | None, Any]]:
-    """For each clip its prediction, or the line that says why there is none, and its frames k×3×S×S if it has some.
+Answer = tuple[Prediction | None, UserError | None, Any]
+"""A prediction, or why there is none, and the frames k×3×S×S that were seen (None: none were)."""
+
+
+def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer]:
+    """The Answer of each clip.
 
     All clips go as one batch; where that fails, each goes alone, so that only the bad one is lost. What torch raises
-    (RuntimeError) and a lack of memory are no clip's fault: they end the work, which can then go on elsewhere.
+    (RuntimeError) and a lack of memory may be the machine's fault: such a clip is tried once more, and where several
+    clips end so and none is answered, the work ends, which can then go on elsewhere.
 
     Args:
         predictor: senticlip.load(RUN).
         clips: few enough to be one batch.
         options: handed on to ``predictor.batch``.
     """
+    together = _together(predictor, clips, options)
+    if not isinstance(together, Exception):
+        yield from together
+        return
+    found = [together] if len(clips) == 1 else [_together(predictor, [clip], options) for clip in clips]
+    found = [
+        _together(predictor, [clip], options) if _is_machines(one) else one
+        for clip, one in zip(clips, found, strict=True)
+    ]
+    broken = [one for one in found if _is_machines(one)]
+    if len(broken) > 1 and all(isinstance(one, Exception) for one in found):
+        raise broken[0]
+    for clip, one in zip(clips, found, strict=True):
+        if isinstance(one, Exception):
+            yield None, as_user_error(clip.id, one), None
+        else:
+            yield from one
+
+
+def _together(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> list[Answer] | Exception:
+    """The Answers of clips that go as one batch, or what went wrong."""
     try:
         batch = predictor.batch(clips, **options)
         predictions = predictor.predictions(predictor.output(batch))
     except Exception as error:
-        if isinstance(error, (RuntimeError, MemoryError)):
-            raise
-        if len(clips) == 1:
-            known = isinstance(error, UserError)
-            yield None, str(error) if known else f"{clips[0].id}: {type(error).__name__}: {error}", None
-        else:
-            for clip in clips:
-                yield from answer(predictor, [clip], **options)
-        return
+        return error.with_traceback(None)  # a traceback would keep the batch in memory
     seen = batch.modalities.get("vision")
-    for i, prediction in enumerate(predictions):
-        yield prediction, None, seen.values[i][seen.mask[i]] if seen is not None and seen.mask[i].any() else None
+    return [
+        (each, None, seen.values[i][seen.mask[i]] if seen is not None and seen.mask[i].any() else None)
+        for i, each in enumerate(predictions)
+    ]
+
+
+def _is_machines(found: Any) -> bool:
+    """Whether it may be the machine that failed (FFmpeg's errors, some of them of these kinds, are about a file)."""
+    return isinstance(found, (RuntimeError, MemoryError)) and not isinstance(found, FFmpegError)
+
+
+def as_user_error(name: str, error: Exception) -> UserError:
+    """Any error as one line about what has this name."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def fingerprint(run: str | Path) -> str:
-    """What tells one RUN from another: a hash of its config and weights."""
-    return "-".join(file_key(path) for name in _WEIGHTS if (path := Path(run) / name).is_file())
+    """What tells one RUN, or exported file, from another: a hash of its config and weights."""
+    paths = [Path(run), *(Path(run) / name for name in _WEIGHTS)]
+    return "-".join(file_key(path) for path in paths if path.is_file())
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from senticlip import answers, manifest, runtime
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
+from senticlip.precision import PRECISIONS
 from senticlip.structures import Clip, UsageError, UserError
 
 BATCH = 16
@@ -33,6 +34,9 @@ RETRIES = 8
 
 PATIENCE = 3
 """How often a part may be begun in vain before each of its videos is first opened in a process of its own."""
+
+DEADLINE = 300.0
+"""Seconds that this process has: a video that takes longer is one of those."""
 
 _OPEN = "import sys; from senticlip.data.video import read_frames; read_frames(sys.argv[1], size=16)"
 
@@ -47,6 +51,7 @@ def bulk(
     workers: int | None = None,
     device: str | None = None,
     rows_per_part: int = 256,
+    precision: str = "fp32",
 ) -> Iterator[dict[str, Any]]:
     """Answer every row of a manifest, as a stream of rows: id, and answers.FIELDS (``error`` where it failed).
 
@@ -54,7 +59,8 @@ def bulk(
     The same call goes on after a kill.
 
     Args:
-        run: a RUN folder; on a cluster, one that every machine sees, as manifest, videos and ``out`` must be, too.
+        run: a RUN folder or an exported .onnx file; on a cluster, one that every machine sees, as manifest, videos and
+            ``out`` must be, too.
         manifest_file: .csv, .jsonl or .parquet; id, path (relative to the manifest), text or subtitles, start, end.
         out: folder of the answers.
         address: of a Ray cluster; None works on this machine alone.
@@ -62,6 +68,7 @@ def bulk(
             without ``address`` is this process.
         device: cpu or cuda.
         rows_per_part: what a worker answers at a time, and a kill loses.
+        precision: fp32, bf16 or int8.
 
     Raises:
         UsageError: wrong arguments, a missing extra. UserError: the manifest cannot be read, or ``out`` belongs to
@@ -72,16 +79,18 @@ def bulk(
         raise UsageError(f"--workers {workers}: must be at least 1")
     if rows_per_part < 1:
         raise UsageError(f"rows per part {rows_per_part}: must be at least 1")
-    if not (run / "model.safetensors").is_file():
+    if not (run if run.suffix == ".onnx" else run / "model.safetensors").is_file():
         raise UsageError(
             f"{run}: no trained model here (config.json and model.safetensors) — senticlip train makes one"
         )
+    if precision not in (PRECISIONS if run.is_dir() else PRECISIONS[:1]):
+        raise UsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)} (of an ONNX file: fp32)")
     distributed = has_ray()
     if address and not distributed:
         raise UsageError("--address needs Ray: pip install 'senticlip[ray]'")
     if (workers or 1) > 1 and not distributed:
         raise UsageError(f"--workers {workers} needs Ray: pip install 'senticlip[ray]' (or leave it out: one process)")
-    job = _prepare(run, source, out, rows_per_part, device)
+    job = _prepare(run, source, out, rows_per_part, precision) | {"device": device}
     count = pq.ParquetFile(job["parts"]).metadata.num_row_groups
     todo = [number for number in range(count) if not part_path(out, number).is_file()]
     return _stream(job, count, todo, address, workers if distributed else 1)
@@ -101,11 +110,16 @@ def part_path(out: Path, number: int) -> Path:
     return out / f"part-{number:06}.parquet"
 
 
-def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, device: str | None) -> dict[str, Any]:
+def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: str) -> dict[str, Any]:
     """Make ``out``, or find that it belongs to this job; cut the manifest; sweep up what a kill left."""
     if not source.is_file():
         raise UsageError(f"{source}: no such manifest")
-    key = {"run": answers.fingerprint(run), "manifest": file_key(source), "rows_per_part": rows_per_part}
+    key = {
+        "run": answers.fingerprint(run),
+        "manifest": file_key(source),
+        "rows_per_part": rows_per_part,
+        "precision": precision,
+    }
     stamp, parts = out / "bulk.json", out / "manifest" / "rows.parquet"
     try:
         parts.parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +134,10 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, device: str
             partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: cannot be used — {getattr(error, 'strerror', None) or error}") from None
-    if not parts.is_file():
+    if not (stamp.is_file() and parts.is_file()):  # what was cut without a stamp may be another manifest's
         manifest.split(source, parts, rows_per_part)
     answers.write_whole(stamp, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
-    return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "device": device}
+    return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
 
 
 def _stream(
@@ -152,7 +166,7 @@ class Worker:
         from senticlip.predictor import load
 
         self.out, self.root = Path(job["out"]), Path(job["root"])
-        self.predictor: Any = load(job["run"], device=job["device"])
+        self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         if threads:
             runtime.setup(threads)
         self.parts = pq.ParquetFile(job["parts"])
@@ -182,28 +196,27 @@ class Worker:
     def _deadly(self, rows: list[dict[str, Any]]) -> set[str]:
         """The paths whose decoding kills the process that does it (a codec that crashes, a picture beyond memory)."""
         paths = {row["path"] for row in rows if row["path"] is not None}
-        tries = {path: [sys.executable, "-c", _OPEN, str(self.root / path)] for path in sorted(paths)}
-        return {
-            path for path, command in tries.items() if subprocess.run(command, stderr=subprocess.DEVNULL).returncode < 0
-        }
+        return {path for path in sorted(paths) if _kills(self.root / path)}
 
     def answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One batch of manifest rows; what cannot be read becomes a row with its error."""
         clips: list[Clip] = []
-        errors: dict[int, str] = {}
+        errors: dict[int, UserError] = {}
         for i, row in enumerate(rows):
             try:
                 clips.append(self._clip(row))
-            except UserError as error:
-                errors[i] = str(error)
+            except Exception as error:
+                errors[i] = answers.as_user_error(row["id"], error)
         found = answers.answer(self.predictor, clips) if clips else iter(())
         for i, row in enumerate(rows):
             prediction, fault, _ = (None, errors[i], None) if i in errors else next(found)
             yield {"id": row["id"], **answers.record(prediction, fault)}
 
     def _clip(self, row: dict[str, Any]) -> Clip:
+        if row["error"] is not None:
+            raise UserError(row["error"])
         if row.get("deadly"):
-            raise UserError(f"{self.root / row['path']}: whatever decodes it crashes — replace the file")
+            raise UserError(f"{self.root / row['path']}: whatever decodes it crashes or never ends — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
             try:
@@ -218,7 +231,18 @@ class Worker:
             begin, end = times["start"] or 0.0, times["end"] or float("inf")
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
         path = None if row["path"] is None else self.root / row["path"]
+        if path is None and text is None:
+            raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
         return Clip(row["id"], path, text, start=times["start"], end=times["end"])
+
+
+def _kills(video: Path) -> bool:
+    """Whether a process that decodes a video is killed by it, or never comes to its end."""
+    command = [sys.executable, "-c", _OPEN, str(video)]
+    try:
+        return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=DEADLINE).returncode < 0
+    except subprocess.TimeoutExpired:
+        return True
 
 
 def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:

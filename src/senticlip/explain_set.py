@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,17 @@ KINDS = {
 
 
 class Answered(NamedTuple):
-    """One clip's answer with everything, and without each modality that it has (by surface name)."""
+    """A clip, its label in [-1, 1], the answer with everything, and without each modality it has (by surface name)."""
 
     clip: Clip
-    truth: int
+    label: float
     whole: Prediction
     without: dict[str, Prediction]
+
+    @property
+    def truth(self) -> int:
+        """The class index of the label."""
+        return polarity(self.label)
 
 
 class Worst(NamedTuple):
@@ -107,6 +113,7 @@ def explain_set(
     target = folder / "index.html"
     html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=Path(data).name)
     write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
+    _sweep(folder, {Path(item.href).parent.name for item in listed if item.href})
     return {"html": str(target), **result, "worst": [str(folder / item.href) for item in listed if item.href]}
 
 
@@ -128,7 +135,7 @@ def answered(
         for i, place in enumerate(chosen):
             present = [name for name in there if there[name][i]]
             others = {SURFACE[name]: without[name][i] for name in present} if len(present) > 1 else {}
-            found.append(Answered(clips[place], polarity(clips[place].labels[target]), whole[i], others))
+            found.append(Answered(clips[place], clips[place].labels[target], whole[i], others))
         advance(len(chosen))
     return found
 
@@ -145,7 +152,7 @@ def _without(features: Batch, gone: str) -> Batch:
 def _right(row: Answered) -> float:
     """How right an answer is: the probability of the truth, or minus the distance from the label."""
     if row.whole.score is not None:
-        return -abs(row.whole.score - row.clip.labels.get("M", row.truth - 1))
+        return -abs(row.whole.score - row.label)
     return row.whole.probabilities[LABELS[row.truth]]
 
 
@@ -187,6 +194,16 @@ def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
     for part in modalities.values():
         part["share"] = part["change"] / total if total else 0.0
     return {"n": len(rows), "accuracy": float((truth == found).mean()), "kinds": tables, "modalities": modalities}
+
+
+def _sweep(folder: Path, kept: set[str]) -> None:
+    """Remove the pages of an earlier report that had more errors, and nothing else."""
+    for old in folder.glob("worst-[0-9]*"):
+        if old.is_dir() and old.name not in kept:
+            for file in (*old.glob("frame-*.png"), old / "explain.html"):
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                old.rmdir()
 
 
 def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:

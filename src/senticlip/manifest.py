@@ -20,7 +20,7 @@ from senticlip.answers import write_whole
 from senticlip.structures import UsageError, UserError
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
-SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
 _ALIASES = {"video": "path", "file": "path", "video_path": "path", "subtitle": "subtitles", "sentence": "text"}
 
 
@@ -45,19 +45,37 @@ def split(manifest: Path, path: Path, rows: int) -> None:
 
 
 def read(manifest: Path) -> Iterator[dict[str, str | None]]:
-    """The rows of a manifest, one after the other: the columns COLUMNS, as text or None."""
+    """The rows of a manifest, one after the other: the columns COLUMNS, as text or None.
+
+    A row that cannot be worked on is no reason to refuse the others: its ``error`` says why.
+
+    Raises:
+        UsageError: no such manifest, or not one of the three kinds. UserError: no manifest at all, or not readable from
+            some row on.
+    """
     if not manifest.is_file():
         raise UsageError(f"{manifest}: no such manifest")
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if manifest.suffix.lower() not in readers:
         raise UsageError(f"{manifest}: not a manifest — choose .csv, .jsonl or .parquet")
     for number, row in readers[manifest.suffix.lower()](manifest):
-        said = {_ALIASES.get(name, name): value for name, value in row.items() if value not in (None, "")}
-        if number is not None and not ({"path", "text"} & said.keys()):
-            raise UserError(f"{manifest}, row {number}: neither path nor text")
-        record = {name: str(said[name]) if name in said else None for name in COLUMNS}
-        record["id"] = record["id"] or record["path"] or f"row {number}"
-        yield record
+        yield _record(f"{manifest}, row {number}", number, row)
+
+
+def _record(where: str, number: int, row: dict[str, Any] | ValueError) -> dict[str, str | None]:
+    """A row as read → the columns of SCHEMA."""
+    if isinstance(row, ValueError):
+        return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
+    said = {_ALIASES.get(name, name): str(value) for name, value in row.items() if value not in (None, "")}
+    whole = {name: said[name].encode("utf-8", "replace").decode() for name in COLUMNS if name in said}
+    record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **whole, "error": None}
+    record["id"] = record["id"] or record["path"] or f"row {number}"
+    halves = [name for name, value in whole.items() if value != said[name]]
+    if halves:
+        record["error"] = f"{where}, column {halves[0]}: half a character (an unpaired \\ud800 … \\udfff)"
+    elif not {"path", "text", "subtitles"} & said.keys():
+        record["error"] = f"{where}: neither path nor text"
+    return record
 
 
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -74,19 +92,23 @@ def _csv(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(f"{manifest}, row {reader.line_num + 1}: not readable as CSV ({error})") from None
 
 
-def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with manifest.open(encoding="utf-8-sig") as file:
-        try:
-            number = 0
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
+def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """A line that is no object is a ValueError; where the first is none, the file is no JSONL at all."""
+    with manifest.open("rb") as file:
+        good = False
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
-                yield number, row
-        except ValueError as error:
-            raise UserError(f"{manifest}, row {number or 1}: not readable as JSON ({error})") from None
+            except (ValueError, RecursionError) as error:
+                if not good:
+                    raise UserError(f"{manifest}, row {number}: not readable as JSON ({error})") from None
+                row = ValueError(str(error))
+            good = True
+            yield number, row
 
 
 def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:

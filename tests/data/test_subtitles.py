@@ -1,5 +1,6 @@
 """Subtitles: whatever stands on the screen becomes lines of what is said, in order and apart."""
 
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -167,8 +168,11 @@ def test_bad_files(tmp_path):
     assert read(write(tmp_path, "a.srt", "")) == []
 
 
-def film(path: Path, tracks: list[tuple[str, str]]) -> Path:
-    """A short film with subtitle tracks, copied in from .srt files."""
+def film(path: Path, tracks: list[tuple[str, str]], pictures: str = "", late: int = 0) -> Path:
+    """A short film with subtitle tracks, copied in from .srt files, and one of pictures in the language ``pictures``.
+
+    ``late``: where its clock begins, seconds.
+    """
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=10)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
@@ -176,13 +180,19 @@ def film(path: Path, tracks: list[tuple[str, str]]) -> Path:
         streams = [out.add_stream_from_template(source.streams.subtitles[0]) for source in sources]
         for stream, (language, _) in zip(streams, tracks, strict=True):
             stream.metadata["language"] = language
-        for _ in range(50):
+        if pictures:
+            pgs = out.add_mux_stream("hdmv_pgs_subtitle")
+            pgs.metadata["language"] = pictures
+        for i in range(50):
             picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            picture.pts, picture.time_base = i + 10 * late, Fraction(1, 10)
             out.mux(video.encode(picture))
         out.mux(video.encode())
         for source, stream in zip(sources, streams, strict=True):
             for packet in source.demux():
                 if packet.size:
+                    packet.pts += int(late / packet.time_base)
+                    packet.dts = packet.pts
                     packet.stream = stream
                     out.mux(packet)
             source.close()
@@ -200,3 +210,16 @@ def test_embedded_tracks(tmp_path):
     assert embedded(film(tmp_path / "silent.mkv", [])) == []
     with pytest.raises(UserError, match="cannot be opened"):
         embedded(tmp_path / "none.mkv")
+
+
+def test_embedded_times_are_a_players(tmp_path):
+    path = film(tmp_path / "late.mkv", [("chi", SRT)], late=7)
+    with av.open(str(path)) as container:
+        assert container.start_time == 7_000_000
+    assert embedded(path) == LINES
+
+
+def test_tracks_of_pictures_are_passed_over(tmp_path):
+    path = film(tmp_path / "both.mkv", [("eng", SRT)], pictures="chi")
+    assert embedded(path) == LINES
+    assert embedded(film(tmp_path / "pictures.mkv", [], pictures="chi")) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import pairwise
+from math import ceil, inf
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,25 @@ from senticlip.structures import UsageError
 STEP, SHORTEST, LONGEST = 0.2, 0.6, 10.0
 """Seconds between the frames that are compared; no shot is shorter or longer than these."""
 
+LEAST = 0.1
+"""Seconds of the shortest window: below it a film would have more windows than pictures."""
+
 
 def windows(duration: float, seconds: float = 5.0) -> list[Line]:
     """Windows of equal length, as near to ``seconds`` as fits ``duration``; their texts are empty.
 
     Raises:
-        UsageError: a length that is not above 0.
+        UsageError: a length below LEAST, or none at all.
     """
-    if not seconds > 0:
-        raise UsageError(f"windows of {seconds} s: the length must be above 0")
-    count = max(1, round(duration / seconds))
-    edges = [round(duration * i / count, 3) for i in range(count + 1)]
-    return [Line(start, end, "") for start, end in pairwise(edges) if end > start]
+    if not LEAST <= seconds < inf:
+        raise UsageError(f"--seconds {seconds}: the length of a window must be at least {LEAST}")
+    return _pieces(0.0, duration, max(1, round(duration / seconds)))
+
+
+def _pieces(start: float, end: float, count: int) -> list[Line]:
+    """A stretch of film in ``count`` equal pieces."""
+    edges = [round(start + (end - start) * i / count, 3) for i in range(count + 1)]
+    return [Line(first, last, "") for first, last in pairwise(edges) if last > first]
 
 
 def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
@@ -65,8 +73,5 @@ def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
         except FFmpegError:
             pass  # what is left of a damaged film is one more shot
         length = (container.duration or 0) / 1e6
-    pieces: list[Line] = []
-    for start, end in zip(times, [*times[1:], max(now, length)], strict=True):
-        for piece in windows(end - start, min(LONGEST, end - start)) if end > start else []:
-            pieces.append(Line(round(start + piece.start, 3), round(start + piece.end, 3), ""))
-    return pieces
+    edges = pairwise([*times, max(now, length)])
+    return [piece for start, end in edges for piece in _pieces(start, end, max(1, ceil((end - start) / LONGEST)))]

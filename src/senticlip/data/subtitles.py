@@ -77,17 +77,18 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
 
 
 def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) -> list[Line]:
-    """The lines of a subtitle track inside a video file; an empty list if it has none.
+    """The lines of a subtitle track inside a video file, on a player's clock; an empty list if it has none of text.
 
     Args:
         video: any container that FFmpeg reads.
-        track: which of its subtitle tracks, from 0; None for the first Chinese one, else the first of text.
+        track: which of its subtitle tracks, from 0; None for the first Chinese one of text, else the first of text.
         shift: seconds added to every time.
 
     Raises:
-        UsageError: no such track. UserError: the file cannot be opened, or the track holds pictures.
+        UsageError: no such track. UserError: the file cannot be opened, or the track asked for holds pictures.
     """
     import av
+    from av.codec.codec import Properties
     from av.error import FFmpegError
     from av.stream import Discard
     from av.subtitles.subtitle import AssSubtitle
@@ -98,12 +99,15 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
         raise UserError(f"{video}: cannot be opened — {getattr(error, 'strerror', None) or error}") from None
     with container:
         streams = list(container.streams.subtitles)
+        if track is None:
+            streams = [s for s in streams if not s.codec_context.codec.properties & Properties.BITMAP_SUB.value]
         if not streams:
             return []
         if track is not None and not 0 <= track < len(streams):
             raise UsageError(f"{video}: no subtitle track {track} — there are 0 to {len(streams) - 1}")
         chinese = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE]
         stream = streams[track] if track is not None else (chinese or streams)[0]
+        zero = (container.start_time or 0) / 1e6  # a recording's clock began somewhere else
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = Discard.all
@@ -111,7 +115,7 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
         for packet in container.demux(stream):
             if packet.pts is None or not packet.size:
                 continue
-            start = float(packet.pts * packet.time_base)
+            start = float(packet.pts * packet.time_base) - zero
             end = start + float((packet.duration or 0) * packet.time_base)
             try:
                 subtitles = packet.decode()
