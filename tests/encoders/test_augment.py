@@ -1,0 +1,86 @@
+"""Frames that are chosen stay where they are in time; what is changed is the same for all frames of a clip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from senticlip.config import Config
+from senticlip.encoders.augment import augment, sample_frames
+from senticlip.models.temporal import TEMPORAL
+from senticlip.structures import Sequence
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def clips(lengths=(6, 6, 2, 0)):
+    mask = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
+    return Sequence(torch.randint(0, 256, (len(lengths), 6, 3, 12, 12), dtype=torch.uint8), mask)
+
+
+@pytest.mark.parametrize("k", [1, 2, 6, 9])
+def test_k_real_frames_are_left_in_their_places(k):
+    vision = clips()
+    chosen = sample_frames(vision, k)
+    assert torch.equal(chosen.values, vision.values)
+    assert not (chosen.mask & ~vision.mask).any()
+    assert chosen.mask.sum(1).tolist() == [min(k, n) for n in (6, 6, 2, 0)]
+
+
+def test_every_place_in_time_gets_its_turn():
+    vision = Sequence(torch.zeros(600, 6, 3, 1, 1, dtype=torch.uint8), torch.ones(600, 6, dtype=torch.bool))
+    counts = sample_frames(vision, 2).mask.sum(0)
+    assert ((counts - 200).abs() < 60).all()  # 5 standard deviations
+
+
+@pytest.mark.parametrize("temporal", ["transformer", "lstm", "mean"])
+def test_masked_frames_are_as_good_as_absent(temporal):
+    network = TEMPORAL[temporal](Config(width=8, heads=2, temporal=temporal, dropout=0.0)).eval()
+    mask = torch.tensor([[False, True, False, True, False, False]])
+    values = torch.randn(1, 6, 8)
+    other = torch.where(mask[..., None], values, torch.randn(1, 6, 8))
+    found = [network(Sequence(v, mask)).values[0, [0, 2, 4]] for v in (values, other)]
+    torch.testing.assert_close(found[0], found[1])
+    if temporal != "transformer":  # no positions: as if only these frames had been there
+        alone = network(Sequence(values[:, [1, 3]], torch.ones(1, 2, dtype=torch.bool))).values[0]
+        torch.testing.assert_close(found[0], alone)
+
+
+def test_every_position_of_the_transformer_learns_from_sampled_frames():
+    network = TEMPORAL["transformer"](Config(width=8, heads=2, dropout=0.0))
+    for _ in range(20):
+        network(sample_frames(Sequence(torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)), 1)).values[
+            :, 0
+        ].square().sum().backward()
+    assert (network.positions.grad.abs().sum(1) > 0).all()
+
+
+def test_frames_of_a_clip_are_changed_alike_and_clips_differ():
+    frame = torch.randint(0, 256, (1, 1, 3, 12, 12), dtype=torch.uint8)
+    vision = Sequence(frame.expand(4, 6, 3, 12, 12), torch.ones(4, 6, dtype=torch.bool))
+    changed = augment(vision, 1.0).values
+    assert torch.equal(changed, changed[:, :1].expand_as(changed))
+    assert len({tuple(clip.flatten().tolist()) for clip in changed[:, 0]}) == 4
+
+
+def test_masked_frames_change_nothing_and_are_not_changed():
+    vision = clips()
+    noise = torch.randint(0, 256, vision.values.shape, dtype=torch.uint8)
+    other = Sequence(torch.where(vision.mask[:, :, None, None, None], vision.values, noise), vision.mask)
+    found = []
+    for sequence in (vision, other):
+        torch.manual_seed(1)
+        found.append(augment(sequence, 1.0).values)
+    assert torch.equal(found[0][vision.mask], found[1][vision.mask])
+    assert torch.equal(found[1][~vision.mask], noise[~vision.mask])
+    assert not torch.equal(found[0][vision.mask], vision.values[vision.mask])
+
+
+def test_no_strength_and_no_frames_are_no_change():
+    vision = clips()
+    assert augment(vision, 0.0) is vision
+    nothing = Sequence(vision.values, torch.zeros_like(vision.mask))
+    assert augment(nothing, 1.0) is nothing

@@ -1,0 +1,43 @@
+"""What a frozen encoder makes of a clip is cached, and is another one where the clip is read otherwise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import timm_folder, write_clip
+
+from senticlip.config import Config
+from senticlip.models import create_model
+from senticlip.sources import clip_set
+from senticlip.structures import Clip
+
+
+@pytest.fixture
+def read(tmp_path):
+    """(frames, size) → the features of one clip, all through one cache, and how often the encoder ran."""
+    timm_folder(tmp_path / "vision")
+    clip = Clip("a", write_clip(tmp_path / "a.mp4", 90, 0))
+    runs = []
+
+    def features(frames, size):
+        changes = {"vision.frames": frames, "vision.size": size, "vision.encoder": str(tmp_path / "vision")}
+        config = Config(modalities=["vision"], head="linear", width=8, heads=2).override(changes)
+        torch.manual_seed(0)
+        model = create_model(config.override({"vision.train": "frozen"}), {})
+        model.encoders["vision"].register_forward_hook(lambda *_: runs.append((frames, size)))
+        store = clip_set([clip], model, None, tmp_path / "cache").stores["vision"]
+        return store.gather(np.array([0]))[0][0]
+
+    return features, runs
+
+
+def test_the_number_of_frames_and_their_size_are_in_the_key(read):
+    features, runs = read
+    wanted = [(4, 32), (2, 32), (2, 64)]
+    found = [features(*kind) for kind in wanted]
+    assert [len(rows) for rows in found] == [4, 2, 2]
+    assert not np.allclose(found[1], found[2])
+    again = [features(*kind) for kind in wanted]
+    assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+    assert runs == wanted  # once each

@@ -1,0 +1,73 @@
+"""What is done to a training batch: words and faces of the same own label change partners."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from senticlip.structures import Sequence
+from senticlip.trainee import recombine
+
+ROWS = 400
+
+
+@pytest.fixture
+def batch():
+    """Values and masks that say from which row they are; labels T and V that do not agree, some of them unknown."""
+    torch.manual_seed(0)
+    number = torch.arange(ROWS)
+    mask = number[:, None] % 5 >= torch.arange(5)  # 1 to 5 real places
+    parts = {name: Sequence(number[:, None].expand(-1, 5), mask) for name in ("text", "vision")}
+    scores = torch.randint(-5, 6, (2, ROWS)) / 5
+    scores[0, ::10] = float("nan")
+    return parts, {"M": torch.linspace(-1, 1, ROWS), "T": scores[0], "V": scores[1]}
+
+
+def sources(mixed, name):
+    """The row that each row's values came from; its mask must have come along."""
+    rows = mixed[name].values[:, 0]
+    assert torch.equal(mixed[name].values, rows[:, None].expand(-1, 5))
+    assert torch.equal(mixed[name].mask, rows[:, None] % 5 >= torch.arange(5))
+    return rows
+
+
+@pytest.mark.parametrize("chance", [0.4, 1.0])
+def test_partners_are_changed_within_the_own_label(batch, chance):
+    parts, labels = batch
+    before = {name: score.clone() for name, score in labels.items()}
+    mixed = recombine(parts, labels, chance)
+    for name, own in (("text", "T"), ("vision", "V")):
+        rows = sources(mixed, name)
+        assert sorted(rows.tolist()) == list(range(ROWS))  # exchanged: none is lost, none is there twice
+        known = ~labels[own].isnan()
+        assert torch.equal(labels[own][rows].sign()[known], labels[own].sign()[known])
+        assert torch.equal(rows[~known], torch.arange(ROWS)[~known])  # unknown: stays
+        moved = (rows != torch.arange(ROWS))[known].float().mean()
+        assert abs(moved - chance) < 0.1
+    assert all(torch.equal(labels[name].nan_to_num(9), before[name].nan_to_num(9)) for name in labels)
+    assert not torch.equal(sources(mixed, "text"), sources(mixed, "vision"))
+
+
+def test_without_chance_or_own_label_nothing_moves(batch):
+    parts, labels = batch
+    still = recombine(parts, labels, 0.0)
+    joint = recombine(parts, {"M": labels["M"]}, 1.0)
+    for name in parts:
+        assert torch.equal(sources(still, name), torch.arange(ROWS))
+        assert joint[name] is parts[name]
+
+
+def test_a_row_alone_in_its_class_stays():
+    parts = {"text": Sequence(torch.arange(3)[:, None], torch.ones(3, 1, dtype=torch.bool))}
+    for _ in range(10):
+        mixed = recombine(parts, {"T": torch.tensor([-0.2, 0.0, 1.0])}, 1.0)
+        assert mixed["text"].values[:, 0].tolist() == [0, 1, 2]
+
+
+def test_the_seed_decides(batch):
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(recombine(*batch, 0.5)["text"].values)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
