@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def cache_root() -> Path:
     """Where caches live: $SENTICLIP_CACHE, else ~/.cache/senticlip."""
     return Path(os.environ.get("SENTICLIP_CACHE") or Path.home() / ".cache" / "senticlip")
 
+
+BATCH = 32
+"""Rows that a frozen encoder reads at once."""
 
 FROM_FILE = ("features", "openface")
 """Names of encoders that are none: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
@@ -98,13 +102,23 @@ def clip_set(
         stores = {name: rows for name, (rows, _) in feature_rows(config, clips, data, root).items()}
     if "text" in model.encoders:
         ids, mask = tokenize(tokenizer, [clip.text for clip in clips], config.text.max_length)
-        stores["text"] = ArrayRows(ids.numpy(), mask.numpy())
+        words = ArrayRows(ids.numpy(), mask.numpy())
+
+        def ids_of(places: list[int]) -> Iterable[np.ndarray]:
+            return (words.values[place, words.mask[place]] for place in places)
+
+        stores["text"] = encoded(words.keys, ids_of, model, "text", root) if model.frozen("text") else words
     if "vision" in model.encoders:
         encoder: Any = model.encoders["vision"]
-        stores["vision"] = cache.frame_store(clips, config.vision.frames, encoder.size, root)
-    for name in list(stores):
-        if model.frozen(name):
-            stores[name] = encoded(stores[name], model, name, root)
+        m, size = config.vision.frames, encoder.size
+
+        def frames(places: list[int]) -> Iterator[np.ndarray]:
+            return cache.decoded([clips[place] for place in places], m, size, ahead=BATCH)
+
+        if model.frozen("vision"):  # decoding and encoding go on side by side, and no frame goes through the disk
+            stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
+        else:
+            stores["vision"] = cache.frame_store(clips, m, size, root)
     return ClipSet(clips, stores)
 
 
@@ -117,25 +131,37 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def encoded(store: Rows, model: SentimentModel, name: str, root: Path, batch_size: int = 32) -> Rows:
-    """The features (fp16) that a frozen encoder gives for each row of a store, from the cache or computed now."""
+def encoded(
+    keys: list[str], rows: Callable[[list[int]], Iterable[np.ndarray]], model: SentimentModel, name: str, root: Path
+) -> Rows:
+    """The features (fp16) that a frozen encoder gives for each row, from the cache or computed now.
+
+    Args:
+        keys: of the content of each row; empty for an empty row.
+        rows: given places in ``keys``, yields what the encoder reads there, L×… each, as the encoder comes to it.
+        model: whose encoder it is.
+        name: of the modality.
+        root: of the caches.
+    """
     encoder: Any = model.encoders[name].eval()
     device = next(encoder.parameters()).device
 
     @torch.inference_mode()
-    def compute(rows: list[int]) -> Iterator[np.ndarray]:
-        for begin in range(0, len(rows), batch_size):
-            values, mask = store.gather(np.asarray(rows[begin : begin + batch_size]))
-            inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
-            features = encoder(to_batch(inputs).modalities[name])
-            yield from _ragged(features.values, features.mask)
+    def features(chunk: list[np.ndarray]) -> Iterator[np.ndarray]:
+        mask = np.arange(max(map(len, chunk))) < np.array([[len(row)] for row in chunk])
+        values = np.zeros((*mask.shape, *chunk[0].shape[1:]), chunk[0].dtype)
+        values[mask] = np.concatenate(chunk)
+        inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
+        found = encoder(to_batch(inputs).modalities[name])
+        for row, real in zip(found.values.half().cpu().numpy(), found.mask.cpu().numpy(), strict=True):
+            yield row[real]
+
+    def compute(places: list[int]) -> Iterator[np.ndarray]:
+        coming = iter(rows(places))
+        while chunk := list(islice(coming, BATCH)):
+            yield from features(chunk)
 
     # words are told apart by their ids, which are the rows' keys; a clip's key does not say which frames were taken
     read = cache.frame_spec(model.experiment.vision.frames, encoder.size) if name == "vision" else {}
     spec = {"encoder": fingerprint(encoder), "modality": name, "of": read, "version": 1}
-    return cache.cached(root, spec, store.keys, compute)
-
-
-def _ragged(values: torch.Tensor, mask: torch.Tensor) -> Iterable[np.ndarray]:
-    for row, real in zip(values.half().cpu().numpy(), mask.cpu().numpy(), strict=True):
-        yield row[real]
+    return cache.cached(root, spec, keys, compute)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from senticlip.data import cache
-from senticlip.data.cache import cached, file_key, frame_store
+from senticlip.data.cache import cached, file_key, file_keys, frame_store
 from senticlip.data.video import read_frames
 from senticlip.structures import Clip, UserError
 
@@ -244,23 +245,89 @@ def test_no_folder_can_be_made(tmp_path):
 def test_memory_stays_flat(tmp_path, monkeypatch):
     """At most one shard is held: rows wait for no one."""
     monkeypatch.setattr(cache, "SHARD_BYTES", 1 << 20)
-    alive, most = 0, 0
-
-    class Counted(np.ndarray):
-        def __del__(self):
-            nonlocal alive
-            alive -= 1
-
-    def rows(places):
-        nonlocal alive, most
-        for _ in places:
-            alive += 1
-            most = max(most, alive)
-            yield np.zeros((1, 1 << 17), np.uint8).view(Counted)
-
-    store = cached(tmp_path, SPEC, keys_of(100), rows)
-    assert most <= 2 * 8 + 2
+    tracemalloc.start()
+    try:
+        store = cached(tmp_path, SPEC, keys_of(100), lambda places: (np.ones((1, 1 << 17), np.uint8) for _ in places))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 1 << 20 <= most < 1.5 * (1 << 20)
     assert store.gather(np.array([99]))[0].shape == (1, 1, 1 << 17)
+
+
+def test_a_writer_renames_while_another_sweeps(tmp_path, monkeypatch):
+    """A partial file that is seen, and gone when it is looked at."""
+    keys = keys_of(9)
+    cached(tmp_path, SPEC, keys[:5], Computer(keys))
+    (folder,) = tmp_path.iterdir()
+    (folder / "partial-other").write_bytes(b"half")
+    exists = Path.exists
+
+    def renamed(path: Path) -> bool:
+        (folder / "partial-other").unlink(missing_ok=True)
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", renamed)
+    check(cached(tmp_path, SPEC, keys, Computer(keys)), keys)
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[Path]:
+    """The files that were read to be hashed."""
+    done = []
+    monkeypatch.setattr(cache, "file_key", lambda path: done.append(path) or file_key(path))
+    return done
+
+
+def test_a_file_is_hashed_once(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(cache, "SETTLED", -1)
+    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    root = tmp_path / "cache"
+    first = file_keys([*paths, *paths], root)
+    assert first == {path: file_key(path) for path in paths}
+    assert hashed == paths
+    assert file_keys(paths, root) == first
+    assert hashed == paths
+    before = paths[0].stat()
+    paths[0].write_bytes(b"other")
+    os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))  # of the same size, and as old as before
+    assert file_keys(paths, root) == {path: file_key(path) for path in paths}
+    assert hashed == [*paths, paths[0]]
+    (root / "files.json").write_text("[1")
+    assert file_keys(paths, root)[paths[1]] == first[paths[1]]
+    with pytest.raises(UserError, match="cannot be read"):
+        file_keys([tmp_path / "none"], root)
+
+
+def test_a_file_that_was_just_written_is_hashed_again(tmp_path, hashed):
+    """It may be written again before the clock of the file system ticks."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    for _ in range(2):
+        file_keys([path], tmp_path / "cache")
+    assert hashed == [path, path]
+
+
+def hash_files(paths: list[Path], root: Path) -> None:
+    cache.SETTLED = -1
+    for path in paths:
+        file_keys([path], root)
+
+
+def test_two_writers_of_hashes(tmp_path, fork, hashed):
+    paths = [tmp_path / f"{i}.bin" for i in range(40)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    writers = [fork.Process(target=hash_files, args=(part, tmp_path / "cache")) for part in (paths[::2], paths[1::2])]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert file_keys(paths, tmp_path / "cache") == {path: file_key(path) for path in paths}
+    assert len(hashed) < len(paths)  # one may have lost what the other added, not all of it
 
 
 def make_clip(path: Path, number: int) -> Path:
@@ -277,10 +344,8 @@ def make_clip(path: Path, number: int) -> Path:
 def test_frames_of_clips(tmp_path):
     clips = [Clip(str(n), make_clip(tmp_path / f"{n}.mp4", n)) for n in (1, 3, 20)]
     clips += [Clip("none"), Clip("piece", tmp_path / "20.mp4", start=0.5, end=1.0)]
-    seen = []
-    store = frame_store(clips, 6, 32, tmp_path / "cache", workers=1, advance=lambda: seen.append(1))
+    store = frame_store(clips, 6, 32, tmp_path / "cache", workers=1)
     assert store.lengths.tolist() == [1, 3, 6, 0, 5]
-    assert len(seen) == 4
     values, mask = store.gather(np.arange(5))
     assert values.shape == (5, 6, 3, 32, 32)
     for i in (0, 1, 2, 4):

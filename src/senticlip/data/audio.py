@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from senticlip.data.cache import MISSING, Store, cached, file_key
+from senticlip.data.cache import Store, cached, clip_keys
 from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
@@ -86,5 +86,5 @@ def audio_store(clips: list[Clip], bands: int, root: Path) -> Store:
             assert clip.video is not None
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands)
 
-    keys = [MISSING if c.video is None else f"{file_key(c.video)}-{c.start}-{c.end}" for c in clips]
-    return cached(root, {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP}, keys, compute)
+    spec = {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP}
+    return cached(root, spec, clip_keys(clips, root), compute)

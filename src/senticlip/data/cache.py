@@ -17,19 +17,22 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from senticlip.data.video import read_frames
+from senticlip.data.video import Frames, read_frames
 from senticlip.structures import Clip, UserError
 
 SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
 ABANDONED = 3600
 """Seconds after which an unfinished file is taken to be that of a killed writer."""
+
+SETTLED = 2
+"""Seconds after which the next change of a file gives it other times, on any file system."""
 
 MISSING = ""
 """The key of a row that has nothing: its sequence is empty."""
@@ -85,6 +88,46 @@ def file_key(path: str | Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def file_keys(paths: Iterable[Path], root: Path) -> dict[Path, str]:
+    """``file_key`` of files, read only where they are new or changed since a memo in ``root`` was written.
+
+    The times of a file that was changed just now do not tell it from one that is changed again within the same tick of
+    the clock: it is not remembered. Of two writers one may lose what the other adds: then that is hashed again.
+    """
+    place = root / "files.json"
+    memo, keys, new = _memo(place), {}, {}
+    for path in dict.fromkeys(paths):
+        name, before = str(path.absolute()), _state(path)
+        was, keys[path] = memo.get(name, (None, ""))
+        if before is None or was != before:
+            keys[path] = file_key(path)
+            if before and before == _state(path) and time.time() - max(before[1:3]) / 1e9 > SETTLED:
+                new[name] = (before, keys[path])
+    if new:
+        with suppress(OSError):  # a folder that cannot be written is told where it matters
+            root.mkdir(parents=True, exist_ok=True)
+            _sweep(root)
+            _write(place, [json.dumps({**_memo(place), **new}).encode()])
+    return keys
+
+
+def _memo(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+        return {name: (state, key) for name, (state, key) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _state(path: Path) -> list[int] | None:
+    """What changes with a file's content: the last but one also where somebody sets the modification time back."""
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    return [there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino]
+
+
 def cached(
     root: Path, spec: dict[str, Any], keys: list[str], compute: Callable[[list[int]], Iterable[np.ndarray]]
 ) -> Store:
@@ -131,8 +174,9 @@ def _writing(folder: Path) -> Iterator[None]:
 def _sweep(folder: Path) -> None:
     """Remove what killed writers left: unfinished files, and values whose keys never came."""
     for path in [*folder.glob("partial-*"), *folder.glob("shard-*.npy")]:
-        if not path.with_suffix(".json").exists() and time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another writer has just renamed it
+            if not path.with_suffix(".json").exists() and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
 
 
 def _open(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
@@ -168,7 +212,8 @@ def _portions(names: list[str], rows: Iterable[np.ndarray]) -> Iterator[tuple[li
             size += row.nbytes
         if chunk and (row is None or len(chunk) == SHARD_ROWS or size >= SHARD_BYTES):
             yield names[done : done + len(chunk)], chunk
-            done, size, chunk = done + len(chunk), 0, []
+            done, size = done + len(chunk), 0
+            chunk.clear()  # the asker has written them, and must not hold them while the next ones come
         if row is None:
             break
     if failure is not None:
@@ -205,66 +250,60 @@ def frame_spec(frames: int, size: int) -> dict[str, Any]:
     return {"frames": frames, "size": size, "version": 2}
 
 
-def frame_store(
-    clips: list[Clip],
-    frames: int,
-    size: int,
-    root: Path,
-    workers: int | None = None,
-    advance: Callable[[], None] | None = None,
-) -> Store:
-    """The frames of clips, uint8 k×3×size×size each; a clip without a video is an empty row.
+def frame_store(clips: list[Clip], frames: int, size: int, root: Path, workers: int | None = None) -> Store:
+    """The frames of clips, uint8 k×3×size×size each, from the cache; see ``decoded``.
+
+    Raises:
+        UserError: a video that cannot be read.
+    """
+
+    def compute(places: list[int]) -> Iterator[np.ndarray]:
+        return decoded([clips[place] for place in places], frames, size, workers)
+
+    return cached(root, frame_spec(frames, size), clip_keys(clips, root), compute)
+
+
+def clip_keys(clips: list[Clip], root: Path) -> list[str]:
+    """A key for each clip, of what its video holds and which piece of it is meant; none for a clip without a video."""
+    contents = file_keys((clip.video for clip in clips if clip.video is not None), root)
+
+    def key(clip: Clip) -> str:
+        if clip.video is None:
+            return MISSING
+        piece = "" if clip.start is None and clip.end is None else f"-{clip.start}-{clip.end}"
+        return contents[clip.video] + piece
+
+    return [key(clip) for clip in clips]
+
+
+def decoded(
+    clips: list[Clip], frames: int, size: int, workers: int | None = None, ahead: int | None = None
+) -> Iterator[np.ndarray]:
+    """The frames of each clip that has a video, in order, decoded by threads while the asker works on what it has.
 
     Args:
         clips: what to decode.
         frames: m, see read_frames.
         size: of the squashed frames.
-        root: of the caches.
-        workers: threads that decode (default: the cores; FFmpeg and torch let each other run).
-        advance: called after each decoded clip.
+        workers: threads (default: the cores; FFmpeg and torch let each other run).
+        ahead: decoded clips that may wait, so that memory stays flat (default: two for each worker).
 
     Raises:
         UserError: a video that cannot be read.
     """
-    contents = {path: file_key(path) for path in {clip.video for clip in clips} if path is not None}
-    keys = [_clip_key(clip, contents) for clip in clips]
-    count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-    def compute(places: list[int]) -> Iterator[np.ndarray]:
-        jobs = [(clips[i].video, frames, clips[i].start, clips[i].end, size) for i in places]
-        for row in _in_order(jobs, count) if count > 1 else map(_decode, jobs):
-            if advance is not None:
-                advance()
-            yield row
-
-    return cached(root, frame_spec(frames, size), keys, compute)
-
-
-def _clip_key(clip: Clip, contents: dict[Path, str]) -> str:
-    if clip.video is None:
-        return MISSING
-    piece = "" if clip.start is None and clip.end is None else f"-{clip.start}-{clip.end}"
-    return contents[clip.video] + piece
-
-
-def _decode(job: tuple[Any, ...]) -> np.ndarray:
-    path, frames, start, end, size = job
-    return read_frames(path, frames, start, end, size=size).pixels
-
-
-def _in_order(jobs: list[tuple[Any, ...]], workers: int) -> Iterator[np.ndarray]:
-    """Results in the order of the jobs, with few of them waiting, so that memory stays flat."""
-    threads = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count, threads = workers or cores, torch.get_num_threads()
     # each worker resizes alone: workers and torch's threads together are never more than the cores
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[Frames]] = deque()
         try:
-            for job in jobs:
-                waiting.append(pool.submit(_decode, job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
+            for clip in clips:
+                assert clip.video is not None, "a clip without a video has no key, and is not computed"
+                waiting.append(pool.submit(read_frames, clip.video, frames, clip.start, clip.end, size=size))
+                if len(waiting) > max(2 * count, ahead or 0):
+                    yield waiting.popleft().result().pixels
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft().result().pixels
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
