@@ -7,7 +7,7 @@ STAMP := .venv/.complete
 .PHONY: help setup demo test lint format bench clean
 
 help:
-	@echo "make setup   .venv with everything (once; a few minutes, 6 GB)"
+	@echo "make setup   .venv with everything (once; a few minutes, 7 GB)"
 	@echo "make demo    made clips -> training -> report, in demo/"
 	@echo "make test    all tests"
 	@echo "make lint    style and types"

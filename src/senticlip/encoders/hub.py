@@ -178,10 +178,23 @@ def _without_dtype(data: dict[str, Any]) -> dict[str, Any]:
     return {name: _without_dtype(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def load_pretrained(module: Any, weights: dict[str, Any], key: str) -> None:
-    """Load ``weights`` into ``module``, exactly; tensors that the module has no use for are left."""
-    own = module.state_dict()
-    missing = sorted(set(own) - set(weights))
+def read_weights(kind: Any, folder: Path, **kwargs: Any) -> dict[str, Any]:
+    """The tensors that a folder holds for a transformers class, in float32.
+
+    What the folder lacks transformers makes up at random; it is left out here.
+    """
+    model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True, **kwargs)
+    return {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+
+
+def load_pretrained(module: Any, weights: dict[str, Any], key: str, part: str = "") -> None:
+    """Load those ``weights`` whose names begin with ``part`` into ``module``, exactly; it may have no use for some.
+
+    Raises:
+        UsageError: one that it needs is missing.
+    """
+    own = list(module.state_dict())
+    missing = sorted(name for name in own if part + name not in weights)
     if missing:
-        raise UsageError(f"{key}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
-    module.load_state_dict({name: weights[name] for name in own})
+        raise UsageError(f"{key}: the weights lack {len(missing)} tensors, the first is {part}{missing[0]}")
+    module.load_state_dict({name: weights[part + name] for name in own})

@@ -78,8 +78,8 @@ class LabelTower(nn.Module):
 
         self.body.load_state_dict(load_body(folder, "label.encoder").state_dict())
         if self.projection is not None:
-            source = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32)
-            self.projection.load_state_dict(source.text_projection.state_dict())
+            weights = hub.read_weights(ChineseCLIPModel, folder)
+            hub.load_pretrained(self.projection, weights, "label.encoder", "text_projection.")
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode the prompts."""

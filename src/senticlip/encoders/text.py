@@ -37,11 +37,10 @@ def load_body(folder: Path, key: str = "text.encoder") -> Any:
     body = build_body(spec)
     with hub.loading(folder, key):
         if spec.get("model_type") == "chinese_clip":
-            source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32).text_model
+            hub.load_pretrained(body, hub.read_weights(ChineseCLIPModel, folder), key, "text_model.")
         else:
             pooler = {"add_pooling_layer": False} if getattr(body, "pooler", True) is None else {}
-            source = AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler)
-        hub.load_pretrained(body, source.state_dict(), key)
+            hub.load_pretrained(body, hub.read_weights(AutoModel, folder, **pooler), key)
     return body
 
 

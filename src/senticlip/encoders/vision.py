@@ -109,9 +109,9 @@ class VisionEncoder(nn.Module):
             if self.kind == "chinese_clip":
                 from transformers import ChineseCLIPModel
 
-                source: Any = ChineseCLIPModel.from_pretrained(folder, dtype=torch.float32)
-                hub.load_pretrained(self.body, source.vision_model.state_dict(), "vision.encoder")
-                self.projection.load_state_dict(source.visual_projection.state_dict())
+                weights = hub.read_weights(ChineseCLIPModel, folder)
+                hub.load_pretrained(self.body, weights, "vision.encoder", "vision_model.")
+                hub.load_pretrained(self.projection, weights, "vision.encoder", "visual_projection.")
             else:
                 import timm
 

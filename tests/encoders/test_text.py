@@ -1,0 +1,146 @@
+"""PIFT: the characters' states against the pretrained encoder run by hand on prompt + words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import KINDS, WORDS, text_folder, tokenizer
+from transformers import AutoModel
+
+from senticlip.config import Config, TextConfig
+from senticlip.data.loader import ArrayRows
+from senticlip.encoders.text import TextEncoder, load_body, load_tokenizer, text_spec, tokenize
+from senticlip.models import create_model
+from senticlip.sources import clip_set, fingerprint
+from senticlip.structures import Clip, Sequence, UsageError, UserError
+
+TEXTS = ["天气很好", None, "这句话的情感是很高兴，天气坏", "好"]
+PROMPT = "这句话的情感是"
+PREFIX = 10  # more than the prompt has: its words are said again
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def folder(request, tmp_path_factory):
+    return text_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def encoder_of(folder, prompt, **changes):
+    settings = TextConfig(**{"encoder": str(folder), "max_length": 20, "prefix_length": PREFIX, **changes})
+    encoder = TextEncoder(text_spec(settings)[0], settings, prompt, len(PROMPT))
+    encoder.body.load_state_dict(load_body(folder).state_dict())
+    encoder.start_prompt(torch.tensor(ids_of(PROMPT)))
+    return encoder.eval()
+
+
+def ids_of(words):
+    return [WORDS.index(word) for word in words]
+
+
+def by_hand(folder, text, prompt):
+    """States of [CLS], the characters and [SEP], read by transformers from ids, without any padding."""
+    body = AutoModel.from_pretrained(folder).eval()
+    row = [*ids_of(["[CLS]"]), *prompt, *ids_of(text), *ids_of(["[SEP]"])]
+    states = body(input_ids=torch.tensor([row])).last_hidden_state[0]
+    return torch.cat([states[:1], states[1 + len(prompt) :]])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("prompt", ["learned", "discrete", "none"])
+def test_characters_keep_their_offsets(folder, prompt):
+    words = {"learned": (2 * ids_of(PROMPT))[:PREFIX], "discrete": ids_of(PROMPT), "none": []}[prompt]
+    ids, mask = tokenize(tokenizer(), TEXTS, 20)
+    states = encoder_of(folder, prompt)(Sequence(ids, mask))
+    assert mask.sum(1).tolist() == [6, 0, 16, 3]
+    assert states.mask is mask
+    assert states.values.isfinite().all()
+    for row, text in enumerate(TEXTS):
+        if text is not None:
+            torch.testing.assert_close(
+                states.values[row, : len(text) + 2], by_hand(folder, text, words), atol=1e-5, rtol=1e-5
+            )
+
+
+@torch.inference_mode()
+def test_what_the_prompt_learned_stands_before_the_characters(folder):
+    """In the width of the word vectors, which is not that of the states for ALBERT."""
+    encoder, body = encoder_of(folder, "learned"), AutoModel.from_pretrained(folder).eval()
+    words = body.get_input_embeddings()
+    assert encoder.prefix.shape == (PREFIX, words.embedding_dim)
+    encoder.prefix.copy_(torch.randn(encoder.prefix.shape, generator=torch.Generator().manual_seed(1)))
+    ids, mask = tokenize(tokenizer(), ["天气很好"], 20)
+    x = words(ids[0])
+    states = body(inputs_embeds=torch.cat([x[:1], encoder.prefix, x[1:]])[None]).last_hidden_state[0]
+    wanted = torch.cat([states[:1], states[1 + PREFIX :]])
+    torch.testing.assert_close(encoder(Sequence(ids, mask)).values[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_the_prompt_and_no_row_without_text(folder):
+    encoder = encoder_of(folder, "learned")
+    ids, mask = tokenize(tokenizer(), TEXTS, 20)
+    encoder(Sequence(ids, mask)).values[mask].sum().backward()
+    assert encoder.prefix.grad.abs().sum(1).gt(0).all()
+    encoder.zero_grad()
+    encoder(Sequence(ids, mask)).values[mask & (torch.arange(4) == 1)[:, None]].sum().backward()
+    assert not encoder.prefix.grad.any()
+
+
+def test_prompt_and_words_fit_the_positions(folder):
+    with pytest.raises(UsageError, match=r"text\.max_length: 31 is more than the encoder's positions allow \(30\)"):
+        encoder_of(folder, "learned", max_length=31)
+    with pytest.raises(UsageError, match=r"allow \(33\)"):
+        encoder_of(folder, "discrete", max_length=34)
+    encoder = encoder_of(folder, "learned", max_length=30)
+    ids, mask = tokenize(tokenizer(), ["好" * 99], 30)
+    assert encoder(Sequence(ids, mask)).values.shape == (1, 30, 16)
+
+
+@pytest.mark.parametrize("prompt", ["discrete", "learned"])
+def test_another_prompt_misses_the_cache(tmp_path, prompt):
+    text_folder(tmp_path / "bert")
+    clips = [Clip("a", None, "天气很好"), Clip("b", None, "好")]
+
+    def features(words):
+        changes = {"modalities": ["text"], "prompt": prompt, "width": 16, "heads": 2, "text.max_length": 20}
+        stage = {"text": {"modalities": ["text"]}}  # a prompt that a stage has taught rests, too
+        names = {"text.encoder": str(tmp_path / "bert"), "text.train": "frozen", "text.prefix_text": words}
+        model = create_model(Config().override({**changes, **names, "stages": stage}))
+        with torch.inference_mode():
+            direct = model.encoders["text"].eval()(Sequence(*tokenize(model.tokenizer, ["天气很好"], 20))).values[0]
+        store = clip_set(clips, model, model.tokenizer, tmp_path / "cache").stores["text"]
+        np.testing.assert_allclose(store.gather(np.array([0]))[0][0], direct, atol=5e-3)  # kept in fp16
+        return fingerprint(model.encoders["text"])
+
+    first = features(PROMPT)
+    assert features("天气很好") != first
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert features(PROMPT) == first
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_tokenizer_that_pads_at_the_left_loses_nothing(tmp_path):
+    tokenizer().save_pretrained(tmp_path, padding_side="left")
+    left = tokenizer()
+    left.padding_side = "left"
+    left.save_pretrained(tmp_path)
+    ids, mask = tokenize(load_tokenizer(tmp_path), ["好", "天气很好"], 20)
+    values, real = ArrayRows(ids.numpy(), mask.numpy()).gather(np.array([0]))
+    assert real.all()
+    assert values.tolist() == [ids_of(["[CLS]", "好", "[SEP]"])]
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="gone: the tokenizer's folder is missing"):
+        load_tokenizer(tmp_path / "gone")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer can be read here") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_without_any_folder_characters_are_tokens():
+    ids, mask = tokenize(load_tokenizer(None), ["我爱。", None], 20)
+    assert mask.sum(1).tolist() == [5, 0]
+    assert len(set(ids[0].tolist())) == 5
+    ids, mask = tokenize(load_tokenizer(None), [None, None], 20)
+    assert not mask.any()

@@ -1,0 +1,144 @@
+"""What learns of an encoder, what a saved model carries, what a broken one says."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from tests.tiny import KINDS, clip_folder, text_folder, timm_folder
+from transformers import AutoModel
+
+from senticlip.config import Config
+from senticlip.models import create_model
+from senticlip.models.base import SentimentModel, train_part
+from senticlip.structures import UsageError, UserError
+
+
+def learning(module):
+    """The names of what learns, up to the layer's number."""
+    return {".".join(n.split(".")[:2]) for n, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "first", "rest"),
+    [
+        ("resnet50", 1, {"layer4.0"}, {"conv1.weight", "layer3.5"}),
+        ("resnet50", 3, {"layer2.0", "layer3.0", "layer4.2"}, {"layer1.2"}),
+        ("resnet50", 4, {"layer1.0", "layer4.2"}, {"conv1.weight", "bn1.weight"}),
+        ("resnet50d", 4, {"layer1.0"}, {"conv1.0"}),
+        ("convnext_tiny", 2, {"stages.2", "stages.3"}, {"stem.0", "stages.1"}),
+        ("tf_efficientnet_lite0", 5, {"blocks.2", "blocks.6", "conv_head.weight"}, {"conv_stem.weight", "blocks.1"}),
+        ("vit_base_patch32_224", 3, {"blocks.9", "blocks.11", "norm.weight"}, {"blocks.8", "pos_embed"}),
+    ],
+)
+def test_the_top_k_layers_of_networks_that_we_did_not_make(name, k, first, rest):
+    with torch.device("meta"):
+        body = timm.create_model(name, num_classes=0)
+    train_part(body, k)
+    assert first <= learning(body)
+    assert not rest & learning(body)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("bert", 2), ("ernie", 2), ("albert", 1)])
+def test_the_top_k_layers_of_text_encoders(kind, layers):
+    body = AutoModel.from_config(KINDS[kind], add_pooling_layer=False)
+    train_part(body, 1)
+    assert not any(p.requires_grad for p in body.embeddings.parameters())
+    assert all(p.requires_grad for n, p in body.named_parameters() if f"layer.{layers - 1}." in n)
+    assert not any(p.requires_grad for n, p in body.named_parameters() if "layer.0." in n and layers > 1)
+    with pytest.raises(UsageError, match=rf"text\.train: top {layers + 1} layers of an encoder that has {layers}"):
+        train_part(body, layers + 1, "text.train")
+
+
+def test_an_activation_is_no_layer():
+    body = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2), torch.nn.ReLU())
+    train_part(body, 1)
+    assert learning(body) == {"2.weight", "2.bias"}
+
+
+def config(folder, **changes):
+    base = {"width": 16, "heads": 2, "text.encoder": str(folder / "text"), "text.max_length": 20, "vision.size": 32}
+    return Config().override({**base, "vision.encoder": str(folder / "vision"), "vision.frames": 2, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    text_folder(tmp_path / "text")
+    timm_folder(tmp_path / "vision")
+    return tmp_path
+
+
+@pytest.mark.parametrize("vision", [timm_folder, clip_folder])
+def test_labels_are_random_where_their_encoder_is(folder, vision):
+    vision(folder / "labels")
+    key = "vision" if vision is clip_folder else "text"
+    changes = {"label.train": True, "vision.encoder": str(folder / "labels")}
+    source = load_file(folder / ("labels" if key == "vision" else "text") / "model.safetensors")
+    words = next(value for name, value in source.items() if name.endswith("word_embeddings.weight"))
+
+    def loaded(**more):
+        tower = create_model(config(folder, **changes, **more)).network.labels.tower
+        return torch.equal(tower.body.get_input_embeddings().weight[1:], words[1:])  # 0 pads
+
+    assert loaded()
+    assert not loaded(**{f"{key}.pretrained": False})
+    assert not loaded(**{"label.pretrained": False})
+
+
+def test_what_is_saved_and_pushed_has_its_tokenizer(folder, monkeypatch):
+    model = create_model(config(folder))
+    model.save_pretrained(folder / "run")
+    found = SentimentModel.from_pretrained(folder / "run")
+    assert found.tokenizer("天气好")["input_ids"] == model.tokenizer("天气好")["input_ids"]
+    assert found.tokenizer.padding_side == "right"
+
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return type("Url", (), {"repo_id": name})
+
+        def create_commit(self, operations, **_):
+            pushed.extend(operation.path_in_repo for operation in operations)
+
+    card = type("Card", (), {"save": lambda self, path: None})
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card())
+    found.push_to_hub("someone/run")
+    assert {"config.json", "model.safetensors", "tokenizer/tokenizer_config.json"} <= set(pushed)
+
+
+def edit(change):
+    def write(run):
+        data = json.loads((run / "config.json").read_text())
+        change(data)
+        (run / "config.json").write_text(json.dumps(data))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: (run / "config.json").write_text("{"), "config.json: describes no model"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: describes no model"),
+        (edit(lambda d: d["encoders"]["text"].pop("spec")), "config.json: describes no model (KeyError: 'spec')"),
+        (edit(lambda d: d["experiment"].update(heads=0)), "config.json: config key heads: 0 — must be at least 1"),
+        (edit(lambda d: d.update(format_version=9)), "config.json: format 9 of 'senticlip'; this"),
+        (edit(lambda d: d["experiment"].update(width=32)), "model.safetensors: broken, or not its config's"),
+        (lambda run: (run / "config.json").unlink(), "no trained model here"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"\x10"), "model.safetensors: broken"),
+        (lambda run: (run / "tokenizer").rename(run / "away"), "tokenizer: the tokenizer's folder is missing"),
+    ],
+)  # fmt: skip
+def test_a_broken_run_is_one_line(folder, damage, said):
+    create_model(config(folder)).save_pretrained(folder / "run")
+    damage(folder / "run")
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        SentimentModel.from_pretrained(folder / "run")
+    assert "\n" not in str(error.value)
+    assert str(folder / "run") in str(error.value)
