@@ -1,0 +1,22 @@
+"""Class vectors of an encoder that is no CLIP tower: the mean of its states, less what all classes share."""
+
+import torch
+from tests.tiny import text_folder, timm_folder, tokenizer
+from transformers import AutoModel
+
+from senticlip.config import Config
+from senticlip.models import create_model
+
+
+@torch.inference_mode()
+def test_class_vectors_of_a_sentence_encoder_have_no_common_part(tmp_path):
+    text, vision = text_folder(tmp_path / "text"), timm_folder(tmp_path / "vision")
+    changes = {"text.encoder": str(text), "vision.encoder": str(vision), "text.max_length": 20, "width": 16, "heads": 2}
+    found = create_model(Config().override(changes)).eval().network.labels()
+    reference, means = AutoModel.from_pretrained(text).eval(), []
+    for name in ("消极", "中性", "积极"):  # one by one: no padding
+        ids = tokenizer()(f"这段视频的情感是{name}的", return_tensors="pt")["input_ids"]
+        means.append(reference(ids).last_hidden_state[0].mean(0))
+    wanted = torch.stack(means)
+    torch.testing.assert_close(found, wanted - wanted.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.sum(0), torch.zeros(16), atol=1e-5, rtol=0)
