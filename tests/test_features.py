@@ -13,7 +13,10 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from senticlip.config import Config
 from senticlip.data.mmsa import read_features
+from senticlip.encoders.text import tokenize
 from senticlip.features import features
+from senticlip.models import create_model
+from senticlip.structures import Sequence
 
 
 @pytest.fixture
@@ -50,18 +53,29 @@ def folder(tmp_path):
     return tmp_path
 
 
+def small(encoder):
+    vision = {"vision.encoder": "timm/test_resnet.r160_in1k", "vision.pretrained": False, "vision.size": 32}
+    return Config().override({**vision, "text.encoder": str(encoder), "vision.frames": 3})
+
+
+def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder, monkeypatch):
+    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(1)
+    model = create_model(small(encoder).override({"text.max_length": 12, "width": 8, "heads": 2})).eval()
+    with torch.no_grad():
+        model.encoders["text"].prefix.normal_()  # another prompt than any preset's
+    model.save_pretrained(tmp_path / "run")
+    features(folder, tmp_path / "f.pkl", Config(), run=tmp_path / "run")
+    ids, mask = tokenize(model.tokenizer, ["今天真好"], 12)
+    wanted = model.encoders["text"](Sequence(ids, mask)).values[0].detach()
+    with (tmp_path / "f.pkl").open("rb") as file:
+        found = pickle.load(file)["train"]["text"][1]
+    np.testing.assert_allclose(found, wanted, atol=2e-3)  # kept in fp16
+
+
 def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encoder, monkeypatch):
     monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
-    config = Config().override(
-        {
-            "text.encoder": str(encoder),
-            "vision.encoder": "timm/test_resnet.r160_in1k",
-            "vision.pretrained": False,
-            "vision.size": 32,
-            "vision.frames": 3,
-            "stages": {"text": {"modalities": ["text"]}},
-        }
-    )
+    config = small(encoder).override({"stages": {"text": {"modalities": ["text"]}}})
     assert features(folder, tmp_path / "f.pkl", config) == {"clips": 6, "file": str(tmp_path / "f.pkl")}
     with (tmp_path / "f.pkl").open("rb") as file:
         data = pickle.load(file)

@@ -15,6 +15,7 @@ from senticlip.data.mmsa import LABELS, SPLITS, write_features
 from senticlip.data.sims import read_clips
 from senticlip.encoders.text import tokenize
 from senticlip.models import create_model
+from senticlip.models.base import SentimentModel
 from senticlip.sources import cache_root, clip_set
 from senticlip.structures import LABELS as CLASSES
 from senticlip.structures import Clip, UserError, polarity
@@ -24,7 +25,12 @@ AUDIO_STEPS = 400
 
 
 def features(
-    data: str | Path, out: str | Path, config: Config, protocol: str = "official", device: str | None = None
+    data: str | Path,
+    out: str | Path,
+    config: Config,
+    protocol: str = "official",
+    device: str | None = None,
+    run: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the features of all clips of a data set.
 
@@ -38,27 +44,18 @@ def features(
         config: which encoders.
         protocol: official, tenth or video: which clip is in which split.
         device: cpu, cuda, cuda:N.
+        run: a trained RUN whose encoders are taken instead, as they have learned, learned prompt and all.
 
     Returns:
         ``{"clips": …, "file": …}``
     """
-    prompt = "none" if config.prompt == "none" else "discrete"
-    config = config.override(
-        {
-            "model": "lmf",
-            "modalities": ["text", "vision"],
-            "stages": {},
-            "options": {},
-            "text.train": "frozen",
-            "vision.train": "frozen",
-            "prompt": prompt,
-        }
-    )
+    model = _untrained(config) if run is None else SentimentModel.from_pretrained(run)
+    config = model.experiment
     clips = read_clips(data, None, protocol, config.seed)
     lost = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
     if lost:
         raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split, a feature file needs both")
-    model = create_model(config).to(runtime.device(device)).eval()
+    model = model.to(runtime.device(device)).requires_grad_(False).eval()
     found = clip_set(clips, model, model.tokenizer)
     stores = {**found.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
     splits = {}
@@ -75,6 +72,14 @@ def features(
             splits[split] |= _padded(name, store, places, AUDIO_STEPS if name == "audio" else None)
     write_features(out, splits)
     return {"clips": len(clips), "file": str(out)}
+
+
+def _untrained(config: Config) -> SentimentModel:
+    """The encoders of a config as they come, below a small network that is not used."""
+    prompt = "none" if config.prompt == "none" else "discrete"
+    frozen = {"text.train": "frozen", "vision.train": "frozen"}
+    lmf = {"model": "lmf", "modalities": ["text", "vision"], "stages": {}, "options": {}}
+    return create_model(config.override({**lmf, **frozen, "prompt": prompt}))
 
 
 def _padded(name: str, store: Rows, places: np.ndarray, most: int | None) -> dict[str, Any]:
