@@ -1,0 +1,204 @@
+"""The command line, in process: what it prints, and that whatever goes wrong is one line and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from tests.tiny import data_folder, text_folder, timm_folder
+
+from senticlip import cli
+from senticlip.config import Config
+from senticlip.data.mmsa import write_features
+from senticlip.models import create_model
+from senticlip.tables import EXPERIMENTS, load_preset
+
+TINY = str(EXPERIMENTS / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    data_folder(root / "data", (3, 3, 6))
+    text_folder(root / "text")
+    timm_folder(root / "vision")
+    names = {"text.encoder": str(root / "text"), "vision.encoder": str(root / "vision"), "head": "linear"}
+    sizes = {"width": 16, "heads": 2, "text.max_length": 20, "vision.frames": 2, "vision.size": 32}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        create_model(Config().override({**names, **sizes})).save_pretrained(root / f"run{seed}")
+    return root
+
+
+@pytest.fixture
+def say(capsys, tmp_path, monkeypatch):
+    """Run a command in a folder of its own → exit code, stdout, stderr."""
+    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def fails(say):
+    """Run a command that must end in one line with this code."""
+
+    def run(code, said, *arguments):
+        found, out, err = say(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("senticlip: ")]
+        assert (found, len(lines)) == (code, 1), err
+        assert re.search(said, lines[0]), lines[0]
+        assert "Traceback" not in err
+        assert err.endswith(lines[0] + "\n")
+        assert out == ""
+
+    return run
+
+
+def test_predict_prints_one_object(place, say):
+    video = next((place / "data" / "Raw").rglob("*.mp4"))
+    code, out, _ = say("predict", place / "run0", video, "--text", "天气好", "--json", "--device", "cpu")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert set(found) == {"label", "probabilities", "modalities", "weights"}
+    assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
+    assert set(found["weights"]) == set(found["modalities"]) == {"text", "video"}
+    assert sum(found["weights"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("threads", ["", "2,1", "x", " 1 "])
+def test_whatever_the_environment_says_of_threads(place, say, monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    before = torch.get_num_threads()
+    try:
+        assert say("predict", place / "run0", "--text", "好", "--device", "cpu")[0] == 0
+        if threads.strip("x "):
+            assert torch.get_num_threads() == int(threads.split(",")[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_evaluate_of_one_run_and_of_two(place, say):
+    data = ("--data", place / "data", "--json", "--device", "cpu")
+    one = json.loads(say("evaluate", place / "run0", *data)[1])
+    assert {"accuracy", "macro_f1", "weighted_f1", "precision", "recall", "per_class", "ece", "n"} <= set(one)
+    both = json.loads(say("evaluate", place / "run0", place / "run1", *data, "--target", "V")[1])
+    assert both["a"] == json.loads(say("evaluate", place / "run0", *data, "--target", "V")[1])
+
+
+def test_wrong_use_is_one_line(place, fails):
+    fails(2, "required: VERB — see senticlip --help")
+    fails(2, "invalid choice: 'fly'", "fly")
+    fails(2, "required: --data, --out — see senticlip train --help", "train", TINY)
+    fails(2, "invalid int value: 'x'", "demo", "--seed", "x")
+    fails(2, "not 3", "evaluate", "a", "b", "c", "--data", "d")
+    fails(2, "--target Q: choose one of M, T, A, V", "evaluate", place / "run0", "--data", "d", "--target", "Q")
+    fails(2, "--target Q", "evaluate", place / "run0", place / "run1", "--data", "d", "--target", "Q")
+    fails(2, "--seeds 0: must be at least 1", "reproduce", "--data", "d", "--out", "o", "--seeds", "0")
+
+
+def test_out_must_be_possible(place, fails, tmp_path):
+    (tmp_path / "file").touch()
+    for verb in (("train", TINY, "--data", "d"), ("demo",), ("reproduce", "--data", "d"), ("analyze", "r", "v")):
+        fails(2, r"argument --out: .*file is a file, no folder", *verb, "--out", tmp_path / "file")
+        fails(2, r"argument --out: .*file is a file, no folder", *verb, "--out", tmp_path / "file" / "deeper" / "run")
+    fails(2, "is a file, no folder", "features", "d", "--out", tmp_path / "file" / "f.pkl")
+    fails(2, "is a folder, no file", "export", place / "run0", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:77", "meta", "toaster"])
+def test_a_device_that_cannot_be_used(place, fails, device):
+    said = f"--device {device}: cannot be used here .* choose cpu, cuda or cuda:N"
+    fails(2, said, "predict", place / "run0", "--text", "好", "--device", device)
+    fails(2, said, "train", TINY, "--data", place / "data", "--out", "run", "--device", device)
+
+
+def test_a_config_that_cannot_be(fails):
+    base = ("train", TINY, "--data", "d", "--out", "o", "--set")
+    for pair in ("heads=0", "seed.x=1", "text.encoder.x=1", "stages.text=3", "model=foo"):
+        fails(2, pair.partition("=")[0].partition(".x")[0], *base, pair)
+    fails(2, "config key model: 'foo'", "demo", "--set", "model=foo")
+
+
+def damage(place, tmp_path, name, content=None):
+    run = tmp_path / "run"
+    shutil.copytree(place / "run0", run)
+    if content is None:
+        shutil.rmtree(run / name)
+    else:
+        (run / name).write_bytes(content)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", b"\x10\x00", r"run/model\.safetensors: broken, or not its config's"),
+        ("config.json", b"{", r"run/config\.json: describes no model"),
+        ("config.json", b'{"model_type": "bert"}', r"run/config\.json: format"),
+        ("tokenizer", None, "run/tokenizer: the tokenizer's folder is missing"),
+    ],
+)
+def test_a_broken_run(place, fails, tmp_path, name, content, said):
+    run = damage(place, tmp_path, name, content)
+    fails(1, said, "predict", run, "--text", "好", "--device", "cpu")
+
+
+def test_a_run_that_is_nowhere(fails):
+    fails(2, "RUN: no/run is not on this disk .*; give a folder that senticlip train wrote", "predict", "no/run")
+    fails(2, "RUN: no folder my run", "evaluate", "my run", "--data", "d")
+
+
+def test_an_encoder_without_weights(place, fails, tmp_path):
+    shutil.copytree(place / "text", tmp_path / "text")
+    (tmp_path / "text" / "model.safetensors").unlink()
+    change = ("--set", f"text.encoder={tmp_path / 'text'}", "--set", "stages={}", "--set", "modalities=[text]")
+    base = ("train", TINY, "--data", place / "data", "--out", "o", "--device", "cpu", *change)
+    fails(1, "text.encoder: no weights can be read from .*text", *base)
+
+
+def test_a_feature_file_that_is_none(fails, tmp_path):
+    part = {"id": ["a"], "regression_labels": ["good"]}
+    write_features(tmp_path / "f.pkl", dict.fromkeys(("train", "valid", "test"), part))
+    fails(1, "f.pkl, train, regression_labels: expected a number", "data", "check", tmp_path / "f.pkl")
+
+
+def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch):
+    def broken(options):
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(cli, "predict", broken)
+    fails(1, "^senticlip: ZeroDivisionError: two lines — run with --debug$", "predict", "run")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["predict", "run", "--debug"])
+
+    def stopped(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "predict", stopped)
+    fails(130, "interrupted", "predict", "run")
+
+
+def test_demo_reads_the_tiny_preset_and_its_changes(say, monkeypatch):
+    seen = []
+
+    def demo(out, config, sound):
+        seen.append((out, config, sound))
+        return {"accuracy": 1.0, "macro_f1": 1.0, "report": "r"}
+
+    monkeypatch.setattr("senticlip.demo.demo", demo)
+    assert say("demo", "--seed", "7", "--set", "width=32", "--set", "stages.text.train.epochs=1", "--out", "x")[0] == 0
+    wanted = load_preset("tiny", ["seed=7", "width=32", "stages.text.train.epochs=1"])
+    assert seen == [("x", wanted, False)]
+    assert (wanted.seed, wanted.width, wanted.stage("text").train.epochs) == (7, 32, 1)

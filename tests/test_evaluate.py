@@ -1,0 +1,95 @@
+"""A run on a split: the file, the numbers against scikit-learn, two runs against each other, a hub id."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+from tests.tiny import data_folder, text_folder
+
+from senticlip.config import Config
+from senticlip.data.sims import read_clips
+from senticlip.evaluate import compare, evaluate
+from senticlip.models import create_model
+from senticlip.structures import LABELS, UsageError, UserError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    data_folder(root / "data", (3, 3, 9))
+    text_folder(root / "text")
+    for name, seed, target in (("a", 0, "M"), ("b", 1, "M"), ("t", 0, "T")):
+        changes = {"modalities": ["text"], "width": 16, "heads": 2, "seed": seed, "target": target}
+        model = create_model(Config().override({**changes, "text.encoder": str(root / "text"), "text.max_length": 20}))
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+
+
+def rows_of(run):
+    with (run / "predictions-test.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_are_those_of_the_file(place):
+    result = evaluate(place / "a", place / "data")
+    rows = rows_of(place / "a")
+    truth, predicted = ([LABELS.index(row[name]) for row in rows] for name in ("truth", "predicted"))
+    assert result["n"] == len(rows) == 9
+    assert result["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    assert result["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+    probabilities = np.array([[float(row[name]) for name in LABELS] for row in rows])
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert probabilities.argmax(1).tolist() == predicted
+    clips = read_clips(place / "data", "test")
+    assert [(row["id"], row["text"]) for row in rows] == [(clip.id, clip.text) for clip in clips]
+    assert truth == [1 + int(np.sign(clip.labels["M"])) for clip in clips]
+
+
+def test_two_runs_differ_by_what_each_is(place):
+    found = compare(place / "a", place / "b", place / "data", device="cpu")
+    apart = [evaluate(place / name, place / "data") for name in "ab"]
+    assert (found["a"], found["b"]) == tuple(apart)
+    difference = apart[0]["accuracy"] - apart[1]["accuracy"]
+    assert found["difference"]["accuracy"]["difference"] == pytest.approx(difference)
+
+
+def test_runs_of_two_labels_need_one(place, tmp_path):
+    (place / "data" / "label.csv").rename(tmp_path / "label.csv")
+    text = (tmp_path / "label.csv").read_text(encoding="utf-8")
+    head, *lines = text.splitlines()
+    turned = [",".join([*parts[:4], str(-float(parts[4])), *parts[5:]]) for parts in (ln.split(",") for ln in lines)]
+    (place / "data" / "label.csv").write_text("\n".join([head, *turned]), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match="were trained for different labels — choose one with --target"):
+            compare(place / "a", place / "t", place / "data")
+        chosen = compare(place / "a", place / "t", place / "data", target="T")
+        assert chosen["a"]["accuracy"] == evaluate(place / "a", place / "data", target="T")["accuracy"]
+    finally:
+        (tmp_path / "label.csv").replace(place / "data" / "label.csv")
+
+
+def test_a_hub_id_is_read_and_not_written_into(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("senticlip.encoders.hub.fetch", lambda name, *_: place / name.split("/")[1])
+    monkeypatch.chdir(tmp_path)
+    (place / "b" / "predictions-test.csv").unlink(missing_ok=True)
+    found = evaluate("someone/b", place / "data")
+    assert not Path("someone").exists()
+    assert not (place / "b" / "predictions-test.csv").exists()
+    assert found == evaluate(place / "b", place / "data")
+    assert compare("someone/a", "someone/b", place / "data")["b"] == found
+
+
+def test_what_cannot_be_asked(place):
+    with pytest.raises(UsageError, match="--target Q: choose one of M, T, A, V"):
+        evaluate(place / "a", place / "data", target="Q")
+    with pytest.raises(UsageError, match="split 'tset': unknown"):
+        evaluate(place / "a", place / "data", "tset")
