@@ -7,6 +7,7 @@ next time. That is all that a kill at any moment needs.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -99,7 +100,7 @@ def bulk(
 def has_ray() -> bool:
     """Whether the extra ``ray`` is installed."""
     try:
-        import ray.data  # noqa: F401
+        importlib.import_module("ray.data")
     except ImportError:
         return False
     return True

@@ -27,7 +27,12 @@ class Answers(NamedTuple):
 
 
 def evaluate(
-    run: str | Path, data: str | Path, split: str = "test", device: str | None = None, target: str | None = None
+    run: str | Path,
+    data: str | Path,
+    split: str = "test",
+    device: str | None = None,
+    target: str | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Metrics of a run on a split; writes ``RUN/predictions-<split>.csv`` (nothing where RUN is a hub id).
 
@@ -37,22 +42,26 @@ def evaluate(
         split: train, valid or test.
         device: cpu, cuda, cuda:N.
         target: the label to compare with (M, T, A, V); the one it was trained for by default.
+        precision: fp32, bf16 or int8.
 
     Returns:
         accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n; ``interval`` (95 %
         bootstrap of accuracy); ``heads`` (each head alone) and ``equal_weights``; a regression model's
-        scores, too.
+        scores, too; a reduced precision's ``disagreement``.
 
     Raises:
-        UsageError: no such run, split, device or target. UserError: the data cannot be read, or has no such label.
+        UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
+            such label.
     """
-    return _answers(run, data, split, device, target).result
+    return _answers(run, data, split, device, target, precision).result
 
 
-def _answers(run: str | Path, data: str | Path, split: str, device: str | None, target: str | None) -> Answers:
+def _answers(
+    run: str | Path, data: str | Path, split: str, device: str | None, target: str | None, precision: str
+) -> Answers:
     if target is not None and target not in TARGETS:
         raise UsageError(f"--target {target}: choose one of {', '.join(TARGETS)}")
-    predictor = Predictor(run, device)
+    predictor = Predictor(run, device, precision)
     config = predictor.config
     target = target or config.target
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if target in clip.labels]
@@ -62,6 +71,8 @@ def _answers(run: str | Path, data: str | Path, split: str, device: str | None, 
     output = outputs(predictor.model, rows)
     truth = np.sign(rows.labels[target]).astype(int) + 1
     result = judge(output, truth, rows.labels[target])
+    if predictor.disagreement:
+        result["disagreement"] = predictor.disagreement
     temperature = getattr(predictor.model.network, "temperature", None)
     if temperature is not None and len(output.logits) > 1:
         heads = {name: output.logits[name] / tau for name, tau in zip(output.logits, temperature.cpu(), strict=True)}
@@ -119,6 +130,7 @@ def compare(
     split: str = "test",
     device: str | None = None,
     target: str | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Two runs on the same clips: both metrics, the difference A − B and its paired bootstrap.
 
@@ -126,7 +138,7 @@ def compare(
         UserError: the runs split the data differently, so that their clips are not the same, or were trained for
             different labels and no ``target`` is given.
     """
-    a, b = (_answers(run, data, split, device, target) for run in (run_a, run_b))
+    a, b = (_answers(run, data, split, device, target, precision) for run in (run_a, run_b))
     if [clip.id for clip in a.clips] != [clip.id for clip in b.clips]:
         raise UserError(f"{run_a} and {run_b} split {data} differently (protocol, seed or target): nothing to compare")
     if (a.truth != b.truth).any():

@@ -158,7 +158,7 @@ def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
         last = lines[-1] if lines else None
         touches = last is not None and cue.start - last.end < 0.1
         fresh = _fresh(shown, rows) if touches else rows
-        shown = rows if not touches or cue.start >= last.end else shown + fresh  # type: ignore[union-attr]
+        shown = rows if last is None or not touches or cue.start >= last.end else shown + fresh
         text = _join(fresh)
         if last is not None and touches and (not text or text.startswith(last.text) or _together(last, cue)):
             if not text.startswith(last.text):  # else it is a karaoke line that grows
