@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("data", metavar="DIR")
     p.add_argument("--out", type=file, required=True, metavar="F")
     p.add_argument("--preset", default="tiny", help="whose encoders: tiny (ships with the package), small or paper")
+    p.add_argument("--run", dest="trained", metavar="RUN", help="the encoders of a trained run instead")
     p.add_argument("--protocol", default="official", help="official, tenth or video")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a config key of the preset")
     p.add_argument("--device")
@@ -139,7 +140,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("video", metavar="VIDEO", nargs="?")
     p.add_argument("--text")
     p.add_argument("--device")
-    p.add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
 
     p = verb("export", export, "write a run as one ONNX file")
     p.add_argument("run_folder", metavar="RUN")
@@ -180,6 +180,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--address", help="of a Ray cluster (default: this machine)")
     p.add_argument("--workers", type=int, help="models at work (default: one per core or GPU)")
     p.add_argument("--device")
+
+    for name in ("evaluate", "predict", "analyze", "bulk"):
+        verbs.choices[name].add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
     return top
 
 
@@ -233,12 +236,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
     if len(options.runs) > 2:
         raise UsageError(f"evaluate takes one RUN or two, not {len(options.runs)}")
+    how = (options.data, options.split, options.device, options.target, options.precision)
     if len(options.runs) == 2:
-        a, b = options.runs
-        result = room.compare(a, b, options.data, options.split, options.device, options.target)
+        result = room.compare(*options.runs, *how)
         say(options, json.dumps(result["difference"], indent=1))
         return result
-    result = room.evaluate(options.runs[0], options.data, options.split, options.device, options.target)
+    result = room.evaluate(options.runs[0], *how)
+    _say_disagreement(options, result.get("disagreement"))
     low, high = result["interval"]
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
     say(options, f"macro-F1 {result['macro_f1']:.4f}, weighted F1 {result['weighted_f1']:.4f}")
@@ -268,7 +272,7 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.tables import load_preset
 
     config = load_preset(options.preset, options.set)
-    result = run(options.data, options.out, config, options.protocol, options.device)
+    result = run(options.data, options.out, config, options.protocol, options.device, options.trained)
     say(options, f"{result['clips']} clips; {result['file']}")
     return result
 
@@ -280,6 +284,8 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     predictor = senticlip.load(options.model, device=options.device, precision=options.precision)
     prediction = predictor(options.video, text=options.text)
     result = {name: value for name, value in prediction._asdict().items() if value is not None}
+    result |= {"disagreement": predictor.disagreement} if predictor.disagreement else {}
+    _say_disagreement(options, predictor.disagreement)
     say(options, prediction.label + "  " + "  ".join(f"{k} {p:.3f}" for k, p in prediction.probabilities.items()))
     for name, probabilities in prediction.modalities.items():
         shown = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
@@ -299,10 +305,15 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
         clips = read_clips(options.data, options.split)
         result["disagreement"] = compare(load(options.run_folder, "cpu"), load(options.out), clips)
-        said = result["disagreement"]
-        say(options, f"label flips {said['flips']:.4f}, largest difference {said['max_difference']:.2e}, n {said['n']}")
+        _say_disagreement(options, result["disagreement"])
     say(options, f"{result['file']}: {result['bytes'] / 1e6:.1f} MB")
     return result
+
+
+def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None) -> None:
+    """What a reduced precision changes, if it was measured."""
+    if said:
+        say(options, f"label flips {said['flips']:.4f}, largest difference {said['max_difference']:.2e}, n {said['n']}")
 
 
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
@@ -310,7 +321,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.analyze import analyze as run
 
     began = time.monotonic()
-    names = ("subtitles", "out", "shift", "resume", "transcribe", "cut", "seconds", "track", "asr_model", "device")
+    names = vars(options).keys() - {"verb", "run", "json", "debug", "model", "video"}
     segments = sum(1 for _ in run(options.model, options.video, **{name: getattr(options, name) for name in names}))
     html = str(Path(options.out) / "timeline.html")
     say(options, f"{segments} segments; open {html}")
@@ -339,7 +350,8 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.bulk import bulk as run
 
     began, done, failed = time.monotonic(), 0, 0
-    for row in run(options.model, options.manifest, options.out, options.address, options.workers, options.device):
+    names = ("address", "workers", "device", "precision")
+    for row in run(options.model, options.manifest, options.out, **{name: getattr(options, name) for name in names}):
         done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
     say(options, f"{done} done, {failed} failed; {options.out}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}

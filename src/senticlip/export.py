@@ -202,6 +202,14 @@ class OnnxModel:
         self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 
+    def frozen(self, name: str) -> bool:
+        """The file takes ids and frames: no part of it can be run apart and cached."""
+        return False
+
+    def eval(self) -> OnnxModel:
+        """It is never in training."""
+        return self
+
     def tokenizer(self) -> Any:
         """The tokenizer that lies in the file, or None."""
         if not self._tokenizer:
