@@ -238,7 +238,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"evaluate takes one RUN or two, not {len(options.runs)}")
     how = (options.data, options.split, options.device, options.target, options.precision)
     if len(options.runs) == 2:
-        result = room.compare(*options.runs, *how)
+        result = room.compare(options.runs[0], options.runs[1], *how)
         say(options, json.dumps(result["difference"], indent=1))
         return result
     result = room.evaluate(options.runs[0], *how)
