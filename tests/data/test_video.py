@@ -290,11 +290,11 @@ def test_size_and_no_frames():
     assert np.array_equal(resize(same, 8).numpy(), same)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 90), st.integers(0, 60), st.integers(1, 90), st.integers(0, 9))
 def test_resize_is_pils(height, more, size, seed):
-    """On noise, the worst there is (for tall noise Pillow 13 rounds in another order, which only noise shows)."""
-    width, size = height + more, min(size, height)
+    """On wide noise, the worst there is (tall noise may be squashed downwards first, see ``resize``)."""
+    width = height + more
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     ours = resize(image.transpose(2, 0, 1)[None], size)
     assert ours.dtype == torch.uint8

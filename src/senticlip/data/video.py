@@ -151,7 +151,11 @@ def read_frames(
 
 
 def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Tensor:
-    """Squash uint8 frames k×3×H×W (or k of 3×H×W) to k×3×S×S: antialiased bicubic, as PIL does, within 1/255."""
+    """Squash uint8 frames k×3×H×W (or k of 3×H×W) to k×3×S×S: antialiased bicubic, across and then down, as PIL does.
+
+    Within 1/255 (in pure noise a pixel in 100 000 is off by 2). Where the height shrinks much more than the width,
+    Pillow goes down first since version 13: what is clipped between the two steps differs then, in noise by up to 30.
+    """
     if not len(pixels):
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
     if not isinstance(pixels, (np.ndarray, Tensor)):
