@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
-from tests.tiny import data_folder, text_folder, timm_folder
+from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
+from transformers import Trainer, TrainerState
 
+from senticlip import checkpoint as room
 from senticlip import config as configs
+from senticlip import train as training
+from senticlip.card import model_card
+from senticlip.data.loader import BalancedSampler
+from senticlip.data.sims import read_clips
+from senticlip.models import create_model
+from senticlip.models.base import SentimentModel
 from senticlip.structures import UserError
-from senticlip.train import newest_checkpoint, train
+from senticlip.train import Hooks, newest_checkpoint, parameter_groups, train
+from senticlip.trainee import Trainee
 
 
 @pytest.fixture(autouse=True)
@@ -83,20 +98,168 @@ def test_resume_after_a_kill_ends_in_the_same_weights(place, tmp_path):
         train(experiment.override({"width": 32}), place / "data", out, resume=True)
 
 
+class Killed(BaseException):
+    """Ends a training where it is, as a signal does."""
+
+
+def dies(patch, place, name, at):
+    """Let the call number ``at`` of a function be the last thing that happens."""
+    calls, real = itertools.count(1), getattr(place, name)
+
+    def or_die(*args, **kwargs):
+        if next(calls) == at:
+            raise Killed
+        return real(*args, **kwargs)
+
+    patch.setattr(place, name, or_die)
+
+
+def stopping(place):
+    """Ends after 7 of 9 epochs, of which number 5 is the best; every epoch draws its rows anew."""
+    changes = {"dropout": 0.2, "train.epochs": 9, "train.patience": 2, "train.lr": 0.03, "train.balance": "sampler"}
+    return settings(place, **changes)
+
+
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory):
+    """An uninterrupted training that early stopping ends, and its result."""
+    root = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SENTICLIP_CACHE", str(root / "cache"))
+        return root / "whole", train(stopping(place), place / "data", root / "whole")
+
+
+MOMENTS = {
+    "in the second epoch": (Hooks, "on_step_end", 5),
+    "before the first checkpoint": (Trainer, "_save_checkpoint", 1),
+    "in the second checkpoint": (TrainerState, "save_to_json", 2),
+    "as the third epoch begins": (Hooks, "on_epoch_begin", 3),
+    "with one epoch's patience left": (Hooks, "on_epoch_begin", 7),
+    "after the training": (training, "calibrate", 1),
+    "before the run is written": (SentimentModel, "save_pretrained", 1),
+    "before the last file": (room, "write_text", 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment_changes_nothing(place, tmp_path, stopped, monkeypatch, moment):
+    whole, result = stopped
+    assert 1 < result["best_epoch"] < len(losses(whole)[0]) < 9  # the patience has been used, and not all epochs
+    with monkeypatch.context() as patch:
+        dies(patch, *MOMENTS[moment])
+        with pytest.raises(Killed):
+            train(stopping(place), place / "data", tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    again = train(stopping(place), place / "data", tmp_path / "run", resume=True)
+    assert again["best_epoch"] == result["best_epoch"]
+    assert losses(tmp_path / "run") == losses(whole)
+    assert_same(weights(whole), weights(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def relabelled(folder, place, score, rows):
+    """The same clips with another label in some rows of the table."""
+    shutil.copytree(place / "data", folder)
+    with (folder / "label.csv").open(encoding="utf-8", newline="") as file:
+        head, *lines = csv.reader(file)
+    for i in rows:
+        lines[i][head.index("label")] = score
+    with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *lines])
+    return folder
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, finished):
+    data = relabelled(tmp_path / "data", place, "0", [])
+    with monkeypatch.context() as patch:
+        if not finished:
+            dies(patch, Hooks, "on_epoch_begin", 2)
+        try:
+            train(settings(place), data, tmp_path / "run")
+        except Killed:
+            assert newest_checkpoint(tmp_path / "run" / "checkpoints")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"run.*another config.*--out.*--resume"):
+        train(settings(place, width=32), data, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"run.*other data \(.*data.*--out.*--resume"):
+        train(settings(place), place / "data", tmp_path / "run", resume=True)
+    relabelled(tmp_path / "other", place, "0.4", [0])
+    shutil.copy(tmp_path / "other" / "label.csv", data / "label.csv")
+    with pytest.raises(UserError, match="labels have changed"):
+        train(settings(place), data, tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    fresh = train(settings(place, width=32), data, tmp_path / "run")  # without --resume it is replaced
+    assert fresh["best_epoch"]
+    assert weights(tmp_path / "run")["network.temporal.cls"].shape == (32,)
+
+
+def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch):
+    train(settings(place), place / "data", tmp_path / "run")
+    kept = [tmp_path / "run" / name for name in ("model.safetensors", "experiment.yaml", "metrics.json", "README.md")]
+    before = [path.read_bytes() for path in kept]
+    with monkeypatch.context() as patch:
+        dies(patch, training, "calibrate", 1)
+        with pytest.raises(Killed):
+            train(settings(place, width=32), place / "data", tmp_path / "run")
+    assert [path.read_bytes() for path in kept] == before
+    train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)  # the one that was begun last
+    assert configs.load(tmp_path / "run" / "experiment.yaml").width == 32
+
+
+def test_balanced_draws_hang_on_the_seed_and_the_epoch():
+    classes = np.repeat([0, 1, 2], [600, 300, 100])
+
+    def draw(seed, epoch):
+        sampler = BalancedSampler(classes, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert len(draw(0, 0)) == 1000
+    counts = np.bincount(classes[draw(0, 0)])
+    assert (abs(counts - 1000 / 3) < 75).all()  # 5 standard deviations
+    assert draw(0, 3) == draw(0, 3)
+    assert len({tuple(draw(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert BalancedSampler(np.array([0, 2, 2]), 0).chances.tolist() == [0.5, 0.25, 0.25]  # no row of a class
+
+
+def test_epochs_draw_different_rows_and_each_class_as_often(place, tmp_path, monkeypatch):
+    drawn = []
+    real = BalancedSampler.__iter__
+
+    def noted(self):
+        drawn.append(list(real(self)))
+        return iter(drawn[-1])
+
+    monkeypatch.setattr(BalancedSampler, "__iter__", noted)
+    train(settings(place, **{"train.balance": "sampler"}), place / "data", tmp_path / "run")
+    assert len(drawn) == len({tuple(rows) for rows in drawn}) == 3
+
+
+def read_history(run):
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["history"]
+
+
 def losses(run):
-    history = json.loads((run / "metrics.json").read_text())["history"]
+    history = read_history(run)
     return [row["nll"] for row in history if "nll" in row], [row["loss"] for row in history if "grad_norm" in row]
 
 
 def test_two_processes_learn_what_one_does(place, tmp_path):
-    experiment = settings(place)
+    # the stage teaches the prefix only: an encoder's own dropout would draw otherwise in two processes
+    stage = {"modalities": ["text"], "target": "T", "train.epochs": 1}
+    experiment = settings(place, prompt="learned", stages={"text": stage}, **{"train.balance": "sampler"})
     train(experiment, place / "data", tmp_path / "one")
     (tmp_path / "e.yaml").write_text(experiment.to_yaml(), encoding="utf-8")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "senticlip", "train"]
-    where = [tmp_path / "e.yaml", "--data", place / "data", "--out", tmp_path / "two", "--device", "cpu"]
+    where = [tmp_path / "e.yaml", "--data", place / "data", "--out", tmp_path / "two", "--device", "cpu", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command, *where], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["best_epoch"]  # one object, not one of each process
+    assert losses(tmp_path / "two" / "stages" / "text")[0] == pytest.approx(
+        losses(tmp_path / "one" / "stages" / "text")[0], abs=1e-4
+    )
     assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], abs=1e-4)
     assert losses(tmp_path / "two")[1] == pytest.approx(losses(tmp_path / "one")[1], abs=1e-4)
 
@@ -134,19 +297,124 @@ def test_the_best_epoch_by_the_metric_is_kept(place, tmp_path):
     assert len(curve) <= result["best_epoch"] + 2
 
 
-@pytest.mark.parametrize("balance", ["weights", "sampler"])
-def test_class_imbalance_has_two_remedies(place, tmp_path, balance):
-    train(settings(place, **{"train.balance": balance}), place / "data", tmp_path / balance)
-    train(settings(place), place / "data", tmp_path / "plain")
-    equal = torch.ones(3)
-    assert torch.allclose(weights(tmp_path / balance)["network.class_weights"], equal)  # the tiny set is balanced
+@pytest.mark.parametrize(("balance", "wanted"), [("weights", [12 / 21, 12 / 9, 12 / 6]), ("none", [1, 1, 1])])
+def test_rare_classes_weigh_more(place, tmp_path, balance, wanted):
+    data = relabelled(tmp_path / "data", place, "-0.4", [1, 2, 5])  # train: 7 negative, 3 neutral, 2 positive
+    train(settings(place, **{"train.balance": balance, "train.epochs": 1}), data, tmp_path / "run")
+    scores = [clip.labels["M"] for clip in read_clips(data, "train")]
+    assert np.bincount(np.sign(scores).astype(int) + 1).tolist() == [7, 3, 2]
+    assert weights(tmp_path / "run")["network.class_weights"].tolist() == pytest.approx(wanted)
 
 
-def test_a_full_disk_is_one_line(place, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def test_weights_and_losses_of_valid_are_in_the_history(place, tmp_path):
+    changes = {"text.train": "full", "train.scalar_lr": 0.1, "train.batch_size": 4}
+    train(settings(place, **changes), place / "data", tmp_path / "run")
+    rows = [row for row in read_history(tmp_path / "run") if "nll" in row]
+    for row in rows:
+        assert row["weight_text"] + row["weight_vision"] == pytest.approx(1)
+        assert row["loss_text"] > 0
+        assert row["loss_vision"] > 0
+    assert rows[0]["weight_text"] != rows[-1]["weight_text"]
+    best = min(rows, key=lambda row: row["nll"])
+    s = {name: weights(tmp_path / "run")[f"network.combine.s.{name}"] for name in ("text", "vision")}
+    assert best["weight_text"] == pytest.approx(float(torch.sigmoid(s["vision"] - s["text"])), abs=1e-6)
 
-    monkeypatch.setattr("senticlip.train.save_run", full)
-    with pytest.raises(UserError, match=r"disk is full .* --resume"):
-        train(settings(place), place / "data", tmp_path / "run")
-    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+def test_the_logged_losses_are_means_over_the_rows(place):
+    torch.manual_seed(0)
+    trainee = Trainee(create_model(settings(place), {})).eval()
+    label = torch.tensor([-1.0, 0.0, 1.0, 1.0, 0.4])
+    text, mask = torch.randint(5, 20, (5, 9)), torch.ones(5, 9, dtype=torch.bool)
+    pixels = torch.randint(0, 256, (5, 2, 3, 32, 32), dtype=torch.uint8)
+    inputs = {"text": text, "text_mask": mask, "vision": pixels, "vision_mask": mask[:, :2], "label_M": label}
+    with torch.no_grad():
+        whole = trainee(**inputs)
+        parts = [trainee(**{name: value[rows] for name, value in inputs.items()}) for rows in (slice(3), slice(3, 5))]
+    assert trainee.logged == ["weight_text", "weight_vision", "loss_text", "loss_vision"]
+    for name in trainee.logged:
+        assert whole[name].shape == (5,)
+        assert torch.cat([part[name] for part in parts]).mean() == pytest.approx(float(whole[name].mean()), abs=1e-5)
+
+
+def test_every_part_learns_at_its_own_rate(place, tmp_path):
+    changes = {
+        "modalities": ["text", "vision", "audio"], "prompt": "learned", "text.train": "full", "vision.train": "full",
+        "vision.encoder": str(clip_folder(tmp_path / "clip")), "label.train": True, "train.weight_decay": 0.5,
+        "train.lr": 1.0, "text.lr": 2.0, "vision.lr": 3.0, "audio.lr": 4.0, "label.lr": 5.0, "train.scalar_lr": 6.0,
+    }  # fmt: skip
+    trainee = Trainee(create_model(settings(place, **changes), {"audio": 33}))
+    groups = parameter_groups(trainee)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found: dict[tuple[float, float], set[str]] = {}
+    for name, parameter in trainee.model.named_parameters():
+        kind = "scalar or vector" if parameter.ndim < 2 else "matrix"
+        part = "audio" if "entrances.audio" in name else ".".join(name.split(".")[:2])
+        part = "prefix" if name.endswith("prefix") else part
+        found.setdefault(rates[id(parameter)], set()).add(f"{part} {kind}")
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(trainee.model.parameters()))
+    assert found[2.0, 0.5] == {"encoders.text matrix"}
+    assert found[3.0, 0.5] == {"encoders.vision matrix"}
+    assert found[4.0, 0.5] == {"audio matrix"}
+    assert found[5.0, 0.5] == {"network.labels matrix"}
+    assert found[6.0, 0.0] == {"network.combine scalar or vector"}
+    assert "prefix matrix" in found[1.0, 0.0]
+    assert "network.fusion matrix" in found[1.0, 0.5]
+    assert not any("matrix" in part for part in found[1.0, 0.0] - {"prefix matrix"})
+
+
+def test_one_process_stays_on_the_gpu_that_was_asked_for(place, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    arguments = training._arguments(settings(place), tmp_path, torch.device("cpu"))
+    arguments._n_gpu = 2  # what TrainingArguments says where there are two
+    training._stay_on(arguments, torch.device("cuda:1"))
+    assert chosen == [arguments.device] == [torch.device("cuda:1")]
+    assert Accelerator().device == torch.device("cuda:1")  # where batches go
+    assert arguments.n_gpu == 1  # no DataParallel
+    assert arguments.train_batch_size == 4
+
+
+@pytest.mark.parametrize("limit", [30_000, 100_000])
+def test_a_full_disk_is_one_line(place, tmp_path, limit):
+    """A limit on the size of a file is met by the same writers at the same places as the end of a disk."""
+    train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "warm")  # the caches
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=r"run: the disk is full — make room, then --resume goes on"):
+            train(settings(place), place / "data", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    train(settings(place), place / "data", tmp_path / "run", resume=True)
+    train(settings(place), place / "data", tmp_path / "whole")
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_other_errors_are_not_a_full_disk(tmp_path):
+    for error in (RuntimeError("shapes do not fit"), OSError(2, "No such file"), ValueError("unexpected pos 1 vs 2")):
+        with pytest.raises(type(error)), room.disk(tmp_path):
+            raise error
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "a.txt").write_text("old", encoding="utf-8")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"a\.txt: the disk is full — make room"):
+            room.write_text(tmp_path / "a.txt", "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_card_says_calibrated_only_where_something_was(place):
+    result = {"valid": {"accuracy": 0.5}, "best_epoch": 1}
+    own = model_card(settings(place), "data", result)
+    peer = model_card(settings(place, model="mmaf"), "data", result)
+    assert "calibrated on the validation split" in own
+    assert "fusion: cross-attention" in own
+    assert "It is not calibrated" in peer
+    assert "temperature" not in peer
+    assert "fusion" not in peer

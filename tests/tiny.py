@@ -48,6 +48,7 @@ def spread(model: torch.nn.Module, seed: int) -> None:
 
 def text_folder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
     """A random text encoder with its tokenizer."""
+    torch.manual_seed(seed)
     model = AutoModel.from_config(KINDS[kind])
     spread(model, seed)
     model.save_pretrained(folder)
@@ -59,6 +60,7 @@ def clip_folder(folder: Path, size: int = 32, seed: int = 0) -> Path:
     """A random Chinese-CLIP model with its tokenizer and the hub's preprocessing."""
     text = {"vocab_size": len(WORDS), "max_position_embeddings": 40, **SMALL}
     vision = {"image_size": size, "patch_size": 8, **SMALL}
+    torch.manual_seed(seed)
     model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     spread(model, seed)
     model.save_pretrained(folder)

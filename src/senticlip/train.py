@@ -306,8 +306,7 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
 
 def _stay_on(arguments: TrainingArguments, device: torch.device) -> None:
     """One process, one GPU: TrainingArguments takes the first, whatever was asked for, and DataParallel over all."""
-    first = arguments.device  # it is found once and kept, in these three places
-    assert first.type == device.type
+    _ = arguments.device  # found once, and kept in three places
     torch.cuda.set_device(device)
     arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
     arguments.distributed_state.device = device
