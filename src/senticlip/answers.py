@@ -85,7 +85,7 @@ def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer
         _together(predictor, [clip], options) if _is_machines(one) else one
         for clip, one in zip(clips, found, strict=True)
     ]
-    broken = [one for one in found if _is_machines(one)]
+    broken = [one for one in found if isinstance(one, Exception) and _is_machines(one)]
     if len(broken) > 1 and all(isinstance(one, Exception) for one in found):
         raise broken[0]
     for clip, one in zip(clips, found, strict=True):

@@ -100,7 +100,7 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
     with container:
         streams = list(container.streams.subtitles)
         if track is None:
-            streams = [s for s in streams if not s.codec_context.codec.properties & Properties.BITMAP_SUB.value]
+            streams = [s for s in streams if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
         if not streams:
             return []
         if track is not None and not 0 <= track < len(streams):
