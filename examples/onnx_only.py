@@ -37,15 +37,21 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def frames(path: str, count: int, size: int) -> np.ndarray:
-    """The frames shown at (i + ½)·T/count, as uint8 k×3×size×size (decodes them all: a clip is short)."""
+    """The frames shown at (i + ½)·T/count, upright, as uint8 k×3×size×size (decodes them all: a clip is short)."""
     with av.open(path) as container:
-        decoded = [(float(frame.time), frame) for frame in container.decode(video=0)]
-        rate = float(container.streams.video[0].average_rate or 25)
-    starts = np.array([time for time, _ in decoded])
-    end = starts[-1] + 1 / rate
+        decoded = list(container.decode(video=0))
+        last = decoded[-1]
+        step = last.duration * last.time_base if last.duration else 1 / (container.streams.video[0].average_rate or 25)
+    starts = np.array([frame.time for frame in decoded])
+    end = starts[-1] + float(step)
     wanted = starts[0] + (np.arange(count) + 0.5) * (end - starts[0]) / count
     shown = np.unique(np.searchsorted(starts, wanted + 1e-6, side="right") - 1)
-    return np.stack([squash(decoded[i][1].to_ndarray(format="rgb24"), size) for i in shown])
+    return np.stack([squash(upright(decoded[i]), size) for i in shown])
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """H×W×3 RGB; a phone stores what its sensor saw, and how far to turn that."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def predict(model: str, video: str | None, text: str | None) -> dict[str, float]:

@@ -1,29 +1,34 @@
 """The exported file answers as the RUN does, at any number of rows, frames and characters; int8 and bf16 nearly so."""
 
 import json
+import runpy
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from tests.data.test_video import write
 
 import senticlip
 from senticlip.config import Config
+from senticlip.data.sims import read_clips
+from senticlip.data.video import read_frames
 from senticlip.encoders.text import load_tokenizer
 from senticlip.export import export
 from senticlip.models import create_model
 from senticlip.precision import compare, disagreement
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
+def make_run(folder: Path) -> Path:
+    """A RUN with random weights."""
     text = {"model_type": "bert", "vocab_size": 22000, **SMALL}
     clip = {
         "model_type": "chinese_clip",
@@ -44,16 +49,8 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def file(run) -> Path:
-    made = run.parent / "model.onnx"
-    assert export(run, made)["bytes"] == made.stat().st_size
-    return made
-
-
-@pytest.fixture(scope="module")
-def video(run) -> Path:
-    path = run.parent / "clip.mp4"
+def make_video(path: Path) -> Path:
+    """Two seconds of noise."""
     random = np.random.default_rng(0)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=10)
@@ -63,6 +60,23 @@ def video(run) -> Path:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         out.mux(stream.encode(None))
     return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module")
+def file(run) -> Path:
+    made = run.parent / "model.onnx"
+    assert export(run, made)["bytes"] == made.stat().st_size
+    return made
+
+
+@pytest.fixture(scope="module")
+def video(run) -> Path:
+    return make_video(run.parent / "clip.mp4")
 
 
 def made_batch(rows: int, frames: int, characters: int) -> Batch:
@@ -100,13 +114,30 @@ def test_predictions_are_the_same(run, file, video):
 
 def test_without_torch(run, file, video):
     """The example, in a process of its own where importing torch fails."""
-    example = Path(__file__).parents[1] / "examples" / "onnx_only.py"
     code = (
         f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {['x', str(file), str(video), '--text', '开心']!r}"
     )
-    code += f"; runpy.run_path({str(example)!r}, run_name='__main__')"
+    code += f"; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == pytest.approx(senticlip.load(run)(video, text="开心").probabilities, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"rotation": 90},
+        {"rotation": 180},
+        {"rotation": 270},
+        {"base": Fraction(1, 1000), "stamps": [0, 10, 30, 900, 1000, 1010, 2500, 2600]},
+        {"base": Fraction(1, 1000), "stamps": [0, 40, 80, 2000]},
+    ],
+)
+def test_the_example_takes_the_same_frames(tmp_path, kind):
+    path = write(tmp_path / "a.mp4", bf="2", **kind)
+    ours = read_frames(path, 6, size=32).pixels.astype(int)
+    theirs = runpy.run_path(str(EXAMPLE))["frames"](str(path), 6, 32)
+    assert theirs.shape == ours.shape
+    assert np.abs(theirs - ours).max() <= 1
 
 
 def test_lower_precision_is_close_and_says_how_close(run, video):
@@ -114,13 +145,30 @@ def test_lower_precision_is_close_and_says_how_close(run, video):
     clips = [Clip(str(i), video, "今天天气" * i, start=i / 10, end=1 + i / 10) for i in range(1, 9)]
     for precision in ("bf16", "int8"):
         other = senticlip.load(run, precision=precision)
-        assert other.disagreement["n"] == 16
+        assert other.disagreement["n"] == 4
         found = compare(fp32, other, clips)
         assert found["n"] == 8
         assert 0 < found["max_difference"] < 0.03
-    before = (run / "model-int8.onnx").stat().st_mtime_ns
-    senticlip.load(run, precision="int8")
-    assert (run / "model-int8.onnx").stat().st_mtime_ns == before
+
+
+def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video, monkeypatch):
+    """By its own protocol and seed; and what cannot be read is told before anything is exported."""
+    (tmp_path / "data.csv").write_text(
+        "path,text,label\n" + "".join(f"{video},今天{i},{i % 3 - 1}\n" for i in range(20)), encoding="utf-8"
+    )
+    asked = []
+    monkeypatch.setattr("senticlip.export.read_clips", lambda *how: asked.append(how) or read_clips(*how))
+    config = senticlip.load(run).config
+    found = export(run, tmp_path / "a.onnx", data=tmp_path / "data.csv", split="train")["disagreement"]
+    assert asked == [(tmp_path / "data.csv", "train", config.protocol, config.seed)]
+    assert found["n"] == len(read_clips(*asked[0]))
+    assert found["max_difference"] < 1e-5
+    monkeypatch.setattr("senticlip.export.trace", lambda model: pytest.fail("exported first"))
+    with pytest.raises(UsageError, match="split 'dev'"):
+        export(run, tmp_path / "b.onnx", data=tmp_path / "data.csv", split="dev")
+    with pytest.raises(UsageError, match=r"must end in \.onnx"):
+        export(tmp_path / "no run", tmp_path / "model.bin")
+    assert {path.name for path in tmp_path.iterdir()} == {"data.csv", "a.onnx"}
 
 
 def test_disagreement_by_hand():

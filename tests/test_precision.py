@@ -1,15 +1,31 @@
 """bf16 reaches the encoders alone; what a precision changes is measured and said before it is used."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from tests.test_export import file, run, video  # noqa: F401
+from safetensors.torch import load_file, save_file
+from tests.test_export import make_run, make_video
 
 import senticlip
-from senticlip.precision import PRECISIONS, compare, disagreement, probe, reduced
+from senticlip.models.base import SentimentModel
+from senticlip.precision import PRECISIONS, compare, disagreement, probe
 from senticlip.structures import Clip, Output, UsageError
 
 
-def test_bf16_is_for_the_encoders(run):  # noqa: F811
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("precision"))
+
+
+@pytest.fixture(scope="module")
+def video(run) -> Path:
+    return make_video(run.parent / "clip.mp4")
+
+
+def test_bf16_is_for_the_encoders(run):
     model = senticlip.load(run, "cpu", "bf16").model
     assert {p.dtype for p in model.encoders["text"].parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.encoders["vision"].body.parameters()} == {torch.bfloat16}
@@ -17,18 +33,18 @@ def test_bf16_is_for_the_encoders(run):  # noqa: F811
     assert model.encoders["vision"].std.dtype == torch.float32  # pixels are normalised before they are rounded
 
 
-def test_the_probe_is_always_the_same(run):  # noqa: F811
+def test_the_probe_is_always_the_same(run):
     predictor = senticlip.load(run, "cpu")
     one, two = (probe(predictor.model, predictor.config) for _ in range(2))
     assert set(one.modalities) == {"text", "vision"}
     for name, sequence in one.modalities.items():
         assert torch.equal(sequence.values, two.modalities[name].values)
         assert bool(sequence.mask.all())
-        assert len(sequence.mask) == 16
+        assert len(sequence.mask) == 4
     assert one.modalities["vision"].values.dtype == torch.uint8
 
 
-def test_what_is_said_is_what_was_measured(run):  # noqa: F811
+def test_what_is_said_is_what_was_measured(run):
     full, low = senticlip.load(run, "cpu"), senticlip.load(run, "cpu", "bf16")
     batch = probe(full.model, full.config)
     p, q = (x.output(batch).log_probs.exp() for x in (full, low))
@@ -37,14 +53,60 @@ def test_what_is_said_is_what_was_measured(run):  # noqa: F811
     assert low.disagreement["flips"] == pytest.approx(float((p.argmax(1) != q.argmax(1)).float().mean()))
 
 
-def test_a_model_does_not_disagree_with_itself(run, video):  # noqa: F811
+def test_a_model_does_not_disagree_with_itself(run, video):
     predictor = senticlip.load(run, "cpu")
     found = compare(predictor, predictor, [Clip("a", video, "开心"), Clip("b", None, "不好")], batch_size=1)
     assert found == {"n": 2, "flips": 0.0, "max_difference": 0.0, "mean_difference": 0.0}
 
 
-def test_errors(run):  # noqa: F811
+def test_it_is_measured_once_for_these_weights(run, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "model-int8.onnx"))
+    asked = []
+    forward = SentimentModel.forward
+    monkeypatch.setattr(
+        SentimentModel, "forward", lambda self, *args, **more: asked.append(1) or forward(self, *args, **more)
+    )
+    first = senticlip.load(copy, "cpu", "bf16").disagreement
+    assert len(asked) == 2
+    assert senticlip.load(copy, "cpu", "bf16").disagreement == first
+    assert len(asked) == 2
+    other_weights(copy)
+    assert senticlip.load(copy, "cpu", "bf16").disagreement != first
+    assert len(asked) == 4
+    (copy / "precision.json").write_text("{")
+    assert senticlip.load(copy, "cpu", "bf16").disagreement["n"] == 4
+
+
+def other_weights(run: Path) -> None:
+    """Train on, as it were, and leave the file as old as it was."""
+    path = run / "model.safetensors"
+    before, weights = path.stat(), load_file(path)
+    name = next(name for name in weights if name.startswith("network.") and weights[name].ndim == 2)
+    save_file({**weights, name: weights[name] + 0.5}, path, {"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_int8_is_of_these_weights(run, tmp_path, video):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "model-int8.onnx"))
+    before = senticlip.load(copy, "cpu", "int8")(video, "开心").probabilities
+    made = (copy / "model-int8.onnx").stat().st_mtime_ns
+    assert senticlip.load(copy, "cpu", "int8")(video, "开心").probabilities == before
+    assert (copy / "model-int8.onnx").stat().st_mtime_ns == made
+    other_weights(copy)
+    after = senticlip.load(copy, "cpu", "int8")(video, "开心").probabilities
+    assert after == pytest.approx(senticlip.load(copy, "cpu")(video, "开心").probabilities, abs=0.03)
+    assert after != before
+
+
+def test_scores_are_compared_by_hand():
+    one = Output(score=torch.tensor([-0.5, 0.0, 0.6, 1.0]))
+    two = Output(score=torch.tensor([-0.7, 0.2, 0.6, 1.0]))
+    found = disagreement([(one, two)])
+    assert found == pytest.approx({"n": 4, "flips": 0.25, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
+
+
+def test_errors(run):
     with pytest.raises(UsageError, match=", ".join(PRECISIONS)):
-        reduced(None, run, "fp8")
-    with pytest.raises(UsageError, match="no probabilities"):
-        disagreement([(Output(score=torch.zeros(2)), Output(score=torch.zeros(2)))])
+        senticlip.load(run, "cpu", "fp8")

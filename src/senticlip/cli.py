@@ -297,15 +297,8 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip export``."""
     from senticlip.export import export as run
 
-    result = run(options.run_folder, options.out, options.int8)
-    if options.data:
-        from senticlip.data.sims import read_clips
-        from senticlip.precision import compare
-        from senticlip.predictor import load
-
-        clips = read_clips(options.data, options.split)
-        result["disagreement"] = compare(load(options.run_folder, "cpu"), load(options.out), clips)
-        _say_disagreement(options, result["disagreement"])
+    result = run(options.run_folder, options.out, options.int8, options.data, options.split)
+    _say_disagreement(options, result.get("disagreement"))
     say(options, f"{result['file']}: {result['bytes'] / 1e6:.1f} MB")
     return result
 

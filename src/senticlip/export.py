@@ -14,15 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from senticlip.config import from_dict
+from senticlip.data.sims import read_clips
 from senticlip.models.base import SentimentModel
+from senticlip.sources import fingerprint
 from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError
+
+if TYPE_CHECKING:
+    from senticlip.predictor import Predictor
 
 FORMAT = 1
 
@@ -55,27 +60,55 @@ class Graph(nn.Module):
         return (output.log_probs, *output.logits.values(), *output.weights.values())
 
 
-def export(run: str | Path, out: str | Path, int8: bool = False) -> dict[str, Any]:
+def export(
+    run: str | Path, out: str | Path, int8: bool = False, data: str | Path | None = None, split: str | None = None
+) -> dict[str, Any]:
     """Write a RUN as an ONNX file with dynamic batch, frames and text length.
 
     Args:
         run: the RUN folder.
-        out: the file.
+        out: the file, ``….onnx``.
         int8: weights as int8, activations quantised as they come (matrix products only).
+        data: a data set on which the file is compared with the RUN.
+        split: of this data set, as the RUN was trained on it; None for all of it.
+
+    Returns:
+        ``file``, ``int8``, ``bytes``; with ``data`` ``disagreement`` (see ``precision.disagreement``).
 
     Raises:
-        UsageError: onnx is not installed, or a model that reads feature files or gives a score.
-        UserError: the RUN or the file cannot be read or written.
+        UsageError: another ending, onnx is not installed, or a model that reads feature files or gives a score.
+        UserError: the RUN, the data or the file cannot be read or written.
     """
-    onnx = _need("onnx")
+    out = Path(out)
+    if out.suffix != ".onnx":
+        raise UsageError(f"--out {out}: the name must end in .onnx, as senticlip knows an exported file by that")
+    _need("onnx")
+    from senticlip.precision import compare
     from senticlip.predictor import Predictor
 
     predictor = Predictor(run, "cpu")
-    model, config = predictor.model, predictor.config
-    if set(config.modalities) != set(model.encoders) or config.model != "clip_ca_msa":
+    config = predictor.config
+    # data that cannot be read is told before the minutes of an export
+    clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
+    if set(config.modalities) != set(predictor.model.encoders) or config.model != "clip_ca_msa":
         raise UsageError(f"{run}: only CLIP-CA-MSA of text and video is exported, not {config.model} on features")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            os.replace(_made(predictor, Path(folder), int8), out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
+    result: dict[str, Any] = {"file": str(out), "int8": int8, "bytes": out.stat().st_size}
+    return result if data is None else {**result, "disagreement": compare(predictor, Predictor(out), clips)}
+
+
+def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
+    """The whole file, in a folder that goes away."""
+    import onnx
+
+    model, config = predictor.model, predictor.config
     about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": list(model.encoders)}
-    about["experiment"] = config.to_dict()
+    about |= {"experiment": config.to_dict(), "weights": fingerprint(model)}
     about["temperature"] = model.network.temperature.tolist()
     if "vision" in model.encoders:
         about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
@@ -83,23 +116,14 @@ def export(run: str | Path, out: str | Path, int8: bool = False) -> dict[str, An
     if predictor.tokenizer is not None:
         about |= {"max_length": config.text.max_length, "pad": int(predictor.tokenizer.pad_token_id or 0)}
         tokenizer = predictor.tokenizer.backend_tokenizer.to_str()
-    out = Path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-            made = Path(folder) / "model.onnx"
-            trace(model).save(str(made))
-            if int8:
-                made = _quantize(made)
-            proto = onnx.load(str(made))
-            onnx.helper.set_model_props(
-                proto, {"senticlip": json.dumps(about, ensure_ascii=False), "tokenizer": tokenizer}
-            )
-            onnx.save(proto, str(Path(folder) / "whole.onnx"))
-            os.replace(Path(folder) / "whole.onnx", out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
-    return {"file": str(out), "int8": int8, "bytes": out.stat().st_size}
+    made = folder / "model.onnx"
+    trace(model).save(str(made))
+    if int8:
+        made = _quantize(made)
+    proto = onnx.load(str(made))
+    onnx.helper.set_model_props(proto, {"senticlip": json.dumps(about, ensure_ascii=False), "tokenizer": tokenizer})
+    onnx.save(proto, str(folder / "whole.onnx"))
+    return folder / "whole.onnx"
 
 
 def trace(model: SentimentModel) -> Any:
@@ -199,6 +223,7 @@ class OnnxModel:
         self.device = torch.device("cpu")
         self.experiment = from_dict(about["experiment"])
         self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in about["names"]}
+        self.weights = about.get("weights")
         self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 

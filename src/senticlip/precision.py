@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from senticlip.structures import Batch, Clip, Output, Sequence, UsageError
+from senticlip.checkpoint import write_text
+from senticlip.metrics import score_class
+from senticlip.sources import fingerprint
+from senticlip.structures import Batch, Clip, Output, Sequence, UserError
 
 if TYPE_CHECKING:
     from senticlip.predictor import Predictor
@@ -17,38 +22,67 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
-def reduced(model: Any, run: Path, precision: str) -> Any:
-    """A model of a RUN at a precision: itself (bf16: its encoders converted, the network stays fp32), or its int8 twin.
+def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
+    """A model of a RUN in bf16 (its encoders) or int8, and its ``disagreement`` with what it was, on made input.
 
-    The int8 twin is an ONNX file, made once and kept in the RUN.
+    That is measured once for these weights, and kept in ``RUN/precision.json``; so is the ONNX file that is int8.
 
     Raises:
-        UsageError: an unknown precision; int8 without onnxruntime, or of a model that cannot be exported.
+        UsageError: int8 without onnxruntime, or of a model that cannot be exported.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision: {precision!r} — choose one of {', '.join(PRECISIONS)}")
-    if precision == "bf16":
-        for name, encoder in model.encoders.items():
-            to_bf16(encoder, name)
-    if precision == "int8":
-        from senticlip.export import OnnxModel, export
+    place, weights = run / "precision.json", fingerprint(model)
+    known, name = _measured(place, weights), f"{precision} on {model.device.type}"
+    batch = probe(model, model.experiment)
+    before = None if name in known else _answer(model, batch)
+    model = _to_bf16(model) if precision == "bf16" else _int8_twin(run, weights)
+    if before is not None:
+        known[name] = disagreement([(before, _answer(model, batch))])
+        with suppress(UserError, OSError):  # a RUN that cannot be written is measured again
+            write_text(place, json.dumps({"weights": weights, **known}, indent=1))
+    return model, known[name]
 
-        file, weights = run / "model-int8.onnx", run / "model.safetensors"
-        if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
-            export(run, file, int8=True)
-        return OnnxModel(file)
+
+@torch.inference_mode()
+def _answer(model: Any, batch: Batch) -> Output:
+    output: Output = model(batch)
+    return output
+
+
+def _measured(place: Path, weights: str) -> dict[str, Any]:
+    """What was measured for these weights."""
+    try:
+        known: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        return (
+            {name: value for name, value in known.items() if name != "weights"} if known["weights"] == weights else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _int8_twin(run: Path, weights: str) -> Any:
+    """The ONNX file of a RUN, made once for these weights and kept in it."""
+    from senticlip.export import OnnxModel, export
+
+    file = run / "model-int8.onnx"
+    with suppress(UserError):  # not there yet, or damaged
+        made = OnnxModel(file)
+        if made.weights == weights:
+            return made
+    export(run, file, int8=True)
+    return OnnxModel(file)
+
+
+def _to_bf16(model: Any) -> Any:
+    """The encoders computed in bf16, what enters normalised in fp32 first; the network stays fp32."""
+    for name, encoder in model.encoders.items():
+        if name == "text":
+            encoder.bfloat16()
+            continue
+        body: Any = encoder.get_submodule("body")
+        for part in (body, encoder.get_submodule("projection")):
+            part.bfloat16()
+        body.register_forward_pre_hook(_cast, with_kwargs=True)
     return model
-
-
-def to_bf16(encoder: nn.Module, name: str) -> None:
-    """Compute an encoder in bf16; what enters is normalised in fp32 first."""
-    if name == "text":
-        encoder.bfloat16()
-        return
-    body: Any = encoder.get_submodule("body")
-    for part in (body, encoder.get_submodule("projection")):
-        part.bfloat16()
-    body.register_forward_pre_hook(_cast, with_kwargs=True)
 
 
 def _cast(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -62,18 +96,27 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
     """What changes between two models' outputs for the same rows.
 
     Returns:
-        ``n`` rows, ``flips`` (share of other labels), ``max_difference`` and ``mean_difference`` of a probability.
+        ``n`` rows, ``flips`` (share of other labels), ``max_difference`` and ``mean_difference`` of a probability (of
+        the score, where the model gives one).
     """
     rows, flips, most, total = 0, 0, 0.0, 0.0
     for one, two in pairs:
-        if one.log_probs is None or two.log_probs is None:
-            raise UsageError("precision: a model that gives a score has no probabilities to compare")
-        p, q = one.log_probs.exp().float(), two.log_probs.exp().float()
+        (p, label), (q, other) = _answers(one), _answers(two)
         rows += len(p)
-        flips += int((p.argmax(-1) != q.argmax(-1)).sum())
+        flips += int((label != other).sum())
         most = max(most, float((p - q).abs().max()))
         total += float((p - q).abs().mean(-1).sum())
     return {"n": rows, "flips": flips / max(rows, 1), "max_difference": most, "mean_difference": total / max(rows, 1)}
+
+
+def _answers(output: Output) -> tuple[Tensor, Tensor]:
+    """Probabilities B×C (or scores B×1) and labels B of an output."""
+    if output.score is not None:
+        scores = output.score.float().cpu()
+        return scores[:, None], torch.as_tensor(score_class(scores.numpy()))
+    assert output.log_probs is not None
+    probabilities = output.log_probs.exp().float().cpu()
+    return probabilities, probabilities.argmax(-1)
 
 
 def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_size: int = 8) -> dict[str, float]:
@@ -87,8 +130,8 @@ def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_siz
     return disagreement(pairs())
 
 
-def probe(model: Any, config: Any, rows: int = 16) -> Batch:
-    """Made input for a model, always the same: smooth random pictures and random characters.
+def probe(model: Any, config: Any, rows: int = 4) -> Batch:
+    """Made input for a model, always the same, on its device: smooth random pictures and random characters.
 
     It tells whether a precision works at all on this machine; what it costs on your clips, ``compare`` tells.
     """
@@ -104,4 +147,5 @@ def probe(model: Any, config: Any, rows: int = 16) -> Batch:
         smooth = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
         pixels = (255 * smooth).to(torch.uint8).unflatten(0, (rows, m))
         modalities["vision"] = Sequence(pixels, torch.ones(rows, m, dtype=torch.bool))
-    return Batch(modalities, {})
+    on = {name: Sequence(*(part.to(model.device) for part in sequence)) for name, sequence in modalities.items()}
+    return Batch(on, {})

@@ -17,7 +17,7 @@ from senticlip.data.video import Frames, read_frames
 from senticlip.encoders.text import tokenize
 from senticlip.metrics import score_class
 from senticlip.models.base import SentimentModel, run_folder
-from senticlip.precision import disagreement, probe, reduced
+from senticlip.precision import PRECISIONS, lowered
 from senticlip.sources import hears
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError
 
@@ -39,6 +39,8 @@ class Predictor:
 
     def __init__(self, run: str | Path, device: str | None = None, precision: str = "fp32") -> None:
         runtime.setup()
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision: {precision!r} — choose one of {', '.join(PRECISIONS)}")
         self.run = Path(run)
         self.disagreement: dict[str, float] = {}
         self.model: Any
@@ -57,14 +59,7 @@ class Predictor:
             self.tokenizer = self.model.tokenizer
         self.config = self.model.experiment
         if precision != "fp32":
-            self._reduce(precision)
-
-    def _reduce(self, precision: str) -> None:
-        """Go to a lower precision, having measured what it changes."""
-        batch = probe(self.model, self.config)
-        before = self.output(batch)
-        self.model = reduced(self.model, self.run, precision)
-        self.disagreement = disagreement([(before, self.output(batch))])
+            self.model, self.disagreement = lowered(self.model, self.run, precision)
 
     def __call__(
         self,
