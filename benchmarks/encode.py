@@ -6,7 +6,6 @@ import statistics
 
 import torch
 from benchmarks import paper, timing
-from torch.utils.flop_counter import FlopCounterMode
 
 from senticlip.encoders.text import tokenize
 from senticlip.structures import Batch, Sequence
@@ -18,30 +17,21 @@ def run(quick: bool) -> None:
     ids, mask = tokenize(paper.predictor("fp32").tokenizer, [paper.TEXT], 64)
     pixels = torch.randint(0, 256, (1, 6, 3, 224, 224), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     batch = Batch({"text": Sequence(ids, mask), "vision": Sequence(pixels, torch.ones(1, 6, dtype=torch.bool))}, {})
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        naive(batch)
-    work = counter.get_total_flops() / 1e9
+    work = paper.work(naive, batch)
     ways = {"frame by frame, fp32": lambda: paper.frame_by_frame(naive, batch)}
     for name in paper.precisions(quick):
         ways[f"ours {name}"] = lambda p=name: paper.predictor(p).output(batch)
         paper.predictor(name)  # loaded before the clock starts
-    answers, costs = timing.interleave(ways, 3 if quick else 9)
+    answers, costs = timing.interleave(ways, 2 if quick else 9)
     first = answers["frame by frame, fp32"]
     notes = {}
     for name in paper.precisions(quick):
         gap = paper.gap(first, answers[f"ours {name}"])
         assert gap <= paper.LIMIT[name], (name, gap)
-        top = ceiling(name)
+        top = paper.ceiling(name)
         share = work / statistics.median(cost.cpu for cost in costs[f"ours {name}"]) / top
         notes[f"ours {name}"] = f"max difference {gap:.1e}, {share:.0%} of {top:.0f} GFLOP/cpu-s"
     timing.show(f"encode ({work:.0f} GFLOP)", costs, notes)
-
-
-def ceiling(precision: str) -> float:
-    """GFLOP for each CPU second of this machine's matrix product."""
-    if precision == "int8":
-        return timing.int8_ceiling()
-    return timing.ceiling(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 if __name__ == "__main__":

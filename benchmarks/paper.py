@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import timing
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from senticlip.config import Config, from_dict
 from senticlip.encoders.text import load_tokenizer
@@ -61,6 +64,21 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
         return model.fuse(Batch(features, {}))
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def work(model: Any, batch: Batch) -> float:
+    """GFLOP of a forward pass, attention in plain products: the counter sees nothing of the CPU's fused one."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(batch)
+    return counter.get_total_flops() / 1e9
+
+
+def ceiling(precision: str) -> float:
+    """GFLOP for each CPU second of this machine's matrix product at a precision, measured now and printed."""
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    top = timing.ceiling(kinds[precision]) if precision in kinds else timing.int8_ceiling()
+    print(f"{'GEMM ceiling':22} {precision:26} {top:.0f} GFLOP/cpu-s", flush=True)
+    return top
 
 
 def gap(one: Output, two: Output) -> float:

@@ -118,8 +118,13 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def make_video(path: Path, width: int, height: int, seconds: float, seed: int = 0, rate: int = 25) -> Path:
-    """A textured picture that pans, a patch that moves its own way, sensor noise; x264's own settings (B-frames)."""
+def make_video(
+    path: Path, width: int, height: int, seconds: float, seed: int = 0, rate: int = 25, noise: float = 4
+) -> Path:
+    """A textured picture that pans, a patch that moves its own way, sensor noise; x264's own settings (B-frames).
+
+    ``noise`` is its standard deviation (of 255): the more there is of it, the more of the work is reading bits.
+    """
     random = np.random.default_rng(seed)
     coarse = torch.from_numpy(random.random((1, 3, 24, 40), np.float32))
     fine = torch.from_numpy(random.random((1, 3, height // 4, width // 2), np.float32))
@@ -129,19 +134,29 @@ def make_video(path: Path, width: int, height: int, seconds: float, seed: int = 
         for part, layer in ((190.0, coarse), (50.0, fine))
     )
     base = np.asarray(scene).transpose(1, 2, 0)
-    noise = [random.normal(0, 4, (height, width, 1)).astype(np.float32) for _ in range(4)]
+    grain = [random.normal(0, noise, (height, width, 1)).astype(np.float32) for _ in range(4)]
     patch = base[: height // 4, : width // 6, ::-1]
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(round(seconds * rate)):
             x, y = 256 + round(250 * np.sin(i / 60)), 64 + round(60 * np.cos(i / 45))
-            image = base[y : y + height, x : x + width] + noise[i % 4]
+            image = base[y : y + height, x : x + width] + grain[i % 4]
             left, top = round((width - patch.shape[1]) * (i % 90) / 90), round(height * (0.4 + 0.3 * np.sin(i / 12)))
             image[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image.clip(0, 255).astype(np.uint8), "rgb24")))
         out.mux(stream.encode(None))
     return path
+
+
+def describe(path: Path) -> str:
+    """What a ratio hangs on: the bitrate, and the share of B-frames (of which some two in three need no decoding)."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+        seconds = float(stream.duration * stream.time_base)
+    behind = np.array(stamps) < np.maximum.accumulate(stamps)  # shown before one that is decoded earlier
+    return f"{path.stat().st_size * 8e-6 / seconds:.1f} Mbit/s, {behind.mean():.0%} B-frames"
 
 
 def repeat_video(source: Path, path: Path, times: int) -> Path:
