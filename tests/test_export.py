@@ -37,6 +37,7 @@ def make_run(folder: Path) -> Path:
         "vision_config": {"patch_size": 8, "image_size": 32, **SMALL},
     }
     keys = {"width": 16, "heads": 2, "vision.frames": 4, "text.max_length": 24, "text.prefix_length": 2}
+    keys |= {"protocol": "tenth", "seed": 3}
     for name, spec in (("text", text), ("vision", clip)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(spec))
@@ -158,10 +159,9 @@ def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video,
     )
     asked = []
     monkeypatch.setattr("senticlip.export.read_clips", lambda *how: asked.append(how) or read_clips(*how))
-    config = senticlip.load(run).config
     found = export(run, tmp_path / "a.onnx", data=tmp_path / "data.csv", split="train")["disagreement"]
-    assert asked == [(tmp_path / "data.csv", "train", config.protocol, config.seed)]
-    assert found["n"] == len(read_clips(*asked[0]))
+    assert asked == [(tmp_path / "data.csv", "train", "tenth", 3)]
+    assert found["n"] == len(read_clips(*asked[0])) == 16
     assert found["max_difference"] < 1e-5
     monkeypatch.setattr("senticlip.export.trace", lambda model: pytest.fail("exported first"))
     with pytest.raises(UsageError, match="split 'dev'"):
