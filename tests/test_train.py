@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,18 +17,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
-from transformers import Trainer, TrainerState
 
-from senticlip import checkpoint as room
 from senticlip import config as configs
 from senticlip import train as training
-from senticlip.card import model_card
 from senticlip.data.loader import BalancedSampler
 from senticlip.data.sims import read_clips
 from senticlip.models import create_model
-from senticlip.models.base import SentimentModel
 from senticlip.structures import UserError
-from senticlip.train import Hooks, newest_checkpoint, parameter_groups, train
+from senticlip.train import newest_checkpoint, parameter_groups, train
 from senticlip.trainee import Trainee
 
 
@@ -41,7 +35,11 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("train")
+    return furnish(tmp_path_factory.mktemp("train"))
+
+
+def furnish(root):
+    """A place to train: clips and two encoders."""
     data_folder(root / "data")
     text_folder(root / "text")
     timm_folder(root / "vision")
@@ -98,115 +96,6 @@ def test_resume_after_a_kill_ends_in_the_same_weights(place, tmp_path):
         train(experiment.override({"width": 32}), place / "data", out, resume=True)
 
 
-class Killed(BaseException):
-    """Ends a training where it is, as a signal does."""
-
-
-def dies(patch, place, name, at):
-    """Let the call number ``at`` of a function be the last thing that happens."""
-    calls, real = itertools.count(1), getattr(place, name)
-
-    def or_die(*args, **kwargs):
-        if next(calls) == at:
-            raise Killed
-        return real(*args, **kwargs)
-
-    patch.setattr(place, name, or_die)
-
-
-def stopping(place):
-    """Ends after 7 of 9 epochs, of which number 5 is the best; every epoch draws its rows anew."""
-    changes = {"dropout": 0.2, "train.epochs": 9, "train.patience": 2, "train.lr": 0.03, "train.balance": "sampler"}
-    return settings(place, **changes)
-
-
-@pytest.fixture(scope="module")
-def stopped(place, tmp_path_factory):
-    """An uninterrupted training that early stopping ends, and its result."""
-    root = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SENTICLIP_CACHE", str(root / "cache"))
-        return root / "whole", train(stopping(place), place / "data", root / "whole")
-
-
-MOMENTS = {
-    "in the second epoch": (Hooks, "on_step_end", 5),
-    "before the first checkpoint": (Trainer, "_save_checkpoint", 1),
-    "in the second checkpoint": (TrainerState, "save_to_json", 2),
-    "as the third epoch begins": (Hooks, "on_epoch_begin", 3),
-    "with one epoch's patience left": (Hooks, "on_epoch_begin", 7),
-    "after the training": (training, "calibrate", 1),
-    "before the run is written": (SentimentModel, "save_pretrained", 1),
-    "before the last file": (room, "write_text", 4),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_at_any_moment_changes_nothing(place, tmp_path, stopped, monkeypatch, moment):
-    whole, result = stopped
-    assert 1 < result["best_epoch"] < len(losses(whole)[0]) < 9  # the patience has been used, and not all epochs
-    with monkeypatch.context() as patch:
-        dies(patch, *MOMENTS[moment])
-        with pytest.raises(Killed):
-            train(stopping(place), place / "data", tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    again = train(stopping(place), place / "data", tmp_path / "run", resume=True)
-    assert again["best_epoch"] == result["best_epoch"]
-    assert losses(tmp_path / "run") == losses(whole)
-    assert_same(weights(whole), weights(tmp_path / "run"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def relabelled(folder, place, score, rows):
-    """The same clips with another label in some rows of the table."""
-    shutil.copytree(place / "data", folder)
-    with (folder / "label.csv").open(encoding="utf-8", newline="") as file:
-        head, *lines = csv.reader(file)
-    for i in rows:
-        lines[i][head.index("label")] = score
-    with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([head, *lines])
-    return folder
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, finished):
-    data = relabelled(tmp_path / "data", place, "0", [])
-    with monkeypatch.context() as patch:
-        if not finished:
-            dies(patch, Hooks, "on_epoch_begin", 2)
-        try:
-            train(settings(place), data, tmp_path / "run")
-        except Killed:
-            assert newest_checkpoint(tmp_path / "run" / "checkpoints")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"run.*another config.*--out.*--resume"):
-        train(settings(place, width=32), data, tmp_path / "run", resume=True)
-    with pytest.raises(UserError, match=r"run.*other data \(.*data.*--out.*--resume"):
-        train(settings(place), place / "data", tmp_path / "run", resume=True)
-    relabelled(tmp_path / "other", place, "0.4", [0])
-    shutil.copy(tmp_path / "other" / "label.csv", data / "label.csv")
-    with pytest.raises(UserError, match="labels have changed"):
-        train(settings(place), data, tmp_path / "run", resume=True)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    fresh = train(settings(place, width=32), data, tmp_path / "run")  # without --resume it is replaced
-    assert fresh["best_epoch"]
-    assert weights(tmp_path / "run")["network.temporal.cls"].shape == (32,)
-
-
-def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch):
-    train(settings(place), place / "data", tmp_path / "run")
-    kept = [tmp_path / "run" / name for name in ("model.safetensors", "experiment.yaml", "metrics.json", "README.md")]
-    before = [path.read_bytes() for path in kept]
-    with monkeypatch.context() as patch:
-        dies(patch, training, "calibrate", 1)
-        with pytest.raises(Killed):
-            train(settings(place, width=32), place / "data", tmp_path / "run")
-    assert [path.read_bytes() for path in kept] == before
-    train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)  # the one that was begun last
-    assert configs.load(tmp_path / "run" / "experiment.yaml").width == 32
-
-
 def test_balanced_draws_hang_on_the_seed_and_the_epoch():
     classes = np.repeat([0, 1, 2], [600, 300, 100])
 
@@ -234,6 +123,18 @@ def test_epochs_draw_different_rows_and_each_class_as_often(place, tmp_path, mon
     monkeypatch.setattr(BalancedSampler, "__iter__", noted)
     train(settings(place, **{"train.balance": "sampler"}), place / "data", tmp_path / "run")
     assert len(drawn) == len({tuple(rows) for rows in drawn}) == 3
+
+
+def relabelled(folder, place, score, rows):
+    """The same clips with another label in some rows of the table."""
+    shutil.copytree(place / "data", folder)
+    with (folder / "label.csv").open(encoding="utf-8", newline="") as file:
+        head, *lines = csv.reader(file)
+    for i in rows:
+        lines[i][head.index("label")] = score
+    with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *lines])
+    return folder
 
 
 def read_history(run):
@@ -372,49 +273,3 @@ def test_one_process_stays_on_the_gpu_that_was_asked_for(place, tmp_path, monkey
     assert Accelerator().device == torch.device("cuda:1")  # where batches go
     assert arguments.n_gpu == 1  # no DataParallel
     assert arguments.train_batch_size == 4
-
-
-@pytest.mark.parametrize("limit", [30_000, 100_000])
-def test_a_full_disk_is_one_line(place, tmp_path, limit):
-    """A limit on the size of a file is met by the same writers at the same places as the end of a disk."""
-    train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "warm")  # the caches
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(UserError, match=r"run: the disk is full — make room, then --resume goes on"):
-            train(settings(place), place / "data", tmp_path / "run")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    train(settings(place), place / "data", tmp_path / "run", resume=True)
-    train(settings(place), place / "data", tmp_path / "whole")
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
-
-
-def test_other_errors_are_not_a_full_disk(tmp_path):
-    for error in (RuntimeError("shapes do not fit"), OSError(2, "No such file"), ValueError("unexpected pos 1 vs 2")):
-        with pytest.raises(type(error)), room.disk(tmp_path):
-            raise error
-
-
-def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    (tmp_path / "a.txt").write_text("old", encoding="utf-8")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(UserError, match=r"a\.txt: the disk is full — make room"):
-            room.write_text(tmp_path / "a.txt", "new" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
-
-
-def test_the_card_says_calibrated_only_where_something_was(place):
-    result = {"valid": {"accuracy": 0.5}, "best_epoch": 1}
-    own = model_card(settings(place), "data", result)
-    peer = model_card(settings(place, model="mmaf"), "data", result)
-    assert "calibrated on the validation split" in own
-    assert "fusion: cross-attention" in own
-    assert "It is not calibrated" in peer
-    assert "temperature" not in peer
-    assert "fusion" not in peer
