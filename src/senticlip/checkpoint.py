@@ -131,6 +131,14 @@ def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:
     return "" if record.get("rows") == mine["rows"] else f"other data ({record['data']}, or its labels have changed)"
 
 
+def share_stage(run: Path, name: str, stage: Path) -> None:
+    """Let ``run`` take the finished ``stage`` of another run as its own: ``train`` with ``resume`` then finds it."""
+    link = run / "stages" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(stage.resolve(), target_is_directory=True)
+
+
 def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a finished run of this origin, or None where there is none or it can be resumed.
 

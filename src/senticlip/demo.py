@@ -6,13 +6,14 @@ import base64
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from senticlip.checkpoint import read_metrics, write_text
+from senticlip.checkpoint import read_metrics, share_stage, write_text
 from senticlip.config import Config
 from senticlip.data.made import make
 from senticlip.data.video import read_frames
@@ -45,7 +46,11 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
     found = {}
     for name, experiment in runs.items():
         run = out / ("run" if name == "fused" else f"run-{name}")
-        train(experiment, out / "data", run)
+        if name != "fused":  # its encoder was trained by itself, as a stage of the fused model
+            shutil.rmtree(run, ignore_errors=True)
+            for stage in experiment.stages:
+                share_stage(run, stage, out / "run" / "stages" / stage)
+        train(experiment, out / "data", run, resume=name != "fused")
         found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
     shown = strip(out / "run" / "predictions-test.csv", out / "data")
     asked = next(clip for clip in shown if clip["conflict"])

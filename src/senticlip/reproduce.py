@@ -12,7 +12,7 @@ from traceback import format_exception_only
 from typing import Any
 
 from senticlip import results
-from senticlip.checkpoint import disk, read_json, rows_digest, write_text
+from senticlip.checkpoint import disk, read_json, rows_digest, share_stage, write_text
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.progress import bar, console
@@ -155,11 +155,7 @@ class Runner:
                 return folder
             shutil.rmtree(folder)  # finished, but its weights were not kept, and somebody needs them now
         for name in config.stages:
-            stage = self.train(config.stage(name), seed)
-            link = folder / "stages" / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(stage.resolve(), target_is_directory=True)
+            share_stage(folder, name, self.train(config.stage(name), seed))
         train(config, self.data, folder, seed=seed, resume=True, device=self.device)
         return folder
 
