@@ -137,17 +137,19 @@ def test_ablation_cam_is_that_of_the_package_where_it_zeroes(models):
 
     layer = layer_of(model)[0]
     images = cam.seen_frames(model, batch)[0]
-    weights = []
-    theirs = AblationCAM(Probabilities(), [layer], batch_size=16)
-    inner = theirs.get_cam_weights
-    theirs.get_cam_weights = lambda *args: weights.append(inner(*args)) or weights[-1]
-    theirs(images, [lambda output: output[2]])
     activations = layer_seen(model, batch)
     assert activations.min() == 0
-    expected = torch.einsum("nc,nchw->nhw", torch.from_numpy(np.asarray(weights[0])).float(), activations).relu()
-    found = cam.ablation_cam(model, batch, 2)
-    assert found.max() > 1e-4
-    assert torch.allclose(found, expected, atol=1e-4)
+    theirs = AblationCAM(Probabilities(), [layer], batch_size=16)
+    inner, weights = theirs.get_cam_weights, []
+    theirs.get_cam_weights = lambda *args: weights.append(inner(*args)) or weights[-1]
+    peaks = []
+    for index in range(3):
+        theirs(images, [lambda output, index=index: output[index]])
+        signed = torch.einsum("nc,nchw->nhw", torch.from_numpy(np.asarray(weights[-1])).float(), activations)
+        found = cam.ablation_cam(model, batch, index)
+        assert torch.allclose(found, signed.relu(), atol=1e-4)
+        peaks.append(found.max())
+    assert max(peaks) > 1e-3  # there is something to compare
 
 
 @pytest.mark.parametrize("name", MODELS)
