@@ -290,8 +290,9 @@ def test_a_video_that_is_never_done_kills_too(tmp_path, monkeypatch):
 
 def driver(run: Path, archive: Path, out: Path, workers: int) -> subprocess.Popen:
     code = (
-        "import sys; from senticlip.bulk import bulk\n"
-        f"for row in bulk(*sys.argv[1:], workers={workers}, rows_per_part={PART}): pass"
+        "import sys, time; from senticlip.bulk import bulk\n"
+        # an archive this small is else done between two looks of who wants to kill it
+        f"for row in bulk(*sys.argv[1:], workers={workers}, rows_per_part={PART}): time.sleep(0.03)"
     )
     return subprocess.Popen([sys.executable, "-c", code, run, archive, out], env={**os.environ, "OMP_NUM_THREADS": "1"})
 

@@ -19,11 +19,6 @@ from senticlip.structures import UserError
 from senticlip.train import Hooks, newest_checkpoint, train
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("checkpoint"))

@@ -36,7 +36,6 @@ def place(tmp_path_factory):
 @pytest.fixture
 def say(capsys, tmp_path, monkeypatch):
     """Run a command in a folder of its own → exit code, stdout, stderr."""
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
 

@@ -31,9 +31,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def say(capsys, place, tmp_path, monkeypatch):
+def say(capsys, place):
     """``senticlip VERB RUN …`` → exit code, the object of --json (else stdout), stderr."""
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
 
     def run(verb, *arguments):
         capsys.readouterr()

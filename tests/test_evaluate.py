@@ -29,11 +29,6 @@ def place(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
-
-
 def rows_of(run):
     with (run / "predictions-test.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

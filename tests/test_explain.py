@@ -206,8 +206,7 @@ def test_characters_are_spans_of_the_text():
     assert characters(tokenizer, None, 5) == characters(tokenizer, "", 5) == []
 
 
-def test_a_split_is_explained(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+def test_a_split_is_explained(run, tmp_path):
     data = tiny.data_folder(tmp_path / "data", (3, 3, 6))
     result = explain_set(run, data, tmp_path / "out", "test", 2)
     predictor, rows = Predictor(run), []

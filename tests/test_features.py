@@ -58,8 +58,7 @@ def small(encoder):
     return Config().override({**vision, "text.encoder": str(encoder), "vision.frames": 3})
 
 
-def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder):
     torch.manual_seed(1)
     model = create_model(small(encoder).override({"text.max_length": 12, "width": 8, "heads": 2})).eval()
     with torch.no_grad():
@@ -73,8 +72,7 @@ def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder, 
     np.testing.assert_allclose(found, wanted, atol=2e-3)  # kept in fp16
 
 
-def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encoder, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
+def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encoder):
     config = small(encoder).override({"stages": {"text": {"modalities": ["text"]}}})
     assert features(folder, tmp_path / "f.pkl", config) == {"clips": 6, "file": str(tmp_path / "f.pkl")}
     with (tmp_path / "f.pkl").open("rb") as file:

@@ -20,11 +20,6 @@ from senticlip.structures import Clip, UsageError, UserError
 from senticlip.train import train
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A data set that is nothing but ``Processed/unaligned_39.pkl``."""

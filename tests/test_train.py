@@ -28,11 +28,6 @@ from senticlip.train import newest_checkpoint, parameter_groups, train
 from senticlip.trainee import Trainee
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SENTICLIP_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("train"))
