@@ -181,7 +181,7 @@ def test_disagreement_by_hand():
 def test_errors(run, file, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     for path in (tmp_path / "bad.onnx", tmp_path / "none.onnx"):
-        with pytest.raises(UserError, match="not a file that senticlip export made"):
+        with pytest.raises(UserError, match="not a file that this senticlip export made"):
             senticlip.load(path)
     with pytest.raises(UsageError, match="fp32, bf16, int8"):
         senticlip.load(run, precision="fp8")

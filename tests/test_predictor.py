@@ -62,6 +62,15 @@ def test_answers_are_those_of_evaluation(place, tmp_path):
     assert all(sum(p.weights.values()) == pytest.approx(1) for p in found)
 
 
+def test_a_modality_says_alone_what_the_model_says_when_given_no_other(place):
+    predictor = load(place / "run", "cpu")
+    both = predictor(place / "dark.mp4", "天气坏，难过")
+    text, video = predictor(None, "天气坏，难过"), predictor(place / "dark.mp4")
+    assert both.modalities["text"] == pytest.approx(text.probabilities, abs=1e-6)
+    assert both.modalities["video"] == pytest.approx(video.probabilities, abs=1e-6)
+    assert text.modalities == {"text": pytest.approx(text.probabilities, abs=1e-6)}
+
+
 @pytest.mark.parametrize("model", ["clip_ca_msa", "mult"])
 def test_sound_is_heard_as_in_training(place, tmp_path, model):
     predictor = load(place / model, "cpu")

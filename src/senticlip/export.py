@@ -29,7 +29,7 @@ from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, Us
 if TYPE_CHECKING:
     from senticlip.predictor import Predictor
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Graph(nn.Module):
@@ -37,7 +37,7 @@ class Graph(nn.Module):
 
     Shape:
         text, text_mask B×n; vision B×m×3×S×S uint8, vision_mask B×m (those that the model has) →
-        log_probs B×C, then for each head logits B×C, then for each head weights B
+        log_probs B×C; then for each modality its head's logits B×C; its weight B; its answer alone, log-probs B×C
     """
 
     def __init__(self, model: SentimentModel) -> None:
@@ -55,9 +55,10 @@ class Graph(nn.Module):
                 features[name] = Sequence(states.unflatten(0, mask.shape), mask)
             else:
                 features[name] = encoder(Sequence(values, mask))
-        output = self.model.fuse(Batch(features, {}))
+        batch = Batch(features, {})
+        output, alone = self.model.fuse(batch), self.model.alone(batch)
         assert output.log_probs is not None
-        return (output.log_probs, *output.logits.values(), *output.weights.values())
+        return (output.log_probs, *output.logits.values(), *output.weights.values(), *alone.values())
 
 
 def export(
@@ -145,7 +146,7 @@ def trace(model: SentimentModel) -> Any:
         inputs += [values, mask]
         shapes += [{0: rows} if length is None else {0: rows, 1: length}] * 2
     heads = list(model.experiment.modalities)
-    outputs = ["log_probs", *(f"logits_{name}" for name in heads), *(f"weight_{name}" for name in heads)]
+    outputs = ["log_probs", *(f"{kind}_{name}" for kind in ("logits", "weight", "alone") for name in heads)]
     with _exportable():
         return torch.onnx.export(
             graph,
@@ -217,9 +218,13 @@ class OnnxModel:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             found = self.session.get_modelmeta().custom_metadata_map
             about = json.loads(found["senticlip"])
+            if about["format"] != FORMAT:
+                raise ValueError(f"format {about['format']}, read here is {FORMAT}")
         except Exception as error:
             reason = str(error).splitlines()[0][:120]
-            raise UserError(f"{path}: not a file that senticlip export made ({reason})") from None
+            raise UserError(
+                f"{path}: not a file that this senticlip export made ({reason}) — export the RUN again"
+            ) from None
         self.device = torch.device("cpu")
         self.experiment = from_dict(about["experiment"])
         self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in about["names"]}
@@ -245,18 +250,22 @@ class OnnxModel:
         tokenizer = Tokenizer.from_str(self._tokenizer)
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
 
-    def __call__(self, batch: Batch, attention: bool = False) -> Output:
-        """Run the graph."""
+    def __call__(self, batch: Batch, attention: bool = False, alone: bool = True) -> Output:
+        """Run the graph, which says in any case what each modality says alone."""
         if attention:
             raise UsageError("attention maps come from the RUN folder, an ONNX file has none")
         feed: dict[str, np.ndarray] = {}
         for name in self.encoders:
             values, mask = self._filled(name, batch)
             feed[name], feed[f"{name}_mask"] = values.numpy(), mask.numpy()
-        log_probs, *rest = (torch.from_numpy(np.asarray(part)) for part in self.session.run(None, feed))
-        heads = list(self.experiment.modalities)
-        logits, weights = rest[: len(heads)], rest[len(heads) :]
-        return Output(dict(zip(heads, logits, strict=True)), log_probs, dict(zip(heads, weights, strict=True)))
+        names = [output.name for output in self.session.get_outputs()]
+        parts = (torch.from_numpy(np.asarray(part)) for part in self.session.run(None, feed))
+        found = dict(zip(names, parts, strict=True))
+        logits, weights, said = (
+            {name: found[f"{kind}_{name}"] for name in self.experiment.modalities}
+            for kind in ("logits", "weight", "alone")
+        )
+        return Output(logits, found["log_probs"], weights, alone=said)
 
     def _filled(self, name: str, batch: Batch) -> Sequence:
         """A modality of the batch; one that no row has is a position that is masked."""

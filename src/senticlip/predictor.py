@@ -127,8 +127,8 @@ class Predictor:
 
     @torch.inference_mode()
     def output(self, batch: Batch, attention: bool = False) -> Output:
-        """The model's output for a batch."""
-        return self.model(batch, attention=attention)
+        """The model's output for a batch, with what each modality says alone."""
+        return self.model(batch, attention=attention, alone=True)
 
     def predictions(self, output: Output) -> list[Prediction]:
         """The answers of an output, with surface names."""
@@ -139,24 +139,17 @@ class Predictor:
             ]
         assert output.log_probs is not None
         fused = output.log_probs.exp().cpu().tolist()
-        heads = {name: self._head(output, name) for name in output.logits}
+        alone = {name: said.exp().cpu().tolist() for name, said in output.alone.items()}
         weights = {name: weight.cpu().tolist() for name, weight in output.weights.items()}
         answers = []
         for i, row in enumerate(fused):
-            # a peer may weigh modalities that have no head of their own, and its fused head is no modality
             present = [name for name in weights if weights[name][i] > 0]
             answers.append(
                 Prediction(
                     LABELS[int(np.argmax(row))],
                     dict(zip(LABELS, row, strict=True)),
-                    {SURFACE.get(n, n): dict(zip(LABELS, heads[n][i], strict=True)) for n in present if n in heads},
-                    {SURFACE.get(n, n): weights[n][i] for n in present},
+                    {SURFACE[name]: dict(zip(LABELS, alone[name][i], strict=True)) for name in present if alone},
+                    {SURFACE[name]: weights[name][i] for name in present},
                 )
             )
         return answers
-
-    def _head(self, output: Output, name: str) -> list[list[float]]:
-        """A head's own probabilities, at its temperature."""
-        temperature = getattr(self.model.network, "temperature", None)
-        tau = 1.0 if temperature is None else temperature[list(output.logits).index(name)]
-        return (output.logits[name] / tau).softmax(-1).cpu().tolist()

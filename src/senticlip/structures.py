@@ -93,7 +93,8 @@ class Output(NamedTuple):
     Classification: ``logits`` per head B×C (keys are modalities, or ``fused``), ``log_probs`` B×C fused and
     normalised, ``weights`` per head B (they sum to 1 over the heads that are present). Regression: ``score`` B, in
     label units. ``attention`` only if asked for: name → B×heads×queries×keys. ``features``: name → B×d, what the
-    losses of some models need.
+    losses of some models need. ``alone`` only if asked for, and of classification: modality → B×C log-probabilities of
+    the model that is given this modality and no other (a head is no such answer: it has seen the others).
     """
 
     logits: dict[str, Tensor] = {}
@@ -102,10 +103,14 @@ class Output(NamedTuple):
     score: Tensor | None = None
     attention: dict[str, Tensor] = {}
     features: dict[str, Tensor] = {}
+    alone: dict[str, Tensor] = {}
 
 
 class Prediction(NamedTuple):
-    """The answer for one clip, as ``senticlip predict --json`` prints it (surface names: text, video, audio)."""
+    """The answer for one clip, as ``senticlip predict --json`` prints it (surface names: text, video, audio).
+
+    ``modalities``: what the model answers if it is given this one alone.
+    """
 
     label: str
     probabilities: dict[str, float]

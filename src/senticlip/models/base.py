@@ -91,6 +91,13 @@ def run_folder(run: str | Path) -> Path:
     return hub.fetch(str(run), "RUN", "give a folder that senticlip train wrote")
 
 
+def only(features: Batch, kept: str) -> Batch:
+    """The same rows with one modality, the others masked."""
+    parts = features.modalities.items()
+    masked = {name: s if name == kept else Sequence(s.values, torch.zeros_like(s.mask)) for name, s in parts}
+    return Batch(masked, features.labels, features.rows)
+
+
 class SentimentModel(PreTrainedModel):
     """``encode`` (token ids, pixels → features), then ``fuse`` (features → Output); ``forward`` does both.
 
@@ -213,9 +220,20 @@ class SentimentModel(PreTrainedModel):
         """Features → Output."""
         return self.network(features, attention=attention)
 
-    def forward(self, batch: Batch, attention: bool = False) -> Output:
+    def forward(self, batch: Batch, attention: bool = False, alone: bool = False) -> Output:
         """Raw input or features → Output."""
-        return self.fuse(self.encode(batch), attention)
+        features = self.encode(batch)
+        output = self.fuse(features, attention)
+        return output._replace(alone=self.alone(features)) if alone else output
+
+    def alone(self, features: Batch) -> dict[str, Tensor]:
+        """``Output.alone``: what is answered with all modalities but one taken away; encoded once, fused for each."""
+        found = {}
+        for name in features.modalities:
+            output = self.fuse(only(features, name))
+            if output.log_probs is not None:
+                found[name] = output.log_probs
+        return found
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's loss and its parts for the log."""
