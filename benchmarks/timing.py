@@ -119,11 +119,12 @@ def folder() -> Iterator[Path]:
 
 
 def make_video(
-    path: Path, width: int, height: int, seconds: float, seed: int = 0, rate: int = 25, noise: float = 4
+    path: Path, width: int, height: int, seconds: float, seed: int = 0, rate: int = 25, noise: float = 4, gop: float = 10
 ) -> Path:
     """A textured picture that pans, a patch that moves its own way, sensor noise; x264's own settings (B-frames).
 
-    ``noise`` is its standard deviation (of 255): the more there is of it, the more of the work is reading bits.
+    ``noise`` is its standard deviation (of 255): the more there is of it, the more of the work is reading bits. ``gop``:
+    seconds from keyframe to keyframe, at most.
     """
     random = np.random.default_rng(seed)
     coarse = torch.from_numpy(random.random((1, 3, 24, 40), np.float32))
@@ -139,6 +140,7 @@ def make_video(
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = round(gop * rate)
         for i in range(round(seconds * rate)):
             x, y = 256 + round(250 * np.sin(i / 60)), 64 + round(60 * np.cos(i / 45))
             image = base[y : y + height, x : x + width] + grain[i % 4]
