@@ -119,12 +119,19 @@ def folder() -> Iterator[Path]:
 
 
 def make_video(
-    path: Path, width: int, height: int, seconds: float, seed: int = 0, rate: int = 25, noise: float = 4, gop: float = 10
+    path: Path,
+    width: int,
+    height: int,
+    seconds: float,
+    seed: int = 0,
+    rate: int = 25,
+    noise: float = 4,
+    gop: float = 10,
 ) -> Path:
     """A textured picture that pans, a patch that moves its own way, sensor noise; x264's own settings (B-frames).
 
-    ``noise`` is its standard deviation (of 255): the more there is of it, the more of the work is reading bits. ``gop``:
-    seconds from keyframe to keyframe, at most.
+    ``noise`` is its standard deviation (of 255): the more there is of it, the more of the work is reading bits.
+    ``gop`` is the most seconds from keyframe to keyframe.
     """
     random = np.random.default_rng(seed)
     coarse = torch.from_numpy(random.random((1, 3, 24, 40), np.float32))
