@@ -74,6 +74,11 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
     return {**spec, "dim": getattr(body, "head_hidden_size", None) or body.num_features}
 
 
+TOGETHER = 6
+"""Frames that go through a network together on a CPU where nothing learns: what more of them compute does not fit into
+its caches (EfficientNet-Lite0 at 160 pixels: 9 ms a frame, 20 ms where 192 go together)."""
+
+
 class VisionEncoder(nn.Module):
     """One state per frame.
 
@@ -137,7 +142,10 @@ class VisionEncoder(nn.Module):
         pixels, mask = vision
         if not mask.any():
             return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
-        states = self.images(self.normalize(pixels[mask]))  # N×d
+        real = pixels[mask]
+        apart = real.device.type == "cpu" and not (torch.is_grad_enabled() or self.body.training)
+        parts = real.split(TOGETHER) if apart else (real,)
+        states = torch.cat([self.images(self.normalize(part)) for part in parts])  # N×d
         out = states.new_zeros(*mask.shape, self.dim)
         return Sequence(out.masked_scatter(mask[..., None], states), mask)  # B×m×d
 
