@@ -145,7 +145,7 @@ class Config:
     protocol: Literal["official", "tenth", "video"] = "official"
     temporal: Literal["transformer", "lstm", "mean"] = "transformer"
     fusion: Literal["cross-attention", "concat"] = "cross-attention"
-    head: Literal["similarity", "linear", "vote"] = "similarity"
+    head: Literal["similarity", "linear"] = "similarity"
     loss: Literal["uncertainty", "sum"] = "uncertainty"
     prompt: Literal["learned", "discrete", "none"] = "learned"
     width: int = 512

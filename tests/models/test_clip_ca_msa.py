@@ -12,7 +12,7 @@ from senticlip.config import Config
 from senticlip.models.clip_ca_msa import ClipCaMsa
 from senticlip.models.fusion import CrossAttentionBlock
 from senticlip.models.heads import SimilarityHead
-from senticlip.structures import Batch, Sequence
+from senticlip.structures import Sequence
 
 SPEC = BertConfig(
     vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
@@ -56,22 +56,6 @@ class TestPaper(Switches):
 
 class TestLinear(Switches):
     changes = {"dropout": 0.0, "vision.frames": 8, "head": "linear"}
-
-
-class TestVote(Switches):
-    changes = {"dropout": 0.0, "vision.frames": 8, "head": "vote"}
-
-    def test_a_clip_is_the_mean_of_its_frames(self):
-        network, batch = self.network(("vision",), temporal="mean").eval(), features(names=("vision",))
-        together = network(batch).log_probs.exp()
-        values, mask = batch.modalities["vision"]
-        for row in range(len(mask)):
-            real = values[row][mask[row]]
-            if not len(real):
-                continue
-            each = Sequence(real[:, None], torch.ones(len(real), 1, dtype=torch.bool))
-            apart = network(Batch({"vision": each}, {})).log_probs.exp()
-            torch.testing.assert_close(together[row], apart.mean(0))
 
 
 class TestConcat(Switches):

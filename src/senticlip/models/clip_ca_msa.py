@@ -14,7 +14,7 @@ from senticlip.config import Config
 from senticlip.encoders.labels import LabelEncoder
 from senticlip.losses import LOSSES, cross_entropy
 from senticlip.models.fusion import FUSION
-from senticlip.models.heads import MAX_SCALE, VIDEO_HEADS, PooledHead, SimilarityHead
+from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
 from senticlip.models.temporal import TEMPORAL
 from senticlip.structures import LABELS, Batch, Output, Sequence
 
@@ -73,9 +73,7 @@ class ClipCaMsa(nn.Module):
     def _head(self, name: str) -> nn.Module:
         if name != "vision":
             return PooledHead(self.config)
-        if self.labels is not None:
-            return SimilarityHead(self.config, self.labels.dim)
-        return VIDEO_HEADS[self.config.head](self.config)
+        return SimilarityHead(self.config, self.labels.dim) if self.labels is not None else LinearHead(self.config)
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
         """Features → logits per modality, weights and the fused log-probabilities."""

@@ -1,7 +1,4 @@
-"""Sequences → logits (eq. 13 and Table 7): pooled linear for text and audio, similarity | linear for video.
-
-Ours is a third one for video, vote.
-"""
+"""Sequences → logits (eq. 13 and Table 7): pooled linear for text and audio, similarity | linear for video."""
 
 from __future__ import annotations
 
@@ -61,21 +58,3 @@ class LinearHead(nn.Module):
     def forward(self, states: Sequence) -> Tensor:
         """B×L×d → B×C."""
         return self.classify(self.dropout(states.values[:, 0]))
-
-
-class VoteHead(LinearHead):
-    """Each frame is classified by itself, and the clip's probabilities are the mean of its frames'.
-
-    What one frame shows decides as far as that frame is sure: a cutaway to another face, which is trained under the
-    clip's label too, teaches little (multiple instance learning; Maron and Lozano-Pérez 1998).
-    """
-
-    def forward(self, states: Sequence) -> Tensor:
-        """B×(1+m)×d → B×C log-probabilities."""
-        votes = self.classify(self.dropout(states.values[:, 1:])).log_softmax(-1)  # B×m×C
-        mask = states.mask[:, 1:, None]
-        return votes.masked_fill(~mask, -torch.inf).logsumexp(1) - mask.sum(1).to(votes.dtype).log()
-
-
-VIDEO_HEADS = {"linear": LinearHead, "vote": VoteHead}
-"""Those that need no label vectors."""
