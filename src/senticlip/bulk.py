@@ -250,10 +250,13 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
     """The same parts on Ray Data: actors that hold the model, few parts under way, a lost worker's part done again."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import logging
+    import warnings
 
     import ray
     import ray.data
 
+    # there is no other way yet to tell how often a part is tried again
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if address:
         _reach(address)
     own = not ray.is_initialized()
