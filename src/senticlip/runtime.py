@@ -11,6 +11,8 @@ from senticlip.structures import UsageError
 # Asked for before torch starts: a missing hub must not be a 90-second wait.
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Kernels kept for shapes seen before: texts of all lengths make so many that a film's memory grew (oneDNN keeps 1024).
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def cores() -> int:
