@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import onnx
 import pytest
 import torch
 from tests.data.test_video import write
@@ -183,6 +184,12 @@ def test_errors(run, file, tmp_path):
     for path in (tmp_path / "bad.onnx", tmp_path / "none.onnx"):
         with pytest.raises(UserError, match="not a file that this senticlip export made"):
             senticlip.load(path)
+    older = onnx.load(str(file))
+    (about,) = (entry for entry in older.metadata_props if entry.key == "senticlip")
+    about.value = json.dumps({**json.loads(about.value), "format": 1})
+    onnx.save(older, str(tmp_path / "older.onnx"))
+    with pytest.raises(UserError, match=r"format 1, read here is 2.*export the RUN again"):
+        senticlip.load(tmp_path / "older.onnx")
     with pytest.raises(UsageError, match="fp32, bf16, int8"):
         senticlip.load(run, precision="fp8")
     with pytest.raises(UsageError, match="when it was exported"):

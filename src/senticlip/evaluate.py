@@ -76,8 +76,7 @@ def _answers(
     temperature = getattr(predictor.model.network, "temperature", None)
     if temperature is not None and len(output.logits) > 1:
         heads = {name: output.logits[name] / tau for name, tau in zip(output.logits, temperature.cpu(), strict=True)}
-        alone = {SURFACE[name]: logits.argmax(-1).numpy() for name, logits in heads.items()}
-        result["heads"] = {name: _short(truth, predicted) for name, predicted in alone.items()}
+        result["heads"] = {SURFACE[name]: _short(truth, said.argmax(-1).numpy()) for name, said in heads.items()}
         result["equal_weights"] = _short(truth, sum(heads.values()).argmax(-1).numpy())
     if Path(run).is_dir():
         write_text(Path(run) / f"predictions-{split}.csv", _table(clips, output, truth))

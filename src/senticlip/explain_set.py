@@ -16,10 +16,11 @@ from senticlip.answers import write_whole
 from senticlip.data.loader import to_batch
 from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, make_folder, page, write
+from senticlip.models.base import only
 from senticlip.occlusion import change
 from senticlip.progress import bar
 from senticlip.sources import clip_set
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Sequence, UsageError, UserError, polarity
+from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, polarity
 
 KINDS = {
     "agree": "文字与画面一致",
@@ -131,22 +132,13 @@ def answered(
         features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
         whole = predictor.predictions(model.fuse(features))
         there = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
-        without = {name: predictor.predictions(model.fuse(_without(features, name))) for name in there}
+        without = {name: predictor.predictions(model.fuse(only(features, there.keys() - {name}))) for name in there}
         for i, place in enumerate(chosen):
             present = [name for name in there if there[name][i]]
             others = {SURFACE[name]: without[name][i] for name in present} if len(present) > 1 else {}
             found.append(Answered(clips[place], clips[place].labels[target], whole[i], others))
         advance(len(chosen))
     return found
-
-
-def _without(features: Batch, gone: str) -> Batch:
-    """The same rows, all of them without one modality."""
-    modalities = {
-        name: Sequence(values, torch.zeros_like(mask) if name == gone else mask)
-        for name, (values, mask) in features.modalities.items()
-    }
-    return Batch(modalities, {})
 
 
 def _right(row: Answered) -> float:

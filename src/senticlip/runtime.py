@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 from senticlip.structures import UsageError
 
@@ -31,14 +31,14 @@ def setup(threads: int | None = None) -> None:
     import transformers
 
     torch.set_num_threads(threads or _asked() or cores())
-    torch.set_float32_matmul_precision(_product())
+    _choose_products()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def _product() -> Literal["medium", "high"]:
-    """How fp32 matrices are multiplied: "medium" (oneDNN, up to twice as fast) where its products are still fp32's.
+def _choose_products() -> None:
+    """Multiply fp32 matrices at "medium" (oneDNN, up to twice as fast) where that is still fp32, else at "high".
 
     Processors that multiply bfloat16 fast (AMX) would round the factors to it, which a product by one shows.
     """
@@ -46,7 +46,8 @@ def _product() -> Literal["medium", "high"]:
 
     torch.set_float32_matmul_precision("medium")
     fine = torch.full((256, 256), 1 + 2**-20)
-    return "medium" if torch.equal(fine @ torch.eye(256), fine) else "high"
+    if not torch.equal(fine @ torch.eye(256), fine):
+        torch.set_float32_matmul_precision("high")
 
 
 def _asked() -> int:

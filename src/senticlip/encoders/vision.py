@@ -144,7 +144,7 @@ class VisionEncoder(nn.Module):
             return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
         real = pixels[mask]
         apart = real.device.type == "cpu" and not (torch.is_grad_enabled() or self.body.training)
-        parts = real.split(TOGETHER) if apart else (real,)
+        parts = real.split(TOGETHER if apart else len(real))
         states = torch.cat([self.images(self.normalize(part)) for part in parts])  # N×d
         out = states.new_zeros(*mask.shape, self.dim)
         return Sequence(out.masked_scatter(mask[..., None], states), mask)  # B×m×d

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ def run_folder(run: str | Path) -> Path:
     return hub.fetch(str(run), "RUN", "give a folder that senticlip train wrote")
 
 
-def only(features: Batch, kept: str) -> Batch:
-    """The same rows with one modality, the others masked."""
+def only(features: Batch, kept: Collection[str]) -> Batch:
+    """The same rows with some modalities, the others masked."""
     parts = features.modalities.items()
-    masked = {name: s if name == kept else Sequence(s.values, torch.zeros_like(s.mask)) for name, s in parts}
+    masked = {name: s if name in kept else Sequence(s.values, torch.zeros_like(s.mask)) for name, s in parts}
     return Batch(masked, features.labels, features.rows)
 
 
@@ -230,7 +231,7 @@ class SentimentModel(PreTrainedModel):
         """``Output.alone``: what is answered with all modalities but one taken away; encoded once, fused for each."""
         found = {}
         for name in features.modalities:
-            output = self.fuse(only(features, name))
+            output = self.fuse(only(features, [name]))
             if output.log_probs is not None:
                 found[name] = output.log_probs
         return found
