@@ -1,0 +1,77 @@
+"""Is the memory of a training flat in the number of clips? An epoch of the fusion head on cached features, two sizes.
+
+Each size in a process of its own, by transformers.Trainer as ``senticlip train`` runs it. What counts is anonymous
+memory: the pages of the memory-mapped cache are the kernel's, which drops them as it likes.
+
+    python -m benchmarks.train_memory [--clips 2000,16000]
+
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def memory(field: str) -> int:
+    """A field of this process's status, in MiB."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) // 1024
+
+
+def child(count: int) -> dict[str, int]:
+    """Train once; memory in MiB before it, and the most that was seen every 50 ms since."""
+    from benchmarks import step
+
+    from senticlip import runtime
+    from senticlip.trainee import Trainee
+
+    runtime.setup()
+    with tempfile.TemporaryDirectory() as scratch:
+        model, encoders = step.fresh()
+        encoders.clear()
+        data = step.made_set(Path(scratch) / "cache", count, model.network.dims)
+        size = sum(path.stat().st_size for path in Path(scratch).rglob("*.npy")) >> 20
+        seen, done = [memory("RssAnon")], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.05):
+                seen.append(memory("RssAnon"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            step.by_trainer(Trainee(model), data, Path(scratch) / "out")
+        finally:
+            done.set()
+            watcher.join()
+    return {"cache_mib": size, "anonymous_mib_before": seen[0], "anonymous_mib_at_most": max(seen)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clips", default="2000,16000")
+    parser.add_argument("--child", type=int)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child)))
+        return
+    found = {}
+    for count in map(int, options.clips.split(",")):
+        command = [sys.executable, "-m", "benchmarks.train_memory", "--child", str(count)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        found[f"{count} clips"] = json.loads(answer.stdout.splitlines()[-1])
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
