@@ -20,7 +20,7 @@ LEVELS = [
     {"trainee", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
     | {"cut", "cam", "occlusion", "explain", "explain_set"},
     {"results", "reproduce", "pretrain", "demo"},
-    {"cli", "__main__"},
+    {"arguments", "cli", "__main__"},
 ]
 """Who may import whom: one's own level, and those before it (docs/architecture.md)."""
 

@@ -23,7 +23,8 @@ from numpy.random import Generator
 from torch import Tensor, nn
 
 from senticlip.data.captions import describe
-from senticlip.data.faces import Expression, Person, Pose, Scene, draw
+from senticlip.data.faces import Expression, Person, Pose, draw
+from senticlip.data.scenes import Scene
 
 FOLDER = Path(__file__).parent / "towers"
 ARCHITECTURE = "test_resnet"

@@ -5,7 +5,8 @@ No caption names a sentiment: what a raised corner of the mouth means is for the
 
 from __future__ import annotations
 
-from senticlip.data.faces import Expression, Person, Pose, Scene
+from senticlip.data.faces import Expression, Person, Pose
+from senticlip.data.scenes import Scene
 
 
 def describe(who: Person | None, scene: Scene, pose: Pose, look: Expression) -> dict[str, str]:

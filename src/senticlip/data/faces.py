@@ -1,4 +1,4 @@
-"""Drawn faces: a person, a scene and an expression → pixels, and the boxes of mouth and brows.
+"""Drawn faces: a person, an expression and a pose before a scene → pixels, and the boxes of mouth and brows.
 
 A face lives in units of its own half height: (0, 0) is its middle, x goes right, y down, the chin is at y = 1. A pose
 turns (on a cylinder), tilts, scales and places it. Everything is drawn by PIL at twice the size and halved, which is
@@ -15,16 +15,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from senticlip.data.scenes import COLORS, Color, Scene, backdrop, shade
+
 Points = NDArray[np.float64]
-Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 as shares of the frame's width and height."""
 
-COLORS: dict[str, Color] = {
-    "红": (190, 60, 55), "橙": (225, 140, 60), "黄": (225, 200, 90), "绿": (80, 150, 95), "青": (80, 170, 175),
-    "蓝": (70, 105, 180), "紫": (130, 85, 165), "灰": (130, 130, 135), "白": (232, 230, 224), "棕": (130, 92, 62),
-}  # fmt: skip
-BACKGROUNDS = ("墙", "条纹", "格子", "书架", "窗", "光斑", "风景", "百叶")
 HAIR = {
     "黑发": (32, 28, 28),
     "棕发": (92, 60, 40),
@@ -33,8 +29,6 @@ HAIR = {
     "红发": (150, 62, 40),
 }
 STYLES = ("短发", "长发", "光头", "卷发", "刘海")
-COVERS = ("口罩", "话筒", "手", "杯子", "贴纸")
-"""What may hide a part: the first four the mouth, the last one brow and its eye."""
 OVERSAMPLE = 2
 
 
@@ -63,29 +57,6 @@ class Person(NamedTuple):
             skin, str(rng.choice(list(HAIR))), str(rng.choice(STYLES)), rng.uniform(0.66, 0.86),
             rng.uniform(0.13, 0.19), rng.uniform(0.28, 0.36), rng.uniform(0.065, 0.1), rng.uniform(0.25, 0.35),
             rng.uniform(0.1, 0.18), bool(rng.random() < 0.25), bool(rng.random() < 0.15), str(rng.choice(list(COLORS))),
-        )  # fmt: skip
-
-
-class Scene(NamedTuple):
-    """What stays the same in every frame of one clip: background, light, camera, and what hides a part of the face."""
-
-    background: str
-    color: str
-    seed: int
-    light: float
-    side: float
-    cast: tuple[float, float, float]
-    grain: float
-    cover: str | None
-
-    @classmethod
-    def random(cls, rng: Generator, background: str | None = None, color: str | None = None) -> Scene:
-        """A scene before a given background, or before any."""
-        return cls(
-            background or str(rng.choice(BACKGROUNDS)), color or str(rng.choice(list(COLORS))),
-            int(rng.integers(2**31)), rng.uniform(0.65, 1.15), rng.uniform(-0.45, 0.45),
-            tuple(rng.uniform(0.9, 1.1, 3).tolist()), rng.uniform(0, 5),
-            str(rng.choice(COVERS)) if rng.random() < 0.2 else None,
         )  # fmt: skip
 
 
@@ -181,11 +152,6 @@ class _Pen:
         return (float(x0), float(y0), float(x1), float(y1)) if x1 > x0 and y1 > y0 else None
 
 
-def _shade(color: Color, factor: float) -> Color:
-    red, green, blue = (int(min(255, max(0, c * factor))) for c in color)
-    return red, green, blue
-
-
 def _oval(x: float, y: float, rx: float, ry: float, n: int = 20) -> Points:
     angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
     return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
@@ -198,64 +164,17 @@ def _outline(width: float) -> Points:
     return np.stack([width * np.cos(angle) * jaw, np.sin(angle)], axis=1)
 
 
-def backdrop(background: str, color: str, seed: int, size: tuple[int, int]) -> Image.Image:
-    """A background of ``size`` (width, height) pixels; the same arguments give the same picture."""
-    rng = np.random.default_rng(seed)
-    wide, high = size
-    red, green, blue = (int(np.clip(c + rng.integers(-25, 25), 0, 255)) for c in COLORS[color])
-    base = (red, green, blue)
-    image = Image.new("RGB", size, base)
-    draw = ImageDraw.Draw(image)
-    tone = lambda low=0.6, high=1.35: _shade(base, rng.uniform(low, high))  # noqa: E731
-    step = int(high * rng.uniform(0.08, 0.2))
-    if background == "条纹":
-        for x in range(-high, wide, 2 * step):
-            draw.polygon(
-                [(x, high), (x + step, high), (x + step + high // 3, 0), (x + high // 3, 0)], fill=tone(0.8, 1.2)
-            )
-    elif background == "格子":
-        for x in range(0, wide, step):
-            for y in range(0, high, step):
-                draw.rectangle([x + 1, y + 1, x + step - 2, y + step - 2], fill=tone(0.85, 1.15))
-    elif background == "书架":
-        for y in range(0, high, 2 * step):
-            x = 0
-            while x < wide:
-                thick, tall = int(rng.integers(step // 4 + 2, step)), int(rng.integers(step, 2 * step))
-                draw.rectangle([x, y + 2 * step - tall, x + thick, y + 2 * step - 3], fill=tone(0.5, 1.5))
-                x += thick + 1
-    elif background == "窗":
-        draw.rectangle([0, 0, wide, high], fill=(196, 216, 232))
-        for x in range(0, wide, 4 * step):
-            draw.rectangle([x, 0, x + step // 2, high], fill=base)
-        draw.rectangle([0, high // 2, wide, high // 2 + step // 2], fill=base)
-    elif background == "光斑":
-        for _ in range(24):
-            x, y = int(rng.integers(0, wide)), int(rng.integers(0, high))
-            r = int(rng.integers(step // 3, step + 2))
-            draw.ellipse([x - r, y - r, x + r, y + r], fill=tone(0.8, 1.6))
-    elif background == "风景":
-        draw.rectangle([0, 0, wide, high], fill=(160, 195, 225))
-        for level in (0.45, 0.6, 0.75):
-            ridge = [(x, high * (level + rng.uniform(-0.08, 0.08))) for x in range(0, wide + step, step)]
-            draw.polygon([*ridge, (wide, high), (0, high)], fill=tone(0.6, 1.2))
-    elif background == "百叶":
-        for y in range(0, high, step):
-            draw.rectangle([0, y, wide, y + step // 2], fill=tone(0.75, 1.25))
-    return image
-
-
 def _head(pen: _Pen, who: Person) -> None:
     """Shoulders, back hair, neck, ears, head, hair, nose."""
     cloth, hair, skin = COLORS[who.clothes], HAIR[who.hair], who.skin
     if who.style == "长发":
         pen.fill(_oval(0, 0.2, who.width * 1.32, 1.35), hair, surface=False)
-    pen.fill(np.array([[-0.3, 0.7], [0.3, 0.7], [0.34, 1.5], [-0.34, 1.5]]), _shade(skin, 0.8), surface=False)
+    pen.fill(np.array([[-0.3, 0.7], [0.3, 0.7], [0.34, 1.5], [-0.34, 1.5]]), shade(skin, 0.8), surface=False)
     pen.fill(
         np.array([[-0.42, 1.25], [0.42, 1.25], [1.5, 1.7], [1.7, 4], [-1.7, 4], [-1.5, 1.7]]), cloth, surface=False
     )
     for side in (-1, 1):
-        pen.fill(_oval(side * who.width, 0.05, 0.1, 0.2), _shade(skin, 0.9), surface=False)
+        pen.fill(_oval(side * who.width, 0.05, 0.1, 0.2), shade(skin, 0.9), surface=False)
     pen.fill(_outline(who.width), skin, surface=False)
     if who.style != "光头":
         edge = -0.45 if who.style == "刘海" else -0.58
@@ -270,7 +189,7 @@ def _head(pen: _Pen, who: Person) -> None:
                     _oval(np.cos(angle) * who.width * 1.05, np.sin(angle) * 1.02, 0.2, 0.2, 10), hair, surface=False
                 )
     nose = np.array([[0.0, -0.12], [who.nose * 0.55, 0.2], [0.0, 0.24]])
-    pen.stroke(nose, 0.035, _shade(skin, 0.72))
+    pen.stroke(nose, 0.035, shade(skin, 0.72))
 
 
 def _eye(pen: _Pen, who: Person, side: int, look: Expression) -> Points:
@@ -306,7 +225,7 @@ def _mouth(pen: _Pen, who: Person, look: Expression) -> Points:
     gape = 0.26 * look.open * np.sqrt(np.clip(1 - t**2, 0, 1))
     upper = np.stack([t * half, line - 0.25 * gape], axis=1)
     lower = np.stack([t * half, line + gape], axis=1)
-    lips = _shade((min(255, who.skin[0] + 35), int(who.skin[1] * 0.5), int(who.skin[2] * 0.55)), 0.85)
+    lips = shade((min(255, who.skin[0] + 35), int(who.skin[1] * 0.5), int(who.skin[2] * 0.55)), 0.85)
     whole = np.concatenate([upper, lower[::-1]])
     placed = pen.place(whole)
     if look.open > 0.08:
@@ -315,7 +234,7 @@ def _mouth(pen: _Pen, who: Person, look: Expression) -> Points:
             teeth = np.stack([t * half * 0.8, line - 0.2 * gape + 0.3 * gape], axis=1)
             pen.fill(np.concatenate([upper * [0.8, 1], teeth[::-1]]), (236, 232, 224))
         pen.stroke(lower, 0.06, lips)
-    pen.stroke(upper, 0.075, lips if look.open > 0.08 else _shade(lips, 0.7))
+    pen.stroke(upper, 0.075, lips if look.open > 0.08 else shade(lips, 0.7))
     return placed
 
 
@@ -339,8 +258,8 @@ def _cover(pen: _Pen, who: Person, cover: str) -> tuple[str, ...]:
         pen.fill(np.array([[-0.4, 0.55], [0.48, 0.55], [0.46, 0.72], [-0.38, 0.72]]), (90, 150, 120))
     else:
         for finger in range(4):
-            pen.fill(_oval(-0.33 + 0.22 * finger, 0.56, 0.12, 0.36), _shade(who.skin, 0.93))
-        pen.fill(_oval(0, 1.0, 0.5, 0.3), _shade(who.skin, 0.88))
+            pen.fill(_oval(-0.33 + 0.22 * finger, 0.56, 0.12, 0.36), shade(who.skin, 0.93))
+        pen.fill(_oval(0, 1.0, 0.5, 0.3), shade(who.skin, 0.88))
     return ("mouth",)
 
 
@@ -358,7 +277,7 @@ def draw(who: Person | None, scene: Scene, pose: Pose, look: Expression, size: t
         _head(pen, who)
         brows = [_eye(pen, who, side, look) for side in (-1, 1)]
         if who.beard:
-            pen.stroke(_outline(who.width * 0.9)[3:16] * [1, 0.92], 0.16, _shade(HAIR[who.hair], 0.9), surface=False)
+            pen.stroke(_outline(who.width * 0.9)[3:16] * [1, 0.92], 0.16, shade(HAIR[who.hair], 0.9), surface=False)
         parts = {"mouth": _mouth(pen, who, look), "brow_left": brows[0], "brow_right": brows[1]}
         parts["face"] = pen.place(_outline(who.width), surface=False)
         if who.glasses:

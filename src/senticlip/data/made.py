@@ -23,8 +23,9 @@ import av
 import numpy as np
 from numpy.random import Generator
 
-from senticlip.data.faces import BACKGROUNDS, COLORS, OVERSAMPLE, Expression, Person, Pose, Scene, backdrop, draw
+from senticlip.data.faces import OVERSAMPLE, Expression, Person, Pose, draw
 from senticlip.data.lines import Grammar, Line
+from senticlip.data.scenes import BACKGROUNDS, COLORS, Scene, backdrop
 from senticlip.structures import LABELS, UsageError, polarity
 
 SPLITS = {"train": 440, "valid": 120, "test": 520}
