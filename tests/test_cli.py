@@ -177,7 +177,7 @@ def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch):
     def broken(options):
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(cli, "predict", broken)
+    monkeypatch.setitem(cli.VERBS, "predict", broken)
     fails(1, "^senticlip: ZeroDivisionError: two lines — run with --debug$", "predict", "run")
     with pytest.raises(ZeroDivisionError):
         cli.main(["predict", "run", "--debug"])
@@ -185,7 +185,7 @@ def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch):
     def stopped(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "predict", stopped)
+    monkeypatch.setitem(cli.VERBS, "predict", stopped)
     fails(130, "interrupted", "predict", "run")
 
 
