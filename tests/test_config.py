@@ -65,7 +65,6 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("train.lr=.nan", "config key train.lr: nan — must be at least 0"),
         ("train.lr=.inf", "config key train.lr: inf — must be at least 0"),
         ("train.recombine=3", "config key train.recombine: 3.0 — must be from 0 to 1"),
-        ("train.rdrop=-1", "config key train.rdrop: -1.0 — must be at least 0"),
         ("train.epochs=1.5", "config key train.epochs: 1.5 is not one of int"),
         ("seed.x=1", "unknown config key seed.x: seed has no keys below it"),
         ("text.encoder.x=1", "unknown config key text.encoder.x: text.encoder has no keys below it"),
@@ -88,13 +87,6 @@ def test_what_cannot_be_is_told_at_once(change, said):
     with pytest.raises(UsageError, match=re.escape(said)) as error:
         load(EXPERIMENTS / "tiny.yaml", [change])
     assert "\n" not in str(error.value)
-
-
-def test_a_score_cannot_be_compared_as_probabilities():
-    for task in ({}, {"options.task": "regression"}):
-        with pytest.raises(UsageError, match="tfn answers with a score"):
-            Config().override({"model": "tfn", "train.rdrop": 1.0, **task})
-    assert Config().override({"model": "tfn", "train.rdrop": 1.0, "options.task": "classification"}).train.rdrop == 1
 
 
 def test_files_that_are_none(file, tmp_path):

@@ -53,7 +53,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.ema": (0, 0.99999),
     "train.modality_dropout": (0, 1),
     "train.recombine": (0, 1),
-    "train.rdrop": (0, MOST),
 }
 """What a number may be, both ends included; every one is finite. A key that is left open (null, a word) is not meant.
 """
@@ -130,7 +129,6 @@ class TrainConfig:
     ema: float = 0.0
     modality_dropout: float = 0.0
     recombine: float = 0.0
-    rdrop: float = 0.0
 
 
 @dataclass
@@ -180,9 +178,6 @@ class Config:
             raise UsageError(f"target: {self.target!r} — choose one of {', '.join(TARGETS)}")
         if self.width % self.heads:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
-        classifies = self.model in ("clip_ca_msa", "mmaf") or self.options.get("task") == "classification"
-        if self.train.rdrop and not classifies:
-            raise UsageError(f"train.rdrop compares probabilities; {self.model} answers with a score — set it to 0")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
         if self.prompt != "none" and not self.text.prefix_text.strip():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from senticlip.data.loader import to_batch
 from senticlip.encoders.augment import augment, sample_frames
 from senticlip.models.base import SentimentModel
-from senticlip.structures import OWN_LABEL, Batch, Output, Sequence
+from senticlip.structures import OWN_LABEL, Batch, Sequence
 
 
 class Trainee(nn.Module):
@@ -57,33 +57,19 @@ class Trainee(nn.Module):
         """Loss and prediction (log-probabilities B×C, or scores B); in evaluation what ``logged`` names, B each."""
         batch = to_batch(inputs)
         if self.training:
-            return self.learn(batch)
-        model = self.model if self.average is None else self.average
+            batch = self.disturb(batch)
+        model = self.model if self.training or self.average is None else self.average
         output = model(batch)
         loss, parts = model.loss(output, batch)
-        prediction = answer(output)
+        prediction = output.score if output.score is not None else output.log_probs
+        assert prediction is not None
+        if self.training:
+            return {"loss": loss, "prediction": prediction}
         # a value for each row, so that their mean is right where the last batch is smaller
         log = {f"weight_{name}": weight for name, weight in output.weights.items()}
         log |= {name: part.expand(len(prediction)) for name, part in parts.items()}
         self.logged = list(log)
         return {"loss": loss, "prediction": prediction, **log}
-
-    def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss of a training batch, as one disturbed view of it is answered.
-
-        With ``train.rdrop`` = α two views (other dropout, other frames) have the mean of their losses, and α times the
-        symmetric Kullback-Leibler divergence of their answers (R-Drop, Liang et al. 2021, eq. 2 and 3, halved).
-        """
-        train = self.experiment.train
-        if train.recombine:
-            batch = batch._replace(modalities=recombine(batch.modalities, batch.labels, train.recombine))
-        views = [self.disturb(batch) for _ in range(2 if train.rdrop else 1)]
-        outputs = [self.model(view) for view in views]
-        losses = [self.model.loss(output, view)[0] for output, view in zip(outputs, views, strict=True)]
-        loss = torch.stack(losses).mean()
-        if train.rdrop:
-            loss = loss + train.rdrop * divergence(*(answer(output) for output in outputs))
-        return {"loss": loss, "prediction": answer(outputs[0])}
 
     def disturb(self, batch: Batch) -> Batch:
         """Augment the frames, choose some of them, and leave out a modality now and then."""
@@ -93,6 +79,8 @@ class Trainee(nn.Module):
             if config.vision.train_frames:
                 vision = sample_frames(vision, config.vision.train_frames)
             parts["vision"] = augment(vision, config.vision.augment)
+        if config.train.recombine:
+            parts = recombine(parts, batch.labels, config.train.recombine)
         if config.train.modality_dropout and len(parts) > 1:
             rows = len(next(iter(parts.values())).mask)
             lost = torch.rand(rows) < config.train.modality_dropout
@@ -101,18 +89,6 @@ class Trainee(nn.Module):
                 gone = (lost & (which == i)).to(sequence.mask.device)
                 parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
         return Batch(parts, batch.labels, batch.rows)
-
-
-def answer(output: Output) -> Tensor:
-    """Log-probabilities B×C, or scores B."""
-    prediction = output.score if output.score is not None else output.log_probs
-    assert prediction is not None
-    return prediction
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """½ (KL(p‖q) + KL(q‖p)) of log-probabilities B×C, the mean over rows."""
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
 
 
 def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
