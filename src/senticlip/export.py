@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import os
+import platform
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -202,8 +202,8 @@ def _quantize(path: Path) -> Path:
 
 
 def _saturates() -> bool:
-    """Whether this processor (x86 without VNNI) adds products of uint8 and int8 in 16 bits, which overflow: weights of 7
-    bits do not (onnxruntime, "Quantize ONNX models")."""
+    """Whether this processor (x86 without VNNI) adds products of uint8 and int8 in 16 bits, which overflow: weights of
+    7 bits do not (onnxruntime, "Quantize ONNX models")."""
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and not (info.is_file() and "vnni" in info.read_text())
