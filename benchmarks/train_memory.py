@@ -22,9 +22,9 @@ from pathlib import Path
 STATUS = Path("/proc/self/status")
 
 
-def memory(field: str) -> int:
-    """A field of this process's status, in MiB."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+def memory() -> int:
+    """This process's anonymous memory in MiB."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) // 1024
 
 
@@ -41,11 +41,11 @@ def child(count: int) -> dict[str, int]:
         encoders.clear()
         data = step.made_set(Path(scratch) / "cache", count, model.network.dims)
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*.npy")) >> 20
-        seen, done = [memory("RssAnon")], threading.Event()
+        seen, done = [memory()], threading.Event()
 
         def watch() -> None:
             while not done.wait(0.05):
-                seen.append(memory("RssAnon"))
+                seen.append(memory())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
