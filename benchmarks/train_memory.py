@@ -11,6 +11,8 @@ Prints one JSON object.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -39,6 +41,8 @@ def child(count: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as scratch:
         model, encoders = step.fresh()
         encoders.clear()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # a training that grew would else take what the encoders have left
         data = step.made_set(Path(scratch) / "cache", count, model.network.dims)
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*.npy")) >> 20
         seen, done = [memory()], threading.Event()
