@@ -8,11 +8,12 @@ import timm
 import torch
 from tests.tiny import clip_folder, text_folder, timm_folder, tokenizer
 from transformers import ChineseCLIPModel
+from transformers.activations import QuickGELUActivation
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 
 from senticlip.config import Config, VisionConfig
 from senticlip.data.video import resize
-from senticlip.encoders.vision import VisionEncoder, vision_spec
+from senticlip.encoders.vision import QuickGelu, VisionEncoder, vision_spec
 from senticlip.models import create_model
 from senticlip.structures import Sequence, UsageError
 
@@ -50,6 +51,17 @@ def test_frames_equal_chinese_clip(clip):
     std = torch.tensor([0.2, 0.3, 0.25])[:, None, None]
     wanted = reference.get_image_features(((pixels / 255 - mean) / std).flatten(0, 1)).pooler_output
     torch.testing.assert_close(encoder(full(pixels)).values, wanted.view(2, 3, 12), atol=1e-5, rtol=1e-5)
+
+
+def test_quick_gelu_equals_transformers_in_training_and_in_inference():
+    x, reference = torch.linspace(-12, 12, 97, requires_grad=True), QuickGELUActivation()
+    (wanted,) = torch.autograd.grad(reference(x).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(QuickGelu()(x).sum(), x)[0], wanted)
+    with torch.inference_mode():
+        taken = x.detach().clone()
+        found = QuickGelu()(taken)
+        torch.testing.assert_close(found, reference(x.detach()), atol=1e-6, rtol=1e-6)
+        assert found.data_ptr() == taken.data_ptr()
 
 
 @torch.inference_mode()

@@ -79,6 +79,23 @@ TOGETHER = 6
 its caches (EfficientNet-Lite0 at 160 pixels: 9 ms a frame, 20 ms where 192 go together)."""
 
 
+QUICK_GELU = 1.702
+
+
+class QuickGelu(nn.Module):
+    """x · sigmoid(1.702 x), CLIP's activation.
+
+    In inference it is computed where its input lies, which nothing reads again: a tenth of a CPU's forward pass went
+    into four passes over memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape → the same."""
+        if torch.is_inference_mode_enabled():
+            return nn.functional.silu(x.mul_(QUICK_GELU), inplace=True).div_(QUICK_GELU)
+        return x * torch.sigmoid(QUICK_GELU * x)
+
+
 class VisionEncoder(nn.Module):
     """One state per frame.
 
@@ -98,9 +115,13 @@ class VisionEncoder(nn.Module):
         self.projection: nn.Module = nn.Identity()
         if self.kind == "chinese_clip":
             from transformers import ChineseCLIPVisionModel
+            from transformers.activations import QuickGELUActivation
 
             config = hub.hf_config(spec["config"])
             self.body: Any = ChineseCLIPVisionModel(config.vision_config)
+            for part in self.body.modules():
+                if isinstance(getattr(part, "activation_fn", None), QuickGELUActivation):
+                    part.activation_fn = QuickGelu()
             self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
             self.resized = self.size != config.vision_config.image_size
         else:
