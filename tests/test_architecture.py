@@ -13,7 +13,7 @@ DOCUMENTS = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGEL
 
 LEVELS = [
     {"structures", "config", "runtime", "progress", "metrics"},
-    {"data", "encoders", "losses"},
+    {"data", "encoders", "losses", "sharpness"},
     {"models"},
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "export"},
