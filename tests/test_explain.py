@@ -77,7 +77,9 @@ def test_occlusion_is_the_predictor_on_what_is_left(run, video):
             expected = same[case.kind, case.place].probabilities[name]
             assert case.prediction.probabilities[name] == pytest.approx(expected, abs=1e-5)
     assert len({round(case.prediction.probabilities["positive"], 6) for case in cases}) > 3
-    assert alone(cases)["text"] == cases[2].prediction
+    said = alone(predictor, predictor.model.encode(batch))
+    for name, case in (("text", cases[2]), ("video", cases[1])):
+        assert said[name].probabilities == pytest.approx(case.prediction.probabilities, abs=1e-6)
 
 
 def test_nothing_is_left_out_that_is_all_there_is(run, video):
@@ -183,7 +185,8 @@ def test_conflict_is_said_in_both_languages():
         Case("video", 0, "", said("positive")),
         Case("frame", 1, "2", said("neutral")),
     ]
-    found = Explanation("", "好", cases[0].prediction, cases, alone(cases), None, [], [], None, "")
+    apart = {"text": said("positive"), "video": said("negative")}
+    found = Explanation("", "好", cases[0].prediction, cases, apart, None, [], [], None, "")
     chinese, english = map(" ".join, zip(*sentences(found), strict=True))
     assert "文字与画面不一致：只看文字是积极，只看画面是消极；模型采信了画面，可能是反话。" in chinese
     assert "the words alone are positive, the picture alone is negative; the model believes the picture" in english
@@ -191,9 +194,19 @@ def test_conflict_is_said_in_both_languages():
     assert "去掉画面，答案会变成积极。" in chinese
     assert "去掉文字" not in chinese
     assert "第 2 帧" in chinese
-    agree = [cases[0], cases[1], Case("video", 0, "", said("negative"))]
-    found = found._replace(cases=agree, alone=alone(agree))
+    found = found._replace(alone={"text": said("negative"), "video": said("negative")})
     assert sentences(found)[0][1] == "Words and picture agree: both are negative."
+    found = found._replace(alone={**apart, "audio": said("negative")})
+    assert sentences(found)[0] == (
+        "文字、画面与声音不一致：只看文字是积极，只看画面是消极，只听声音是消极；模型采信了画面与声音，可能是反话。",
+        "Words, picture and sound disagree: the words alone are positive, the picture alone is negative, "
+        "the sound alone is negative; the model believes the picture and sound. It may be irony.",
+    )
+    found = found._replace(alone={**found.alone, "text": said("negative")})
+    assert sentences(found)[0] == (
+        "文字、画面与声音一致，都是消极。",
+        "Words, picture and sound agree: all are negative.",
+    )
 
 
 def test_characters_are_spans_of_the_text():

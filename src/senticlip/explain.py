@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from senticlip.progress import bar
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
-SAID = {"text": "words", "video": "picture"}
+SAID = {"text": "words", "video": "picture", "audio": "sound"}
 HEIGHT = 256
 """Of the pictures, pixels."""
 
@@ -120,7 +121,8 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
     name = clip.video.name if clip.video is not None else ""
-    return Explanation(name, clip.text, prediction, cases, alone(cases), attention, times, pictures, maps, method or "")
+    said = alone(predictor, features)
+    return Explanation(name, clip.text, prediction, cases, said, attention, times, pictures, maps, method or "")
 
 
 def _maps(
@@ -197,21 +199,7 @@ def inline(picture: Image.Image) -> str:
 
 def sentences(found: Explanation) -> list[tuple[str, str]]:
     """The answer in a sentence or two, Chinese and English: a conflict, and what the answer hangs on."""
-    said = []
-    text, video, both = "", "", found.prediction.label
-    if len(found.alone) == 2:
-        text, video = found.alone["text"].label, found.alone["video"].label
-    if text and text == video:
-        said.append((f"文字与画面一致，都是{CHINESE[text]}。", f"Words and picture agree: both are {text}."))
-    elif text:
-        believed = [name for name in ("text", "video") if found.alone[name].label == both]
-        zh = f"文字与画面不一致：只看文字是{CHINESE[text]}，只看画面是{CHINESE[video]}"
-        en = f"Words and picture disagree: the words alone are {text}, the picture alone is {video}"
-        if believed:
-            zh, en = f"{zh}；模型采信了{CHINESE[believed[0]]}", f"{en}; the model believes the {SAID[believed[0]]}"
-        irony = {text, video} == {"positive", "negative"}
-        zh, en = (zh + "，可能是反话", en + ". It may be irony") if irony else (zh, en)
-        said.append((zh + "。", en + "."))
+    said = _agreement({name: said.label for name, said in found.alone.items()}, found.prediction.label)
     before = found.cases[0].prediction
     flips = [case for case in found.cases[1:] if case.prediction.label != before.label]
     parts = [case for case in flips if case.kind in SURFACE.values()]
@@ -228,6 +216,38 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
     elif not parts and len(found.cases) > 1:
         said.append(("去掉任何一部分，答案都不变。", "No single part that is left out changes the answer."))
     return said
+
+
+def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
+    """Whether the modalities say the same by themselves, and which of them the answer follows."""
+    if not alone:
+        return []
+    chinese, english = _named(alone)
+    same, *others = set(alone.values())
+    if not others:
+        every = "both" if len(alone) == 2 else "all"
+        return [(f"{chinese}一致，都是{CHINESE[same]}。", f"{english.capitalize()} agree: {every} are {same}.")]
+    zh, en = [], []
+    for name, label in alone.items():
+        zh.append(f"只{'听' if name == 'audio' else '看'}{CHINESE[name]}是{CHINESE[label]}")
+        en.append(f"the {SAID[name]} alone {'are' if name == 'text' else 'is'} {label}")
+    ends = "，".join(zh), ", ".join(en)
+    if believed := [name for name, label in alone.items() if label == answer]:
+        trusted = _named(believed)
+        ends = f"{ends[0]}；模型采信了{trusted[0]}", f"{ends[1]}; the model believes the {trusted[1]}"
+    if {alone.get("text"), alone.get("video")} == {"positive", "negative"}:
+        ends = ends[0] + "，可能是反话", ends[1] + ". It may be irony"
+    return [(f"{chinese}不一致：{ends[0]}。", f"{english.capitalize()} disagree: {ends[1]}.")]
+
+
+def _named(modalities: Iterable[str]) -> tuple[str, str]:
+    """文字、画面与声音; words, picture and sound."""
+
+    def joined(names: list[str], comma: str, last: str) -> str:
+        return last.join(filter(None, (comma.join(names[:-1]), names[-1])))
+
+    names = list(modalities)
+    return joined([CHINESE[name] for name in names], "、", "与"), joined([SAID[name] for name in names], ", ", " and ")
 
 
 def page(template: str, **values: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from senticlip import cam
 from senticlip.encoders.text import tokenize
+from senticlip.models.base import only
 from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence
 
 
@@ -112,10 +113,12 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
     ]
 
 
-def alone(cases: list[Case]) -> dict[str, Prediction]:
-    """What text alone and video alone say, where a clip has both and nothing else."""
-    without = {case.kind: case.prediction for case in cases if case.kind in SURFACE.values()}
-    return {"text": without["video"], "video": without["text"]} if set(without) == {"text", "video"} else {}
+@torch.no_grad()
+def alone(predictor: Any, features: Batch) -> dict[str, Prediction]:
+    """What each modality of one clip says without the others (surface names); nothing where there is but one."""
+    there = [name for name, sequence in features.modalities.items() if sequence.mask.any()]
+    answers = {SURFACE[name]: predictor.model.fuse(only(features, [name])) for name in there if len(there) > 1}
+    return {name: predictor.predictions(output)[0] for name, output in answers.items()}
 
 
 def looks(output: Output, features: Batch) -> dict[str, torch.Tensor]:
