@@ -128,7 +128,7 @@ def test_a_stage_is_the_main_training_with_its_own_keys(file):
 
 def test_an_override_leaves_the_config_it_came_from():
     config = Config()
-    config.override({"text.lr": 1.0, "stages.a.width": 8, "options.x": 1})
+    config.override({"text.lr": 1.0, "stages.a.width": 8, "model": "tfn", "options.x": 1})
     assert config == Config() == from_dict(yaml.safe_load(Config().to_yaml()))
 
 
@@ -143,3 +143,17 @@ def test_model_names_are_those_that_there_are():
 def test_a_config_needs_no_torch():
     script = "import sys, senticlip.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_stage_keeps_the_main_trainings_splits():
+    for key, value in (("seed", 7), ("protocol", "tenth")):
+        config = Config().override({"stages": {"text": {"modalities": ["text"], key: value}}})
+        with pytest.raises(UsageError, match=rf"stages.text: {key} is the main training's"):
+            config.stage("text")
+    assert Config().override({"seed": 7, "stages": {"text": {"modalities": ["text"]}}}).stage("text").seed == 7
+
+
+def test_options_are_the_peers():
+    with pytest.raises(UsageError, match="options: nonsense"):
+        Config().override({"options.nonsense": 1})
+    assert Config().override({"model": "tfn", "options": {"dropout": 0.1}}).options == {"dropout": 0.1}

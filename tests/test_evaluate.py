@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
-from tests.tiny import data_folder, text_folder
+from tests.tiny import clip_folder, data_folder, text_folder
 
+import senticlip
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.evaluate import compare, evaluate
@@ -88,3 +89,30 @@ def test_what_cannot_be_asked(place):
         evaluate(place / "a", place / "data", target="Q")
     with pytest.raises(UsageError, match="split 'tset': unknown"):
         evaluate(place / "a", place / "data", "tset")
+
+
+def test_a_split_that_has_no_video_or_nothing_at_all(place, tmp_path):
+    clips, text = clip_folder(tmp_path / "clip"), str(place / "text")
+    changes = {"vision.encoder": str(clips), "text.encoder": text, "text.max_length": 20, "width": 16, "heads": 2}
+    for how in ("frozen", "full"):
+        model = create_model(Config().override({**changes, "vision.train": how, "text.train": how, "vision.frames": 2}))
+        model.save_pretrained(tmp_path / how)
+        table = tmp_path / "own.csv"
+        table.write_text("text,label,split\n天气好,1,test\n天气坏,-1,test\n", encoding="utf-8")
+        predictor = senticlip.load(tmp_path / how, device="cpu")
+        wanted = [predictor(None, words).probabilities["positive"] for words in ("天气好", "天气坏")]
+        assert evaluate(tmp_path / how, table, device="cpu")["n"] == 2
+        rows = [float(row["positive"]) for row in rows_of(tmp_path / how)]
+        np.testing.assert_allclose(rows, wanted, atol=1e-3 if how == "frozen" else 1e-6)
+    picture = create_model(Config().override({**changes, "modalities": ["vision"], "vision.frames": 2}))
+    picture.save_pretrained(tmp_path / "v")
+    with pytest.raises(UserError, match=r"own\.csv: no video in any of 2 clips"):
+        evaluate(tmp_path / "v", table, device="cpu")
+
+
+def test_another_question_has_a_file_of_its_own(place):
+    evaluate(place / "a", place / "data")
+    before = (place / "a" / "predictions-test.csv").read_bytes()
+    evaluate(place / "a", place / "data", target="V")
+    assert (place / "a" / "predictions-test.csv").read_bytes() == before
+    assert (place / "a" / "predictions-test-V.csv").is_file()

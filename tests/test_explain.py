@@ -290,3 +290,15 @@ def test_the_command_line(run, video, tmp_path):
     done = subprocess.run([*command, "--out", "x", "--data", "y"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_only_pictures_of_an_earlier_page_are_removed(run, video, tmp_path):
+    mine = [tmp_path / "out" / name for name in ("frame-0099.png", "frame-front.png", "frame-77.png")]
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_bytes(b"mine")
+    explain(run, video, TEXT, tmp_path / "out")
+    assert all(path.read_bytes() == b"mine" for path in mine)
+    explain(run, None, TEXT, tmp_path / "out")
+    there = {path.name for path in mine[0].parent.glob("*.png")}
+    assert there == {"frame-0099.png", "frame-front.png"}  # the page was there now, and frame-77 could be its own

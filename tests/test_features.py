@@ -92,3 +92,14 @@ def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encode
     values, mask = found.rows["vision"].gather(np.array([1]))
     assert mask.all()
     np.testing.assert_allclose(values[0], train["vision"][1])
+
+
+def test_splits_and_modalities_that_are_not_there(tmp_path, encoder):
+    table = tmp_path / "own.csv"
+    table.write_text("text,label,split\n今天真好,1,train\n今天真坏,-1,train\n", encoding="utf-8")
+    out = tmp_path / "new" / "folder" / "f.pkl"
+    features(table, out, small(encoder), device="cpu")
+    made = pickle.loads(out.read_bytes())
+    assert made["test"]["regression_labels"].shape == (0,)
+    assert made["train"]["vision"].shape[2] == create_model(small(encoder)).encoders["vision"].dim
+    assert len(read_features(out, tmp_path / "cache", ("text", "vision")).rows["text"]) == 2

@@ -127,3 +127,22 @@ def test_a_bad_row_is_a_row_with_its_error(tmp_path):
         assert said in rows[i]["error"]
         assert f"{path}, row {i + 1}" in rows[i]["error"]
     assert rows[8]["error"].endswith("row 9: neither path nor text")
+
+
+def test_nothing_of_a_csv_is_lost_in_silence(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text('id,path,text\n1,a.mp4,好\n2,b.mp4,"你好\n3,c.mp4,再见\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"m\.csv, row 3: not readable as CSV .* quote"):
+        list(manifest.read(path))
+    path.write_text("id,path,text\n1,a.mp4,我很难过, 但是今天真开心\n2,b.mp4,好,,\n", encoding="utf-8")
+    first, second = manifest.read(path)
+    assert "row 2: more cells than columns" in first["error"]
+    assert (second["text"], second["error"]) == ("好", None)
+
+
+def test_blank_words_are_none_and_subtitles_are_enough(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("id,subtitles,start\n1,a.srt,\n2,  ,\n", encoding="utf-8")
+    first, second = manifest.read(path)
+    assert (first["subtitles"], first["error"]) == ("a.srt", None)
+    assert "neither path nor text" in second["error"]

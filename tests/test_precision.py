@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.test_export import make_run, make_video
 
 import senticlip
 from senticlip.models.base import SentimentModel
-from senticlip.precision import PRECISIONS, compare, disagreement, probe
+from senticlip.precision import PRECISIONS, compare, disagreement, lowered, probe
 from senticlip.structures import Clip, Output, UsageError
 
 
@@ -110,3 +111,8 @@ def test_scores_are_compared_by_hand():
 def test_errors(run):
     with pytest.raises(UsageError, match=", ".join(PRECISIONS)):
         senticlip.load(run, "cpu", "fp8")
+
+
+def test_a_model_of_features_has_nothing_to_compute_in_less(tmp_path):
+    with pytest.raises(UsageError, match=r"--precision bf16.*no encoder"):
+        lowered(SimpleNamespace(encoders={}), tmp_path, "bf16")

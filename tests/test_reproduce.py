@@ -247,12 +247,12 @@ def test_the_figure_and_the_majority_count_clips():
 
 def test_what_the_report_says_follows_the_intervals():
     def row(low, high, random=False):
-        return {"versus": {"accuracy": {"low": low, "high": high}}, "random": random}
+        return {"versus": {"accuracy": {"low": low, "high": high, "seeds": [low, high]}}, "random": random}
 
     rows = {"a": row(0.1, 0.2), "b": row(-0.2, -0.1), "c": row(-1, 1), "d": row(0.1, 0.2, random=True)}
     told = results.verdict("ours", {**rows, "ours": {"versus": None, "random": False}})
     assert [line.split(":")[0] for line in told] == ["For", "Against", "Open"]
-    assert told[0].startswith("For: ours is above a (")
+    assert told[0].startswith("For: ours is above a (+10.00, +20.00) in these runs (")
     assert results.verdict("ours", {**rows, "ours": {"versus": None, "random": True}}) == []
 
 

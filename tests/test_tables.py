@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 
-from senticlip.config import Config, load
+from senticlip.config import Config, TrainConfig, load
 from senticlip.models import MODELS
 from senticlip.structures import UsageError
 from senticlip.tables import EXPERIMENTS, digest, load_tables, notes, row_changes
@@ -111,3 +113,11 @@ def test_a_table_that_the_paper_does_not_have():
 def test_nested_keys_become_dotted():
     assert row_changes("clip/resnet34.yaml")["vision.encoder"] == "timm/resnet34.a1_in1k"
     assert row_changes("peers/tfn.yaml")["options.post_fusion"] == 32
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (EXPERIMENTS / "peers").glob("*.yaml")))
+def test_a_peer_takes_no_training_switch_of_the_preset(file):
+    elsewhere = {"metric", "precision", "scalar_lr"}  # how rows are judged, on what they run, the main model's weights
+    assert {f.name for f in dataclasses.fields(TrainConfig)} - elsewhere <= {
+        key.removeprefix("train.") for key in row_changes(f"peers/{file}")
+    }

@@ -102,6 +102,8 @@ def analyze(
     elif subtitles is not None:
         lines = subs.read(subtitles, shift)
     else:
+        if track is not None and not info.subtitle_tracks:
+            raise UsageError(f"--track {track}: {video} has no subtitle track — give a file: --subtitles F.srt")
         lines = subs.embedded(video, track, shift) or (shots(video) if cut == "shots" else windows(end, seconds))
     if not lines:
         raise UserError(f"{subtitles or video}: no line is said in it — leave out the subtitles to cut by time")
@@ -123,7 +125,7 @@ def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:
     run = answers.fingerprint(predictor.run) if hasattr(predictor, "run") else ""
     film = [str(video.resolve()), stat.st_size, stat.st_mtime_ns]
     said = json.dumps([run, precision, *film, BATCH, lines], ensure_ascii=False)
-    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]:
@@ -212,7 +214,9 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
     before, after = page.split("/*DATA*/")
 
     def write_page(path: Path) -> None:
-        head = json.dumps({"name": job.video.name, "duration": max(job.end, job.lines[-1].end)}, ensure_ascii=False)
+        head = json.dumps(
+            {"name": answers.shown(job.video), "duration": max(job.end, job.lines[-1].end)}, ensure_ascii=False
+        )
         with path.open("w", encoding="utf-8") as file:
             file.write(before + _inert(head[:-1]) + ', "rows": [')
             for number, part in enumerate(files):

@@ -37,6 +37,11 @@ FIELDS = [
 absent."""
 
 
+def shown(path: str | Path) -> str:
+    """A file's name for a page, which is UTF-8; on disk it need not be."""
+    return os.fsencode(Path(path).name).decode("utf-8", "replace")
+
+
 def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:
     """A prediction as a row with the columns FIELDS; what it does not have is None."""
     row: dict[str, Any] = {name: None for name, _ in FIELDS}

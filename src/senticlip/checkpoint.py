@@ -147,10 +147,10 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     """
     folder = out / CHECKPOINTS
     finished, begun = read_metrics(out), read_json(folder / "origin.json")
+    if begun and not _other(begun, mine):  # a finished one has none left: it is being trained anew
+        return None
     if finished and not _other(finished, mine):
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
-    if begun and not _other(begun, mine):
-        return None
     if there := begun if any(folder.glob("checkpoint-*")) else finished:
         raise UserError(f"{out}: holds a run of {_other(there, mine)} — choose another --out, or leave out --resume")
     return None

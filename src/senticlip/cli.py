@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -17,6 +18,8 @@ from senticlip.structures import UsageError, UserError
 def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; in JSON that reads as one
     try:
         result = VERBS[options.verb](options)
         if options.json and runtime.first_process():
@@ -125,6 +128,8 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.features import features as run
     from senticlip.tables import load_preset
 
+    if options.trained and options.set:
+        raise UsageError("--set: RUN's own config says how its encoders read — leave --set or --run out")
     config = load_preset(options.preset, options.set)
     result = run(options.data, options.out, config, options.protocol, options.device, options.trained)
     say(options, f"{result['clips']} clips; {result['file']}")

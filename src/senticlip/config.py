@@ -180,6 +180,8 @@ class Config:
             raise UsageError(f"target: {self.target!r} — choose one of {', '.join(TARGETS)}")
         if self.width % self.heads:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
+        if self.model == "clip_ca_msa" and self.options:
+            raise UsageError(f"options: {', '.join(self.options)} — clip_ca_msa has none, the peers have")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
         if self.prompt != "none" and not self.text.prefix_text.strip():
@@ -211,9 +213,13 @@ class Config:
     def stage(self, name: str) -> Config:
         """The config of one preceding training; what is wrong with it is told by its name."""
         try:
-            return self.override({"stages": {}, **self.stages[name]})
+            stage = self.override({"stages": {}, **self.stages[name]})
         except UsageError as error:
             raise UsageError(f"stages.{name}: {error}") from None
+        for key in ("seed", "protocol"):
+            if getattr(stage, key) != getattr(self, key):
+                raise UsageError(f"stages.{name}: {key} is the main training's — clips of its test would be trained on")
+        return stage
 
 
 def from_dict(data: dict[str, Any]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,9 @@ def _answers(
         result["heads"] = {SURFACE[name]: _short(truth, said.argmax(-1).numpy()) for name, said in heads.items()}
         result["equal_weights"] = _short(truth, sum(heads.values()).argmax(-1).numpy())
     if Path(run).is_dir():
-        write_text(Path(run) / f"predictions-{split}.csv", _table(clips, output, truth))
+        other = [word for word, usual in ((target, config.target), (precision, "fp32")) if word != usual]
+        with suppress(PermissionError):  # somebody else's RUN can be judged, too
+            write_text(Path(run) / f"predictions-{'-'.join([split, *other])}.csv", _table(clips, output, truth))
     return Answers(clips, truth, _predicted(output), result)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import senticlip
 from senticlip import cam
-from senticlip.answers import make_callable, write_whole
+from senticlip.answers import make_callable, shown, write_whole
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.occlusion import Case, alone, characters, looks, occlude, value
 from senticlip.progress import bar
@@ -120,7 +120,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     pictures = _pictures(clip.video, times) if clip.video is not None and seen else []
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
-    name = clip.video.name if clip.video is not None else ""
+    name = shown(clip.video) if clip.video is not None else ""
     said = alone(predictor, features)
     return Explanation(name, clip.text, prediction, cases, said, attention, times, pictures, maps, method or "")
 
@@ -273,13 +273,13 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
         UsageError, UserError: the folder cannot be made or written to.
     """
     folder = make_folder(out)
-    shown = found.pictures
+    frames = found.pictures
     if found.maps is not None:
-        shown = [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
-    paths = [folder / f"frame-{i + 1}.png" for i in range(len(shown))]
-    for old in folder.glob("frame-*.png"):
-        old.unlink()  # of another clip, which had more frames
-    for path, picture in zip(paths, shown, strict=True):
+        frames = [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
+    paths = [folder / f"frame-{i + 1}.png" for i in range(len(frames))]
+    target = folder / "explain.html"
+    longer = _later_frames(folder, len(paths)) if target.is_file() else []
+    for path, picture in zip(paths, frames, strict=True):
         write_whole(path, functools.partial(_save_png, picture=picture))
     label = found.prediction.label
     before = value(found.cases[0].prediction, label)
@@ -290,14 +290,21 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
         sentences=sentences(found),
         frames=[
             (inline(picture), inline(heated), time)
-            for picture, heated, time in zip(found.pictures, shown, found.times, strict=True)
+            for picture, heated, time in zip(found.pictures, frames, found.times, strict=True)
         ],
         differences=[(case, value(case.prediction, label) - before) for case in found.cases[1:]],
         pieces=_pieces(found, before),
     )
-    target = folder / "explain.html"
     write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
+    for old in longer:
+        old.unlink()
     return {"html": str(target), "frames": [str(path) for path in paths]}
+
+
+def _later_frames(folder: Path, count: int) -> list[Path]:
+    """Our pictures of a clip that was explained here before and had more frames."""
+    numbers = {path: path.stem.removeprefix("frame-") for path in folder.glob("frame-*.png")}
+    return [p for p, n in numbers.items() if n.isascii() and n.isdigit() and n[0] != "0" and int(n) > count]
 
 
 def _save_png(path: Path, picture: Image.Image) -> None:

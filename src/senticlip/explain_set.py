@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from senticlip import metrics
-from senticlip.answers import write_whole
+from senticlip.answers import shown, write_whole
 from senticlip.data.loader import to_batch
 from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, make_folder, page, write
@@ -112,7 +112,7 @@ def explain_set(
             progress.advance(task)
     result = _summary(rows, kinds) | {"by": by}
     target = folder / "index.html"
-    html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=Path(data).name)
+    html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=shown(data))
     write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
     _sweep(folder, {Path(item.href).parent.name for item in listed if item.href})
     return {"html": str(target), **result, "worst": [str(folder / item.href) for item in listed if item.href]}

@@ -88,6 +88,8 @@ def export(
     from senticlip.precision import compare
     from senticlip.predictor import Predictor
 
+    if Path(run).suffix == ".onnx":
+        raise UsageError(f"{run}: is exported already — name the RUN that it was made from")
     predictor = Predictor(run, "cpu")
     config = predictor.config
     # data that cannot be read is told before the minutes of an export
@@ -271,7 +273,7 @@ class OnnxModel:
         feed: dict[str, np.ndarray] = {}
         for name in self.encoders:
             values, mask = self._filled(name, batch)
-            feed[name], feed[f"{name}_mask"] = values.numpy(), mask.numpy()
+            feed[name], feed[f"{name}_mask"] = values.cpu().numpy(), mask.cpu().numpy()
         names = [output.name for output in self.session.get_outputs()]
         parts = (torch.from_numpy(np.asarray(part)) for part in self.session.run(None, feed))
         found = dict(zip(names, parts, strict=True))

@@ -65,11 +65,12 @@ def features(
         splits[split] = {
             "id": [clip.id.replace("/", "$_$") for clip in chosen],
             "raw_text": [clip.text or "" for clip in chosen],
-            "text_bert": _tokens(model.tokenizer, chosen, config.text.max_length),
+            **_tokens(model.tokenizer, chosen, config.text.max_length),
             **_labels(chosen),
         }
         for name, store in stores.items():
-            splits[split] |= _padded(name, store, places, AUDIO_STEPS if name == "audio" else None)
+            width = config.audio.bands if name == "audio" else model.encoders[name].dim
+            splits[split] |= _padded(name, store, places, width, AUDIO_STEPS if name == "audio" else None)
     write_features(out, splits)
     return {"clips": len(clips), "file": str(out)}
 
@@ -82,8 +83,8 @@ def _untrained(config: Config) -> SentimentModel:
     return create_model(config.override({**lmf, **frozen, "prompt": prompt}))
 
 
-def _padded(name: str, store: Rows, places: np.ndarray, most: int | None) -> dict[str, Any]:
-    """Rows → values N×L×d float32, zero-padded, and lengths."""
+def _padded(name: str, store: Rows, places: np.ndarray, width: int, most: int | None) -> dict[str, Any]:
+    """Rows → values N×L×width float32, zero-padded, and lengths."""
     rows = []
     for place in places:
         values, mask = store.gather(np.array([place]))
@@ -91,26 +92,27 @@ def _padded(name: str, store: Rows, places: np.ndarray, most: int | None) -> dic
         if most and len(row) > most:
             row = np.stack([part.mean(0) for part in np.array_split(row, most)])
         rows.append(row)
-    width = store.gather(np.array([0]))[0].shape[2]
     values = np.zeros((len(rows), max([1, *map(len, rows)]), width), np.float32)
     for i, row in enumerate(rows):
         values[i, : len(row)] = row
     return {name: values, f"{name}_lengths": [len(row) for row in rows]}
 
 
-def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> np.ndarray:
-    """Ids, mask and token types, N×3×n: what MMSA gives to its own BERT."""
+def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.ndarray]:
+    """Ids, mask and token types, N×3×n: what MMSA gives to its own BERT; nothing where no text is read."""
+    if tokenizer is None:
+        return {}
     if not clips:
-        return np.zeros((0, 3, 1), np.float32)
+        return {"text_bert": np.zeros((0, 3, 1), np.float32)}
     ids, mask = tokenize(tokenizer, [clip.text for clip in clips], max_length)
-    return np.stack([ids.numpy(), mask.numpy(), np.zeros_like(ids.numpy())], 1).astype(np.float32)
+    return {"text_bert": np.stack([ids.numpy(), mask.numpy(), np.zeros_like(ids.numpy())], 1).astype(np.float32)}
 
 
 def _labels(clips: list[Clip]) -> dict[str, Any]:
-    """Scores; a label that no clip of the split has is left out, one that a single clip lacks is its M."""
+    """Scores; a label but M that no clip of the split has is left out, one that a single clip lacks is its M."""
     scores = {}
     for target, key in LABELS.items():
-        if any(target in clip.labels for clip in clips):
+        if target == "M" or any(target in clip.labels for clip in clips):
             scores[key] = np.array([clip.labels.get(target, clip.labels["M"]) for clip in clips], np.float32)
     classes = [polarity(clip.labels["M"]) for clip in clips]
     return {

@@ -21,6 +21,7 @@ from senticlip.structures import UsageError, UserError
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
+_SURPLUS = "more cells than columns — is a text with a comma quoted?"
 _ALIASES = {"video": "path", "file": "path", "video_path": "path", "subtitle": "subtitles", "sentence": "text"}
 
 
@@ -66,13 +67,16 @@ def _record(where: str, number: int, row: dict[str, Any] | ValueError) -> dict[s
     """A row as read → the columns of SCHEMA."""
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
-    said = {_ALIASES.get(name, name): str(value) for name, value in row.items() if value not in (None, "")}
+    said = {_ALIASES.get(name, name): str(value) for name, value in row.items() if value is not None}
+    said = {name: value for name, value in said.items() if value.strip()}
     whole = {name: said[name].encode("utf-8", "replace").decode() for name in COLUMNS if name in said}
     record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **whole, "error": None}
     record["id"] = record["id"] or record["path"] or f"row {number}"
     halves = [name for name, value in whole.items() if value != said[name]]
     if halves:
         record["error"] = f"{where}, column {halves[0]}: half a character (an unpaired \\ud800 … \\udfff)"
+    elif row.get("error") is _SURPLUS:
+        record["error"] = f"{where}: {_SURPLUS}"
     elif not {"path", "text", "subtitles"} & said.keys():
         record["error"] = f"{where}: neither path nor text"
     return record
@@ -80,16 +84,19 @@ def _record(where: str, number: int, row: dict[str, Any] | ValueError) -> dict[s
 
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",")
+        reader = csv.DictReader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",", strict=True)
+        start = 1
         try:
             names = [name.strip().casefold() for name in reader.fieldnames or []]
             _known(manifest, names)
             reader.fieldnames = names
+            start = reader.line_num + 1
             for row in reader:
-                row.pop(None, None)
-                yield reader.line_num, row
+                rest: Any = row.pop(None, None)
+                yield reader.line_num, row | ({"error": _SURPLUS} if rest and any(rest) else {})
+                start = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{manifest}, row {reader.line_num + 1}: not readable as CSV ({error})") from None
+            raise UserError(f"{manifest}, row {start}: not readable as CSV ({error}) — is a quote left open?") from None
 
 
 def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -128,7 +135,7 @@ def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _known(manifest: Path, names: Iterable[str]) -> None:
     """The header must name a column that can be worked on."""
-    if not {"path", "text"} & {_ALIASES.get(name, name) for name in names}:
+    if not {"path", "text", "subtitles"} & {_ALIASES.get(name, name) for name in names}:
         found = ", ".join(map(str, names)) or "nothing"
         raise UserError(f"{manifest}, row 1: the columns are {found} — expected id, path, text or subtitles")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from senticlip.checkpoint import write_text
 from senticlip.metrics import score_class
 from senticlip.sources import fingerprint
-from senticlip.structures import Batch, Clip, Output, Sequence, UserError
+from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
 if TYPE_CHECKING:
     from senticlip.predictor import Predictor
@@ -28,8 +28,10 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     That is measured once for these weights, and kept in ``RUN/precision.json``; so is the ONNX file that is int8.
 
     Raises:
-        UsageError: int8 without onnxruntime, or of a model that cannot be exported.
+        UsageError: a model without an encoder; int8 without onnxruntime, or of a model that cannot be exported.
     """
+    if not model.encoders:
+        raise UsageError(f"--precision {precision}: {run} reads feature files, it has no encoder to compute in less")
     place, weights = run / "precision.json", fingerprint(model)
     known, name = _measured(place, weights), f"{precision} on {model.device.type}"
     batch = probe(model, model.experiment)

@@ -68,12 +68,15 @@ class Predictor:
         start: float | None = None,
         end: float | None = None,
     ) -> Prediction:
-        """One clip, or the piece of it from ``start`` to ``end`` seconds.
+        """One clip, or the piece of it from ``start`` to ``end`` seconds; a blank text is none.
 
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.
         """
-        return next(self.predict([Clip("", Path(video) if video is not None else None, text, start=start, end=end)]))
+        clip = Clip(
+            "", None if video is None else Path(video), text if text and text.strip() else None, start=start, end=end
+        )
+        return next(self.predict([clip]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
         """Stream predictions, a batch at a time."""

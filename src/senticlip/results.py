@@ -70,8 +70,11 @@ def _random(config: Config) -> bool:
     return any(part.train == "frozen" and not part.pretrained for part in parts)
 
 
-def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> dict[str, dict[str, float]] | None:
-    """The paired bootstrap of first − second over the seeds that both have run on the same clips; None without any."""
+def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
+    """The paired bootstrap of first − second over the seeds that both have run on the same clips; None without any.
+
+    It draws clips, not seeds: ``accuracy["seeds"]`` has the difference of each.
+    """
     pairs = [(first[seed]["predictions"], second[seed]["predictions"]) for seed in first if seed in second]
     pairs = [(a, b) for a, b in pairs if a["id"] == b["id"]]
     if not pairs:
@@ -80,7 +83,12 @@ def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
         np.concatenate([np.asarray(part) for part in column])
         for column in zip(*[(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs], strict=True)
     )
-    return metrics.paired_bootstrap(truth, ours, theirs, groups=ids)
+    found = metrics.paired_bootstrap(truth, ours, theirs, groups=ids)
+    gaps = [
+        np.mean(np.equal(a["truth"], a["predicted"])) - np.mean(np.equal(b["truth"], b["predicted"])) for a, b in pairs
+    ]
+    found["accuracy"]["seeds"] = [float(gap) for gap in gaps]
+    return found
 
 
 def numbers(found: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +207,7 @@ def _line(name: str, entry: dict[str, Any]) -> list[str]:
         mean, std = (100 * entry["scores"][metric][key] for key in ("mean", "std"))
         paper = entry["paper"].get(metric)
         told = f" ({paper:.2f}, {mean - paper:+.2f})" if paper is not None else ""
-        cells.append(f"{mean:.2f} ± {std:.2f}{told}")
+        cells.append((f"{mean:.2f} ± {std:.2f}" if len(entry["runs"]) > 1 else f"{mean:.2f}") + told)
     for metric in ("accuracy", "macro_f1"):
         gap = entry["versus"][metric] if entry["versus"] else None
         cells.append("" if gap is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*_points(gap)))
@@ -211,7 +219,10 @@ def _points(gap: dict[str, float]) -> tuple[float, float, float]:
 
 
 def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
-    """What the intervals say, and no more; random weights speak neither for nor against anything."""
+    """What the intervals say of these runs, and no more; random weights speak neither for nor against anything.
+
+    Behind each row's name the difference of each seed: the intervals draw clips, so they know nothing of other seeds.
+    """
     if rows[reference]["random"]:
         return []
     above: list[str] = []
@@ -219,12 +230,14 @@ def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
     open_: list[str] = []
     for name, entry in rows.items():
         if not entry["random"] and (gap := (entry["versus"] or {}).get("accuracy")):
-            (above if gap["low"] > 0 else below if gap["high"] < 0 else open_).append(name)
+            side = above if gap["low"] > 0 else below if gap["high"] < 0 else open_
+            side.append(f"{name} ({', '.join(f'{100 * seed:+.2f}' for seed in gap['seeds'])})")
+    excludes = "in these runs (by seed; the 95 % interval over clips excludes zero)"
     told = []
     if above:
-        told.append(f"For: {reference} is above {', '.join(above)} (95 % interval of the accuracy excludes zero).")
+        told.append(f"For: {reference} is above {', '.join(above)} {excludes}.")
     if below:
-        told.append(f"Against: {reference} is below {', '.join(below)} (95 % interval of the accuracy excludes zero).")
+        told.append(f"Against: {reference} is below {', '.join(below)} {excludes}.")
     if open_:
         told.append(f"Open: between {reference} and {', '.join(open_)} the interval includes zero.")
     return told

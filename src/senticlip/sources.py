@@ -20,7 +20,7 @@ from senticlip.data.mmsa import feature_file, read_features
 from senticlip.data.openface import WIDTH, openface_store
 from senticlip.encoders.text import tokenize
 from senticlip.models.base import SentimentModel
-from senticlip.structures import Clip, UsageError
+from senticlip.structures import SURFACE, Clip, UsageError, UserError
 
 
 def cache_root() -> Path:
@@ -94,6 +94,9 @@ def clip_set(
         tokenizer: of the text encoder (None without text).
         root: of the caches.
         data: the data set, for the modalities that come ready-made.
+
+    Raises:
+        UserError: none of the clips has anything that the model reads.
     """
     root = root or cache_root()
     config = model.experiment
@@ -119,6 +122,11 @@ def clip_set(
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root)
+    if not any(any(store.keys) for store in stores.values()):
+        reads = " and no ".join(SURFACE[name] for name in stores)
+        raise UserError(
+            f"{data or 'these clips'}: no {reads} in any of {len(clips)} clips, and this model reads nothing else"
+        )
     return ClipSet(clips, stores)
 
 

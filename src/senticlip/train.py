@@ -117,7 +117,7 @@ class Fitter(Trainer):
         trainee: Any = self.model
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
         radius = trainee.experiment.train.sam
-        return sharpness_aware(trainee.parameters(), radius, step) if radius else step()
+        return sharpness_aware(trainee, radius, step) if radius else step()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Every row of valid: ``dataloader_drop_last`` is meant for training batches, but reaches these, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import wave
 
+import av
 import numpy as np
 import pytest
 
@@ -67,3 +68,19 @@ def test_faults_and_clips_without_sound(tmp_path):
     values, mask = audio_store([Clip("a"), Clip("b", path)], 33, tmp_path / "cache").gather(np.array([0, 1]))
     assert mask.sum(1).tolist() == [0, 1 + (4800 - 640) // 320]
     assert values.shape[2] == 33
+
+
+def test_a_recording_whose_clock_began_elsewhere(tmp_path):
+    path = tmp_path / "off.ts"
+    with av.open(str(path), "w", options={"output_ts_offset": "1000"}) as file:
+        stream = file.add_stream("mp2", rate=RATE, layout="mono")
+        sound = np.concatenate([tone(440, 1), tone(1760, 1), tone(440, 1)])
+        frame = av.AudioFrame.from_ndarray((sound * 20000).astype("<i2")[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        for packet in (*stream.encode(frame), *stream.encode()):
+            file.mux(packet)
+    with av.open(str(path)) as file:
+        assert file.start_time > 900e6
+    piece = read_audio(path, 1.25, 1.75)
+    assert len(piece) == RATE // 2
+    assert 2 * np.abs(np.fft.rfft(piece)).argmax() == pytest.approx(1760, abs=8)

@@ -327,3 +327,30 @@ def test_texts_alone(tmp_path):
 def test_ids_meet_without_their_zeros(number, width):
     assert normal_id(f"{number:0{width}}") == normal_id(str(number)) == normal_id(f"{number}.0")
     assert normal_id(f"video_{number:0{width}}") == normal_id(f"video_{number}")
+
+
+def test_own_csv_may_name_source_videos(tmp_path):
+    (tmp_path / "Raw").mkdir()
+    table = tmp_path / "own.csv"
+    table.write_text("video_id,text,label,split\nfilm,你好,1,train\nfilm,再见,-1,test\n", encoding="utf-8")
+    assert [(clip.text, clip.video) for clip in read_clips(table)] == [("你好", None), ("再见", None)]
+    assert "video 'film' is in 2 splits" in check(table).warnings[0]
+
+
+def test_a_folder_with_a_dot_in_its_name(tmp_path):
+    rows = [["movie.2019", "0001", "好", "1", "1", "1", "1", "Positive", "train"]]
+    assert read_clips(write_folder(tmp_path, rows))[0].video == tmp_path / "Raw" / "movie.2019" / "0001.mp4"
+
+
+def test_what_cannot_be_a_file_or_a_piece_is_the_rows_fault(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    table = tmp_path / "own.csv"
+    rows = ["长" * 100, "~nobody99/x.mp4", "a.mp4,好,1,5,3", "a.mp4,好,1,nan,", "a.mp4,好,1,99,100"]
+    rows = [f"{row},好,1,," if row.count(",") < 4 else row for row in rows]
+    table.write_text("\n".join(["path,text,label,start,end", *rows, "a.mp4,难过,1,0,1,多"]), encoding="utf-8")
+    said = check(table).problems
+    for row, reason in enumerate(
+        ["can be no file's name", "nobody99", "before it begins", "no time in seconds", "before the piece begins"], 2
+    ):
+        assert any(f"row {row}" in line and reason in line for line in said), (row, said)
+    assert any("row 7: more cells than columns" in line for line in said)

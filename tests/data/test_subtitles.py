@@ -223,3 +223,29 @@ def test_tracks_of_pictures_are_passed_over(tmp_path):
     path = film(tmp_path / "both.mkv", [("eng", SRT)], pictures="chi")
     assert embedded(path) == LINES
     assert embedded(film(tmp_path / "pictures.mkv", [], pictures="chi")) == []
+
+
+def test_what_a_vtt_holds_beside_its_lines_is_not_said(tmp_path):
+    text = (
+        "WEBVTT - 片名\r\nKind: captions\r\n\r\nSTYLE\r\n::cue { color: red }\r\n\r\nintro-1\r\n"
+        "00:01.000 --> 00:02.000\r\n你好\r\n\r\nNOTE 这里要改\r\n\r\n0b6c-11/12-0\r\n"
+        "00:00:03.000 --> 00:00:04.000 align:start\r\n再见\r\n真的\r\n\r\nNOTE\r\n完\r\n"
+    )
+    wanted = [Line(1.0, 2.0, "你好"), Line(3.0, 4.0, "再见真的")]
+    assert read(write(tmp_path, "a.vtt", text)) == wanted
+    assert read(write(tmp_path, "b.srt", text.replace("\r\n", "\n"))) == wanted  # the wrong name, as often
+
+
+def test_a_damaged_byte_is_no_other_encoding(tmp_path):
+    data = bytearray((SRT * 6).encode())
+    data[data.index("真".encode())] = 0xFF
+    assert guess_text(bytes(data), tmp_path).count("今天我真的很高兴") == 5
+
+
+def test_odd_files_are_read_or_said(tmp_path):
+    bare = ass(("0:00:01.00", "0:00:02.00", "你好")).partition("\n\n")[2].partition("\n\n")[2]
+    assert bare.startswith("[Events]")
+    assert read(write(tmp_path, "a.ass", bare)) == [Line(1.0, 2.0, "你好")]
+    for text in ('{"info": 1, "events": [3]}', '[{"start": 1}]'):
+        with pytest.raises(UserError, match=r"a\.srt: not"):
+            read(write(tmp_path, "a.srt", text))

@@ -142,3 +142,11 @@ def test_a_broken_run_is_one_line(folder, damage, said):
         SentimentModel.from_pretrained(folder / "run")
     assert "\n" not in str(error.value)
     assert str(folder / "run") in str(error.value)
+
+
+def test_the_weights_can_be_read_by_whom_the_config_can(tmp_path):
+    folder = text_folder(tmp_path / "text")
+    changes = {"modalities": ["text"], "text.encoder": str(folder), "text.max_length": 20, "width": 16, "heads": 2}
+    create_model(Config().override(changes)).save_pretrained(tmp_path / "run")
+    modes = {name: (tmp_path / "run" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert modes["config.json"] == modes["model.safetensors"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,19 +30,20 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
         UserError: the file cannot be opened.
     """
     try:
-        with av.open(str(path)) as container:
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             if not container.streams.audio:
                 return np.zeros(0, np.float32)
             stream = container.streams.audio[0]
+            zero = (container.start_time or 0) / av.time_base  # a recording's clock began somewhere else
             if start:
-                container.seek(int(start * av.time_base))
+                container.seek(int((start + zero) * av.time_base))
             resampler, parts, first = av.AudioResampler("flt", "mono", rate), [], None
             try:
                 for frame in container.decode(stream):
                     if first is None:
-                        first = frame.time or 0.0
+                        first = (frame.time or zero) - zero
                     parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
-                    if end is not None and frame.time is not None and frame.time > end:
+                    if end is not None and frame.time is not None and frame.time - zero > end:
                         break
                 parts += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
             except av.FFmpegError:
@@ -86,5 +88,5 @@ def audio_store(clips: list[Clip], bands: int, root: Path) -> Store:
             assert clip.video is not None
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands)
 
-    spec = {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP}
+    spec = {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 1}
     return cached(root, spec, clip_keys(clips, root), compute)

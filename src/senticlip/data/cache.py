@@ -188,7 +188,7 @@ def _open(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
             entry = json.loads(path.read_text(encoding="utf-8"))
             if len(np.load(values, mmap_mode="r")) == sum(entry["lengths"]):
                 shards.append((values, entry["keys"], entry["lengths"]))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
             continue
     return shards
 

@@ -70,13 +70,15 @@ class ClipSet(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A batch."""
+        """A batch; a modality that none of its rows has is left out, if they have another."""
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)
-        for name, store in self.stores.items():
-            values, mask = store.gather(chosen)
-            batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
+        found = {name: store.gather(chosen) for name, store in self.stores.items()}
+        there = {name for name, (_, mask) in found.items() if mask.any()} or set(found)
+        for name, (values, mask) in found.items():
+            if name in there:
+                batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
         return batch
 
 

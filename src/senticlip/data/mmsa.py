@@ -227,6 +227,7 @@ def write_features(path: str | Path, splits: dict[str, dict[str, Any]]) -> None:
 
     partial = Path(path).with_name(f".{Path(path).name}.partial")
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             pickle.dump(splits, file, protocol=4)
         os.replace(partial, path)

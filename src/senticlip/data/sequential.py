@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +26,11 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
         UserError: no such file, an empty one, none that FFmpeg knows, or one without video.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise UserError(f"{path}: no video file can have this name ({error.strerror}) — is it the text?") from None
+    if not there:
         raise UserError(f"{path}: no such video file — check the path" + (" (a folder)" if path.is_dir() else ""))
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty — copy or download it again")
@@ -57,12 +62,12 @@ def _open(path: Path) -> InputContainer:
     pixel format, which each frame tells again.
     """
     if path.suffix.lower() in (".mp4", ".m4v", ".mov"):
-        container = av.open(str(path), metadata_errors="replace", options={"skip_frame": "all"})
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options={"skip_frame": "all"})
         if "mp4" in container.format.name and all(stream.frames for stream in container.streams.video):
             return container
         container.close()
     # broken titles are no reason to refuse the pictures
-    return av.open(str(path), metadata_errors="replace")
+    return av.open(os.path.abspath(path), metadata_errors="replace")
 
 
 def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:

@@ -7,6 +7,7 @@ of one's own has the columns path, text, label, and if one likes split, id, vide
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -186,14 +187,19 @@ def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
     else:
         raise UsageError(f"{path}: no such folder or CSV file")
     lines = read_table(table)
+    header = lines[0].cells
     columns, lines = columns_of(table, lines)
+    named = not lines or lines[0].cells is not header
     if not lines:
         raise UserError(f"{table}: only a header — expected a row for each clip")
-    find = _own(table) if "path" in columns or "video_id" not in columns else _Raw(table).find
+    ids = {"video_id", "clip_id"} <= columns.keys() and "path" not in columns
+    find = _Raw(table).find if ids else _own(table)
     rows = []
     seen: dict[str, int] = {}
     for line in lines:
         row = _row(table, columns, line, find, official)
+        if named and any(line.cells[len(header) :]):
+            row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
         # rows of one's own may repeat a file; a CH-SIMS clip stands in the table once
         if row.clip.id in seen and isinstance(getattr(find, "__self__", None), _Raw):
             row.problems.append(f"{table}, row {line.row}: {row.clip.id} was in row {seen[row.clip.id]} already")
@@ -239,10 +245,12 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
     times: dict[str, float] = {}
     for column in ("start", "end"):
         try:
-            if cells.get(column):
-                times[column] = float(cells[column])
+            if cells.get(column) and not math.isfinite(times.setdefault(column, float(cells[column]))):
+                raise ValueError
         except ValueError:
             problems.append(f"{where}, column {column}: {cells[column]!r} is no time in seconds")
+    if times.get("end", math.inf) <= times.get("start", 0.0):
+        problems.append(f"{where}, columns start and end: the piece ends at {times['end']:g} s, before it begins")
     video, name, source, faults = find(cells, line.row)
     problems += [f"{where}: {fault}" for fault in faults]
     text = cells.get("text") or None
@@ -288,14 +296,14 @@ def _by_id(folder: Path, keep: Callable[[Path], bool]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if keep(path):
-            found[normal_id(path.stem)].append(path)
+            found[normal_id(path.name if path.is_dir() else path.stem)].append(path)
     return found
 
 
 def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path | None, str]:
     """The one entry that ``name`` means, or None and why."""
     near = found.get(normal_id(name), [])
-    exact = [path for path in near if path.stem == name or path.name == name]
+    exact = [path for path in near if name in (path.stem, path.name)]
     if len(exact or near) == 1:
         return (exact or near)[0], ""
     if near:
@@ -308,8 +316,13 @@ def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str,
 
     def find(cells: dict[str, str], row: int) -> tuple[Path | None, str, str, list[str]]:
         name = cells.get("path", "")
-        path = table.parent / Path(name).expanduser() if name else None
-        faults = [f"{path} does not exist"] if path is not None and not path.is_file() else []
+        path, faults = None, []
+        try:
+            path = table.parent / Path(name).expanduser() if name else None
+            if path is not None and not path.is_file():
+                faults = [f"{path} does not exist"]
+        except (OSError, RuntimeError) as error:
+            faults = [f"{name!r} can be no file's name ({getattr(error, 'strerror', None) or error})"]
         clip = cells.get("id") or name or f"row {row}"
         return path, clip, cells.get("video_id") or name or clip, faults
 
@@ -322,7 +335,9 @@ def _video_faults(clip: Clip) -> list[str]:
 
     assert clip.video is not None
     try:
-        problem = probe(clip.video).problem
+        info = probe(clip.video)
     except UserError as error:
-        problem = str(error)
-    return [problem] if problem else []
+        return [str(error)]
+    if (clip.start or 0.0) >= info.start + info.duration:
+        return [f"{clip.video} ends at {info.start + info.duration:.2f} s, before the piece begins"]
+    return [info.problem] if info.problem else []

@@ -7,6 +7,7 @@ that roll, notes of music. Here a line is what is said from one time to another,
 from __future__ import annotations
 
 import html
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -62,18 +63,31 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     text = guess_text(path.read_bytes(), path)
     if not text.strip():
         return []
+    if text.lstrip("\ufeff").startswith("WEBVTT"):
+        text = _timed_blocks(text)
+    bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
     try:
         cues = [
             _Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
-            for event in pysubs2.SSAFile.from_string(text, keep_unknown_html_tags=True)
+            for event in pysubs2.SSAFile.from_string(text, "ass" if bare else None, keep_unknown_html_tags=True)
             if not event.is_comment and not event.is_drawing
         ]
-    except (pysubs2.Pysubs2Error, ValueError, IndexError, KeyError) as error:
+    except (pysubs2.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not readable as {path.suffix[1:]} subtitles ({reason})") from None
     if not cues:
         raise UserError(f"{path}: no timed line in it — is it a {path.suffix[1:]} file?")
     return merge(cues, shift)
+
+
+def _timed_blocks(text: str) -> str:
+    """WebVTT without what is not said: names of cues, NOTE, STYLE and REGION blocks."""
+    cues = []
+    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
+        lines = block.split("\n")
+        timed = next((i for i, line in enumerate(lines) if "-->" in line), None)
+        cues += [] if timed is None else ["\n".join(lines[timed:])]
+    return "\n\n".join(["WEBVTT", *cues])
 
 
 def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) -> list[Line]:
@@ -94,7 +108,7 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
     from av.subtitles.subtitle import AssSubtitle
 
     try:
-        container = av.open(str(video), metadata_errors="replace")
+        container = av.open(os.path.abspath(video), metadata_errors="replace")
     except (FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{video}: cannot be opened — {getattr(error, 'strerror', None) or error}") from None
     with container:
@@ -215,10 +229,9 @@ def guess_text(data: bytes, path: Path) -> str:
     zeros = [data[start:4000:2].count(0) / (len(data[start:4000:2]) or 1) for start in (0, 1)]
     if max(zeros) > 0.1:
         return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", errors="replace")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        pass
+    text = data.decode("utf-8", errors="replace")
+    if 10 * text.count("\ufffd") <= sum(ord(c) > 127 for c in text):  # a damaged byte is no other encoding
+        return text
     found: list[tuple[float, str]] = []
     for encoding, first, last in (("gb18030", 0xB0, 0xD7), ("big5", 0xA4, 0xC6)):
         text = data.decode(encoding, errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ class SentimentModel(PreTrainedModel):
                 f"{path}: no trained model here (config.json and model.safetensors) — senticlip train makes one"
             )
         model = cls._described(path)
+        if not os.access(path / "model.safetensors", os.R_OK):
+            raise UserError(f"{path}/model.safetensors: cannot be read (permission denied) — ask its owner")
         try:
             model.load_state_dict(load_file(path / "model.safetensors"))
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
@@ -185,6 +188,8 @@ class SentimentModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config, weights and, in ``tokenizer/``, the tokenizer; ``push_to_hub`` sends what this writes."""
         super().save_pretrained(save_directory, **kwargs)
+        for weights in Path(save_directory).glob("*.safetensors"):  # which safetensors lets nobody else read
+            weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
 

@@ -79,7 +79,7 @@ class ConcatFusion(nn.Module):
         super().__init__()
         self.names = names
         self.kinds = nn.Parameter(0.02 * torch.randn(len(names), config.width))
-        self.encoder = transformer_layers(config, len(names))
+        self.encoder = transformer_layers(config, len(names) * (len(names) - 1))
 
     def forward(
         self, inputs: dict[str, Sequence], attention: bool = False
