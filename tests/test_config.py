@@ -113,7 +113,7 @@ def test_every_number_has_a_range_and_every_range_a_key():
 
 def test_the_ends_of_a_range_are_in_it():
     assert Config(dropout=0.99).dropout == 0.99
-    changes = {"train.warmup": 1, "train.ema": 0, "vision.size": None, "text.train": "full", "train.lr": "1e-4"}
+    changes = {"train.warmup": 0.99, "train.ema": 0, "vision.size": None, "text.train": "full", "train.lr": "1e-4"}
     assert Config().override(changes).train.lr == 1e-4
 
 

@@ -63,7 +63,7 @@ senticlip.load("RUN")("clip.mp4", text="…")
 Trained on `{Path(data).name}` (split by {config.protocol}, target {config.target}), seed {config.seed};
 best epoch {result["best_epoch"]}, chosen by {config.train.metric} on valid:
 
-| valid | |
+| valid{", before calibration" if own else ""} | |
 |---|---|
 {valid}
 

@@ -46,7 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.lr": (0, MOST),
     "train.scalar_lr": (0, MOST),
     "train.weight_decay": (0, MOST),
-    "train.warmup": (0, 1),
+    "train.warmup": (0, 0.99),
     "train.clip_norm": (0, MOST),
     "train.label_smoothing": (0, 0.99),
     "train.patience": (1, MOST),

@@ -78,7 +78,8 @@ def _answers(
     if temperature is not None and len(output.logits) > 1:
         heads = {name: output.logits[name] / tau for name, tau in zip(output.logits, temperature.cpu(), strict=True)}
         result["heads"] = {SURFACE[name]: _short(truth, said.argmax(-1).numpy()) for name, said in heads.items()}
-        result["equal_weights"] = _short(truth, sum(heads.values()).argmax(-1).numpy())
+        votes = [said * (output.weights[name] > 0)[:, None] for name, said in heads.items()]
+        result["equal_weights"] = _short(truth, sum(votes).argmax(-1).numpy())
     if Path(run).is_dir():
         other = [word for word, usual in ((target, config.target), (precision, "fp32")) if word != usual]
         with suppress(PermissionError):  # somebody else's RUN can be judged, too

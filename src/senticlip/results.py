@@ -13,7 +13,7 @@ import numpy as np
 from senticlip import metrics
 from senticlip.checkpoint import disk, write_text
 from senticlip.config import Config
-from senticlip.structures import LABELS, TARGETS, Clip, polarity
+from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
 from senticlip.tables import Table, digest, notes
 
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
@@ -83,7 +83,7 @@ def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
         np.concatenate([np.asarray(part) for part in column])
         for column in zip(*[(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs], strict=True)
     )
-    found = metrics.paired_bootstrap(truth, ours, theirs, groups=ids)
+    found: dict[str, Any] = dict(metrics.paired_bootstrap(truth, ours, theirs, groups=ids))
     gaps = [
         np.mean(np.equal(a["truth"], a["predicted"])) - np.mean(np.equal(b["truth"], b["predicted"])) for a, b in pairs
     ]
@@ -182,7 +182,11 @@ def story(
 
 
 def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[Block]:
-    blocks: list[Block] = [("##", f"Table {table.number}. {table.title}"), ("p", f"The paper: {table.claim}")]
+    reads = {"+".join(SURFACE[m] for m in config.modalities) for row in table.rows for config in row.configs.values()}
+    blocks: list[Block] = [
+        ("##", f"Table {table.number}. {table.title}"),
+        ("p", f"The paper: {table.claim} Here the rows read {' or '.join(sorted(reads))}."),
+    ]
     for target, rows in by_target.items():
         if len(by_target) > 1:
             blocks.append(("p", f"Judged by {WORDS.get(target, target)}:"))
