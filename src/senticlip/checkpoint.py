@@ -166,17 +166,13 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
         write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
 
 
-def save_run(
-    out: Path, model: SentimentModel, tokenizer: Any, config: Config, mine: dict[str, Any], result: dict[str, Any]
-) -> None:
+def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:
     """Write the RUN beside its place, then move file by file; ``metrics.json`` comes last and says: finished."""
     from senticlip.card import model_card
 
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial / "tokenizer")
     write_text(partial / "experiment.yaml", config.to_yaml())
     write_text(partial / "README.md", model_card(config, mine["data"], result))
     (out / "metrics.json").unlink(missing_ok=True)  # an older run's

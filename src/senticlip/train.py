@@ -21,7 +21,6 @@ from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, disk, is_finishe
 from senticlip.config import Config
 from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
-from senticlip.encoders.text import load_tokenizer, text_spec
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
@@ -74,23 +73,22 @@ def train(
         model = create_model(config, feature_widths(config, data)).to(place)
         for folder in stages.values():
             adopt(model, SentimentModel.from_pretrained(folder))
-        tokenizer = load_tokenizer(text_spec(config.text)[1]) if "text" in model.encoders else None
         with arguments.main_process_first():
-            sets = {split: _split(data, config, split, model, tokenizer) for split in ("train", "valid")}
+            sets = {split: _split(data, config, split, model) for split in ("train", "valid")}
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
         calibrate(model, sets["valid"])
         result["seconds"] = round(time.monotonic() - started, 1)
         with arguments.main_process_first():  # the others wait: they may want to read it, as a stage
             if arguments.process_index == 0:
-                save_run(out, model, tokenizer, config, mine, result)
+                save_run(out, model, config, mine, result)
     return result
 
 
-def _split(data: str | Path, config: Config, split: str, model: SentimentModel, tokenizer: Any) -> ClipSet:
+def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
     if not clips:
         raise UserError(f"{data}: no clip of {split} has a label {config.target} — give the column or another target")
-    return clip_set(clips, model, tokenizer, data=data)
+    return clip_set(clips, model, model.tokenizer, data=data)
 
 
 def adopt(model: SentimentModel, stage: SentimentModel) -> None:
@@ -135,7 +133,9 @@ class Fitter(Trainer):
 
 
 def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
-    """Groups of learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay."""
+    """Groups of learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay.
+
+    A peer brings the groups of its published code."""
     config: Config = trainee.experiment
     if hasattr(trainee.model.network, "param_groups"):
         return trainee.model.network.param_groups(config) + _groups(trainee, config, encoders_only=True)
