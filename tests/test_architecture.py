@@ -13,7 +13,7 @@ DOCUMENTS = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGEL
 
 LEVELS = [
     {"structures", "config", "runtime", "progress", "metrics"},
-    {"data", "encoders", "losses", "sharpness"},
+    {"data", "encoders", "losses"},
     {"models"},
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "export"},

@@ -51,7 +51,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.label_smoothing": (0, 0.99),
     "train.patience": (1, MOST),
     "train.ema": (0, 0.99999),
-    "train.sam": (0, MOST),
     "train.modality_dropout": (0, 1),
     "train.recombine": (0, 1),
 }
@@ -128,7 +127,6 @@ class TrainConfig:
     patience: int = 8
     balance: Literal["none", "weights", "sampler"] = "none"
     ema: float = 0.0
-    sam: float = 0.0
     modality_dropout: float = 0.0
     recombine: float = 0.0
 

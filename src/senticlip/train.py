@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -25,7 +24,6 @@ from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import EpochProgress
-from senticlip.sharpness import sharpness_aware
 from senticlip.sources import clip_set, feature_widths
 from senticlip.structures import LABELS, UserError
 from senticlip.trainee import Trainee
@@ -109,13 +107,6 @@ class Fitter(Trainer):
             fused = self.args.device.type in ("cuda", "cpu")
             self.optimizer = torch.optim.AdamW(parameter_groups(self.model), fused=fused)
         return self.optimizer
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The gradients of one batch, with ``train.sam`` those where the loss is worst nearby."""
-        trainee: Any = self.model
-        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        radius = trainee.experiment.train.sam
-        return sharpness_aware(trainee, radius, step) if radius else step()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Every row of valid: ``dataloader_drop_last`` is meant for training batches, but reaches these, too."""
