@@ -73,10 +73,8 @@ class Predictor:
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.
         """
-        clip = Clip(
-            "", None if video is None else Path(video), text if text and text.strip() else None, start=start, end=end
-        )
-        return next(self.predict([clip]))
+        said = text if text and text.strip() else None
+        return next(self.predict([Clip("", None if video is None else Path(video), said, start=start, end=end)]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
         """Stream predictions, a batch at a time."""

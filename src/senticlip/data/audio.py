@@ -41,7 +41,7 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
             try:
                 for frame in container.decode(stream):
                     if first is None:
-                        first = (frame.time or zero) - zero
+                        first = 0.0 if frame.time is None else frame.time - zero
                     parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
                     if end is not None and frame.time is not None and frame.time - zero > end:
                         break
