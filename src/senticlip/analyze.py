@@ -102,8 +102,6 @@ def analyze(
     elif subtitles is not None:
         lines = subs.read(subtitles, shift)
     else:
-        if track is not None and not info.subtitle_tracks:
-            raise UsageError(f"--track {track}: {video} has no subtitle track — give a file: --subtitles F.srt")
         lines = subs.embedded(video, track, shift) or (shots(video) if cut == "shots" else windows(end, seconds))
     if not lines:
         raise UserError(f"{subtitles or video}: no line is said in it — leave out the subtitles to cut by time")

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from senticlip import answers, manifest, runtime
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
+from senticlip.data.table import finite
 from senticlip.precision import PRECISIONS
 from senticlip.structures import Clip, UsageError, UserError
 
@@ -220,11 +220,8 @@ class Worker:
             raise UserError(f"{self.root / row['path']}: whatever decodes it crashes or never ends — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
-            try:
-                times[name] = None if row[name] is None else float(row[name])
-            except ValueError:
-                times[name] = nan
-            if not isfinite(times[name] or 0):
+            times[name] = None if row[name] is None else finite(row[name])
+            if times[name] is None and row[name] is not None:
                 raise UserError(f"{row['id']}: {name} {row[name]!r} is no time in seconds")
         text = row["text"]
         if text is None and row["subtitles"] is not None:

@@ -199,7 +199,7 @@ def inline(picture: Image.Image) -> str:
 
 def sentences(found: Explanation) -> list[tuple[str, str]]:
     """The answer in a sentence or two, Chinese and English: a conflict, and what the answer hangs on."""
-    said = _agreement({name: said.label for name, said in found.alone.items()}, found.prediction.label)
+    said = _agreement({name: one.label for name, one in found.alone.items()}, found.prediction.label)
     before = found.cases[0].prediction
     flips = [case for case in found.cases[1:] if case.prediction.label != before.label]
     parts = [case for case in flips if case.kind in SURFACE.values()]

@@ -58,8 +58,8 @@ class Graph(nn.Module):
                 features[name] = encoder(Sequence(values, mask))
         batch = Batch(features, {})
         output, alone = self.model.fuse(batch), self.model.alone(batch)
-        assert output.log_probs is not None
-        return (output.log_probs, *output.logits.values(), *output.weights.values(), *alone.values())
+        said = [part.log_probs for part in (output, *alone.values()) if part.log_probs is not None]
+        return (said[0], *output.logits.values(), *output.weights.values(), *said[1:])
 
 
 def export(

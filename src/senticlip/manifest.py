@@ -21,7 +21,6 @@ from senticlip.structures import UsageError, UserError
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
-_SURPLUS = "more cells than columns — is a text with a comma quoted?"
 _ALIASES = {"video": "path", "file": "path", "video_path": "path", "subtitle": "subtitles", "sentence": "text"}
 
 
@@ -63,8 +62,8 @@ def read(manifest: Path) -> Iterator[dict[str, str | None]]:
         yield _record(f"{manifest}, row {number}", number, row)
 
 
-def _record(where: str, number: int, row: dict[str, Any] | ValueError) -> dict[str, str | None]:
-    """A row as read → the columns of SCHEMA."""
+def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[str, str | None]:
+    """A row as read → the columns of SCHEMA; under None a CSV's cells that have no column."""
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
     said = {_ALIASES.get(name, name): str(value) for name, value in row.items() if value is not None}
@@ -75,14 +74,14 @@ def _record(where: str, number: int, row: dict[str, Any] | ValueError) -> dict[s
     halves = [name for name, value in whole.items() if value != said[name]]
     if halves:
         record["error"] = f"{where}, column {halves[0]}: half a character (an unpaired \\ud800 … \\udfff)"
-    elif row.get("error") is _SURPLUS:
-        record["error"] = f"{where}: {_SURPLUS}"
+    elif any(row.get(None) or ()):
+        record["error"] = f"{where}: more cells than columns — is a text with a comma quoted?"
     elif not {"path", "text", "subtitles"} & said.keys():
         record["error"] = f"{where}: neither path nor text"
     return record
 
 
-def _csv(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",", strict=True)
         start = 1
@@ -92,8 +91,7 @@ def _csv(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader.fieldnames = names
             start = reader.line_num + 1
             for row in reader:
-                rest: Any = row.pop(None, None)
-                yield reader.line_num, row | ({"error": _SURPLUS} if rest and any(rest) else {})
+                yield reader.line_num, row
                 start = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{manifest}, row {start}: not readable as CSV ({error}) — is a quote left open?") from None

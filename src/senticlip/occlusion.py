@@ -8,7 +8,6 @@ import torch
 
 from senticlip import cam
 from senticlip.encoders.text import tokenize
-from senticlip.models.base import only
 from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence
 
 
@@ -79,7 +78,7 @@ def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
     """
     model = predictor.model
     features = model.encode(batch)
-    there = [name for name, sequence in features.modalities.items() if sequence.mask.any()]
+    there = _present(features)
     frames: list[int] = []
     if "vision" in there and "vision" in model.encoders:
         frames = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
@@ -116,9 +115,14 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
 @torch.no_grad()
 def alone(predictor: Any, features: Batch) -> dict[str, Prediction]:
     """What each modality of one clip says without the others (surface names); nothing where there is but one."""
-    there = [name for name, sequence in features.modalities.items() if sequence.mask.any()]
-    answers = {SURFACE[name]: predictor.model.fuse(only(features, [name])) for name in there if len(there) > 1}
-    return {name: predictor.predictions(output)[0] for name, output in answers.items()}
+    there = _present(features)
+    answers = predictor.model.alone(features) if len(there) > 1 else {}
+    return {SURFACE[name]: predictor.predictions(answers[name])[0] for name in there if name in answers}
+
+
+def _present(features: Batch) -> list[str]:
+    """The modalities that one clip has."""
+    return [name for name, sequence in features.modalities.items() if sequence.mask.any()]
 
 
 def looks(output: Output, features: Batch) -> dict[str, torch.Tensor]:

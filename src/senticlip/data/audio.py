@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import av
 import numpy as np
 
 from senticlip.data.cache import Store, cached, clip_keys
+from senticlip.data.sequential import clock_start, open_container
 from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
@@ -30,11 +30,11 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
         UserError: the file cannot be opened.
     """
     try:
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        with open_container(path) as container:
             if not container.streams.audio:
                 return np.zeros(0, np.float32)
             stream = container.streams.audio[0]
-            zero = (container.start_time or 0) / av.time_base  # a recording's clock began somewhere else
+            zero = clock_start(container)
             if start:
                 container.seek(int((start + zero) * av.time_base))
             resampler, parts, first = av.AudioResampler("flt", "mono", rate), [], None

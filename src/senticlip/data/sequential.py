@@ -19,6 +19,16 @@ from av.video.stream import VideoStream
 from senticlip.structures import UserError
 
 
+def open_container(path: str | Path, **options: str) -> InputContainer:
+    """FFmpeg's container of a file, whatever its name (a colon is no protocol) and however broken its titles."""
+    return av.open(os.path.abspath(path), metadata_errors="replace", options=options)
+
+
+def clock_start(container: InputContainer) -> float:
+    """The seconds on a file's clock at which a player says 0: that of a recording began somewhere else."""
+    return (container.start_time or 0) / av.time_base
+
+
 def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     """Open a file and its video stream, one decoding thread.
 
@@ -62,12 +72,11 @@ def _open(path: Path) -> InputContainer:
     pixel format, which each frame tells again.
     """
     if path.suffix.lower() in (".mp4", ".m4v", ".mov"):
-        container = av.open(os.path.abspath(path), metadata_errors="replace", options={"skip_frame": "all"})
+        container = open_container(path, skip_frame="all")
         if "mp4" in container.format.name and all(stream.frames for stream in container.streams.video):
             return container
         container.close()
-    # broken titles are no reason to refuse the pictures
-    return av.open(os.path.abspath(path), metadata_errors="replace")
+    return open_container(path)
 
 
 def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from av.error import FFmpegError
 
-from senticlip.data.decode import open_video
+from senticlip.data.sequential import clock_start, open_video
 from senticlip.data.subtitles import Line
 from senticlip.structures import UsageError
 
@@ -52,7 +52,7 @@ def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
         UserError: not a readable video.
     """
     container, stream = open_video(video)
-    zero = (container.start_time or 0) / 1e6
+    zero = clock_start(container)
     usual: deque[float] = deque([0.0], maxlen=15)
     last, times, now = None, [0.0], 0.0
     stream.codec_context.skip_frame = "NONREF"

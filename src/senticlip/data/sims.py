@@ -22,6 +22,7 @@ from senticlip.data.table import (
     VIDEO_SUFFIXES,
     Line,
     columns_of,
+    finite,
     read_table,
     score,
 )
@@ -186,10 +187,9 @@ def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
         table = path
     else:
         raise UsageError(f"{path}: no such folder or CSV file")
-    lines = read_table(table)
-    header = lines[0].cells
-    columns, lines = columns_of(table, lines)
-    named = not lines or lines[0].cells is not header
+    whole = read_table(table)
+    columns, lines = columns_of(table, whole)
+    named, width = len(lines) < len(whole), len(whole[0].cells)
     if not lines:
         raise UserError(f"{table}: only a header — expected a row for each clip")
     ids = {"video_id", "clip_id"} <= columns.keys() and "path" not in columns
@@ -198,7 +198,7 @@ def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
     seen: dict[str, int] = {}
     for line in lines:
         row = _row(table, columns, line, find, official)
-        if named and any(line.cells[len(header) :]):
+        if named and any(line.cells[width:]):
             row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
         # rows of one's own may repeat a file; a CH-SIMS clip stands in the table once
         if row.clip.id in seen and isinstance(getattr(find, "__self__", None), _Raw):
@@ -244,11 +244,11 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
         problems.append(f"{where}, column split/mode: {cells['split']!r} is unknown — there are {', '.join(SPLITS)}")
     times: dict[str, float] = {}
     for column in ("start", "end"):
-        try:
-            if cells.get(column) and not math.isfinite(times.setdefault(column, float(cells[column]))):
-                raise ValueError
-        except ValueError:
-            problems.append(f"{where}, column {column}: {cells[column]!r} is no time in seconds")
+        if told := cells.get(column):
+            if (time := finite(told)) is None:
+                problems.append(f"{where}, column {column}: {told!r} is no time in seconds")
+            else:
+                times[column] = time
     if times.get("end", math.inf) <= times.get("start", 0.0):
         problems.append(f"{where}, columns start and end: the piece ends at {times['end']:g} s, before it begins")
     video, name, source, faults = find(cells, line.row)

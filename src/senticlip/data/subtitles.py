@@ -7,7 +7,6 @@ that roll, notes of music. Here a line is what is said from one time to another,
 from __future__ import annotations
 
 import html
-import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -63,7 +62,7 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     text = guess_text(path.read_bytes(), path)
     if not text.strip():
         return []
-    if text.lstrip("\ufeff").startswith("WEBVTT"):
+    if text.startswith("WEBVTT"):
         text = _timed_blocks(text)
     bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
     try:
@@ -101,27 +100,29 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
     Raises:
         UsageError: no such track. UserError: the file cannot be opened, or the track asked for holds pictures.
     """
-    import av
     from av.codec.codec import Properties
     from av.error import FFmpegError
     from av.stream import Discard
     from av.subtitles.subtitle import AssSubtitle
 
+    from senticlip.data.sequential import clock_start, open_container
+
     try:
-        container = av.open(os.path.abspath(video), metadata_errors="replace")
+        container = open_container(video)
     except (FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{video}: cannot be opened — {getattr(error, 'strerror', None) or error}") from None
     with container:
         streams = list(container.streams.subtitles)
         if track is None:
             streams = [s for s in streams if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
+        if track is not None and not 0 <= track < len(streams):
+            there = f"there are 0 to {len(streams) - 1}" if streams else "it has none, give a file: --subtitles F.srt"
+            raise UsageError(f"{video}: no subtitle track {track} — {there}")
         if not streams:
             return []
-        if track is not None and not 0 <= track < len(streams):
-            raise UsageError(f"{video}: no subtitle track {track} — there are 0 to {len(streams) - 1}")
         chinese = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE]
         stream = streams[track] if track is not None else (chinese or streams)[0]
-        zero = (container.start_time or 0) / 1e6  # a recording's clock began somewhere else
+        zero = clock_start(container)
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = Discard.all

@@ -154,8 +154,14 @@ def score(cell: str) -> float | None:
     """A label: a number from -1 to 1 or a word; None if it is neither."""
     if cell.casefold() in SCORES:
         return SCORES[cell.casefold()]
+    value = finite(cell)
+    return value if value is not None and -1 <= value <= 1 else None
+
+
+def finite(cell: str) -> float | None:
+    """A finite number; None if it is none."""
     try:
         value = float(cell)
     except ValueError:
         return None
-    return value if math.isfinite(value) and -1 <= value <= 1 else None
+    return value if math.isfinite(value) else None

@@ -230,16 +230,14 @@ class SentimentModel(PreTrainedModel):
         """Raw input or features → Output."""
         features = self.encode(batch)
         output = self.fuse(features, attention)
-        return output._replace(alone=self.alone(features)) if alone else output
+        if not alone:
+            return output
+        said = {name: one.log_probs for name, one in self.alone(features).items() if one.log_probs is not None}
+        return output._replace(alone=said)
 
-    def alone(self, features: Batch) -> dict[str, Tensor]:
-        """``Output.alone``: what is answered with all modalities but one taken away; encoded once, fused for each."""
-        found = {}
-        for name in features.modalities:
-            output = self.fuse(only(features, [name]))
-            if output.log_probs is not None:
-                found[name] = output.log_probs
-        return found
+    def alone(self, features: Batch) -> dict[str, Output]:
+        """What is answered with all modalities but one taken away, by that one; encoded once, fused for each."""
+        return {name: self.fuse(only(features, [name])) for name in features.modalities}
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's loss and its parts for the log."""
