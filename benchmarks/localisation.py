@@ -23,6 +23,7 @@ import torch
 
 import senticlip
 from senticlip import cam
+from senticlip.config import VisionConfig
 from senticlip.data.made import read_truth
 from senticlip.data.sims import read_clips
 from senticlip.data.video import read_frames
@@ -50,11 +51,11 @@ def mask_of(boxes: dict[str, list[float]], margin: float = 0.0) -> np.ndarray:
     return inside
 
 
-def boxes_of(clip: Clip, truth: dict[str, Any], frames: int) -> list[dict[str, list[float]]]:
+def boxes_of(clip: Clip, truth: dict[str, Any], vision: VisionConfig) -> list[dict[str, list[float]]]:
     """The boxes of each frame that the model reads."""
     assert clip.video is not None
     about = truth["clips"][clip.id if clip.id in truth["clips"] else clip.id.replace("$_$", "/")]
-    times = read_frames(clip.video, frames, size=8).times
+    times = read_frames(clip.video, vision.frames, size=64, cutaways=vision.cutaways).times
     return [about["frames"][min(round(t * about["rate"]), len(about["frames"]) - 1)] for t in times]
 
 
@@ -108,7 +109,7 @@ def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> di
     found: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
         batch = predictor.batch([clip])
-        boxes = boxes_of(clip, truth, predictor.config.vision.frames)
+        boxes = boxes_of(clip, truth, predictor.config.vision)
         if not any("mouth" in box for box in boxes):
             continue
         label = predictor.predictions(predictor.output(batch))[0].label

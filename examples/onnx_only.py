@@ -49,6 +49,19 @@ def frames(path: str, count: int, size: int) -> np.ndarray:
     return np.stack([squash(upright(decoded[i]), size) for i in shown])
 
 
+def main_shot(pixels: np.ndarray) -> np.ndarray:
+    """Which frames of k×3×S×S are of the clip's main shot: senticlip/data/cutaways.py says more."""
+    k, steps = len(pixels), range(-2, 3)
+    small = np.stack([squash(image.transpose(1, 2, 0), 16) for image in pixels]).astype(np.float32)
+    small -= small.mean((1, 2, 3), keepdims=True)
+    small /= np.linalg.norm(small.reshape(k, -1), axis=1)[:, None, None, None] + 1e-6
+    moved = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
+    alike = (moved @ small.reshape(k, -1).T).max(0) > 0.67
+    linked = np.linalg.matrix_power((alike | alike.T | np.eye(k, dtype=bool)).astype(int), k) > 0
+    group = linked[linked.sum(1).argmax()]
+    return group if 2 * group.sum() > k else np.ones(k, bool)
+
+
 def upright(frame: av.VideoFrame) -> np.ndarray:
     """H×W×3 RGB; a phone stores what its sensor saw, and how far to turn that."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
@@ -68,6 +81,8 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
     if "vision" in about["names"]:
         size = about["size"]
         pixels = frames(video, about["frames"], size) if video else np.zeros((1, 3, size, size), np.uint8)
+        if about["experiment"]["vision"].get("cutaways") == "drop":
+            pixels = pixels[main_shot(pixels)]
         feed |= {"vision": pixels[None], "vision_mask": np.full((1, len(pixels)), video is not None)}
     log_probs = session.run(["log_probs"], feed)[0][0]
     return {label: float(p) for label, p in zip(about["labels"], np.exp(log_probs), strict=True)}

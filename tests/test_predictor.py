@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.data.test_audio import tone, write_wav
+from tests.data.test_cutaways import write_shots
 from tests.tiny import text_folder, timm_folder, write_clip
 
 from senticlip.checkpoint import outputs
@@ -60,6 +61,26 @@ def test_answers_are_those_of_evaluation(place, tmp_path):
     np.testing.assert_allclose([probabilities(p) for p in alone], wanted, atol=1e-5)
     assert [sorted(p.modalities) for p in found] == [["text", "video"], ["text", "video"], ["text"], ["video"]]
     assert all(sum(p.weights.values()) == pytest.approx(1) for p in found)
+
+
+def test_cutaways_are_dropped_in_evaluation_and_in_answers_alike(place, tmp_path):
+    film = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0, 0, 2])
+    clips = [Clip("a", film), Clip("b", film, start=0.5, end=2.5), Clip("c", place / "dark.mp4")]
+    found = {}
+    for cutaways in ("keep", "drop"):
+        torch.manual_seed(0)
+        create_model(config(place, ["vision"], **{"vision.frames": 6, "vision.cutaways": cutaways})).save_pretrained(
+            tmp_path / cutaways
+        )
+        predictor = Predictor(tmp_path / cutaways, "cpu")
+        rows = clip_set(clips, predictor.model, None, tmp_path / "cache")
+        found[cutaways] = outputs(predictor.model, rows).log_probs.exp().numpy()
+        answers = [probabilities(p) for p in predictor.predict(clips)]
+        np.testing.assert_allclose(answers, found[cutaways], atol=1e-5)
+        assert predictor.batch(clips[:1]).modalities["vision"].mask.sum() == {"keep": 6, "drop": 4}[cutaways]
+    differ = np.abs(found["keep"] - found["drop"]).max(1)
+    assert differ[:2].min() > 1e-5
+    assert differ[2] == 0
 
 
 def test_a_modality_says_alone_what_the_model_says_when_given_no_other(place):

@@ -183,8 +183,8 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
         for i, line in enumerate(chosen)
     ]
 
-    def read(_: Path, frames: int, start: float, end: float, size: int) -> Any:
-        return reader.read(frames, start, end, None, size)
+    def read(_: Path, *piece: Any, **options: Any) -> Any:
+        return reader.read(*piece, **options)
 
     found = list(answers.answer(predictor, clips, read=read))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):

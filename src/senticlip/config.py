@@ -73,7 +73,10 @@ class TextConfig:
 
 @dataclass
 class VisionConfig:
-    """Frames and the network that reads them (a Chinese-CLIP model or any timm network)."""
+    """Frames and the network that reads them (a Chinese-CLIP model or any timm network).
+
+    ``cutaways: drop`` reads the frames of a clip's main shot only: for a moment a listener may be shown, or a place.
+    """
 
     encoder: str = "OFA-Sys/chinese-clip-vit-base-patch16"
     pretrained: bool = True
@@ -81,6 +84,7 @@ class VisionConfig:
     lr: float = 1e-5
     frames: int = 6
     size: int | None = None
+    cutaways: Literal["keep", "drop"] = "keep"
     train_frames: int | None = None
     augment: float = 0.0
 

@@ -105,12 +105,12 @@ class Predictor:
 
     def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> ArrayRows:
         encoder: Any = self.model.encoders["vision"]
-        m, size = self.config.vision.frames, encoder.size
+        m, size, cutaways = self.config.vision.frames, encoder.size, self.config.vision.cutaways
         values = np.zeros((len(clips), m, 3, size, size), np.uint8)
         mask = np.zeros((len(clips), m), bool)
         for i, clip in enumerate(clips):
             if clip.video is not None:
-                frames = read(clip.video, m, clip.start, clip.end, size=size).pixels
+                frames = read(clip.video, m, clip.start, clip.end, size=size, cutaways=cutaways).pixels
                 values[i, : len(frames)], mask[i, : len(frames)] = frames, True
         return ArrayRows(values, mask)
 

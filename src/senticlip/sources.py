@@ -113,15 +113,15 @@ def clip_set(
         stores["text"] = encoded(words.keys, ids_of, model, "text", root) if model.frozen("text") else words
     if "vision" in model.encoders:
         encoder: Any = model.encoders["vision"]
-        m, size = config.vision.frames, encoder.size
+        m, size, cutaways = config.vision.frames, encoder.size, config.vision.cutaways
 
         def frames(places: list[int]) -> Iterator[np.ndarray]:
-            return cache.decoded([clips[place] for place in places], m, size, ahead=BATCH)
+            return cache.decoded([clips[place] for place in places], m, size, ahead=BATCH, cutaways=cutaways)
 
         if model.frozen("vision"):  # decoding and encoding go on side by side, and no frame goes through the disk
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
-            stores["vision"] = cache.frame_store(clips, m, size, root)
+            stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
     if not any(any(store.keys) for store in stores.values()):
         reads = " and no ".join(SURFACE[name] for name in stores)
         raise UserError(
@@ -170,6 +170,7 @@ def encoded(
             yield from features(chunk)
 
     # words are told apart by their ids, which are the rows' keys; a clip's key does not say which frames were taken
-    read = cache.frame_spec(model.experiment.vision.frames, encoder.size) if name == "vision" else {}
+    vision = model.experiment.vision
+    read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
     spec = {"encoder": fingerprint(encoder), "modality": name, "of": read, "version": 1}
     return cache.cached(root, spec, keys, compute)

@@ -245,12 +245,14 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def frame_spec(frames: int, size: int) -> dict[str, Any]:
+def frame_spec(frames: int, size: int, cutaways: str = "keep") -> dict[str, Any]:
     """All that cached frames depend on besides their clip; ``version`` rises when the same clip gives other pixels."""
-    return {"frames": frames, "size": size, "version": 2}
+    return {"frames": frames, "size": size, "cutaways": cutaways, "version": 2}
 
 
-def frame_store(clips: list[Clip], frames: int, size: int, root: Path, workers: int | None = None) -> Store:
+def frame_store(
+    clips: list[Clip], frames: int, size: int, root: Path, workers: int | None = None, cutaways: str = "keep"
+) -> Store:
     """The frames of clips, uint8 k×3×size×size each, from the cache; see ``decoded``.
 
     Raises:
@@ -258,9 +260,9 @@ def frame_store(clips: list[Clip], frames: int, size: int, root: Path, workers: 
     """
 
     def compute(places: list[int]) -> Iterator[np.ndarray]:
-        return decoded([clips[place] for place in places], frames, size, workers)
+        return decoded([clips[place] for place in places], frames, size, workers, cutaways=cutaways)
 
-    return cached(root, frame_spec(frames, size), clip_keys(clips, root), compute)
+    return cached(root, frame_spec(frames, size, cutaways), clip_keys(clips, root), compute)
 
 
 def clip_keys(clips: list[Clip], root: Path) -> list[str]:
@@ -277,7 +279,12 @@ def clip_keys(clips: list[Clip], root: Path) -> list[str]:
 
 
 def decoded(
-    clips: list[Clip], frames: int, size: int, workers: int | None = None, ahead: int | None = None
+    clips: list[Clip],
+    frames: int,
+    size: int,
+    workers: int | None = None,
+    ahead: int | None = None,
+    cutaways: str = "keep",
 ) -> Iterator[np.ndarray]:
     """The frames of each clip that has a video, in order, decoded by threads while the asker works on what it has.
 
@@ -287,6 +294,7 @@ def decoded(
         size: of the squashed frames.
         workers: threads (default: the cores; FFmpeg and torch let each other run).
         ahead: decoded clips that may wait, so that memory stays flat (default: two for each worker).
+        cutaways: see read_frames.
 
     Raises:
         UserError: a video that cannot be read.
@@ -299,7 +307,8 @@ def decoded(
         try:
             for clip in clips:
                 assert clip.video is not None, "a clip without a video has no key, and is not computed"
-                waiting.append(pool.submit(read_frames, clip.video, frames, clip.start, clip.end, size=size))
+                piece = clip.video, frames, clip.start, clip.end
+                waiting.append(pool.submit(read_frames, *piece, size=size, cutaways=cutaways))
                 if len(waiting) > max(2 * count, ahead or 0):
                     yield waiting.popleft().result().pixels
             while waiting:

@@ -14,6 +14,7 @@ import torch
 from av.video.frame import VideoFrame
 from torch import Tensor
 
+from senticlip.data.cutaways import GRID, main_shot
 from senticlip.data.decode import Decoder
 from senticlip.structures import UsageError, UserError
 
@@ -86,6 +87,7 @@ class VideoReader:
         end: float | None = None,
         times: Sequence[float] | None = None,
         size: int | None = None,
+        cutaways: str = "keep",
     ) -> Frames:
         """See :func:`read_frames`."""
         wanted = list(times) if times is not None else self._spaced(frames, start, end)
@@ -104,7 +106,11 @@ class VideoReader:
         keep = shown if times is not None else sorted(pixels)
         height, width = shape[1:] if size is None and shape else (size or 0, size or 0)
         stack = np.stack([pixels[stamp] for stamp in keep]) if keep else np.zeros((0, 3, height, width), np.uint8)
-        return Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
+        found = Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
+        if cutaways == "keep":
+            return found
+        stays = main_shot(resize(stack, GRID).numpy())
+        return Frames(stack[stays], found.times[stays])
 
     def _spaced(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
         """t_i = start + (i + ½)·T/m; a piece that reaches beyond the video is cut at its end."""
@@ -129,6 +135,7 @@ def read_frames(
     end: float | None = None,
     times: Sequence[float] | None = None,
     size: int | None = None,
+    cutaways: str = "keep",
 ) -> Frames:
     """The frames that are shown at t_i = (i + ½)·T/m, where T is the duration of the clip, or of the piece of it.
 
@@ -139,6 +146,7 @@ def read_frames(
         end: where it ends.
         times: these times instead, a frame for each, also where two of them show the same one.
         size: squash every frame to size×size as it comes (8K frames are then never together in memory).
+        cutaways: "drop" leaves out the frames that are not of the clip's main shot, see ``cutaways.main_shot``.
 
     Raises:
         UserError: not a readable video; nothing in it decodes; a piece beyond its end. Of a file that was cut off you
@@ -147,7 +155,7 @@ def read_frames(
     """
     with VideoReader(path) as reader:
         reader._decoder.alone = True
-        return reader.read(frames, start, end, times, size)
+        return reader.read(frames, start, end, times, size, cutaways)
 
 
 def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Tensor:
