@@ -23,10 +23,9 @@ import torch
 
 import senticlip
 from senticlip import cam
-from senticlip.config import VisionConfig
 from senticlip.data.made import read_truth
 from senticlip.data.sims import read_clips
-from senticlip.data.video import read_frames
+from senticlip.explain import batch_of
 from senticlip.occlusion import characters, occlude, value
 from senticlip.structures import LABELS, Clip, Sequence, polarity
 from senticlip.tables import load_preset
@@ -51,11 +50,9 @@ def mask_of(boxes: dict[str, list[float]], margin: float = 0.0) -> np.ndarray:
     return inside
 
 
-def boxes_of(clip: Clip, truth: dict[str, Any], vision: VisionConfig) -> list[dict[str, list[float]]]:
+def boxes_of(clip: Clip, truth: dict[str, Any], times: list[float]) -> list[dict[str, list[float]]]:
     """The boxes of each frame that the model reads."""
-    assert clip.video is not None
     about = truth["clips"][clip.id if clip.id in truth["clips"] else clip.id.replace("$_$", "/")]
-    times = read_frames(clip.video, vision.frames, size=64, cutaways=vision.cutaways).times
     return [about["frames"][min(round(t * about["rate"]), len(about["frames"]) - 1)] for t in times]
 
 
@@ -108,8 +105,8 @@ def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> di
     truth, prior, rng = read_truth(data), prior_of(data), np.random.default_rng(0)
     found: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
-        batch = predictor.batch([clip])
-        boxes = boxes_of(clip, truth, predictor.config.vision)
+        batch, times = batch_of(predictor, clip)
+        boxes = boxes_of(clip, truth, times)
         if not any("mouth" in box for box in boxes):
             continue
         label = predictor.predictions(predictor.output(batch))[0].label

@@ -52,12 +52,13 @@ def frames(path: str, count: int, size: int) -> np.ndarray:
 def main_shot(pixels: np.ndarray) -> np.ndarray:
     """Which frames of k×3×S×S are of the clip's main shot: senticlip/data/cutaways.py says more."""
     k, steps = len(pixels), range(-2, 3)
-    small = np.stack([squash(image.transpose(1, 2, 0), 16) for image in pixels]).astype(np.float32)
-    small -= small.mean((1, 2, 3), keepdims=True)
+    small = np.stack([squash(image.transpose(1, 2, 0), 16) for image in pixels])
+    plain = small.std((2, 3)).max(1) < 4
+    small = small - small.mean((1, 2, 3), keepdims=True)
     small /= np.linalg.norm(small.reshape(k, -1), axis=1)[:, None, None, None] + 1e-6
-    moved = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
-    alike = (moved @ small.reshape(k, -1).T).max(0) > 0.67
-    linked = np.linalg.matrix_power((alike | alike.T | np.eye(k, dtype=bool)).astype(int), k) > 0
+    rolled = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
+    alike = ((rolled @ small.reshape(k, -1).T).max(0) > 0.67) & ~plain & ~plain[:, None]
+    linked = np.linalg.matrix_power(alike | np.eye(k, dtype=bool), k)
     group = linked[linked.sum(1).argmax()]
     return group if 2 * group.sum() > k else np.ones(k, bool)
 

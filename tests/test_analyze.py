@@ -5,15 +5,17 @@ import re
 import sys
 import types
 
+import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from tests.data.test_cutaways import write_shots
 from tests.data.test_video import delayed
 from tests.fakes import FakePredictor, write_film
 
 from senticlip import analyze as room
 from senticlip.analyze import analyze
-from senticlip.data.video import VideoReader, probe
+from senticlip.data.video import VideoReader, probe, read_frames
 from senticlip.structures import UsageError, UserError
 
 MOODS = ["positive", "negative", "neutral", "positive", "negative", "positive"]
@@ -127,6 +129,22 @@ def test_pictures_that_begin_after_the_sound(tmp_path):
     rows = list(analyze(FakePredictor(), path, srt))
     assert [row["video_positive"] is not None for row in rows] == [True, False]
     assert [(row["start"], row["end"]) for row in analyze(FakePredictor(), path, seconds=1.2)] == [(0, 1.2), (1.2, 2.4)]
+
+
+def test_the_model_says_how_a_line_is_read(tmp_path):
+    film = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0])
+    seen, predictor = [], FakePredictor()
+
+    def batch(clips, read):
+        piece = clips[0].video, 4, clips[0].start, clips[0].end
+        seen.append((read(*piece, size=16, cutaways="drop"), read_frames(*piece, size=16, cutaways="drop")))
+        return FakePredictor.batch(predictor, clips, read)
+
+    predictor.batch = batch
+    list(analyze(predictor, film, seconds=2.0))
+    ((ours, wanted),) = seen
+    assert len(ours.times) == 3
+    assert np.array_equal(ours.pixels, wanted.pixels)
 
 
 def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.data.test_cutaways import write_shots
 
 import senticlip
 import tiny
@@ -107,6 +108,16 @@ def test_attention_rows_sum_to_one_over_what_is_there(run, video):
     assert found["vision_asks_text"].shape == (frames, words)
     for shares in found.values():
         assert torch.allclose(shares.sum(1), torch.ones(len(shares)), atol=1e-5)
+
+
+def test_a_cutaway_that_the_model_does_not_read_is_not_shown(run, tmp_path):
+    film = write_shots(tmp_path / "a.mp4", [0, 1, 0])
+    predictor = Predictor(run)
+    predictor.config.vision.cutaways = "drop"
+    found = explanation(predictor, Clip("", film, TEXT))
+    assert found.times == pytest.approx([0.2, 1.2])
+    assert len(found.pictures) == len(found.maps) == 2
+    assert [case.place for case in found.cases if case.kind == "frame"] == [0, 1]
 
 
 def check_page(result, folder, text):

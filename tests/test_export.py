@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tests.data.test_cutaways import write_shots
 from tests.data.test_video import write
 
 import senticlip
@@ -122,6 +123,21 @@ def test_without_torch(run, file, video):
     code += f"; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == pytest.approx(senticlip.load(run)(video, text="开心").probabilities, abs=2e-3)
+
+
+def test_cutaways_are_dropped_without_torch_too(file, tmp_path):
+    """A file whose experiment drops them, here made from one whose experiment keeps them."""
+    proto = onnx.load(str(file))
+    found = {entry.key: entry.value for entry in proto.metadata_props}
+    about = json.loads(found["senticlip"])
+    about["experiment"]["vision"]["cutaways"] = "drop"
+    onnx.helper.set_model_props(proto, found | {"senticlip": json.dumps(about)})
+    onnx.save(proto, str(tmp_path / "drop.onnx"))
+    clip = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0])
+    predict = runpy.run_path(str(EXAMPLE))["predict"]
+    kept, dropped = (predict(str(path), str(clip), "好") for path in (file, tmp_path / "drop.onnx"))
+    assert dropped == pytest.approx(senticlip.load(tmp_path / "drop.onnx")(clip, text="好").probabilities, abs=1e-4)
+    assert max(abs(kept[name] - dropped[name]) for name in kept) > 1e-3
 
 
 @pytest.mark.parametrize(

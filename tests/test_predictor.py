@@ -63,15 +63,15 @@ def test_answers_are_those_of_evaluation(place, tmp_path):
     assert all(sum(p.weights.values()) == pytest.approx(1) for p in found)
 
 
-def test_cutaways_are_dropped_in_evaluation_and_in_answers_alike(place, tmp_path):
+@pytest.mark.parametrize("train", ["frozen", "full"])
+def test_cutaways_are_dropped_in_evaluation_and_in_answers_alike(place, tmp_path, train):
     film = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0, 0, 2])
     clips = [Clip("a", film), Clip("b", film, start=0.5, end=2.5), Clip("c", place / "dark.mp4")]
     found = {}
     for cutaways in ("keep", "drop"):
         torch.manual_seed(0)
-        create_model(config(place, ["vision"], **{"vision.frames": 6, "vision.cutaways": cutaways})).save_pretrained(
-            tmp_path / cutaways
-        )
+        changes = {"vision.frames": 6, "vision.train": train, "vision.cutaways": cutaways}
+        create_model(config(place, ["vision"], **changes)).save_pretrained(tmp_path / cutaways)
         predictor = Predictor(tmp_path / cutaways, "cpu")
         rows = clip_set(clips, predictor.model, None, tmp_path / "cache")
         found[cutaways] = outputs(predictor.model, rows).log_probs.exp().numpy()

@@ -31,7 +31,9 @@ def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
     """Markdown with YAML front matter, as the hub reads it."""
     parts = [f"* text: `{config.text.encoder}` ({config.text.train})"] if "text" in config.modalities else []
     if "vision" in config.modalities:
-        parts.append(f"* video: `{config.vision.encoder}` ({config.vision.train}), {config.vision.frames} frames")
+        shots = " of the main shot" if config.vision.cutaways == "drop" else ""
+        frames = f"{config.vision.frames} frames{shots}"
+        parts.append(f"* video: `{config.vision.encoder}` ({config.vision.train}), {frames}")
     own = config.model == "clip_ca_msa"  # the peers have none of its parts, and no temperature
     if own:
         parts.append(

@@ -75,7 +75,8 @@ class TextConfig:
 class VisionConfig:
     """Frames and the network that reads them (a Chinese-CLIP model or any timm network).
 
-    ``cutaways: drop`` reads the frames of a clip's main shot only: for a moment a listener may be shown, or a place.
+    ``cutaways: drop`` reads the frames of a clip's main shot only, if it fills more than half of the clip: for a moment
+    a listener may be shown, or a place. The others are left out, and do not count as time.
     """
 
     encoder: str = "OFA-Sys/chinese-clip-vit-base-patch16"

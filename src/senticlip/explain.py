@@ -96,6 +96,17 @@ def load(run: Any, device: str | None = None) -> Any:
     return predictor
 
 
+def batch_of(predictor: Any, clip: Clip) -> tuple[Batch, list[float]]:
+    """One clip as the model reads it, and the times of the frames in it (none without a video)."""
+    seen: list[Frames] = []
+
+    def read(*args: Any, **options: Any) -> Frames:
+        seen.append(read_frames(*args, **options))
+        return seen[-1]
+
+    return predictor.batch([clip], read=read), [float(t) for frames in seen for t in frames.times]
+
+
 def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explanation:
     """Explain one clip; writes nothing.
 
@@ -104,20 +115,13 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     """
     if method is not None and method not in cam.METHODS:
         raise UsageError(f"--method {method}: unknown — choose one of {', '.join(cam.METHODS)}")
-    seen: list[Frames] = []
-
-    def read(*args: Any, **options: Any) -> Frames:
-        seen.append(read_frames(*args, **options))
-        return seen[-1]
-
-    batch = predictor.batch([clip], read=read)
+    batch, times = batch_of(predictor, clip)
     with torch.no_grad():
         features = predictor.model.encode(batch)
         output = predictor.model.fuse(features, attention=True)
     prediction = predictor.predictions(output)[0]
     cases = occlude(predictor, batch, clip.text)
-    times = [float(t) for t in seen[0].times] if seen else []
-    pictures = _pictures(clip.video, times) if clip.video is not None and seen else []
+    pictures = _pictures(clip.video, times) if clip.video is not None and times else []
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
     name = shown(clip.video) if clip.video is not None else ""

@@ -52,9 +52,35 @@ def test_a_camera_that_moves_on_stays_in_its_shot():
     assert main_shot(np.concatenate([frames, frames_of([0], 5)])).tolist() == [True] * 7 + [False]
 
 
-def test_black_frames_are_like_no_other():
-    black = np.zeros((2, 3, GRID, GRID), np.uint8)
-    assert main_shot(np.concatenate([black, frames_of([0, 0, 0], 2)])).tolist() == [False, False, True, True, True]
+@pytest.mark.parametrize("noise", [0, 3])
+def test_plain_frames_are_like_no_other(noise):
+    """Black ones of a fade, and ones of a single colour, with the faint noise that a codec leaves."""
+    random = np.random.default_rng(0)
+    faint = np.repeat(random.integers(0, noise + 1, (1, 3, GRID, GRID)), 3, 0).astype(np.uint8)
+    for colour in ([0, 0, 0], [10, 30, 220]):
+        plain = faint + np.array(colour, np.uint8)[:, None, None]
+        assert main_shot(np.concatenate([plain, frames_of([0, 0, 1], 2)])).tolist() == [True] * 6
+        found = main_shot(np.concatenate([plain[:2], frames_of([0, 0, 0], 2)]))
+        assert found.tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(("blend", "stays"), [(0.45, False), (0.6, False), (0.74, True), (0.9, True)])
+def test_how_alike_is_alike(blend, stays):
+    """A picture of which a share is another's correlates with it by that share, here within a few hundredths."""
+    random = np.random.default_rng(4)
+    one, other = random.normal(0, 40, (2, 3, GRID, GRID))
+    mixed = blend * one + np.sqrt(1 - blend**2) * other
+    pixels = (125 + np.stack([one, one, one, mixed])).clip(0, 255).astype(np.uint8)
+    assert abs(np.corrcoef(pixels[0].ravel(), pixels[3].ravel())[0, 1] - blend) < 0.05
+    expected = [True, True, True, stays]
+    assert main_shot(pixels).tolist() == expected
+    assert runpy.run_path(str(EXAMPLE))["main_shot"](pixels).tolist() == expected
+
+
+@pytest.mark.parametrize("k", [20, 21, 40, 64])
+def test_many_frames(k):
+    shots = [int(i % 4 == 3) for i in range(k)]
+    assert main_shot(frames_of(shots, k)).tolist() == [shot == 0 for shot in shots]
 
 
 def write_shots(path: Path, shots: list[int]) -> Path:

@@ -247,7 +247,8 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 def frame_spec(frames: int, size: int, cutaways: str = "keep") -> dict[str, Any]:
     """All that cached frames depend on besides their clip; ``version`` rises when the same clip gives other pixels."""
-    return {"frames": frames, "size": size, "cutaways": cutaways, "version": 2}
+    spec: dict[str, Any] = {"frames": frames, "size": size, "version": 2}
+    return spec if cutaways == "keep" else spec | {"cutaways": cutaways}
 
 
 def frame_store(

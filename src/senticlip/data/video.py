@@ -107,10 +107,10 @@ class VideoReader:
         height, width = shape[1:] if size is None and shape else (size or 0, size or 0)
         stack = np.stack([pixels[stamp] for stamp in keep]) if keep else np.zeros((0, 3, height, width), np.uint8)
         found = Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
-        if cutaways == "keep":
-            return found
-        stays = main_shot(resize(stack, GRID).numpy())
-        return Frames(stack[stays], found.times[stays])
+        if cutaways == "drop":
+            stays = main_shot(resize(stack, GRID).numpy())
+            found = Frames(stack[stays], found.times[stays])
+        return found
 
     def _spaced(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
         """t_i = start + (i + ½)·T/m; a piece that reaches beyond the video is cut at its end."""
@@ -144,7 +144,7 @@ def read_frames(
         frames: m; where the piece has fewer distinct frames, all of these k < m.
         start: where the piece begins, seconds (a player's clock); the start of the video if None.
         end: where it ends.
-        times: these times instead, a frame for each, also where two of them show the same one.
+        times: these times instead, a frame for each (that stays), also where two of them show the same one.
         size: squash every frame to size×size as it comes (8K frames are then never together in memory).
         cutaways: "drop" leaves out the frames that are not of the clip's main shot, see ``cutaways.main_shot``.
 
