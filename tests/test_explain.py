@@ -118,6 +118,10 @@ def test_a_cutaway_that_the_model_does_not_read_is_not_shown(run, tmp_path):
     assert found.times == pytest.approx([0.2, 1.2])
     assert len(found.pictures) == len(found.maps) == 2
     assert [case.place for case in found.cases if case.kind == "frame"] == [0, 1]
+    page = Path(explain(predictor, film, TEXT, tmp_path / "drop")["html"]).read_text(encoding="utf-8")
+    predictor.config.vision.cutaways = "keep"
+    other = Path(explain(predictor, film, TEXT, tmp_path / "keep")["html"]).read_text(encoding="utf-8")
+    assert ("main shot only" in page, "main shot only" in other) == (True, False)
 
 
 def check_page(result, folder, text):

@@ -39,7 +39,10 @@ class Looks(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None where no map can be drawn."""
+    """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None where no map can be drawn.
+
+    ``dropped``: the model reads the main shot only, so that ``times`` may leave out a cutaway.
+    """
 
     name: str
     text: str | None
@@ -51,6 +54,7 @@ class Explanation(NamedTuple):
     pictures: list[Image.Image]
     maps: np.ndarray | None
     method: str
+    dropped: bool = False
 
 
 def explain(
@@ -126,7 +130,9 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
     name = shown(clip.video) if clip.video is not None else ""
     said = alone(predictor, features)
-    return Explanation(name, clip.text, prediction, cases, said, attention, times, pictures, maps, method or "")
+    dropped = predictor.config.vision.cutaways == "drop"
+    shown_frames = times, pictures, maps, method or "", dropped
+    return Explanation(name, clip.text, prediction, cases, said, attention, *shown_frames)
 
 
 def _maps(
