@@ -129,10 +129,19 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
     name = shown(clip.video) if clip.video is not None else ""
-    said = alone(predictor, features)
-    dropped = predictor.config.vision.cutaways == "drop"
-    shown_frames = times, pictures, maps, method or "", dropped
-    return Explanation(name, clip.text, prediction, cases, said, attention, *shown_frames)
+    return Explanation(
+        name,
+        clip.text,
+        prediction,
+        cases,
+        alone(predictor, features),
+        attention,
+        times,
+        pictures,
+        maps,
+        method or "",
+        dropped=predictor.config.vision.cutaways == "drop",
+    )
 
 
 def _maps(
