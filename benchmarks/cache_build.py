@@ -36,7 +36,8 @@ def run(quick: bool) -> None:
             for clip, path in zip(clips, paths, strict=True):
                 ids, mask = tokenize(tokenizer, [clip.text], model.experiment.text.max_length)
                 words.append(text(Sequence(ids, mask)).values[0])
-                faces.append(torch.cat([vision.images(f[None]) for f in through_pil(peer, read_all(path))]))
+                frames = through_pil(peer, read_all(path))
+                faces.append(torch.cat([paper.naive_images(vision, frame[None]) for frame in frames]))
             return torch.stack(words).numpy(), torch.stack(faces).numpy()
 
         def ours() -> tuple[np.ndarray, np.ndarray]:

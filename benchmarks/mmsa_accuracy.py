@@ -1,9 +1,10 @@
-"""MMSA's own TFN, LMF and MulT trained on a feature file of ours: test Acc-3 and macro F1, to set beside our peers'.
+"""MMSA's own TFN, LMF, MulT and Self-MM trained on feature files of ours: test Acc-3 and macro F1, beside our peers'.
 
-The features are those that our peers read: a run's fine-tuned encoders, text and video (the sound is one step of zero).
+The features are those that our peers read: a run's fine-tuned encoders, text and video (the sound is one step of zero);
+Self-MM reads them in the place of its own BERT's. One file for each seed: the first is trained with seed 0, and so on.
 
-    senticlip features DATA --run RUN --out features.pkl
-    PYTHONPATH=src mmsa/bin/python benchmarks/mmsa_accuracy.py features.pkl [--seeds 3] [--models tfn,lmf,mult]
+    senticlip features DATA --run RUN --out features0.pkl
+    PYTHONPATH=src mmsa/bin/python benchmarks/mmsa_accuracy.py features0.pkl [features1.pkl …] [--models tfn,lmf]
 
 (environment: see mmsa_parity.py). The hyperparameters are its own for CH-SIMS; it chooses the epoch on valid.
 """
@@ -23,6 +24,8 @@ from mmsa_parity import settings
 from senticlip.data.unpickle import load
 from senticlip.metrics import classification, score_class
 
+METRICS = ("accuracy", "macro_f1")
+
 
 def without_sound(path: Path, folder: Path) -> Path:
     """The same file with one silent step for each clip."""
@@ -33,6 +36,13 @@ def without_sound(path: Path, folder: Path) -> Path:
     target = folder / "silent.pkl"
     target.write_bytes(pickle.dumps(data, protocol=4))
     return target
+
+
+class Read(torch.nn.Module):
+    """In the place of Self-MM's BERT: the file's states are what it would have said."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states
 
 
 def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
@@ -48,6 +58,10 @@ def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
     more = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
     best = folder / "model.pth"
     args = settings(name, **more, dataset_name="sims", cur_seed=seed, model_save_path=str(best))
+    if name == "self_mm":
+        sys.modules["MMSA.models.multiTask.SELF_MM"].BertTextEncoder = lambda **_: Read()
+        parts = load(path)
+        args.update(use_bert=False, train_samples=len(parts["train"]["id"]), text_out=parts["train"]["text"].shape[-1])
     setup_seed(seed)
     loader = MMDataLoader(args, 0)
     model, trainer = AMIO(args), ATIO().getTrain(args)
@@ -60,20 +74,21 @@ def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("features", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", default="tfn,lmf,mult")
+    parser.add_argument("features", type=Path, nargs="+")
+    parser.add_argument("--models", default="tfn,lmf,mult,self_mm")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        path = without_sound(options.features, Path(folder))
         for name in options.models.split(","):
-            found = [run(name, path, Path(folder), seed) for seed in range(options.seeds)]
+            found = []
+            for seed, features in enumerate(options.features):
+                found.append(run(name, without_sound(features, Path(folder)), Path(folder), seed))
+                print(f"{name} {features}: " + ", ".join(f"{m} {100 * found[-1][m]:.2f}" for m in METRICS), flush=True)
             told = []
-            for metric in ("accuracy", "macro_f1"):
+            for metric in METRICS:
                 values = [100 * result[metric] for result in found]
                 told.append(f"{metric} {np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.2f}")
-            print(f"MMSA's {name:5} " + ", ".join(told) + f" ({len(found)} seeds)", flush=True)
+            print(f"MMSA's {name:7} " + ", ".join(told) + f" ({len(found)} seeds)", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,21 @@ def predictor(precision: str) -> Predictor:
     return Predictor(run_folder(), "cpu", precision)
 
 
+@functools.cache
+def _as_published(vision: Any) -> Any:
+    """transformers' own image tower with the same weights: the whole of its last layer, its own activation."""
+    from transformers import ChineseCLIPVisionModel
+
+    body = ChineseCLIPVisionModel(vision.body.config).eval()
+    body.load_state_dict(vision.body.state_dict())
+    return body
+
+
+def naive_images(vision: Any, pixels: Tensor) -> Tensor:
+    """The naive peer's states of normalised frames N×3×S×S: N×d."""
+    return vision.projection(_as_published(vision)(pixel_values=pixels).pooler_output)
+
+
 @torch.no_grad()
 def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Output:
     """The naive peer: torch's default fp32, one frame after the other; ``pixels`` m×3×S×S are normalised already."""
@@ -56,7 +71,7 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
     try:
         if pixels is None:
             pixels = vision.normalize(batch.modalities["vision"].values[0])
-        states = torch.cat([vision.images(frame[None]) for frame in pixels])[None]
+        states = torch.cat([naive_images(vision, frame[None]) for frame in pixels])[None]
         features = {
             "text": model.encoders["text"](batch.modalities["text"]),
             "vision": Sequence(states, torch.ones(states.shape[:2], dtype=torch.bool)),
@@ -67,7 +82,7 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
 
 
 def work(model: Any, batch: Batch) -> float:
-    """GFLOP of a forward pass, attention in plain products: the counter sees nothing of the CPU's fused one."""
+    """GFLOP of a forward pass of ours, attention in plain products: the counter sees nothing of the CPU's fused one."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(batch)
     return counter.get_total_flops() / 1e9

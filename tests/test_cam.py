@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_grad_cam import AblationCAM
+from transformers import ChineseCLIPVisionModel
 
 import tiny
 from senticlip import cam, cut
@@ -192,6 +193,20 @@ def test_rollout_is_a_distribution_over_tokens(models, name):
     assert (found >= 0).all()
     assert (found.sum((1, 2)) < 1).all()  # the class token keeps a share
     assert (found.sum((1, 2)) > 0.1).all()
+
+
+def test_rollout_multiplies_all_of_chinese_clips_attention(models):
+    model, batch = models("chinese_clip"), clip()
+    encoder = model.encoders["vision"]
+    reference = ChineseCLIPVisionModel._from_config(encoder.body.config, attn_implementation="eager").eval()
+    reference.load_state_dict(encoder.body.state_dict())
+    with torch.no_grad():
+        found = reference(pixel_values=cam.seen_frames(model, batch)[0], output_attentions=True).attentions
+    flow = torch.eye(found[0].shape[-1])
+    for attention in found:
+        flow = (attention.mean(1) + torch.eye(attention.shape[-1])) / 2 @ flow
+    wanted = flow[:, 0, 1:].unflatten(-1, (4, 4))
+    torch.testing.assert_close(cam.rollout(model, batch), wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_a_cnn_has_no_rollout(models):

@@ -147,15 +147,17 @@ def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
 
 @contextmanager
 def _watched(encoder: VisionEncoder) -> Iterator[list[Tensor]]:
-    """Collect every layer's attention N×heads×T×T while the encoder runs."""
+    """Collect every layer's attention N×heads×T×T while the encoder runs (a CLIP's last: N×heads×1×T)."""
     maps: list[Tensor] = []
     if encoder.kind == "chinese_clip":
         was = encoder.body.config._attn_implementation
         encoder.body.set_attn_implementation("eager")
+        *layers, last = encoder.body.encoder.layers
         handles = [
             layer.self_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
-            for layer in encoder.body.encoder.layers
+            for layer in layers
         ]
+        handles.append(last.looks.register_forward_hook(lambda module, inputs, output: maps.append(output)))
     else:
         parts = [block.attn for block in encoder.body.blocks]
         fused = [part.fused_attn for part in parts]
@@ -193,7 +195,8 @@ def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
         encoder.images(seen_frames(model, batch)[0])
     flow = None
     for attention in maps:
-        mixed = attention.mean(1) / 2 + torch.eye(attention.shape[-1], device=attention.device) / 2
+        rows, tokens = attention.shape[-2:]
+        mixed = attention.mean(1) / 2 + torch.eye(rows, tokens, device=attention.device) / 2
         flow = mixed if flow is None else mixed @ flow
     assert flow is not None
     row = flow[:, 0] if prefix else flow.mean(1)

@@ -53,6 +53,19 @@ def test_frames_equal_chinese_clip(clip):
     torch.testing.assert_close(encoder(full(pixels)).values, wanted.view(2, 3, 12), atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_equal_chinese_clips(clip):
+    """In training, the last layer's too, of which only the class token is computed."""
+    pixels, encoder = frames(4, 3, 32, 32), encoder_of(clip).train()
+    reference = ChineseCLIPModel.from_pretrained(clip).train()
+    images = encoder.normalize(pixels)
+    encoder.images(images).square().sum().backward()
+    reference.get_image_features(images).pooler_output.square().sum().backward()
+    wanted = dict(reference.vision_model.named_parameters())
+    for name, found in encoder.body.named_parameters():
+        torch.testing.assert_close(found.grad, wanted.pop(name).grad, atol=1e-5, rtol=1e-4, msg=name)
+    assert not wanted
+
+
 def test_quick_gelu_equals_transformers_in_training_and_in_inference():
     x, reference = torch.linspace(-12, 12, 97, requires_grad=True), QuickGELUActivation()
     (wanted,) = torch.autograd.grad(reference(x).sum(), x)

@@ -96,6 +96,32 @@ class QuickGelu(nn.Module):
         return x * torch.sigmoid(QUICK_GELU * x)
 
 
+class ClassTokenLayer(nn.Module):
+    """A CLIP tower's last layer, for the class token alone: of the others only keys and values are read after it.
+
+    It spares ten twelfths of the layer; the parameters are the layer's own, under their own names.
+
+    Shape:
+        N×T×D → N×1×D; ``looks`` gives N×heads×1×T
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer_norm1, self.self_attn = layer.layer_norm1, layer.self_attn
+        self.layer_norm2, self.mlp = layer.layer_norm2, layer.mlp
+        self.looks = nn.Softmax(-1)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer gives for the first token."""
+        attention, x = self.self_attn, self.layer_norm1(hidden_states)
+        projected = (attention.q_proj(x[:, :1]), attention.k_proj(x), attention.v_proj(x))
+        q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
+        looks = self.looks(attention.scale * q @ k.transpose(-1, -2))
+        heard = nn.functional.dropout(looks, attention.dropout, self.training) @ v
+        token = hidden_states[:, :1] + attention.out_proj(heard.transpose(1, 2).flatten(2))
+        return token + self.mlp(self.layer_norm2(token))
+
+
 class VisionEncoder(nn.Module):
     """One state per frame.
 
@@ -122,6 +148,8 @@ class VisionEncoder(nn.Module):
             for part in self.body.modules():
                 if isinstance(getattr(part, "activation_fn", None), QuickGELUActivation):
                     part.activation_fn = QuickGelu()
+            layers = self.body.encoder.layers
+            layers[-1] = ClassTokenLayer(layers[-1])
             self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
             self.resized = self.size != config.vision_config.image_size
         else:
