@@ -1,6 +1,8 @@
-"""Six frames of a 4-second clip: OpenCV reading all of it, against read_frames.
+"""Six frames of a clip: OpenCV reading all of it, against read_frames.
 
 What can be saved is the decoding of B-frames and the conversion of all others: it hangs on how many bits a frame has.
+
+    python -m benchmarks.decode [--quick] [VIDEO …]     # your own videos instead of the made clips of 4 seconds
 """
 
 from __future__ import annotations
@@ -36,20 +38,26 @@ def same(one: np.ndarray, two: np.ndarray) -> float:
     return float(gaps.max())
 
 
-def run(quick: bool) -> None:
-    """720p and 360p, as a camera in a dim room and one in daylight see it."""
+def compare(title: str, path: Path, quick: bool) -> None:
+    """Both ways of reading one video."""
+    ways = {"OpenCV, read all": lambda: read_all(path), "ours": lambda: read_frames(path, 6).pixels}
+    answers, costs = timing.interleave(ways, 3 if quick else 9)
+    gap = f"difference {same(*answers.values()):.2f}/255"
+    timing.show(title, costs, {"OpenCV, read all": timing.describe(path), "ours": gap})
+
+
+def run(quick: bool, videos: list[Path] | None = None) -> None:
+    """720p and 360p, as a camera in a dim room and one in daylight see it; or these videos."""
+    for path in videos or []:
+        compare(f"decode {path.name}", path, quick)
+    if videos:
+        return
     with timing.folder() as folder:
         for name, width, height in (("720p", 1280, 720), ("360p", 640, 360)):
             for kind, noise in (("noisy", 4), ("clean", 2)):
                 path = timing.make_video(folder / f"{name}-{kind}.mp4", width, height, 4, noise=noise)
-                ways = {"OpenCV, read all": lambda p=path: read_all(p), "ours": lambda p=path: read_frames(p, 6).pixels}
-                answers, costs = timing.interleave(ways, 3 if quick else 9)
-                notes = {
-                    "OpenCV, read all": timing.describe(path),
-                    "ours": f"difference {same(*answers.values()):.2f}/255",
-                }
-                timing.show(f"decode {name} {kind}", costs, notes)
+                compare(f"decode {name} {kind}", path, quick)
 
 
 if __name__ == "__main__":
-    timing.main(run, __doc__)
+    timing.main(run, __doc__, files=True)

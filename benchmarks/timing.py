@@ -68,14 +68,16 @@ def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None 
         )
 
 
-def main(run: Callable[[bool], None], about: str | None) -> None:
-    """The command line of one benchmark."""
-    parser = argparse.ArgumentParser(description=about)
+def main(run: Callable[..., None], about: str | None, files: bool = False) -> None:
+    """The command line of one benchmark; ``files``: it takes files, too."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller inputs")
+    if files:
+        parser.add_argument("files", nargs="*", type=Path)
     options = parser.parse_args()
     runtime.setup()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    run(options.quick)
+    run(options.quick, *([options.files] if files else []))
 
 
 def ceiling(dtype: torch.dtype, size: int = 1536, rounds: int = 5) -> float:
