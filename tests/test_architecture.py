@@ -18,7 +18,7 @@ LEVELS = [
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "export"},
     {"trainee", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
-    | {"cut", "cam", "occlusion", "explain", "explain_set"},
+    | {"cut", "cam", "occlusion", "explain", "explain_set", "serve"},
     {"results", "reproduce", "pretrain", "demo"},
     {"arguments", "cli", "__main__"},
 ]

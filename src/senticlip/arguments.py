@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     _to_report(verbs)
     _to_answer(verbs)
     _to_show(verbs)
-    for name in ("evaluate", "predict", "analyze", "bulk"):
+    for name in ("evaluate", "predict", "analyze", "bulk", "serve"):
         verbs.known.choices[name].add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
     return top
 
@@ -153,7 +153,7 @@ def _to_answer(verbs: Verbs) -> None:
 
 
 def _to_show(verbs: Verbs) -> None:
-    """analyze, explain."""
+    """analyze, explain, serve."""
     p = verbs.add("analyze", "the timeline of a film and its subtitles: Parquet, CSV and a page to look at")
     p.add_argument("model", metavar="RUN")
     p.add_argument("video", metavar="VIDEO")
@@ -177,4 +177,11 @@ def _to_show(verbs: Verbs) -> None:
     p.add_argument("--data", metavar="DIR", help="explain the worst errors on a data set instead of one clip")
     p.add_argument("--split", default="test", help="of --data (default: test)")
     p.add_argument("--worst", type=int, default=20, help="how many errors of --data (default: 20)")
+    p.add_argument("--device")
+
+    p = verbs.add("serve", "answer over HTTP, with a page to try the model on a clip")
+    p.add_argument("model", metavar="RUN")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    p.add_argument("--limit", type=float, default=200.0, help="largest upload, MiB (default: 200)")
     p.add_argument("--device")

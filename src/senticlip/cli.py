@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 def say(options: argparse.Namespace, text: str) -> None:
     """Tell a person; with ``--json`` stdout stays the object's."""
     if runtime.first_process():
-        print(text, file=sys.stderr if options.json else sys.stdout)
+        print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
 
     predictor = senticlip.load(options.model, device=options.device, precision=options.precision)
     prediction = predictor(options.video, text=options.text)
-    result = {name: value for name, value in prediction._asdict().items() if value is not None}
+    result = prediction.to_json()
     result |= {"disagreement": predictor.disagreement} if predictor.disagreement else {}
     _say_disagreement(options, predictor.disagreement)
     say(options, prediction.label + "  " + "  ".join(f"{k} {p:.3f}" for k, p in prediction.probabilities.items()))
@@ -209,6 +209,21 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
 
 
+def serve(options: argparse.Namespace) -> dict[str, Any]:
+    """``senticlip serve``."""
+    from senticlip.serve import serve as run
+
+    said: list[str] = []
+
+    def ready(url: str) -> None:
+        said.append(url)
+        say(options, f"open {url} (Ctrl-C ends)")
+
+    names = ("host", "port", "limit", "device", "precision")
+    run(options.model, ready=ready, **{name: getattr(options, name) for name in names})
+    return {"url": said[0]}
+
+
 VERBS = {
     "demo": demo,
     "data": data_check,
@@ -221,4 +236,5 @@ VERBS = {
     "export": export,
     "analyze": analyze,
     "explain": explain,
+    "serve": serve,
 }

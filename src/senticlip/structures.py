@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,3 +117,7 @@ class Prediction(NamedTuple):
     modalities: dict[str, dict[str, float]]
     weights: dict[str, float]
     score: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that there are."""
+        return {name: value for name, value in self._asdict().items() if value is not None}

@@ -1,0 +1,169 @@
+"""A model behind HTTP: the predictor's own answers, errors that the sender can mend, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from tests.tiny import text_folder, timm_folder, write_clip
+
+from senticlip.config import Config
+from senticlip.models import create_model
+from senticlip.predictor import load
+from senticlip.serve import app, serve
+from senticlip.structures import Prediction, UsageError
+
+TEXT = "天气很好"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    encoders = {"text.encoder": str(text_folder(root / "text")), "vision.encoder": str(timm_folder(root / "vision"))}
+    size = {"width": 16, "heads": 2, "head": "linear", "text.max_length": 20, "vision.frames": 2, "vision.size": 32}
+    torch.manual_seed(0)
+    create_model(Config().override({**encoders, **size})).save_pretrained(root / "run")
+    create_model(Config().override({**encoders, **size, "modalities": ["text"]})).save_pretrained(root / "words")
+    write_clip(root / "clip.mp4", 40, 0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def predictor(place):
+    return load(place / "run", "cpu")
+
+
+@pytest.fixture
+def left(tmp_path, monkeypatch):
+    """Where temporary files go."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def video(place, name="我的.MP4"):
+    return {"video": (name, (place / "clip.mp4").read_bytes(), "video/mp4")}
+
+
+def test_answers_are_the_predictors(place, predictor, left):
+    client = TestClient(app(predictor))
+    asked = {"files": video(place), "data": {"text": TEXT}}
+    for given, wanted in (
+        (asked, predictor(place / "clip.mp4", TEXT)),
+        ({"files": video(place)}, predictor(place / "clip.mp4")),
+        ({"data": {"text": TEXT}}, predictor(text=TEXT)),
+        ({**asked, "data": {"text": " "}}, predictor(place / "clip.mp4")),
+    ):
+        answer = client.post("/predict", **given)
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == wanted.to_json()
+    assert not list(left.iterdir())
+
+
+def test_the_explanation_is_the_page_of_explain(place, predictor, left):
+    answer = TestClient(app(predictor)).post("/explain", files=video(place), data={"text": TEXT})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    assert f"“{TEXT}”" in answer.text
+    assert answer.text.count("<figure>") == 2
+    assert not list(left.iterdir())
+
+
+def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, predictor, left):
+    client = TestClient(app(predictor))
+    answer = client.post("/predict")
+    assert (answer.status_code, "text or video" in answer.json()["error"]) == (400, True)
+    for where in ("/predict", "/explain"):
+        answer = client.post(where, files={"video": ("片段.mp4", b"no video at all")})
+        assert answer.status_code == 400
+        line = answer.json()["error"]
+        assert line.startswith("片段.mp4: not a video")
+        assert str(left) not in line
+    assert not list(left.iterdir())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_over_the_limit_is_turned_away(place, predictor, left, told):
+    client = TestClient(app(predictor, limit=0.25))
+    head = b'--x\r\nContent-Disposition: form-data; name="video"; filename="a.mp4"\r\n\r\n'
+    parts = [head, *[bytes(2**16)] * 4, b"\r\n--x--\r\n"]
+    body = b"".join(parts) if told else iter(parts)  # an iterator's length is not known beforehand
+    answer = client.post("/predict", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert answer.status_code == 413
+    assert "larger than 0.25 MiB" in answer.json()["error"]
+    assert not list(left.iterdir())
+    assert client.post("/predict", files=video(place)).status_code == 200
+
+
+def test_the_page_asks_for_what_the_model_reads(place, predictor):
+    both = TestClient(app(predictor))
+    assert both.get("/health").json() == {"status": "ok", "model": "run", "reads": ["text", "video"]}
+    assert all(f'id="{name}"' in both.get("/").text for name in ("video", "text", "why"))
+    words = TestClient(app(load(place / "words", "cpu")))
+    assert 'id="video"' not in words.get("/").text
+    exported = (
+        SimpleNamespace(encoders={"text": 0}),
+        SimpleNamespace(modalities=["text"], text=SimpleNamespace(encoder="")),
+    )
+    page = TestClient(app(SimpleNamespace(run=Path("<b>.onnx"), model=exported[0], config=exported[1]))).get("/").text
+    assert 'id="why"' not in page
+    assert "<b>" not in page
+
+
+def test_one_clip_is_answered_at_a_time():
+    inside, most = threading.Semaphore(1), []
+
+    def slow(path, text):
+        most.append(inside.acquire(blocking=False))
+        time.sleep(0.05)
+        inside.release()
+        return Prediction("neutral", {}, {}, {})
+
+    slow.run, slow.model = Path("run"), SimpleNamespace(encoders={"text": 0})
+    slow.config = SimpleNamespace(modalities=["text"], text=SimpleNamespace(encoder=""))
+    client = TestClient(app(slow))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: client.post("/predict", data={"text": TEXT}).status_code, range(4)))
+    assert found == [200] * 4
+    assert most == [True] * 4
+
+
+def test_an_address_that_is_taken_or_none_is_wrong_use(place):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="choose another --port"):
+        serve(place / "run", port=taken.getsockname()[1])
+    with pytest.raises(UsageError, match="choose another --port"):
+        serve(place / "run", port=70000)
+    with pytest.raises(UsageError, match="--limit 0"):
+        serve(place / "run", limit=0)
+    features = SimpleNamespace(run=Path("run"), model=SimpleNamespace(encoders={}), config=Config())
+    with pytest.raises(UsageError, match="feature files"):
+        app(features)
+
+
+def test_the_verb_answers_until_it_is_interrupted(place):
+    command = [sys.executable, "-m", "senticlip", "serve", str(place / "run"), "--port", "0", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        url = process.stderr.readline().split()[1]
+        with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
+            assert json.load(answer)["status"] == "ok"
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, "")
+    assert json.loads(out) == {"url": url}
