@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,12 +12,12 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from tests.data.test_video import write
 from tests.tiny import text_folder, timm_folder, write_clip
 
 from senticlip.config import Config
@@ -54,12 +55,24 @@ def left(tmp_path, monkeypatch):
     return folder
 
 
+class Said:
+    """A model that reads text and says one thing; ``first`` happens before."""
+
+    def __init__(self, label, first=lambda: None):
+        self.label, self.first = label, first
+        self.model, self.config = SimpleNamespace(encoders={"text": 0}), Config(modalities=["text"])
+
+    def __call__(self, path, text):
+        self.first()
+        return Prediction(self.label, {}, {}, {})
+
+
 def video(place, name="我的.MP4"):
     return {"video": (name, (place / "clip.mp4").read_bytes(), "video/mp4")}
 
 
 def test_answers_are_the_predictors(place, predictor, left):
-    client = TestClient(app(predictor))
+    client = TestClient(app(predictor, "run"))
     asked = {"files": video(place), "data": {"text": TEXT}}
     for given, wanted in (
         (asked, predictor(place / "clip.mp4", TEXT)),
@@ -74,16 +87,17 @@ def test_answers_are_the_predictors(place, predictor, left):
 
 
 def test_the_explanation_is_the_page_of_explain(place, predictor, left):
-    answer = TestClient(app(predictor)).post("/explain", files=video(place), data={"text": TEXT})
+    answer = TestClient(app(predictor, "run")).post("/explain", files=video(place), data={"text": TEXT})
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/html")
     assert f"“{TEXT}”" in answer.text
+    assert "我的.MP4" in answer.text
     assert answer.text.count("<figure>") == 2
     assert not list(left.iterdir())
 
 
 def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, predictor, left):
-    client = TestClient(app(predictor))
+    client = TestClient(app(predictor, "run"))
     answer = client.post("/predict")
     assert (answer.status_code, "text or video" in answer.json()["error"]) == (400, True)
     for where in ("/predict", "/explain"):
@@ -95,9 +109,60 @@ def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, pred
     assert not list(left.iterdir())
 
 
+def test_a_playlist_is_no_video_and_shows_nothing_of_this_machine(place, predictor, tmp_path):
+    """FFmpeg would read the files that it names."""
+    write(tmp_path / "secret.ts", bf="2")
+    assert predictor(tmp_path / "secret.ts").label
+    shutil.copy(place / "clip.mp4", tmp_path / "secret.mp4")
+    head = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n"
+    client = TestClient(app(predictor, "run"))
+    for name, text in (
+        ("a.m3u8", f"{head}{tmp_path / 'secret.ts'}\n#EXT-X-ENDLIST\n"),
+        ("a.m3u8", f"{head}{tmp_path / 'secret.ts'}\n"),  # no end: FFmpeg would wait for more
+        ("a", f"ffconcat version 1.0\nfile {tmp_path / 'secret.mp4'}\n"),
+        ("a", "ffconcat version 1.0\nfile clip\n"),
+    ):
+        answer = client.post("/predict", files={"video": (name, text.encode())})
+        assert answer.status_code == 400
+        assert answer.json()["error"].startswith(f"{name}: not a video file")
+
+
+def test_every_error_is_one_line():
+    def broken():
+        raise RuntimeError("no")
+
+    client = TestClient(app(Said("neutral", broken), "broken"), raise_server_exceptions=False)
+    multipart = {"content-type": "multipart/form-data"}
+    for status, answer in (
+        (404, client.get("/nothing")),
+        (405, client.get("/predict")),
+        (400, client.post("/predict", content=b"abc", headers=multipart)),
+        (400, client.post("/predict", data={"video": "no file"})),
+        (400, client.post("/predict", files={"text": ("a.txt", b"no field")})),
+        (400, client.post("/predict", data={"text": "好" * 10_001})),
+        (500, client.post("/predict", data={"text": TEXT})),
+    ):
+        assert answer.status_code == status, answer.text
+        assert list(answer.json()) == ["error"]
+        assert "\n" not in answer.json()["error"]
+
+
+def test_half_a_character_is_read_as_a_question_mark(predictor):
+    """Charsets such as UTF-7 can bring one."""
+    client = TestClient(app(predictor, "run"))
+    kind = {"content-type": "multipart/form-data; boundary=x; charset=raw_unicode_escape"}
+    for field, value, wanted in (
+        ('"text"', "\\ud800hi", predictor(text="?hi").to_json()),
+        ('"video"; filename="a\\ud800.mp4"', "x", "a?.mp4: not a video"),
+    ):
+        body = f"--x\r\nContent-Disposition: form-data; name={field}\r\n\r\n{value}\r\n--x--\r\n"
+        found = client.post("/predict", content=body.encode(), headers=kind).json()
+        assert found == wanted or found["error"].startswith(wanted)
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_body_over_the_limit_is_turned_away(place, predictor, left, told):
-    client = TestClient(app(predictor, limit=0.25))
+    client = TestClient(app(predictor, "run", most=2**18))
     head = b'--x\r\nContent-Disposition: form-data; name="video"; filename="a.mp4"\r\n\r\n'
     parts = [head, *[bytes(2**16)] * 4, b"\r\n--x--\r\n"]
     body = b"".join(parts) if told else iter(parts)  # an iterator's length is not known beforehand
@@ -109,36 +174,44 @@ def test_a_body_over_the_limit_is_turned_away(place, predictor, left, told):
 
 
 def test_the_page_asks_for_what_the_model_reads(place, predictor):
-    both = TestClient(app(predictor))
+    both = TestClient(app(predictor, "run"))
     assert both.get("/health").json() == {"status": "ok", "model": "run", "reads": ["text", "video"]}
     assert all(f'id="{name}"' in both.get("/").text for name in ("video", "text", "why"))
-    words = TestClient(app(load(place / "words", "cpu")))
+    words = TestClient(app(load(place / "words", "cpu"), "words"))
     assert 'id="video"' not in words.get("/").text
-    exported = (
-        SimpleNamespace(encoders={"text": 0}),
-        SimpleNamespace(modalities=["text"], text=SimpleNamespace(encoder="")),
-    )
-    page = TestClient(app(SimpleNamespace(run=Path("<b>.onnx"), model=exported[0], config=exported[1]))).get("/").text
+    exported = TestClient(app(Said("neutral"), "<b>.onnx"))
+    page = exported.get("/").text
     assert 'id="why"' not in page
     assert "<b>" not in page
+    assert exported.post("/explain", data={"text": TEXT}).status_code == 404
 
 
 def test_one_clip_is_answered_at_a_time():
     inside, most = threading.Semaphore(1), []
 
-    def slow(path, text):
+    def slow():
         most.append(inside.acquire(blocking=False))
         time.sleep(0.05)
         inside.release()
-        return Prediction("neutral", {}, {}, {})
 
-    slow.run, slow.model = Path("run"), SimpleNamespace(encoders={"text": 0})
-    slow.config = SimpleNamespace(modalities=["text"], text=SimpleNamespace(encoder=""))
-    client = TestClient(app(slow))
+    client = TestClient(app(Said("neutral", slow), "slow"))
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: client.post("/predict", data={"text": TEXT}).status_code, range(4)))
     assert found == [200] * 4
     assert most == [True] * 4
+
+
+def test_who_waits_when_it_ends_is_sent_away():
+    begun = threading.Event()
+
+    def first():
+        time.sleep(0.2)
+        begun.set()
+
+    client = TestClient(app(Said("neutral", first), "slow", ending=begun.is_set))
+    with ThreadPoolExecutor(3) as threads:
+        found = sorted(threads.map(lambda _: client.post("/predict", data={"text": TEXT}).status_code, range(3)))
+    assert found == [200, 503, 503]
 
 
 def test_an_address_that_is_taken_or_none_is_wrong_use(place):
@@ -148,9 +221,12 @@ def test_an_address_that_is_taken_or_none_is_wrong_use(place):
         serve(place / "run", port=70000)
     with pytest.raises(UsageError, match="--limit 0"):
         serve(place / "run", limit=0)
-    features = SimpleNamespace(run=Path("run"), model=SimpleNamespace(encoders={}), config=Config())
-    with pytest.raises(UsageError, match="feature files"):
-        app(features)
+    with pytest.raises(UsageError, match="--limit inf"):
+        serve(place / "run", limit=float("inf"))
+    features = Said("neutral")
+    features.model.encoders.clear()
+    with pytest.raises(UsageError, match="run: reads feature files"):
+        app(features, "run")
 
 
 def test_the_verb_answers_until_it_is_interrupted(place):

@@ -137,9 +137,8 @@ def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
             torch.autograd.grad(value, images)
         seen = cam.activations_and_grads
         # not cam(images): that scales each frame by itself, and frames could not be compared
-        found = cam.get_cam_image(
-            images, answer.split.layer, [], seen.activations[0].numpy(), seen.gradients[0].numpy(), False
-        )
+        maps, slopes = (part[0].float().numpy() for part in (seen.activations, seen.gradients))
+        found = cam.get_cam_image(images, answer.split.layer, [], maps, slopes, False)
     finally:
         cam.activations_and_grads.release()
     return torch.from_numpy(found).float().relu()

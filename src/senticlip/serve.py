@@ -1,7 +1,7 @@
 """A model behind HTTP: JSON for programs, and a page to try it on a clip.
 
     POST /predict   form fields ``video`` (a file) and ``text``, or one of them → what ``senticlip predict --json`` says
-    POST /explain   the same fields → the page of ``senticlip explain``
+    POST /explain   the same fields → the page of ``senticlip explain`` (not of an exported or int8 model)
     GET  /          the page;  GET /health → the model and what it reads
 
 What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413. One clip is
@@ -10,6 +10,7 @@ answered at a time, others wait; an upload lives in a temporary folder until its
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import socket
@@ -23,20 +24,25 @@ from typing import Annotated, Any
 import jinja2
 
 import senticlip
-from senticlip.explain import CHINESE, explain
+from senticlip.explain import CHINESE, explanation, write
 from senticlip.sources import hears
-from senticlip.structures import LABELS, SURFACE, UsageError, UserError
+from senticlip.structures import LABELS, SURFACE, Clip, UsageError, UserError
 
 try:
     import uvicorn
-    from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
+    from fastapi import FastAPI, File, Form, Request, UploadFile
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
+    from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
-WAITING = 32
-"""Requests at a time; more are turned away with 503."""
+WAITING = 64
+"""Open connections at a time; more are turned away with 503."""
+
+LONGEST = 10_000
+"""Characters of a text: models read far fewer, but an explanation shows and tries each."""
 
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]
@@ -66,43 +72,54 @@ def serve(
         UsageError: an address that cannot be had, a model that reads feature files; UsageError, UserError: as
             ``senticlip.load``.
     """
-    if not limit > 0:
-        raise UsageError(f"--limit {limit:g}: must be above 0 MiB")
+    most = int(limit * 2**20) if math.isfinite(limit) else 0
+    if most < 1:
+        raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UsageError(f"{host}:{port}: cannot be listened at ({error}) — choose another --port or --host") from None
     with door:
-        answers = app(senticlip.load(run, device, precision), limit)
+        name = Path(run).resolve().name if Path(run).exists() else str(run)
+        answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit)
+        server = uvicorn.Server(uvicorn.Config(answers, log_level="error", limit_concurrency=WAITING))
         shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{door.getsockname()[1]}")
-        settings = uvicorn.Config(answers, log_level="warning", limit_concurrency=WAITING)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run(sockets=[door])
+            ready(f"http://{shown}:{door.getsockname()[1]}")
+            server.run(sockets=[door])
 
 
-def app(predictor: Any, limit: float = 200) -> FastAPI:
-    """The application around a Predictor; ``limit`` of a body in MiB.
+def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], bool] = lambda: False) -> FastAPI:
+    """The application around a Predictor.
+
+    Args:
+        predictor: senticlip.load(RUN).
+        name: of the model, as the page shows it.
+        most: bytes of a body.
+        ending: whether those who still wait are to be sent away.
 
     Raises:
         UsageError: a model that reads feature files.
     """
     one = Lock()
-    reads = [SURFACE[name] for name in predictor.model.encoders]
+    reads = [SURFACE[modality] for modality in predictor.model.encoders]
     reads += ["audio"] if hears(predictor.config) else []
     if not reads:
-        raise UsageError(f"{predictor.run}: reads feature files, no clips — serve a model with encoders of its own")
-    page = _page(predictor, reads)
+        raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
+    explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
+    house = jinja2.Environment(loader=jinja2.PackageLoader("senticlip"), autoescape=True)
+    shown = {"name": name, "reads": reads, "LABELS": LABELS, "CHINESE": CHINESE, "explains": explains}
+    page = house.get_template("serve.html").render(shown)
     answers = FastAPI(title="senticlip", version=senticlip.__version__, description=__doc__ or "")
-    answers.add_middleware(Limit, most=int(limit * 2**20))
+    answers.add_middleware(Limit, most=most)
+    _tell_errors(answers)
 
-    @answers.exception_handler(UserError)
-    def mend(request: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 400)
-
-    @answers.exception_handler(HTTPException)
-    def refuse(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code)
+    @contextmanager
+    def turn() -> Iterator[None]:
+        with one:
+            if ending():
+                raise HTTPException(503, "the server is ending")
+            yield
 
     @answers.get("/", response_class=HTMLResponse)
     def home() -> str:
@@ -110,45 +127,69 @@ def app(predictor: Any, limit: float = 200) -> FastAPI:
 
     @answers.get("/health")
     def health() -> dict[str, Any]:
-        return {"status": "ok", "model": predictor.run.name, "reads": reads}
+        return {"status": "ok", "model": name, "reads": reads}
 
     @answers.post("/predict")
     def predict(video: Video = None, text: Text = None) -> dict[str, Any]:
-        with _kept(video) as path, one:
-            return predictor(path, text).to_json()
+        with _clip(video, text) as clip, turn():
+            return predictor(clip.video, clip.text).to_json()
+
+    if not explains:
+        return answers
 
     @answers.post("/explain", response_class=HTMLResponse)
     def why(video: Video = None, text: Text = None) -> str:
-        with _kept(video) as path, tempfile.TemporaryDirectory(prefix="senticlip-") as folder, one:
-            said = text if text and text.strip() else None
-            return Path(explain(predictor, path, said, folder)["html"]).read_text(encoding="utf-8")
+        with _clip(video, text) as clip, tempfile.TemporaryDirectory(prefix="senticlip-") as folder, turn():
+            found = explanation(predictor, clip)._replace(name=clip.id)
+            return Path(write(found, folder)["html"]).read_text(encoding="utf-8")
 
     return answers
 
 
-def _page(predictor: Any, reads: list[str]) -> str:
-    house = jinja2.Environment(loader=jinja2.PackageLoader("senticlip"), autoescape=True)
-    can_explain = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
-    return house.get_template("serve.html").render(
-        name=predictor.run.name, reads=reads, LABELS=LABELS, CHINESE=CHINESE, can_explain=can_explain
-    )
+def _tell_errors(answers: FastAPI) -> None:
+    """Every error is one line of JSON."""
+
+    @answers.exception_handler(UserError)
+    def mend(request: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 400)
+
+    @answers.exception_handler(RequestValidationError)
+    def reject(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"error": "video must be a file of the form, text a plain field of it"}, 400)
+
+    @answers.exception_handler(HTTPException)
+    def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code)
+
+    @answers.exception_handler(Exception)
+    def fail(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "the server failed; its log says where"}, 500)
 
 
 @contextmanager
-def _kept(video: UploadFile | None) -> Iterator[Path | None]:
-    """An upload as a file of its own, under a name of ours with its ending; None where none was sent."""
+def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
+    """What was sent, the video as a file under a name of ours with its ending; ``id`` is the sender's name for it."""
+    text = _told(text) or None
+    if text is not None and len(text) > LONGEST:
+        raise UsageError(f"text: {len(text)} characters — send {LONGEST} at most")
     if video is None or not video.filename:
-        yield None
+        yield Clip("", None, text)
         return
+    name = _told(Path(video.filename).name) or "video"
     with tempfile.TemporaryDirectory(prefix="senticlip-") as folder:
-        ending = re.search(r"\.[A-Za-z0-9]{1,5}$", video.filename)
+        ending = re.search(r"\.[A-Za-z0-9]{1,5}$", name)
         path = Path(folder) / ("clip" + (ending[0].lower() if ending else ""))
         with path.open("wb") as out:
             shutil.copyfileobj(video.file, out)
         try:
-            yield path
-        except UserError as error:  # the sender knows the file by its own name
-            raise type(error)(str(error).replace(str(path), Path(video.filename).name)) from None
+            yield Clip(name, path, text)
+        except UserError as error:
+            raise type(error)(str(error).replace(str(path), name)) from None
+
+
+def _told(text: str | None) -> str:
+    """A field as it can be said again: some charsets bring halves of characters."""
+    return (text or "").encode("utf-8", "replace").decode().strip()
 
 
 class Limit:

@@ -61,6 +61,7 @@ def test_gradients_equal_chinese_clips(clip):
     encoder.images(images).square().sum().backward()
     reference.get_image_features(images).pooler_output.square().sum().backward()
     wanted = dict(reference.vision_model.named_parameters())
+    assert list(wanted) == [name for name, _ in encoder.body.named_parameters()]
     for name, found in encoder.body.named_parameters():
         torch.testing.assert_close(found.grad, wanted.pop(name).grad, atol=1e-5, rtol=1e-4, msg=name)
     assert not wanted

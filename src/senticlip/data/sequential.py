@@ -18,9 +18,18 @@ from av.video.stream import VideoStream
 
 from senticlip.structures import UserError
 
+FORMATS = (
+    "mov,matroska,avi,flv,live_flv,mpegts,mpegtsraw,mpeg,mpegvideo,asf,ogg,mxf,rm,nut,dv,wtv,swf,gif,apng,ivf,obu,av1,"
+    "h261,h263,h264,hevc,vvc,m4v,vc1,dirac,cavsvideo,mjpeg,yuv4mpegpipe,image2,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,"
+    "wav,w64,mp3,aac,ac3,eac3,flac,amr,aiff,caf,au,ape,wv,tta,dts,truehd"
+)
+"""What is opened: files that hold what they show. Playlists (HLS, concat, DASH …) would have FFmpeg read any file that
+they name on this machine, or wait for ever."""
+
 
 def open_container(path: str | Path, **options: str) -> InputContainer:
     """FFmpeg's container of a file, whatever its name (a colon is no protocol) and however broken its titles."""
+    options["format_whitelist"] = FORMATS
     return av.open(os.path.abspath(path), metadata_errors="replace", options=options)
 
 

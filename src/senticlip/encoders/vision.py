@@ -107,8 +107,9 @@ class ClassTokenLayer(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer_norm1, self.self_attn = layer.layer_norm1, layer.self_attn
-        self.layer_norm2, self.mlp = layer.layer_norm2, layer.mlp
+        # in the layer's order: an optimizer's saved state knows parameters by their place
+        self.self_attn, self.layer_norm1 = layer.self_attn, layer.layer_norm1
+        self.mlp, self.layer_norm2 = layer.mlp, layer.layer_norm2
         self.looks = nn.Softmax(-1)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
