@@ -204,7 +204,8 @@ def _quantize(path: Path) -> Path:
 
 def _saturates() -> bool:
     """Whether this processor (x86 without VNNI) adds products of uint8 and int8 in 16 bits, which overflow; those of
-    uint8 and uint8 it does not (onnxruntime, "Quantize ONNX models"), at the same speed."""
+    uint8 and uint8 it does not (onnxruntime, "Quantize ONNX models"). Weights of 7 bits would not overflow either, and
+    be faster by a fifth, but change more answers (docs/results.md)."""
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and not (info.is_file() and "vnni" in info.read_text())
