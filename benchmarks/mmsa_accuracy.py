@@ -38,13 +38,6 @@ def without_sound(path: Path, folder: Path) -> Path:
     return target
 
 
-class Read(torch.nn.Module):
-    """In the place of Self-MM's BERT: the file's states are what it would have said."""
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return states
-
-
 def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
     """Train one of MMSA's models by its own trainer; test metrics of its best epoch."""
     torch.cuda.set_device = lambda *_: None
@@ -58,12 +51,14 @@ def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
     more = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
     best = folder / "model.pth"
     args = settings(name, **more, dataset_name="sims", cur_seed=seed, model_save_path=str(best))
-    if name == "self_mm":
-        sys.modules["MMSA.models.multiTask.SELF_MM"].BertTextEncoder = lambda **_: Read()
-        parts = load(path)
-        args.update(use_bert=False, train_samples=len(parts["train"]["id"]), text_out=parts["train"]["text"].shape[-1])
+    if name == "self_mm":  # the file's states are what its BERT would have said
+        sys.modules["MMSA.models.multiTask.SELF_MM"].BertTextEncoder = lambda **_: torch.nn.Identity()
+        args.update(use_bert=False)
     setup_seed(seed)
     loader = MMDataLoader(args, 0)
+    args.update(train_samples=len(loader["train"].dataset))
+    if name == "self_mm":
+        args.update(text_out=args["feature_dims"][0])
     model, trainer = AMIO(args), ATIO().getTrain(args)
     trainer.do_train(model, loader)
     model.load_state_dict(torch.load(best, weights_only=True))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
-from senticlip.structures import LABELS, Clip, Prediction, UserError
+from senticlip.structures import LABELS, Clip, Prediction, UsageError, UserError
 
 HEADS = ("text", "video", "audio")
 """The modalities that may say something for themselves, by the name that a reader sees."""
@@ -130,6 +130,16 @@ def fingerprint(run: str | Path) -> str:
     """What tells one RUN, or exported file, from another: a hash of its config and weights."""
     paths = [Path(run), *(Path(run) / name for name in _WEIGHTS)]
     return "-".join(file_key(path) for path in paths if path.is_file())
+
+
+def make_folder(out: str | Path) -> Path:
+    """The folder to write to, made if it is not there."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: no folder to write to — {error.strerror}") from None
+    return folder
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

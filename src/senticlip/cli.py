@@ -213,15 +213,11 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip serve``."""
     from senticlip.serve import serve as run
 
-    said: list[str] = []
-
     def ready(url: str) -> None:
-        said.append(url)
         say(options, f"open {url} (Ctrl-C ends)")
 
     names = ("host", "port", "limit", "device", "precision")
-    run(options.model, ready=ready, **{name: getattr(options, name) for name in names})
-    return {"url": said[0]}
+    return {"url": run(options.model, ready=ready, **{name: getattr(options, name) for name in names})}
 
 
 VERBS = {

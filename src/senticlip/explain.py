@@ -17,7 +17,7 @@ from PIL import Image
 
 import senticlip
 from senticlip import cam
-from senticlip.answers import make_callable, shown, write_whole
+from senticlip.answers import make_callable, make_folder, shown, write_whole
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.occlusion import Case, alone, characters, looks, occlude, value
 from senticlip.progress import bar
@@ -291,33 +291,39 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
     Raises:
         UsageError, UserError: the folder cannot be made or written to.
     """
-    folder = make_folder(out)
-    frames = found.pictures
-    if found.maps is not None:
-        frames = [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
+    folder, frames = make_folder(out), heated(found)
     paths = [folder / f"frame-{i + 1}.png" for i in range(len(frames))]
     target = folder / "explain.html"
     longer = _later_frames(folder, len(paths)) if target.is_file() else []
     for path, picture in zip(paths, frames, strict=True):
         write_whole(path, functools.partial(_save_png, picture=picture))
+    write_whole(target, functools.partial(Path.write_text, data=html(found, frames), encoding="utf-8"))
+    for old in longer:
+        old.unlink()
+    return {"html": str(target), "frames": [str(path) for path in paths]}
+
+
+def heated(found: Explanation) -> list[Image.Image]:
+    """Its frames under their heat maps; as they are where it has none."""
+    if found.maps is None:
+        return found.pictures
+    return [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
+
+
+def html(found: Explanation, frames: list[Image.Image]) -> str:
+    """The page of an explanation, whose frames ``heated`` gives."""
     label = found.prediction.label
     before = value(found.cases[0].prediction, label)
-    html = page(
+    pictures = zip(found.pictures, frames, found.times, strict=True)
+    return page(
         "explain.html",
         found=found,
         label=label,
         sentences=sentences(found),
-        frames=[
-            (inline(picture), inline(heated), time)
-            for picture, heated, time in zip(found.pictures, frames, found.times, strict=True)
-        ],
+        frames=[(inline(plain), inline(hot), time) for plain, hot, time in pictures],
         differences=[(case, value(case.prediction, label) - before) for case in found.cases[1:]],
         pieces=_pieces(found, before),
     )
-    write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
-    for old in longer:
-        old.unlink()
-    return {"html": str(target), "frames": [str(path) for path in paths]}
 
 
 def _later_frames(folder: Path, count: int) -> list[Path]:
@@ -334,16 +340,6 @@ def _pieces(found: Explanation, before: float) -> list[tuple[str, float]]:
     """The characters of the text and how much the value falls without each."""
     label = found.prediction.label
     return [(case.shown, before - value(case.prediction, label)) for case in found.cases if case.kind == "character"]
-
-
-def make_folder(out: str | Path) -> Path:
-    """The folder to write to, made if it is not there."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder}: no folder to write to — {error.strerror}") from None
-    return folder
 
 
 make_callable(__name__)

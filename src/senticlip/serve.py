@@ -21,12 +21,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any
 
-import jinja2
-
 import senticlip
-from senticlip.explain import CHINESE, explanation, write
+from senticlip.explain import explanation, heated, html, page
 from senticlip.sources import hears
-from senticlip.structures import LABELS, SURFACE, Clip, UsageError, UserError
+from senticlip.structures import SURFACE, Clip, UsageError, UserError
 
 try:
     import uvicorn
@@ -56,8 +54,8 @@ def serve(
     device: str | None = None,
     precision: str = "fp32",
     ready: Callable[[str], None] = print,
-) -> None:
-    """Answer until interrupted (Ctrl-C).
+) -> str:
+    """Answer until interrupted (Ctrl-C); then the address that was listened at.
 
     Args:
         run: a RUN folder, a hub id or an exported file.
@@ -83,10 +81,11 @@ def serve(
         name = Path(run).resolve().name if Path(run).exists() else str(run)
         answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit)
         server = uvicorn.Server(uvicorn.Config(answers, log_level="error", limit_concurrency=WAITING))
-        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
         with suppress(KeyboardInterrupt):
-            ready(f"http://{shown}:{door.getsockname()[1]}")
+            ready(url)
             server.run(sockets=[door])
+    return url
 
 
 def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], bool] = lambda: False) -> FastAPI:
@@ -107,9 +106,7 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     if not reads:
         raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
-    house = jinja2.Environment(loader=jinja2.PackageLoader("senticlip"), autoescape=True)
-    shown = {"name": name, "reads": reads, "LABELS": LABELS, "CHINESE": CHINESE, "explains": explains}
-    page = house.get_template("serve.html").render(shown)
+    front = page("serve.html", name=name, reads=reads, explains=explains)
     answers = FastAPI(title="senticlip", version=senticlip.__version__, description=__doc__ or "")
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
@@ -123,7 +120,7 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
 
     @answers.get("/", response_class=HTMLResponse)
     def home() -> str:
-        return page
+        return front
 
     @answers.get("/health")
     def health() -> dict[str, Any]:
@@ -139,9 +136,9 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
 
     @answers.post("/explain", response_class=HTMLResponse)
     def why(video: Video = None, text: Text = None) -> str:
-        with _clip(video, text) as clip, tempfile.TemporaryDirectory(prefix="senticlip-") as folder, turn():
+        with _clip(video, text) as clip, turn():
             found = explanation(predictor, clip)._replace(name=clip.id)
-            return Path(write(found, folder)["html"]).read_text(encoding="utf-8")
+            return html(found, heated(found))
 
     return answers
 

@@ -29,7 +29,7 @@ they name on this machine, or wait for ever."""
 
 def open_container(path: str | Path, **options: str) -> InputContainer:
     """FFmpeg's container of a file, whatever its name (a colon is no protocol) and however broken its titles."""
-    options["format_whitelist"] = FORMATS
+    options |= {"format_whitelist": FORMATS}
     return av.open(os.path.abspath(path), metadata_errors="replace", options=options)
 
 
@@ -59,8 +59,7 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: not a video file, or cut off before its index ({reason}) — replace it") from None
     for stream in container.streams.video:
-        # cover art is no video, and FFmpeg would draw a text file as ANSI art
-        if not stream.disposition & Disposition.attached_pic and stream.codec_context.name != "ansi":
+        if not stream.disposition & Disposition.attached_pic:  # cover art is no video
             break
     else:
         found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
