@@ -7,6 +7,7 @@ import resource
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.test_train import assert_same, furnish, losses, relabelled, settings, weights
 from transformers import Trainer, TrainerState
 
@@ -119,6 +120,32 @@ def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypa
     assert [path.read_bytes() for path in kept] == before
     train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)  # the one that was begun last
     assert configs.load(tmp_path / "run" / "experiment.yaml").width == 32
+
+
+def test_other_weights_in_the_encoders_folder_are_another_run(tmp_path):
+    place = furnish(tmp_path / "place")
+    train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run")
+    file = place / "text" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"run.*other encoders.*--out.*--resume"):
+        train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run", resume=True)
+
+
+def test_one_training_at_a_time_writes_into_a_run(place, tmp_path, monkeypatch):
+    seen = []
+
+    def once_more(self, *args, **kwargs):
+        with pytest.raises(UserError, match=r"run: another training is writing here"):
+            train(settings(place, width=32), place / "data", tmp_path / "run")
+        seen.append(args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hooks, "on_epoch_begin", once_more)
+        train(settings(place), place / "data", tmp_path / "run")
+    assert seen
+    assert weights(tmp_path / "run")["network.temporal.cls"].shape == (16,)
+    train(settings(place, width=32), place / "data", tmp_path / "run")  # the lock is open again
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1  # and the curves are this training's
 
 
 @pytest.mark.parametrize("limit", [30_000, 100_000])

@@ -127,6 +127,20 @@ def test_results_of_other_data_are_not_read(world):
     assert (out / "results.json").read_bytes() == before
 
 
+def test_results_of_encoders_that_have_changed_are_not_read(world, tmp_path):
+    run, asked, _ = world
+    options = {"tables": ["6"], "seeds": 1, "overrides": [f"text.encoder={tmp_path / 'bert'}"]}
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"one")
+    run(**options)
+    trained = len(asked)
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(UserError, match=r"holds runs of other weights of .*bert — choose another --out"):
+        run(**options)
+    run(tables=["6"], seeds=1)  # the preset's own encoder has none to compare
+    assert len(asked) > trained
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

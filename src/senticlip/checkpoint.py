@@ -9,14 +9,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from senticlip.config import Config, from_dict
+from senticlip.data.cache import file_key
 from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.sims import read_clips
 from senticlip.models.base import SentimentModel
@@ -26,6 +28,8 @@ from senticlip.structures import Clip, Output, UsageError, UserError
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
 CHECKPOINTS = "checkpoints"
 """Where a RUN keeps what a killed training goes on from; gone when it is finished."""
+TENSORBOARD = "tensorboard"
+"""Where a RUN keeps its curves."""
 
 
 @contextmanager
@@ -51,6 +55,26 @@ def _is_full(error: BaseException | None) -> bool:
     number = int(told[1]) if told else getattr(error, "errno", None)
     short = isinstance(error, RuntimeError) and re.search(r"unexpected pos \d+ vs \d+|file write failed", str(error))
     return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _is_full(error.__cause__)
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """One training at a time writes into a RUN; the lock of a killed one is the kernel's to open.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    with suppress(NotImplementedError):  # some network file systems have no locks
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{run}: another training is writing here — wait, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,9 +139,16 @@ def rows_digest(data: str | Path, clips: list[Clip]) -> str:
 
 
 def origin(config: Config, data: str | Path) -> dict[str, Any]:
-    """What a training comes from: the experiment, and the data by its place and its rows."""
+    """What a training comes from: the experiment, its encoders' weights, and the data by its place and its rows."""
     rows = rows_digest(data, read_clips(data, None, config.protocol, config.seed))
-    return {"experiment": config.to_dict(), "data": str(data), "rows": rows}
+    return {"experiment": config.to_dict(), "encoders": encoder_keys(config), "data": str(data), "rows": rows}
+
+
+def encoder_keys(config: Config) -> dict[str, list[str]]:
+    """Hashes of the weights in the folders that the encoders come from (a hub's are not ours to tell apart)."""
+    folders = {part.encoder for part in (config.text, config.vision, config.label) if part.encoder}
+    files = {name: [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")] for name in sorted(folders)}
+    return {name: [file_key(path) for path in sorted(found)] for name, found in files.items() if found}
 
 
 def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:
@@ -128,6 +159,8 @@ def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:
         same = False
     if not same:
         return "another config"
+    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # a run of version 1.1 or before does not tell
+        return "other encoders (the weights in a folder have changed)"
     return "" if record.get("rows") == mine["rows"] else f"other data ({record['data']}, or its labels have changed)"
 
 
@@ -161,7 +194,8 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
     folder = out / CHECKPOINTS
     begun = read_json(folder / "origin.json")
     if not resume or not begun or _other(begun, mine):
-        shutil.rmtree(folder, ignore_errors=True)
+        for old in (folder, out / TENSORBOARD):
+            shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
         write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
 

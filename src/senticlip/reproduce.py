@@ -12,7 +12,7 @@ from traceback import format_exception_only
 from typing import Any
 
 from senticlip import results
-from senticlip.checkpoint import disk, read_json, rows_digest, share_stage, write_text
+from senticlip.checkpoint import disk, encoder_keys, read_json, rows_digest, share_stage, write_text
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.progress import bar, console
@@ -53,13 +53,13 @@ def reproduce(
         ``{"tables": {number: {row: {metric: {"mean", "std"}}}}, "report": path}``
 
     Raises:
-        UserError: ``out`` holds runs on other data; no row could be run; the disk is full.
+        UserError: ``out`` holds runs on other data or of other weights; no row could be run; the disk is full.
     """
     out = Path(out)
     config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
     clips = read_clips(data, None, protocol, 0)
     labels = {name for clip in clips for name in clip.labels}
-    _claim(out / "runs", data, clips)
+    _claim(out / "runs", data, clips, config)
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
     runner = Runner(data, out / "runs", keep, device)
     runner.run_all(chosen, seeds)
@@ -71,14 +71,18 @@ def reproduce(
     return {"tables": results.numbers(found), "report": str(report)}
 
 
-def _claim(runs: Path, data: str | Path, clips: list[Clip]) -> None:
-    """Keep to one data set and one protocol: a row that is done is read again, not run again."""
-    mine = {"data": str(data), "rows": rows_digest(data, clips)}
+def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> None:
+    """Keep to one data set, one protocol and the same encoders: a row that is done is read again, not run again."""
     there = read_json(runs / "data.json")
+    encoders = there.get("encoders", {}) | encoder_keys(config)
+    mine = {"data": str(data), "rows": rows_digest(data, clips), "encoders": encoders}
     if there and there["rows"] != mine["rows"]:
         raise UserError(
             f"{runs.parent}: holds runs on other data, labels or protocol ({there['data']}) — choose another --out"
         )
+    for name, keys in there.get("encoders", {}).items():
+        if keys != encoders[name]:
+            raise UserError(f"{runs.parent}: holds runs of other weights of {name} — choose another --out")
     with disk(runs):
         runs.mkdir(parents=True, exist_ok=True)
     write_text(runs / "data.json", json.dumps(mine, ensure_ascii=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.integrations import TensorBoardCallback
 
 from senticlip import metrics, runtime
-from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, disk, is_finished, origin, save_run
+from senticlip.checkpoint import CHECKPOINTS, TENSORBOARD, alone, begin, calibrate, disk, is_finished, origin, save_run
 from senticlip.config import Config
 from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
@@ -52,15 +53,17 @@ def train(
         ``{"best_epoch": …, "valid": {…}, "seconds": …, "history": […]}``
 
     Raises:
-        UserError: no clip has the label; the disk is full; ``resume`` in a folder that holds another run.
+        UserError: no clip has the label; the disk is full; ``resume`` in a folder that holds another run; another
+            training is writing there.
     """
     started = time.monotonic()
     config = config if seed is None else config.override({"seed": seed})
     out, chosen, mine = Path(out), runtime.device(device), origin(config, data)
     if resume and (result := is_finished(out, mine)):
         return result
-    with disk(out, "--resume goes on"):
-        if runtime.first_process():
+    first = runtime.first_process()
+    with disk(out, "--resume goes on"), alone(out) if first else nullcontext():
+        if first:
             begin(out, mine, resume)
         stages = {name: out / "stages" / name for name in config.stages}
         for name, folder in stages.items():
@@ -194,7 +197,7 @@ def fit(
 
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
     if arguments.process_index == 0:
-        board = SummaryWriter(str(Path(arguments.output_dir or "").parent / "tensorboard"))
+        board = SummaryWriter(str(Path(arguments.output_dir or "").parent / TENSORBOARD))
         callbacks += [EpochProgress(), TensorBoardCallback(board)]
     trainer = Fitter(
         trainee,
