@@ -52,7 +52,10 @@ def frames(path: str, count: int, size: int) -> np.ndarray:
 def main_shot(pixels: np.ndarray) -> np.ndarray:
     """Which frames of k×3×S×S are of the clip's main shot: senticlip/data/cutaways.py says more."""
     k, steps = len(pixels), range(-2, 3)
-    small = np.stack([squash(image.transpose(1, 2, 0), 16) for image in pixels])
+    bright = pixels.max((0, 1)) > 24  # what is black in all frames are bars
+    rows, columns = [np.flatnonzero(bright.any(axis)) if bright.any() else [0, -2] for axis in (1, 0)]
+    lit = pixels[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    small = np.stack([squash(image.transpose(1, 2, 0), 16) for image in lit])
     plain = small.std((2, 3)).max(1) < 4
     small = small - small.mean((1, 2, 3), keepdims=True)
     small /= np.linalg.norm(small.reshape(k, -1), axis=1)[:, None, None, None] + 1e-6

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from senticlip.data.cache import frame_store
-from senticlip.data.cutaways import GRID, main_shot
-from senticlip.data.video import read_frames
+from senticlip.data.cutaways import GRID, main_shot, without_bars
+from senticlip.data.video import read_frames, resize
 from senticlip.structures import Clip
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_only.py"
@@ -75,6 +75,27 @@ def test_how_alike_is_alike(blend, stays):
     expected = [True, True, True, stays]
     assert main_shot(pixels).tolist() == expected
     assert runpy.run_path(str(EXAMPLE))["main_shot"](pixels).tolist() == expected
+
+
+@pytest.mark.parametrize(("above", "beside"), [(0, 0), (3, 0), (12, 0), (40, 0), (0, 7), (0, 33), (5, 30)])
+def test_black_bars_make_no_shots_alike(above, beside):
+    """Bars of any width, with a codec's faint noise in them."""
+    random = np.random.default_rng(above + beside)
+    shots = [0, 1, 0, 0, 1, 0]
+    lit = frames_of(shots, above).repeat(3, 2).repeat(3, 3)
+    frames = random.integers(0, 12, (6, 3, 48 + 2 * above, 48 + 2 * beside), np.uint8)
+    frames[:, :, above : 48 + above, beside : 48 + beside] = lit
+    assert np.array_equal(without_bars(frames), lit)
+    expected = [shot == 0 for shot in shots]
+    assert main_shot(resize(without_bars(frames), GRID).numpy()).tolist() == expected
+    assert runpy.run_path(str(EXAMPLE))["main_shot"](frames).tolist() == expected
+
+
+def test_black_frames_have_no_bars():
+    black = np.zeros((3, 3, 32, 32), np.uint8)
+    assert without_bars(black) is black
+    assert main_shot(black[:, :, :GRID, :GRID]).all()
+    assert runpy.run_path(str(EXAMPLE))["main_shot"](black).all()
 
 
 @pytest.mark.parametrize("k", [20, 21, 40, 64])

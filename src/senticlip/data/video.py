@@ -14,7 +14,7 @@ import torch
 from av.video.frame import VideoFrame
 from torch import Tensor
 
-from senticlip.data.cutaways import GRID, main_shot
+from senticlip.data.cutaways import GRID, main_shot, without_bars
 from senticlip.data.decode import Decoder
 from senticlip.structures import UsageError, UserError
 
@@ -108,7 +108,7 @@ class VideoReader:
         stack = np.stack([pixels[stamp] for stamp in keep]) if keep else np.zeros((0, 3, height, width), np.uint8)
         found = Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
         if cutaways == "drop":
-            stays = main_shot(resize(stack, GRID).numpy())
+            stays = main_shot(resize(without_bars(stack), GRID).numpy())
             found = Frames(stack[stays], found.times[stays])
         return found
 
