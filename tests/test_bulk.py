@@ -192,6 +192,8 @@ def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch)
     monkeypatch.setattr(bulk.Worker, "make", lambda self, number: made.append(number) or real(self, number))
     stream = senticlip.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART)
     assert next(stream)["id"] == "00"
+    with pytest.raises(UserError, match="another bulk is writing here"):
+        bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART)
     stream.close()
     (tmp_path / ".part-000003.parquet.0123.partial").write_text("what a kill leaves")
     assert made == [0]
@@ -199,7 +201,7 @@ def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch)
     assert made == list(range(7))
     assert rows == table(run.parent / "out")
     assert files(tmp_path) == undisturbed
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
     list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     assert made == list(range(7))
 
@@ -235,7 +237,7 @@ def test_a_manifest_that_was_cut_before_a_kill_is_not_anothers(run, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "write_whole", killed)  # the stamp's: manifest has its own name for it
+        patch.setattr(bulk, "write_text", killed)  # the stamp's
         with pytest.raises(KeyboardInterrupt):
             bulk.bulk(run, tmp_path / "one.jsonl", tmp_path / "out", workers=1)
     assert (tmp_path / "out" / "manifest" / "rows.parquet").is_file()
@@ -279,7 +281,7 @@ def test_a_video_that_kills_its_worker_costs_its_rows(run, archive, undisturbed,
     assert [row for row in rows if row["id"] != "02"] == [
         pytest.approx(row, abs=1e-6) for row in expected if row["id"] != "02"
     ]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
 def test_a_video_that_is_never_done_kills_too(tmp_path, monkeypatch):

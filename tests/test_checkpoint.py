@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerState
 
 from senticlip import checkpoint as room
 from senticlip import config as configs
+from senticlip import files
 from senticlip import train as training
 from senticlip.card import model_card
 from senticlip.models.base import SentimentModel
@@ -167,7 +168,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, limit):
 
 def test_other_errors_are_not_a_full_disk(tmp_path):
     for error in (RuntimeError("shapes do not fit"), OSError(2, "No such file"), ValueError("unexpected pos 1 vs 2")):
-        with pytest.raises(type(error)), room.disk(tmp_path):
+        with pytest.raises(type(error)), files.disk(tmp_path):
             raise error
 
 
@@ -177,7 +178,7 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(UserError, match=r"a\.txt: the disk is full — make room"):
-            room.write_text(tmp_path / "a.txt", "new" * 1000)
+            files.write_text(tmp_path / "a.txt", "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]

@@ -146,3 +146,37 @@ def test_blank_words_are_none_and_subtitles_are_enough(tmp_path):
     first, second = manifest.read(path)
     assert (first["subtitles"], first["error"]) == ("a.srt", None)
     assert "neither path nor text" in second["error"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_names_of_columns_and_empty_cells_as_pandas_writes_them(kind, tmp_path):
+    path, nothing = tmp_path / f"m.{kind}", float("nan")
+    rows = [
+        {"Id": "1", "Path ": "a.mp4", "video": "other.mp4", "text": "好", "start": 1.5},
+        {"Id": "2", "Path ": None, "video": "b.mp4", "text": nothing, "start": nothing},
+    ]
+    if kind == "csv":
+        path.write_text("Id,Path ,video,text,start\n1,a.mp4,other.mp4,好,1.5\n2,,b.mp4,,\n", encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    else:
+        rows[1]["text"] = None
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    first, second = manifest.read(path)
+    empty = {**dict.fromkeys(manifest.COLUMNS), "error": None}
+    assert first == {**empty, "id": "1", "path": "a.mp4", "text": "好", "start": "1.5"}
+    assert second == {**empty, "id": "2", "path": "b.mp4"}
+
+
+def test_what_is_no_text_is_the_rows_fault(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"id": 1, "text": ["x"]}\n{"id": 2, "path": {"a": 1}}\n{"id": 3, "text": 5}\n', encoding="utf-8")
+    first, second, third = manifest.read(path)
+    assert "row 1, column text: a list" in first["error"]
+    assert "row 2, column path: a dict" in second["error"]
+    assert (third["text"], third["error"]) == ("5", None)
+    path = tmp_path / "m.csv"
+    path.write_text("id,path,text,start,end\n1,a.mp4,好\n2,a.mp4,好,,\n", encoding="utf-8")
+    first, second = manifest.read(path)
+    assert "row 2: fewer cells than columns" in first["error"]
+    assert second["error"] is None

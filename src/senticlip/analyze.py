@@ -23,6 +23,7 @@ from senticlip.data import subtitles as subs
 from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
 from senticlip.data.video import VideoReader, probe
+from senticlip.files import write_text, write_whole
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 BATCH = 8
@@ -167,7 +168,7 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
         if not resume or not stamp.is_file():
             shutil.rmtree(parts, ignore_errors=True)
             parts.mkdir(parents=True)
-            answers.write_whole(stamp, lambda partial: partial.write_text(key))
+            write_text(stamp, key)
     except OSError as error:
         raise UserError(f"{out}: cannot be written — {error.strerror}") from None
 
@@ -225,8 +226,8 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
 
     table = pa.concat_tables(pq.read_table(part).drop_columns("thumbnail") for part in files)
     table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
-    answers.write_whole(out / "timeline.html", write_page)
-    answers.write_whole(out / "timeline.csv", lambda path: pyarrow.csv.write_csv(table, path))
+    write_whole(out / "timeline.html", write_page)
+    write_whole(out / "timeline.csv", lambda path: pyarrow.csv.write_csv(table, path))
     answers.write_parquet(out / "timeline.parquet", table)
     shutil.rmtree(parts, ignore_errors=True)
 

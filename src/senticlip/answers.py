@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +14,8 @@ import pyarrow.parquet as pq
 from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
-from senticlip.structures import LABELS, Clip, Prediction, UsageError, UserError
+from senticlip.files import write_whole
+from senticlip.structures import LABELS, Clip, Prediction, UserError
 
 HEADS = ("text", "video", "audio")
 """The modalities that may say something for themselves, by the name that a reader sees."""
@@ -130,34 +129,6 @@ def fingerprint(run: str | Path) -> str:
     """What tells one RUN, or exported file, from another: a hash of its config and weights."""
     paths = [Path(run), *(Path(run) / name for name in _WEIGHTS)]
     return "-".join(file_key(path) for path in paths if path.is_file())
-
-
-def make_folder(out: str | Path) -> Path:
-    """The folder to write to, made if it is not there."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder}: no folder to write to — {error.strerror}") from None
-    return folder
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make a file beside ``path`` and put it there: the file is whole, or is not there.
-
-    Raises:
-        UserError: it cannot be written (no space, no permission).
-    """
-    # a name of its own for every writer: two may make the same part after a crash
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written — {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -24,6 +24,7 @@ from senticlip import answers, manifest, runtime
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
 from senticlip.data.table import finite
+from senticlip.files import alone, write_text
 from senticlip.precision import PRECISIONS
 from senticlip.structures import Clip, UsageError, UserError
 
@@ -73,7 +74,7 @@ def bulk(
 
     Raises:
         UsageError: wrong arguments, a missing extra. UserError: the manifest cannot be read, or ``out`` belongs to
-            another run or manifest.
+            another run or manifest, or another process works on it.
     """
     run, source, out = Path(run).resolve(), Path(manifest_file).resolve(), Path(out).resolve()
     if workers is not None and workers < 1:
@@ -91,10 +92,10 @@ def bulk(
         raise UsageError("--address needs Ray: pip install 'senticlip[ray]'")
     if (workers or 1) > 1 and not distributed:
         raise UsageError(f"--workers {workers} needs Ray: pip install 'senticlip[ray]' (or leave it out: one process)")
-    job = _prepare(run, source, out, rows_per_part, precision) | {"device": device}
+    with alone(out, "bulk"):
+        job = _prepare(run, source, out, rows_per_part, precision) | {"device": device}
     count = pq.ParquetFile(job["parts"]).metadata.num_row_groups
-    todo = [number for number in range(count) if not part_path(out, number).is_file()]
-    return _stream(job, count, todo, address, workers if distributed else 1)
+    return _stream(job, count, address, workers if distributed else 1)
 
 
 def has_ray() -> bool:
@@ -137,27 +138,27 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         raise UserError(f"{out}: cannot be used — {getattr(error, 'strerror', None) or error}") from None
     if not (stamp.is_file() and parts.is_file()):  # what was cut without a stamp may be another manifest's
         manifest.split(source, parts, rows_per_part)
-    answers.write_whole(stamp, lambda path: path.write_text(json.dumps(key, indent=1), encoding="utf-8"))
+    write_text(stamp, json.dumps(key, indent=1))
     return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
 
 
-def _stream(
-    job: dict[str, Any], count: int, todo: list[int], address: str | None, workers: int | None
-) -> Iterator[dict[str, Any]]:
+def _stream(job: dict[str, Any], count: int, address: str | None, workers: int | None) -> Iterator[dict[str, Any]]:
     """The rows of the parts that are there, then of the others as they come."""
-    out, left = Path(job["out"]), set(todo)
-    for number in range(count):
-        if number not in left:
+    out = Path(job["out"])
+    with alone(out, "bulk"):
+        there = [number for number in range(count) if part_path(out, number).is_file()]
+        for number in there:
             yield from pq.read_table(part_path(out, number)).to_pylist()
-    if not todo:
-        return
-    if workers == 1 and not address:
-        worker = Worker(job)
-        done: Iterator[int] = (worker.make(number) for number in todo)
-    else:
-        done = _on_ray(job, todo, address, workers)
-    for number in done:
-        yield from pq.read_table(part_path(out, number)).to_pylist()
+        todo = sorted(set(range(count)) - set(there))
+        if not todo:
+            return
+        if workers == 1 and not address:
+            worker = Worker(job)
+            done: Iterator[int] = (worker.make(number) for number in todo)
+        else:
+            done = _on_ray(job, todo, address, workers)
+        for number in done:
+            yield from pq.read_table(part_path(out, number)).to_pylist()
 
 
 class Worker:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from senticlip.config import Config, from_dict
 from senticlip.data.cache import file_key
 from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.sims import read_clips
+from senticlip.files import write_text
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
 from senticlip.structures import Clip, Output, UsageError, UserError
@@ -30,66 +26,6 @@ CHECKPOINTS = "checkpoints"
 """Where a RUN keeps what a killed training goes on from; gone when it is finished."""
 TENSORBOARD = "tensorboard"
 """Where a RUN keeps its curves."""
-
-
-@contextmanager
-def disk(place: Path, then: str = "run the same command again") -> Iterator[None]:
-    """A full disk is one line for the user, whichever library has met it.
-
-    Raises:
-        UserError: instead of the error of a full disk; other errors pass.
-    """
-    try:
-        yield
-    except Exception as error:
-        if _is_full(error):
-            raise UserError(f"{place}: the disk is full — make room, then {then}") from error
-        raise
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Python says it by number, safetensors (Rust) by a number in words, and torch that bytes are missing."""
-    if error is None:
-        return False
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    short = isinstance(error, RuntimeError) and re.search(r"unexpected pos \d+ vs \d+|file write failed", str(error))
-    return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _is_full(error.__cause__)
-
-
-@contextmanager
-def alone(run: Path) -> Iterator[None]:
-    """One training at a time writes into a RUN; the lock of a killed one is the kernel's to open.
-
-    Raises:
-        UserError: another process trains there.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
-    with suppress(NotImplementedError):  # some network file systems have no locks
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{run}: another training is writing here — wait, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: the disk is full.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with disk(path):
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

@@ -13,12 +13,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from senticlip.checkpoint import read_metrics, share_stage, write_text
+from senticlip.checkpoint import read_metrics, share_stage
 from senticlip.config import Config
 from senticlip.data.made import make
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain
+from senticlip.files import write_text
 from senticlip.predictor import load
 from senticlip.structures import LABELS
 from senticlip.tables import load_preset

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from senticlip import metrics
-from senticlip.checkpoint import as_probabilities, outputs, write_text
+from senticlip.checkpoint import as_probabilities, outputs
 from senticlip.data.sims import read_clips
+from senticlip.files import write_text
 from senticlip.predictor import Predictor
 from senticlip.sources import clip_set
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError

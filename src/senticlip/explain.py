@@ -17,8 +17,9 @@ from PIL import Image
 
 import senticlip
 from senticlip import cam
-from senticlip.answers import make_callable, make_folder, shown, write_whole
+from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
+from senticlip.files import make_folder, write_whole
 from senticlip.occlusion import Case, alone, characters, looks, occlude, value
 from senticlip.progress import bar
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from senticlip import metrics
-from senticlip.answers import make_folder, shown, write_whole
+from senticlip.answers import shown
 from senticlip.data.loader import to_batch
 from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, page, write
+from senticlip.files import make_folder, write_whole
 from senticlip.models.base import only
 from senticlip.occlusion import change
 from senticlip.progress import bar

@@ -16,11 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from senticlip.answers import write_whole
+from senticlip.files import write_whole
 from senticlip.structures import UsageError, UserError
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
+_SHORT: Any = object()
+"""Stands where a CSV's row ends before its header does."""
+
 _ALIASES = {"video": "path", "file": "path", "video_path": "path", "subtitle": "subtitles", "sentence": "text"}
 
 
@@ -66,29 +69,43 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
     """A row as read → the columns of SCHEMA; under None a CSV's cells that have no column."""
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
-    said = {_ALIASES.get(name, name): str(value) for name, value in row.items() if value is not None}
-    said = {name: value for name, value in said.items() if value.strip()}
+    # pandas writes a cell in which nothing is as NaN
+    full = {key: v for key, v in row.items() if v is not None and v is not _SHORT and v == v and str(v).strip()}
+    cells = _named(full)
+    said = {name: str(value) for name, value in cells.items()}
     whole = {name: said[name].encode("utf-8", "replace").decode() for name in COLUMNS if name in said}
     record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **whole, "error": None}
     record["id"] = record["id"] or record["path"] or f"row {number}"
+    odd = [name for name in whole if not isinstance(cells[name], str | int | float)]
     halves = [name for name, value in whole.items() if value != said[name]]
-    if halves:
+    if odd:
+        record["error"] = f"{where}, column {odd[0]}: a {type(cells[odd[0]]).__name__} — expected text or a number"
+    elif halves:
         record["error"] = f"{where}, column {halves[0]}: half a character (an unpaired \\ud800 … \\udfff)"
     elif any(row.get(None) or ()):
         record["error"] = f"{where}: more cells than columns — is a text with a comma quoted?"
+    elif _SHORT in row.values():
+        record["error"] = f"{where}: fewer cells than columns — is a text with a line break quoted?"
     elif not {"path", "text", "subtitles"} & said.keys():
         record["error"] = f"{where}: neither path nor text"
     return record
 
 
+def _named(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row by the names of COLUMNS, for which others may stand (``Path``, ``video``); their own come first."""
+    names = {key: str(key).strip().casefold() for key in row if key is not None}
+    aliased = {_ALIASES[name]: row[key] for key, name in names.items() if name in _ALIASES}
+    return aliased | {name: row[key] for key, name in names.items() if name in COLUMNS}
+
+
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",", strict=True)
+        reader = csv.DictReader(
+            file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",", strict=True, restval=_SHORT
+        )
         start = 1
         try:
-            names = [name.strip().casefold() for name in reader.fieldnames or []]
-            _known(manifest, names)
-            reader.fieldnames = names
+            _known(manifest, reader.fieldnames or [])
             start = reader.line_num + 1
             for row in reader:
                 yield reader.line_num, row
@@ -123,7 +140,7 @@ def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{manifest}: not readable as Parquet ({' '.join(str(error).split())})") from None
     with file:
         _known(manifest, file.schema_arrow.names)
-        names = [name for name in file.schema_arrow.names if _ALIASES.get(name, name) in COLUMNS]
+        names = [name for name in file.schema_arrow.names if _named({name: None})]
         number = 0
         for batch in file.iter_batches(4096, columns=names):
             for row in batch.to_pylist():
@@ -133,7 +150,7 @@ def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _known(manifest: Path, names: Iterable[str]) -> None:
     """The header must name a column that can be worked on."""
-    if not {"path", "text", "subtitles"} & {_ALIASES.get(name, name) for name in names}:
+    if not {"path", "text", "subtitles"} & _named(dict.fromkeys(names)).keys():
         found = ", ".join(map(str, names)) or "nothing"
         raise UserError(f"{manifest}, row 1: the columns are {found} — expected id, path, text or subtitles")
 

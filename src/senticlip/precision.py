@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from senticlip.checkpoint import write_text
+from senticlip.files import write_text
 from senticlip.metrics import score_class
 from senticlip.sources import fingerprint
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError

@@ -9,9 +9,9 @@ frames and three minutes it had learned no facet).
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from senticlip.data.captions import describe
 from senticlip.data.faces import Expression, Person, Pose, draw
 from senticlip.data.scenes import Scene
+from senticlip.files import write_text, write_whole
 
 FOLDER = Path(__file__).parent / "towers"
 ARCHITECTURE = "test_resnet"
@@ -176,18 +177,14 @@ def write(towers: Towers, out: Path) -> None:
         "text/tokenizer_config.json": json.dumps(tokenizer, indent=1),
         "text/vocab.txt": "\n".join(vocabulary()) + "\n",
     }
+    for part in ("vision", "text"):
+        (out / part).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _replace(out / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+        write_text(out / name, content)
     for name, module in (("vision", towers.vision), ("text", towers.text)):
         weights = {
             key: value.half() if value.is_floating_point() else value for key, value in module.state_dict().items()
         }
         weights = {key: value.contiguous() for key, value in weights.items()}
-        _replace(out / name / "model.safetensors", lambda path, w=weights: save_file(w, path, {"format": "pt"}))  # type: ignore[misc]
-
-
-def _replace(path: Path, save: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+        save = functools.partial(save_file, weights, metadata={"format": "pt"})
+        write_whole(out / name / "model.safetensors", save)

@@ -12,9 +12,10 @@ from traceback import format_exception_only
 from typing import Any
 
 from senticlip import results
-from senticlip.checkpoint import disk, encoder_keys, read_json, rows_digest, share_stage, write_text
+from senticlip.checkpoint import encoder_keys, read_json, rows_digest, share_stage
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
+from senticlip.files import disk, write_text
 from senticlip.progress import bar, console
 from senticlip.structures import LABELS, Clip, UserError
 from senticlip.tables import Table, digest, load_preset, load_tables

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from senticlip import metrics
-from senticlip.checkpoint import disk, write_text
 from senticlip.config import Config
+from senticlip.files import disk, write_text
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
 from senticlip.tables import Table, digest, notes
 

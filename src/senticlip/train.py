@@ -17,10 +17,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.integrations import TensorBoardCallback
 
 from senticlip import metrics, runtime
-from senticlip.checkpoint import CHECKPOINTS, TENSORBOARD, alone, begin, calibrate, disk, is_finished, origin, save_run
+from senticlip.checkpoint import CHECKPOINTS, TENSORBOARD, begin, calibrate, is_finished, origin, save_run
 from senticlip.config import Config
 from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
+from senticlip.files import alone, disk
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
@@ -62,7 +63,7 @@ def train(
     if resume and (result := is_finished(out, mine)):
         return result
     first = runtime.first_process()
-    with disk(out, "--resume goes on"), alone(out) if first else nullcontext():
+    with disk(out, "--resume goes on"), alone(out, "training") if first else nullcontext():
         if first:
             begin(out, mine, resume)
         stages = {name: out / "stages" / name for name in config.stages}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import wave
 
 import av
@@ -84,3 +85,49 @@ def test_a_recording_whose_clock_began_elsewhere(tmp_path):
     piece = read_audio(path, 1.25, 1.75)
     assert len(piece) == RATE // 2
     assert 2 * np.abs(np.fft.rfft(piece)).argmax() == pytest.approx(1760, abs=8)
+
+
+def write_tones(path, codec, layouts=("mono",), seconds=10):
+    """A tone of 400, 500, 600 … Hz, each for a second; the layout may change, as it does on television."""
+    sound = (np.concatenate([tone(400 + 100 * i, 1) for i in range(seconds)]) * 20000).astype("<i2")
+    parts = []
+    for i, layout in enumerate(layouts):
+        part = np.array_split(sound, len(layouts))[i]
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format=path.suffix[1:].replace("ts", "mpegts").replace("mpg", "mpeg")) as file:
+            stream = file.add_stream(codec, rate=RATE, layout=layout)
+            channels = 1 if layout == "mono" else 2
+            frame = av.AudioFrame.from_ndarray(part.repeat(channels)[None], format="s16", layout=layout)
+            frame.sample_rate, frame.pts = RATE, 0
+            for packet in (*stream.encode(frame), *stream.encode()):
+                file.mux(packet)
+        parts.append(buffer.getvalue())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def pitch(sound):
+    return np.abs(np.fft.rfft(sound)).argmax() * RATE / len(sound)
+
+
+def test_a_piece_of_a_program_stream_has_sound(tmp_path):
+    """After a seek the first packet is cut off there."""
+    path = write_tones(tmp_path / "a.mpg", "mp2")
+    piece = read_audio(path, 5.25, 5.75)
+    assert len(piece) == RATE // 2
+    assert pitch(piece) == pytest.approx(900, abs=20)
+
+
+def test_a_damaged_packet_costs_no_more_than_itself(tmp_path):
+    path = write_tones(tmp_path / "a.ts", "mp2")
+    whole, data = len(read_audio(path)), bytearray(path.read_bytes())
+    for place in range(len(data) // 4 // 188 * 188, len(data) // 4 // 188 * 188 + 188 * 3, 188):
+        data[place + 4 : place + 188] = b"\xff" * 184
+    path.write_bytes(data)
+    assert whole - RATE // 2 < len(read_audio(path)) <= whole
+
+
+@pytest.mark.parametrize("layouts", [("mono", "stereo"), ("stereo", "mono", "stereo")])
+def test_channels_may_change_within_a_recording(tmp_path, layouts):
+    path = write_tones(tmp_path / "a.ts", "mp2", layouts, 6)
+    assert len(read_audio(path)) == pytest.approx(6 * RATE, abs=RATE // 4)

@@ -13,7 +13,7 @@ import pytest
 
 from senticlip.data import unpickle
 from senticlip.data.mmsa import read_features, write_features
-from senticlip.structures import UserError
+from senticlip.structures import Clip, UserError
 
 STEPS = {"text": (6, 5), "audio": (9, 3), "vision": (7, 4)}
 
@@ -246,3 +246,30 @@ print(top - before)
         [sys.executable, "-c", script, str(path), str(tmp_path / "cache")], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 150
+
+
+def test_every_clip_gets_its_own_row(tmp_path):
+    data = made(rows=2)
+    data["train"]["id"], data["valid"]["id"], data["test"]["id"] = ["0", "1"], ["1", "0"], ["0", "x"]
+    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache", ("audio",))
+    assert [clip.id for clip in found.clips] == ["0#train0", "1#train1", "1#valid0", "0#valid1", "0#test0", "x"]
+    assert found.choose("audio", found.clips[::-1]).places.tolist() == [5, 4, 3, 2, 1, 0]
+
+
+def test_ids_with_other_zeros_meet_where_they_can_be_told_apart(tmp_path):
+    data = made(rows=2)
+    data["train"]["id"], data["valid"]["id"] = ["v$_$0001", "film$_$12.05"], ["film$_$12.5", "V$_$2"]
+    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache", ("audio",))
+    wanted = [Clip(name) for name in ("v/1", "film/12.05", "film/12.5", "v/0002", "none")]
+    assert found.choose("audio", wanted).places.tolist() == [0, 1, 2, 3, -1]
+    with pytest.raises(UserError, match=r"film/012\.5 may be film/12\.05 and film/12\.5 — write it"):
+        found.choose("audio", [Clip("film/012.5")])
+
+
+def test_texts_that_are_not_there_and_long_ones(tmp_path):
+    data = made()
+    long = "很长的话" * 20_000
+    data["test"]["raw_text"] = [None, float("nan"), long, "a" * 70_000]
+    for protocol in (3, 5):
+        clips = read_features(save(tmp_path / "f.pkl", data, protocol), tmp_path / "cache", ("audio",)).clips
+        assert [clip.text for clip in clips[-4:]] == [None, None, long, "a" * 70_000]

@@ -59,3 +59,22 @@ def test_a_store_of_clips(tmp_path):
     assert values[0, :, 5].tolist() == [1, 2]
     with pytest.raises(UserError, match="no OpenFace CSV for any clip"):
         openface_store(clips[1:], tmp_path / "faces", tmp_path / "cache")
+
+
+def test_pieces_of_a_film_share_its_csv(tmp_path):
+    write(tmp_path / "film.csv", [row(i, i) for i in range(1, 101)])  # 25 a second
+    clips = [Clip("film.mp4", row=2, start=0.0, end=1.0), Clip("film.mp4#3", row=3, start=1.0, end=3.0)]
+    values, mask = openface_store(clips, tmp_path, tmp_path / "cache").gather(np.array([0, 1]))
+    assert values[0, mask[0], 0].tolist() == list(range(1, 25))
+    assert values[1, mask[1], 0].tolist() == list(range(25, 75))
+    bare = write(tmp_path / "bare.csv", [row(1, 1)], [name.replace("timestamp", "time") for name in HEADER])
+    with pytest.raises(UserError, match="no timestamp"):
+        read_openface(bare, start=1.0)
+
+
+def test_a_file_in_the_root_is_of_one_clip(tmp_path):
+    write(tmp_path / "0001.csv", [row(1, 1)])
+    write(tmp_path / "0002.csv", [row(1, 2)])
+    clips = [Clip("video_0001/0001"), Clip("video_0002/0001"), Clip("video_0002/0002")]
+    _, mask = openface_store(clips, tmp_path, tmp_path / "cache").gather(np.array([0, 1, 2]))
+    assert mask.sum(1).tolist() == [0, 0, 1]

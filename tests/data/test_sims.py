@@ -354,3 +354,42 @@ def test_what_cannot_be_a_file_or_a_piece_is_the_rows_fault(tmp_path):
     ):
         assert any(f"row {row}" in line and reason in line for line in said), (row, said)
     assert any("row 7: more cells than columns" in line for line in said)
+
+
+def test_rows_about_one_film_are_split_alike_in_any_order(tmp_path):
+    (tmp_path / "f.mp4").write_bytes(b"x")
+    rows = [f"f.mp4,{i},{i % 3 - 1},{i},{i + 1}" for i in range(60)]
+
+    def splits(lines):
+        (tmp_path / "own.csv").write_text("path,text,label,start,end\n" + "\n".join(lines), encoding="utf-8")
+        return {clip.text: clip.split for clip in read_clips(tmp_path / "own.csv", protocol="tenth")}
+
+    assert splits(rows) == splits(rows[::-1]) == splits(sorted(rows))
+    assert set(splits(rows).values()) == {"train", "valid", "test"}
+
+
+def test_one_film_spelled_two_ways_is_one_source(tmp_path):
+    (tmp_path / "f.mp4").write_bytes(b"x")
+    (tmp_path / "a").mkdir()
+    lines = [f"{('', './', 'a/../')[i % 3]}f.mp4,{i},1" for i in range(40)]
+    (tmp_path / "own.csv").write_text("path,text,label\n" + "\n".join(lines), encoding="utf-8")
+    assert {clip.split for clip in read_clips(tmp_path / "own.csv", protocol="video")} == {"train"}
+
+
+def test_utf_16_without_a_mark(tmp_path):
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "own.csv").write_bytes("path,text,label\n,你好世界,1\n".encode(encoding))
+        assert read_clips(tmp_path / "own.csv")[0].text == "你好世界"
+
+
+def test_no_header_and_ids_longer_than_the_words(tmp_path):
+    lines = [f"550e8400-e29b-41d4-a716-4466554400{i:02},今天{i},1" for i in range(10, 30)]
+    (tmp_path / "own.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert read_clips(tmp_path / "own.csv")[0].text == "今天10"
+
+
+def test_a_piece_does_not_begin_before_the_film(tmp_path):
+    (tmp_path / "f.mp4").write_bytes(b"x")
+    (tmp_path / "own.csv").write_text("path,text,label,start,end\nf.mp4,好,1,-5,1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="row 2, column start: -5 s is before the beginning"):
+        read_clips(tmp_path / "own.csv")

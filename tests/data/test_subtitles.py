@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from senticlip.data.subtitles import Line, _Cue, clean, embedded, guess_text, merge, read
+from senticlip.data.video import probe
 from senticlip.structures import UsageError, UserError
 
 SRT = "1\n00:00:01,000 --> 00:00:02,500\n今天我真的很高兴\n\n2\n00:00:03,000 --> 00:00:04,000\n你不要再说了，好不好？\n"
@@ -249,3 +250,15 @@ def test_odd_files_are_read_or_said(tmp_path):
     for text in ('{"info": 1, "events": [3]}', '[{"start": 1}]'):
         with pytest.raises(UserError, match=r"a\.srt: not"):
             read(write(tmp_path, "a.srt", text))
+
+
+def test_tracks_without_a_decoder_are_passed_over(tmp_path):
+    """As DVB teletext is in a recording of television: FFmpeg knows its name, and nothing here reads it."""
+    path = film(tmp_path / "film.mkv", [("chi", SRT), ("eng", SRT)])
+    data = path.read_bytes()
+    assert data.count(b"S_TEXT/UTF8") == 2
+    path.write_bytes(data.replace(b"S_TEXT/UTF8", b"S_TEXT/KATE", 1))
+    assert embedded(path) == LINES
+    with pytest.raises(UserError, match="no decoder for subtitle track 0 — give a file"):
+        embedded(path, track=0)
+    assert probe(path).subtitle_tracks == ["chi (unknown)", "eng (subrip)"]

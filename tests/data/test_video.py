@@ -220,6 +220,25 @@ def test_the_duration_is_that_of_the_pictures(animal):
     assert (info.width, info.height) in {(WIDTH, HEIGHT), (48, 128)}
 
 
+def test_a_codec_without_a_decoder_is_one_line(tmp_path):
+    path = write(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    for ask in (probe, read_frames):
+        with pytest.raises(UserError, match=r"a\.mp4: there is no decoder for its video"):
+            ask(path)
+
+
+@pytest.mark.parametrize("short", [1 << 24, 0])
+def test_one_frame_a_second_with_b_frames(tmp_path, monkeypatch, short):
+    """The first packets after a seek in Matroska have no decoding times: how late may a frame still come?"""
+    monkeypatch.setattr("senticlip.data.decode.SHORT", short)
+    path = write(tmp_path / "a.mkv", stamps=list(range(60)), base=Fraction(1), **{"x264-params": "bframes=3:b-adapt=0"})
+    with VideoReader(path) as reader:
+        for i in range(0, 57, 3):  # in rising pieces, as a film is read
+            assert [number(each) for each in reader.read(3, i, i + 3).pixels] == [i, i + 1, i + 2]
+    assert [number(read_frames(path, times=[i + 0.5]).pixels[0]) for i in range(60)] == list(range(60))
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_rotated(tmp_path, degrees):
     """Phones store the picture as the sensor saw it, and how to turn it."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import numpy as np
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.container import InputContainer
 
 from senticlip.data.cache import Store, cached, clip_keys
 from senticlip.data.sequential import clock_start, open_container
@@ -37,22 +41,41 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
             zero = clock_start(container)
             if start:
                 container.seek(int((start + zero) * av.time_base))
-            resampler, parts, first = av.AudioResampler("flt", "mono", rate), [], None
-            try:
-                for frame in container.decode(stream):
-                    if first is None:
-                        first = 0.0 if frame.time is None else frame.time - zero
-                    parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
-                    if end is not None and frame.time is not None and frame.time - zero > end:
-                        break
-                parts += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
-            except av.FFmpegError:
-                pass  # cut off or damaged: what was read so far is what can be heard
+            parts, first, resampler, kind = [], None, None, None
+            for frame in _frames(container, stream):
+                if first is None:
+                    first = 0.0 if frame.time is None else frame.time - zero
+                if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
+                    # within a recording the channels may change, and a resampler takes one kind of frame only
+                    parts += _pieces(resampler, None)
+                    resampler = av.AudioResampler("flt", "mono", rate)
+                parts += _pieces(resampler, frame)
+                if end is not None and frame.time is not None and frame.time - zero > end:
+                    break
+            parts += _pieces(resampler, None)
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"{path}: its sound cannot be read ({error.strerror}) — replace the file") from None
     sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     begin = max(0, round(((start or 0.0) - (first or 0.0)) * rate)) if start else 0
     return sound[begin : None if end is None else begin + round((end - (start or 0.0)) * rate)]
+
+
+def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
+    """What can be heard: a damaged packet is passed over, as a player does; behind a file's broken end is nothing."""
+    packets = container.demux(stream)
+    while True:
+        packet = None
+        with suppress(av.FFmpegError):
+            packet = next(packets, None)
+        if packet is None:
+            return
+        with suppress(av.FFmpegError):
+            yield from packet.decode()
+
+
+def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
+    """A frame's samples at the wanted rate; of no frame, what the resampler still holds."""
+    return [piece.to_ndarray()[0] for piece in resampler.resample(frame)] if resampler else []
 
 
 def mel_filters(bands: int, rate: int = RATE, window: int = WINDOW) -> np.ndarray:
@@ -88,5 +111,5 @@ def audio_store(clips: list[Clip], bands: int, root: Path) -> Store:
             assert clip.video is not None
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands)
 
-    spec = {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 1}
+    spec = {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 2}
     return cached(root, spec, clip_keys(clips, root), compute)

@@ -270,14 +270,12 @@ def frame_store(
 def clip_keys(clips: list[Clip], root: Path) -> list[str]:
     """A key for each clip, of what its video holds and which piece of it is meant; none for a clip without a video."""
     contents = file_keys((clip.video for clip in clips if clip.video is not None), root)
+    return [MISSING if clip.video is None else piece_key(contents[clip.video], clip) for clip in clips]
 
-    def key(clip: Clip) -> str:
-        if clip.video is None:
-            return MISSING
-        piece = "" if clip.start is None and clip.end is None else f"-{clip.start}-{clip.end}"
-        return contents[clip.video] + piece
 
-    return [key(clip) for clip in clips]
+def piece_key(content: str, clip: Clip) -> str:
+    """The key of a file's content, and of the piece of it that is meant."""
+    return content if clip.start is None and clip.end is None else f"{content}-{clip.start}-{clip.end}"
 
 
 def decoded(

@@ -9,6 +9,7 @@ not come out; then the file is decoded from its start, skipping nothing.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,6 +32,9 @@ SEEKABLE = ("mp4", "matroska", "mpegts", "flv")
 
 MANY = 2000
 """Packets kept while looking for the next keyframe: no film is held in memory, however long its GOP."""
+
+REORDERED = 16
+"""Frames that may be read before one that is shown before them: the most that H.264 and H.265 allow."""
 
 SHORT = 16 << 20
 """Bytes of a file that is read as a whole at once, and not once for its end and again for its frames."""
@@ -100,6 +104,7 @@ class Decoder:
         self._key: int | None = None  # the time of that keyframe; None: the decoder begins at _ahead[0]
         self._held: VideoFrame | None = None  # the last frame that was wanted
         self._read_until = -(1 << 62)  # whatever is still to be read is shown after this
+        self._latest: list[int] = []  # the times of the frames that are shown last of those that were read
         self._finished = False
         self._to_keyframe()
 
@@ -123,9 +128,11 @@ class Decoder:
         elif packet.pts is None:
             self._trusted, self._finished = False, True
         else:
-            # where decoding times are not told, no frame is taken to be reordered by more than a second
-            until = packet.dts if packet.dts is not None else packet.pts - self._near // NEAR
-            self._read_until = max(self._read_until, until)
+            # where decoding times are not told: of the frames read, all but the last REORDERED ones have come
+            insort(self._latest, packet.pts)
+            del self._latest[: -REORDERED - 1]
+            until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
+            self._read_until = self._read_until if until is None else max(self._read_until, until)
             self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 
     def _find_end(self) -> int:

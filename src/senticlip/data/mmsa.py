@@ -7,6 +7,8 @@ mask in ``text_bert``), and a vision frame that is zero throughout, where OpenFa
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import numpy as np
 from senticlip.data import unpickle
 from senticlip.data.cache import MISSING, Store, cached, file_key
 from senticlip.data.sims import normal_id
+from senticlip.files import write_whole
 from senticlip.structures import Clip, UserError
 
 SPLITS, SUFFIXES = ("train", "valid", "test"), (".pkl", ".pickle")
@@ -35,10 +38,21 @@ class Features(NamedTuple):
         """The rows of a modality for other clips, found by id; a clip that the file does not have is an empty row.
 
         Raises:
-            UserError: the file has none of them.
+            UserError: the file has none of them; an id with other zeros or capitals is that of several.
         """
-        places = {_loose(clip.id): i for i, clip in enumerate(self.clips)}
-        chosen = np.array([places.get(_loose(clip.id), -1) for clip in clips], dtype=np.int64)
+        exact = {clip.id: i for i, clip in enumerate(self.clips)}
+        loose = defaultdict(list)
+        for i, clip in enumerate(self.clips):
+            loose[_loose(clip.id)].append(i)
+
+        def place(name: str) -> int:
+            near = [exact[name]] if name in exact else loose.get(_loose(name), [])
+            if len(near) > 1:
+                fitting = " and ".join(self.clips[i].id for i in near)
+                raise UserError(f"{self.path}: {name} may be {fitting} — write it as it is there")
+            return near[0] if near else -1
+
+        chosen = np.array([place(clip.id) for clip in clips], dtype=np.int64)
         if len(clips) and (chosen < 0).all():
             raise UserError(
                 f"{self.path}: has none of the clips, such as {clips[0].id}; its first is {self.clips[0].id}"
@@ -88,8 +102,14 @@ def feature_file(data: str | Path) -> Path:
 
 def feature_clips(path: str | Path) -> list[Clip]:
     """The clips of a feature file, without their features."""
-    data = _splits(path)
-    return [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+    return _all_clips(path, _splits(path))
+
+
+def _all_clips(path: str | Path, data: dict[str, dict[str, Any]]) -> list[Clip]:
+    """The clips of all splits; an id that several have (each split may count from 0) gets the split and row to it."""
+    clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+    count = Counter(clip.id for clip in clips)
+    return [clip if count[clip.id] == 1 else clip._replace(id=f"{clip.id}#{clip.split}{clip.row}") for clip in clips]
 
 
 def _splits(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -111,7 +131,7 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
         UserError: no plain pickle, a key that is missing, an array of the wrong shape, a value that is not finite.
     """
     data = _splits(path)
-    clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+    clips = _all_clips(path, data)
     key = file_key(path)
     rows, widths = {}, {}
     for name in modalities:
@@ -168,13 +188,18 @@ def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
             scores[target] = values
     texts: list[Any] = [None] * len(ids)
     if part.get("raw_text") is not None:
-        texts = [str(text) or None for text in _list(path, split, part, "raw_text")]
+        texts = [_said(text) for text in _list(path, split, part, "raw_text")]
     if len(texts) != len(ids):
         raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(texts)} raw_text")
     return [
         Clip(name, None, text, {target: float(values[i]) for target, values in scores.items()}, split, i)
         for i, (name, text) in enumerate(zip(ids, texts, strict=True))
     ]
+
+
+def _said(text: Any) -> str | None:
+    """A row's text; pandas writes an empty one as NaN."""
+    return None if text is None or (isinstance(text, float) and math.isnan(text)) else str(text) or None
 
 
 def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -222,16 +247,11 @@ def _row(path: str | Path, split: str, name: str, i: int, values: np.ndarray, le
 
 def write_features(path: str | Path, splits: dict[str, dict[str, Any]]) -> None:
     """Write {train, valid, test} → {key: array or list} as a pickle that MMSA and :func:`read_features` read."""
-    import os
     import pickle
 
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    try:
+    def write(partial: Path) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             pickle.dump(splits, file, protocol=4)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(Path(path), write)

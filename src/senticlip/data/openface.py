@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from senticlip.data.cache import MISSING, Store, cached, file_key
+from senticlip.data.cache import MISSING, Store, cached, file_key, piece_key
+from senticlip.data.table import VIDEO_SUFFIXES
 from senticlip.structures import Clip, UserError
 
 BEFORE = ("frame", "face_id", "timestamp", "confidence", "success")
 WIDTH = 709
 
 
-def read_openface(path: str | Path, limit: int | None = 55) -> np.ndarray:
+def read_openface(
+    path: str | Path, limit: int | None = 55, start: float | None = None, end: float | None = None
+) -> np.ndarray:
     """The frames of one CSV in which a face was found, k×709 float32; k is 0 where there was none.
 
     Args:
         path: what ``FeatureExtraction -f CLIP.mp4`` wrote. Of several faces in a frame the surest counts.
         limit: at most so many frames, evenly spaced (MMSA's length on CH-SIMS is 55); None for all.
+        start, end: seconds of the piece that is wanted, by the column ``timestamp``; the whole file by default.
 
     Raises:
         UserError: no such file, not OpenFace's columns, a cell that is no finite number.
@@ -31,7 +37,9 @@ def read_openface(path: str | Path, limit: int | None = 55) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     header = [cell.strip() for cell in lines[0]] if lines else []
-    missing = [name for name in ("frame", "confidence", "success") if name not in header]
+    piece = start is not None or end is not None
+    needed = ("frame", "confidence", "success", *(("timestamp",) if piece else ()))
+    missing = [name for name in needed if name not in header]
     columns = [i for i, name in enumerate(header) if name not in BEFORE]
     if missing or len(columns) != WIDTH:
         raise UserError(
@@ -51,6 +59,8 @@ def read_openface(path: str | Path, limit: int | None = 55) -> np.ndarray:
             )
         if cells[success] != 1:
             continue  # no face: OpenFace writes zeros
+        if piece and not (start or 0.0) <= cells[header.index("timestamp")] < (math.inf if end is None else end):
+            continue
         if not np.isfinite(cells).all():
             raise UserError(f"{path}, row {number}, column {header[int(np.argmin(np.isfinite(cells)))]}: not finite")
         if cells[frame] not in best or cells[confidence] > best[cells[frame]][0]:
@@ -62,26 +72,36 @@ def read_openface(path: str | Path, limit: int | None = 55) -> np.ndarray:
 
 
 def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
-    """The rows of clips from ``FOLDER/VIDEO/CLIP.csv`` (or ``FOLDER/CLIP.csv``); a clip without a CSV is an empty row.
+    """The rows of clips from ``FOLDER/VIDEO/CLIP.csv``; a clip without a CSV is an empty row.
+
+    ``FOLDER/CLIP.csv`` will do where no other clip has that name. The pieces of a film share its CSV.
 
     Raises:
         UserError: not one CSV is there.
     """
     folder = Path(folder)
-    found = [next((p for p in _places(folder, clip.id) if p.is_file()), None) for clip in clips]
+    names = [_name(clip) for clip in clips]
+    owners: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        owners[Path(name).name].add(name)
+    places = [[name, *([Path(name).name] if len(owners[Path(name).name]) == 1 else [])] for name in names]
+    found = [next((p for name in each if (p := folder / f"{name}.csv").is_file()), None) for each in places]
     if clips and not any(found):
-        raise UserError(f"{folder}: no OpenFace CSV for any clip, as {_places(folder, clips[0].id)[0]} would be")
+        raise UserError(f"{folder}: no OpenFace CSV for any clip, as {folder / names[0]}.csv would be")
 
     def compute(missing: list[int]) -> Iterator[np.ndarray]:
         for place in missing:
             path = found[place]
             assert path is not None
-            yield read_openface(path)
+            yield read_openface(path, start=clips[place].start, end=clips[place].end)
 
-    keys = [MISSING if path is None else file_key(path) for path in found]
+    keys = [
+        MISSING if path is None else piece_key(file_key(path), clip) for path, clip in zip(found, clips, strict=True)
+    ]
     return cached(root, {"openface": 1}, keys, compute)
 
 
-def _places(folder: Path, name: str) -> list[Path]:
-    stem = name.rsplit(".", 1)[0] if name.lower().endswith((".mp4", ".avi", ".mkv", ".mov")) else name
-    return [folder / f"{stem}.csv", folder / f"{Path(stem).name}.csv"]
+def _name(clip: Clip) -> str:
+    """A clip's id without the video's ending, and without the row that tells pieces of one file apart."""
+    name = clip.id.removesuffix(f"#{clip.row}")
+    return name.rsplit(".", 1)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name

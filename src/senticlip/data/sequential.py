@@ -65,6 +65,9 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
         found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         container.close()
         raise UserError(f"{path}: no video in this file (it holds: {found}) — give a video, or leave it out")
+    if stream.codec_context is None:
+        container.close()
+        raise UserError(f"{path}: there is no decoder for its video here — convert it to H.264")
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all

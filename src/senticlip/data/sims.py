@@ -8,6 +8,7 @@ of one's own has the columns path, text, label, and if one likes split, id, vide
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -149,7 +150,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
     # sorted first: the split hangs on the clips and the seed, not on the order of the file
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        groups[row.source if protocol == "video" else f"{row.clip.id}\n{row.clip.row}"].append(index)
+        groups[row.source if protocol == "video" else _content(row.clip)].append(index)
     names = sorted(groups)
     random.Random(seed).shuffle(names)
     splits = ["train"] * len(rows)
@@ -167,6 +168,12 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
             for index in groups[name]:
                 splits[index] = split
     return [row.clip._replace(split=split) for row, split in zip(rows, splits, strict=True)]
+
+
+def _content(clip: Clip) -> str:
+    """What a row says, wherever it stands: of a file that several rows are about, the id ends with the row's number."""
+    name = clip.id.removesuffix(f"#{clip.row}")
+    return "\n".join(map(str, (name, clip.start, clip.end, clip.text, sorted(clip.labels.items()))))
 
 
 # ---- the table
@@ -249,6 +256,8 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
                 problems.append(f"{where}, column {column}: {told!r} is no time in seconds")
             else:
                 times[column] = time
+    if times.get("start", 0.0) < 0:
+        problems.append(f"{where}, column start: {times['start']:g} s is before the beginning")
     if times.get("end", math.inf) <= times.get("start", 0.0):
         problems.append(f"{where}, columns start and end: the piece ends at {times['end']:g} s, before it begins")
     video, name, source, faults = find(cells, line.row)
@@ -324,7 +333,7 @@ def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str,
         except (OSError, RuntimeError) as error:
             faults = [f"{name!r} can be no file's name ({getattr(error, 'strerror', None) or error})"]
         clip = cells.get("id") or name or f"row {row}"
-        return path, clip, cells.get("video_id") or name or clip, faults
+        return path, clip, cells.get("video_id") or (os.path.normpath(name) if name else clip), faults
 
     return find
 

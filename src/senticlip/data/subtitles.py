@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pysubs2
 
+from senticlip.data.table import surely
 from senticlip.structures import UsageError, UserError
 
 SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
@@ -114,6 +115,7 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
     with container:
         streams = list(container.streams.subtitles)
         if track is None:
+            streams = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
             streams = [s for s in streams if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
         if track is not None and not 0 <= track < len(streams):
             there = f"there are 0 to {len(streams) - 1}" if streams else "it has none, give a file: --subtitles F.srt"
@@ -122,6 +124,8 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
             return []
         chinese = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE]
         stream = streams[track] if track is not None else (chinese or streams)[0]
+        if stream.codec_context is None:
+            raise UserError(f"{video}: there is no decoder for subtitle track {track} — give a file: --subtitles F.srt")
         zero = clock_start(container)
         for other in container.streams:
             if other.index != stream.index:
@@ -223,13 +227,8 @@ def guess_text(data: bytes, path: Path) -> str:
     Raises:
         UserError: nothing reads it.
     """
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if data.startswith(mark):
-            return data.decode(encoding, errors="replace")
-    # every line has ASCII digits and an arrow or commas: in UTF-16 their other halves are zero bytes
-    zeros = [data[start:4000:2].count(0) / (len(data[start:4000:2]) or 1) for start in (0, 1)]
-    if max(zeros) > 0.1:
-        return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", errors="replace")
+    if (told := surely(data)) is not None:
+        return told
     text = data.decode("utf-8", errors="replace")
     if 10 * text.count("\ufffd") <= sum(ord(c) > 127 for c in text):  # a damaged byte is no other encoding
         return text

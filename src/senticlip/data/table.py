@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,18 +45,14 @@ class Line(NamedTuple):
 def decode(data: bytes, path: Path) -> str:
     """The text of a file whose encoding nobody wrote down.
 
-    A byte order mark decides; then UTF-8, which is hardly ever right by accident; then GB18030, the superset of GBK.
+    A byte order mark decides; then UTF-16, whose ASCII has zero bytes (a table has commas and line breaks); then UTF-8,
+    which is hardly ever right by accident; then GB18030, the superset of GBK.
 
     Raises:
         UserError: none of them reads it.
     """
-    for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if data.startswith(mark):
-            return data.decode(encoding, errors="replace")
+    if (told := surely(data)) is not None:
+        return told
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,6 +61,21 @@ def decode(data: bytes, path: Path) -> str:
         return data.decode("gb18030")
     except UnicodeDecodeError:
         raise UserError(f"{path}, row {line}: neither UTF-8 nor GBK — save the file as UTF-8") from None
+
+
+def surely(data: bytes) -> str | None:
+    """What a byte order mark tells, or the zero halves that UTF-16's ASCII has (digits, commas, arrows); else None."""
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if data.startswith(mark):
+            return data.decode(encoding, errors="replace")
+    zeros = [data[start:4000:2].count(0) / (len(data[start:4000:2]) or 1) for start in (0, 1)]
+    if max(zeros) <= 0.1:
+        return None
+    return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", errors="replace")
 
 
 def read_table(path: Path) -> list[Line]:
@@ -141,13 +153,18 @@ def _guess(lines: list[Line]) -> dict[str, int]:
         if of_kind[kind]:
             columns[name] = of_kind[kind][0]
     columns |= dict(zip(TARGET_COLUMNS, of_kind["score"], strict=False))
-    # the text is what is longest; the ids stand in the order video, clip
+    # the text is what has most Chinese characters, then most others; the ids stand in the order video, clip
     rest = of_kind["other"]
     if rest:
-        columns["text"] = max(rest, key=lambda index: sum(len(set(cells[index])) for cells in sample))
+        columns["text"] = max(rest, key=lambda index: _wordy([cells[index] for cells in sample]))
         ids = [index for index in rest if index != columns["text"]]
         columns |= dict(zip(("video_id", "clip_id"), ids, strict=False))
     return columns
+
+
+def _wordy(cells: list[str]) -> tuple[int, int]:
+    """How many different Chinese characters, and characters at all, stand in the cells of a column."""
+    return sum(len(set(re.findall("[\u4e00-\u9fff]", cell))) for cell in cells), sum(len(set(cell)) for cell in cells)
 
 
 def score(cell: str) -> float | None:

@@ -108,6 +108,7 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
     # set up by the base class when it loads
     read: Any
     append: Any
+    proto: int
     _unframer: Any
 
     def __init__(self, file: io.BufferedReader) -> None:
@@ -149,7 +150,7 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
     def _text(self, width: int) -> None:
         """Protocol 2 writes bytes as text, one character a byte: large ones are turned back by way of a file."""
         length = int.from_bytes(self.read(width), "little")
-        mapped = self._place(length)
+        mapped = self._place(length) if self.proto < 3 else None
         if mapped is None:
             self.append(str(self.read(length), "utf-8", "surrogatepass"))
             return

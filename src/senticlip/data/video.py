@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from av.subtitles.stream import SubtitleStream
 from av.video.frame import VideoFrame
 from torch import Tensor
 
@@ -201,6 +202,11 @@ def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
     return np.ascontiguousarray(rgb).transpose(2, 0, 1)
 
 
+def _codec(track: SubtitleStream) -> str:
+    """The name of a subtitle track's codec; FFmpeg knows some that nothing here decodes."""
+    return track.codec_context.name if track.codec_context else "unknown"
+
+
 def probe(path: str | Path) -> VideoInfo:
     """Open a file, decode its first frame and look for its last packet.
 
@@ -212,7 +218,7 @@ def probe(path: str | Path) -> VideoInfo:
         streams = decoder.container.streams
         codec, has_audio = decoder.stream.codec_context.name, bool(streams.audio)
         names = [
-            " ".join(filter(None, (track.language, track.metadata.get("title"), f"({track.codec_context.name})")))
+            " ".join(filter(None, (track.language, track.metadata.get("title"), f"({_codec(track)})")))
             for track in streams.subtitles
         ]
         rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)

@@ -1,0 +1,98 @@
+"""Files written whole or not at all, one writer at a time in a folder, and a full disk told in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from senticlip.structures import UsageError, UserError
+
+
+@contextmanager
+def disk(place: Path, then: str = "run the same command again") -> Iterator[None]:
+    """A full disk is one line for the user, whichever library has met it.
+
+    Raises:
+        UserError: instead of the error of a full disk; other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_full(error):
+            raise UserError(f"{place}: the disk is full — make room, then {then}") from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Python says it by number, safetensors (Rust) by a number in words, and torch that bytes are missing."""
+    if error is None:
+        return False
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    short = isinstance(error, RuntimeError) and re.search(r"unexpected pos \d+ vs \d+|file write failed", str(error))
+    return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _is_full(error.__cause__)
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """One writer at a time in a folder, made if it is not there; the lock of a killed one is the kernel's to open.
+
+    Raises:
+        UserError: another process does ``what`` there; nothing can be written there.
+    """
+    lock = FileLock(make_folder(folder) / ".lock")
+    with suppress(NotImplementedError):  # some network file systems have no locks
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another {what} is writing here — wait, or choose another --out") from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written — {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_folder(out: str | Path) -> Path:
+    """The folder to write to, made if it is not there."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: no folder to write to — {error.strerror}") from None
+    return folder
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` make a file beside ``path`` and put it there: the file is whole, or is not there.
+
+    Raises:
+        UserError: it cannot be written (no space, no permission).
+    """
+    # a name of its own for every writer: two may make the same file at once
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with disk(path):
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # or a loss of power may leave the name without its content
+            os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written — {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in UTF-8; raises as ``write_whole``."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
