@@ -85,6 +85,16 @@ def test_a_kill_at_any_moment_changes_nothing(place, tmp_path, stopped, monkeypa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_run_that_was_moved_after_its_last_epoch_ends_in_the_same_weights(place, tmp_path, stopped, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies(patch, training, "calibrate", 1)
+        with pytest.raises(Killed):
+            train(stopping(place), place / "data", tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(stopping(place), place / "data", tmp_path / "there", resume=True)
+    assert_same(weights(stopped[0]), weights(tmp_path / "there"))
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, finished):
     data = relabelled(tmp_path / "data", place, "0", [])

@@ -20,8 +20,9 @@ from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.data.video import read_frames
 from senticlip.encoders.text import load_tokenizer
-from senticlip.export import export
+from senticlip.export import OnnxModel, export
 from senticlip.models import create_model
+from senticlip.models.base import SentimentModel
 from senticlip.precision import compare, disagreement
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
@@ -29,7 +30,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, **changes) -> Path:
     """A RUN with random weights."""
     text = {"model_type": "bert", "vocab_size": 22000, **SMALL}
     clip = {
@@ -39,7 +40,7 @@ def make_run(folder: Path) -> Path:
         "vision_config": {"patch_size": 8, "image_size": 32, **SMALL},
     }
     keys = {"width": 16, "heads": 2, "vision.frames": 4, "text.max_length": 24, "text.prefix_length": 2}
-    keys |= {"protocol": "tenth", "seed": 3}
+    keys |= {"protocol": "tenth", "seed": 3, **changes}
     for name, spec in (("text", text), ("vision", clip)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(spec))
@@ -102,6 +103,17 @@ def test_every_shape_gives_the_same(run, file, shape):
         assert list(getattr(one, part)) == list(getattr(two, part))
         for name, value in getattr(one, part).items():
             torch.testing.assert_close(getattr(two, part)[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_another_order_and_another_switch_give_the_same(tmp_path):
+    run = make_run(tmp_path, modalities=["vision", "text"], temporal="lstm")
+    export(run, tmp_path / "m.onnx")
+    model, batch = SentimentModel.from_pretrained(run), made_batch(3, 4, 9)
+    with torch.inference_mode():
+        one, two = model(batch, alone=True), OnnxModel(tmp_path / "m.onnx")(batch)
+    for name in ("text", "vision"):
+        for kind in ("logits", "weights", "alone"):
+            torch.testing.assert_close(getattr(two, kind)[name], getattr(one, kind)[name], atol=1e-4, rtol=1e-4)
 
 
 def test_predictions_are_the_same(run, file, video):
@@ -193,6 +205,13 @@ def test_disagreement_by_hand():
     two = Output(log_probs=torch.tensor([[0.4, 0.5, 0.1], [0.1, 0.2, 0.7]]).log())
     found = disagreement([(one, two)])
     assert found == pytest.approx({"n": 2, "flips": 0.5, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
+
+
+def test_no_number_is_no_agreement():
+    one = Output(log_probs=torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]]).log())
+    two = Output(log_probs=torch.tensor([[0.8, 0.1, 0.1], [torch.nan] * 3]).log())
+    found = disagreement([(one, two)])
+    assert (found["flips"], found["max_difference"]) == (0.5, float("inf"))
 
 
 def test_errors(run, file, tmp_path):

@@ -70,3 +70,11 @@ def test_clamped_s_can_come_back():
 def test_sum():
     combine = WeightedSum(["text", "vision"])
     assert float(combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)})) == 1.5
+
+
+def test_what_nobody_says_in_a_batch_does_not_move_s():
+    combine = Uncertainty(["text", "vision"])
+    losses = {"text": torch.tensor(0.0), "vision": torch.tensor(1.0)}
+    combine(losses, {"text": torch.tensor(False), "vision": torch.tensor(True)}).backward()
+    assert float(combine.s["text"].grad) == 0.0
+    assert float(combine.s["vision"].grad) == pytest.approx(-1.0 + 0.5)

@@ -95,6 +95,24 @@ def test_pooled_seeds_count_a_clip_once():
     )
 
 
+def test_the_difference_is_the_mean_of_the_runs():
+    """One of two seeds answers one class: its macro F1 is what it is, not a part of a common confusion matrix."""
+    random = np.random.default_rng(3)
+    truth, clips = random.integers(0, 3, 90), np.arange(90)
+    good, other = random.integers(0, 3, (2, 90))
+    answers = [(truth, good), (np.zeros(90, int), other)]
+    first, second = (np.concatenate(column) for column in zip(*answers, strict=True))
+    twice, groups, runs = np.tile(truth, 2), np.tile(clips, 2), np.repeat([0, 1], 90)
+    found = metrics.paired_bootstrap(twice, first, second, groups, runs)
+    for name, value in found.items():
+        gaps = [metrics.classification(truth, a)[name] - metrics.classification(truth, b)[name] for a, b in answers]
+        assert value["difference"] == pytest.approx(np.mean(gaps)), name
+        assert value["low"] < value["difference"] < value["high"], name
+    pooled = metrics.paired_bootstrap(twice, first, second, groups)
+    assert pooled["accuracy"] == pytest.approx(found["accuracy"])
+    assert abs(pooled["macro_f1"]["difference"] - found["macro_f1"]["difference"]) > 0.02
+
+
 def test_the_interval_agrees_with_resampling_row_by_row():
     random = np.random.default_rng(2)
     truth, predicted = random.integers(0, 3, (2, 120))

@@ -101,6 +101,19 @@ def test_int8_is_of_these_weights(run, tmp_path, video):
     assert after != before
 
 
+def test_int8_is_of_this_processor(run, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "model-int8.onnx"))
+    found = {}
+    for kind in ("QInt8", "QUInt8", "QInt8"):
+        monkeypatch.setattr("senticlip.export.products", lambda kind=kind: kind)
+        monkeypatch.setattr("senticlip.precision.products", lambda kind=kind: kind)
+        predictor = senticlip.load(copy, "cpu", "int8")
+        assert predictor.model.products == kind
+        assert found.setdefault(kind, predictor.disagreement) == predictor.disagreement
+    assert found["QInt8"] != found["QUInt8"]
+
+
 def test_scores_are_compared_by_hand():
     one = Output(score=torch.tensor([-0.5, 0.0, 0.6, 1.0]))
     two = Output(score=torch.tensor([-0.7, 0.2, 0.6, 1.0]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from senticlip.structures import Sequence
-from senticlip.trainee import recombine
+from senticlip.config import Config
+from senticlip.structures import Batch, Sequence
+from senticlip.trainee import Trainee, recombine
 
 ROWS = 400
 
@@ -71,3 +74,10 @@ def test_the_seed_decides(batch):
         drawn.append(recombine(*batch, 0.5)["text"].values)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_single_modality_has_no_partner(batch):
+    parts, labels = batch
+    trainee = SimpleNamespace(experiment=Config(modalities=["text"]).override({"train.recombine": 1.0}))
+    same = Trainee.disturb(trainee, Batch({"text": parts["text"]}, labels))
+    assert torch.equal(same.modalities["text"].values, parts["text"].values)

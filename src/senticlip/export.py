@@ -58,8 +58,10 @@ class Graph(nn.Module):
                 features[name] = encoder(Sequence(values, mask))
         batch = Batch(features, {})
         output, alone = self.model.fuse(batch), self.model.alone(batch)
-        said = [part.log_probs for part in (output, *alone.values()) if part.log_probs is not None]
-        return (said[0], *output.logits.values(), *output.weights.values(), *said[1:])
+        heads = self.model.experiment.modalities
+        said = [part.log_probs for part in (output, *(alone[name] for name in heads)) if part.log_probs is not None]
+        kinds = [output.logits, output.weights]
+        return (said[0], *(kind[name] for kind in kinds for name in heads), *said[1:])
 
 
 def export(
@@ -113,6 +115,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
     model, config = predictor.model, predictor.config
     about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": list(model.encoders)}
     about |= {"experiment": config.to_dict(), "weights": fingerprint(model)}
+    about["products"] = products() if int8 else None
     about["temperature"] = model.network.temperature.tolist()
     if "vision" in model.encoders:
         about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
@@ -193,7 +196,7 @@ def _quantize(path: Path) -> Path:
         quantize_dynamic(
             str(path),
             str(made),
-            weight_type=QuantType.QUInt8 if _saturates() else QuantType.QInt8,
+            weight_type=QuantType[products()],
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm"],
         )
@@ -202,13 +205,16 @@ def _quantize(path: Path) -> Path:
     return made
 
 
-def _saturates() -> bool:
-    """Whether this processor (x86 without VNNI) adds products of uint8 and int8 in 16 bits, which overflow; those of
-    uint8 and uint8 it does not (onnxruntime, "Quantize ONNX models"). Weights of 7 bits would not overflow either, and
-    be faster by a fifth, but change more answers (docs/results.md)."""
+def products() -> str:
+    """The type of int8's weights on this processor: QInt8, or QUInt8 on x86 without VNNI.
+
+    That adds products of uint8 and int8 in 16 bits, which overflow; those of uint8 and uint8 it does not (onnxruntime,
+    "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be faster by a fifth, but change more
+    answers (docs/results.md).
+    """
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and not (info.is_file() and "vnni" in info.read_text())
+    return "QUInt8" if x86 and not (info.is_file() and "vnni" in info.read_text()) else "QInt8"
 
 
 def _need(name: str) -> Any:
@@ -244,7 +250,7 @@ class OnnxModel:
         self.device = torch.device("cpu")
         self.experiment = from_dict(about["experiment"])
         self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in about["names"]}
-        self.weights = about.get("weights")
+        self.weights, self.products = about.get("weights"), about.get("products")
         self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 

@@ -39,9 +39,16 @@ class Uncertainty(nn.Module):
         super().__init__()
         self.s = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
 
-    def forward(self, losses: dict[str, Tensor]) -> Tensor:
-        """Scalar losses by name → scalar."""
-        return torch.stack([torch.exp(-self.s[name]) * loss + self.s[name] / 2 for name, loss in losses.items()]).sum()
+    def forward(self, losses: dict[str, Tensor], heard: dict[str, Tensor] | None = None) -> Tensor:
+        """Scalar losses by name, and whether any row of the batch spoke for each (by default yes) → scalar.
+
+        Where none did, s rests, too: pulled by s / 2 alone, what is rare would weigh more and more.
+        """
+        parts = []
+        for name, loss in losses.items():
+            bound = self.s[name] / 2 if heard is None else self.s[name] / 2 * heard[name].to(loss.dtype)
+            parts.append(torch.exp(-self.s[name]) * loss + bound)
+        return torch.stack(parts).sum()
 
     def weights(self, names: list[str]) -> Tensor:
         """exp(−s) of each name, not normalised."""
@@ -60,7 +67,7 @@ class WeightedSum(nn.Module):
     def __init__(self, names: list[str]) -> None:
         super().__init__()
 
-    def forward(self, losses: dict[str, Tensor]) -> Tensor:
+    def forward(self, losses: dict[str, Tensor], heard: dict[str, Tensor] | None = None) -> Tensor:
         """Scalar losses by name → scalar."""
         return torch.stack(list(losses.values())).sum()
 

@@ -128,6 +128,7 @@ def paired_bootstrap(
     first: ArrayLike,
     second: ArrayLike,
     groups: ArrayLike | None = None,
+    runs: ArrayLike | None = None,
     samples: int = 4000,
     level: float = 0.95,
     seed: int = 0,
@@ -139,7 +140,8 @@ def paired_bootstrap(
         first: n class indices, one system's answers.
         second: n class indices, the other's.
         groups: n ids. Rows of one id are drawn together: give the clip's id where the answers of several seeds are
-            pooled, so that k answers about one clip do not count as k clips.
+            given, so that k answers about one clip do not count as k clips.
+        runs: n indices from 0, of the seed that a row is an answer of: the difference is the mean of the seeds'.
         samples: how many resamplings.
         level: of the percentile interval.
         seed: of the resampling.
@@ -150,17 +152,16 @@ def paired_bootstrap(
     """
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
-    cells = np.stack([truth * classes + first, truth * classes + second], 1)  # n×2
-    table = _by_group(cells, groups, classes)  # groups×2×C²
-    result = {}
+    table = _by_group([truth * classes + first, truth * classes + second], groups, runs)
     drawn = from_confusion(_resample(table, samples, seed))
-    whole = from_confusion(table.sum(0).reshape(2, classes, classes))
+    whole = from_confusion(table.sum(0).reshape(-1, classes, classes))
+    result = {}
     for name in ("accuracy", "macro_f1"):
-        differences = drawn[name][:, 0] - drawn[name][:, 1]
+        differences = (drawn[name][:, ::2] - drawn[name][:, 1::2]).mean(1)
         low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
         tail = min((differences <= 0).mean(), (differences >= 0).mean())
         result[name] = {
-            "difference": float(whole[name][0] - whole[name][1]),
+            "difference": float((whole[name][::2] - whole[name][1::2]).mean()),
             "low": float(low),
             "high": float(high),
             "p": float(min(1.0, 2 * tail)),
@@ -179,18 +180,23 @@ def bootstrap_interval(
     """The percentile interval of ``accuracy`` and ``macro_f1``; arguments as in :func:`paired_bootstrap`."""
     classes = len(LABELS)
     cells = np.asarray(truth, dtype=np.int64) * classes + np.asarray(predicted, dtype=np.int64)
-    drawn = from_confusion(_resample(_by_group(cells[:, None], groups, classes), samples, seed))
+    drawn = from_confusion(_resample(_by_group([cells], groups), samples, seed))
     edges = [(1 - level) / 2, (1 + level) / 2]
     low_high = {name: np.quantile(drawn[name][:, 0], edges) for name in ("accuracy", "macro_f1")}
     return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
 
 
-def _by_group(cells: NDArray[np.int64], groups: ArrayLike | None, classes: int) -> NDArray[np.int64]:
-    """Confusion cells n×k of k systems → counts groups×k×C²."""
-    rows, systems = cells.shape
+def _by_group(
+    cells: list[NDArray[np.int64]], groups: ArrayLike | None, runs: ArrayLike | None = None
+) -> NDArray[np.int64]:
+    """Confusion cells n of k systems → counts groups×(runs·k)×C², the systems of a run side by side."""
+    rows, systems = len(cells[0]), len(cells)
     place = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
-    table = np.zeros((int(place.max(initial=-1)) + 1, systems, classes * classes), dtype=np.int64)
-    np.add.at(table, (place[:, None], np.arange(systems), cells), 1)
+    run = np.zeros(rows, np.int64) if runs is None else np.asarray(runs, dtype=np.int64)
+    shape = (int(place.max(initial=-1)) + 1, systems * (int(run.max(initial=0)) + 1), len(LABELS) ** 2)
+    table = np.zeros(shape, np.int64)
+    for system, cell in enumerate(cells):
+        np.add.at(table, (place, systems * run + system, cell), 1)
     return table
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from senticlip.export import OnnxModel, export, products
 from senticlip.files import write_text
 from senticlip.metrics import score_class
 from senticlip.sources import fingerprint
@@ -34,6 +35,8 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
         raise UsageError(f"--precision {precision}: {run} reads feature files, it has no encoder to compute in less")
     place, weights = run / "precision.json", fingerprint(model)
     known, name = _measured(place, weights), f"{precision} on {model.device.type}"
+    if precision == "int8":
+        name += f" ({products()})"  # another processor, another file
     batch = probe(model, model.experiment)
     before = None if name in known else _answer(model, batch)
     model = _to_bf16(model) if precision == "bf16" else _int8_twin(run, weights)
@@ -63,12 +66,10 @@ def _measured(place: Path, weights: str) -> dict[str, Any]:
 
 def _int8_twin(run: Path, weights: str) -> Any:
     """The ONNX file of a RUN, made once for these weights and kept in it."""
-    from senticlip.export import OnnxModel, export
-
     file = run / "model-int8.onnx"
     with suppress(UserError):  # not there yet, or damaged
         made = OnnxModel(file)
-        if made.weights == weights:
+        if (made.weights, made.products) == (weights, products()):
             return made
     export(run, file, int8=True)
     return OnnxModel(file)
@@ -105,8 +106,9 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
     for one, two in pairs:
         (p, label), (q, other) = _answers(one), _answers(two)
         rows += len(p)
-        flips += int((label != other).sum())
-        most = max(most, float((p - q).abs().max()))
+        flips += int(((label != other) | (p - q).isnan().any(-1)).sum())
+        gap = float((p - q).abs().nan_to_num(torch.inf).max())  # no number is as far off as can be
+        most = max(most, gap)
         total += float((p - q).abs().mean(-1).sum())
     return {"n": rows, "flips": flips / max(rows, 1), "max_difference": most, "mean_difference": total / max(rows, 1)}
 

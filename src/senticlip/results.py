@@ -79,11 +79,10 @@ def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
     pairs = [(a, b) for a, b in pairs if a["id"] == b["id"]]
     if not pairs:
         return None
-    ids, truth, ours, theirs = (
-        np.concatenate([np.asarray(part) for part in column])
-        for column in zip(*[(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs], strict=True)
-    )
-    found: dict[str, Any] = dict(metrics.paired_bootstrap(truth, ours, theirs, groups=ids))
+    runs = [np.full(len(a["id"]), i) for i, (a, _) in enumerate(pairs)]
+    columns = [(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs]
+    ids, truth, ours, theirs = (np.concatenate(list(map(np.asarray, column))) for column in zip(*columns, strict=True))
+    found: dict[str, Any] = dict(metrics.paired_bootstrap(truth, ours, theirs, ids, np.concatenate(runs)))
     gaps = [
         np.mean(np.equal(a["truth"], a["predicted"])) - np.mean(np.equal(b["truth"], b["predicted"])) for a, b in pairs
     ]

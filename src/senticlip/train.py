@@ -216,6 +216,10 @@ def fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:  # it was killed after its last epoch
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = folder / f"checkpoint-{trainer.state.best_global_step}"  # it remembers the place where this folder lay
+        if not best.is_dir():
+            raise UserError(f"{best}: the best epoch is not there — train again without --resume")
+        trainer.state.best_model_checkpoint = str(best)
         trainer._load_best_model()
     if trainee.average is not None:
         model.load_state_dict(trainee.average.state_dict())

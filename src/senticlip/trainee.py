@@ -79,7 +79,7 @@ class Trainee(nn.Module):
             if config.vision.train_frames:
                 vision = sample_frames(vision, config.vision.train_frames)
             parts["vision"] = augment(vision, config.vision.augment)
-        if config.train.recombine:
+        if config.train.recombine and len(parts) > 1:
             parts = recombine(parts, batch.labels, config.train.recombine)
         if config.train.modality_dropout and len(parts) > 1:
             rows = len(next(iter(parts.values())).mask)

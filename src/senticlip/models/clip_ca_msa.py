@@ -116,13 +116,15 @@ class ClipCaMsa(nn.Module):
         scores = batch.labels[self.config.target]
         known = ~scores.isnan()
         target = classes(scores.nan_to_num())
-        losses = {}
+        losses, heard = {}, {}
         for name, logits in output.logits.items():
             gamma = self.config.focal_gamma if name == "text" else 0.0
             rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
-            use = (known & (output.weights[name] > 0)).to(rows.dtype)
+            speaks = known & (output.weights[name] > 0)
+            heard[name] = speaks.any()
+            use = speaks.to(rows.dtype)
             losses[name] = (rows * use).sum() / use.sum().clamp_min(1)
-        return self.combine(losses), {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        return self.combine(losses, heard), {f"loss_{name}": loss.detach() for name, loss in losses.items()}
 
     @torch.no_grad()
     def step_finished(self) -> None:

@@ -114,15 +114,16 @@ class MMAF(Peer):
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of each task over the rows that have its label and its modality."""
-        losses = {}
+        losses, heard = {}, {}
         for name, task in self.tasks.items():
             labels = batch.labels[self.target if name == "fused" else task]
             known = ~labels.isnan()
             if name != "fused":
                 known = known & self.inputs(batch)[name].mask.any(1)
+            heard[name] = known.any()
             losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), known)
         logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
-        return (losses["fused"] if self.weigh is None else self.weigh(losses)), logs
+        return (losses["fused"] if self.weigh is None else self.weigh(losses, heard)), logs
 
     def step_finished(self) -> None:
         """Keep the log variances in bounds."""

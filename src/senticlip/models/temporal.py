@@ -50,12 +50,13 @@ class LSTMTemporal(nn.Module):
 
     def forward(self, frames: Sequence) -> Sequence:
         """B×m×d → B×(1+m)×d; frames left out in the middle are skipped, as if they had not been there."""
-        order = (~frames.mask).int().argsort(dim=1, stable=True)  # the real frames first, in their order
-        packed = frames.values.gather(1, order[..., None].expand_as(frames.values))
-        states, _ = self.lstm(packed)  # B×m×d
+        real = frames.mask.long()
+        # where each frame goes: the real ones first, in their order (a sort that keeps it has no ONNX form)
+        place = torch.where(frames.mask, real.cumsum(1) - 1, real.sum(1, keepdim=True) + (1 - real).cumsum(1) - 1)
+        places = place[..., None].expand_as(frames.values)
+        states, _ = self.lstm(torch.zeros_like(frames.values).scatter(1, places, frames.values))  # B×m×d
         last = states[torch.arange(states.shape[0]), frames.mask.sum(1) - 1]
-        back = order.argsort(dim=1)
-        return prepend(last, frames, states.gather(1, back[..., None].expand_as(states)))
+        return prepend(last, frames, states.gather(1, places))
 
 
 class MeanTemporal(nn.Module):
