@@ -14,6 +14,7 @@ from senticlip import cli
 from senticlip.config import Config
 from senticlip.data.mmsa import write_features
 from senticlip.models import create_model
+from senticlip.models.base import SentimentModel
 from senticlip.tables import EXPERIMENTS, load_preset
 
 TINY = str(EXPERIMENTS / "tiny.yaml")
@@ -76,6 +77,24 @@ def test_predict_prints_one_object(place, say):
     assert sum(found["weights"].values()) == pytest.approx(1)
 
 
+def test_predict_tells_what_it_did_not_read_and_takes_any_line(place, say):
+    whole = say("predict", place / "run0", "--text", "天气好" * 20, "--device", "cpu")[1]
+    assert "not read, since this model reads 20 tokens: the last 42 characters of the text" in whole
+    code, out, _ = say("predict", place / "run0", "--text", "-天气好", "--device", "cpu")
+    assert (code, "not read" in out) == (0, False)
+    torch.manual_seed(0)
+    peer = {"model": "tfn", "modalities": ["text", "vision"], "text.train": "frozen", "vision.train": "frozen"}
+    create_model(Config.override(load_run(place), peer)).save_pretrained(place / "peer")
+    code, out, _ = say("predict", place / "peer", "--text", "好", "--json", "--device", "cpu")
+    score = json.loads(out)["score"]
+    assert f"score {score:+.3f}" in say("predict", place / "peer", "--text", "好", "--device", "cpu")[1]
+
+
+def load_run(place):
+    """The experiment of ``run0``, with the peers' own options still to come."""
+    return SentimentModel.from_pretrained(place / "run0").experiment
+
+
 @pytest.mark.parametrize("threads", ["", "2,1", "x", " 1 "])
 def test_whatever_the_environment_says_of_threads(place, say, monkeypatch, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
@@ -114,6 +133,8 @@ def test_out_must_be_possible(place, fails, tmp_path):
         fails(2, r"argument --out: .*file is a file, no folder", *verb, "--out", tmp_path / "file" / "deeper" / "run")
     fails(2, "is a file, no folder", "features", "d", "--out", tmp_path / "file" / "f.pkl")
     fails(2, "is a folder, no file", "export", place / "run0", "--out", tmp_path)
+    fails(2, "argument --out: no name was given", "explain", place / "run0", "--text", "好", "--out", "")
+    fails(2, "argument --out: no name was given", "export", place / "run0", "--out", "")
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:77", "meta", "toaster"])
@@ -134,7 +155,7 @@ def damage(place, tmp_path, name, content=None):
     run = tmp_path / "run"
     shutil.copytree(place / "run0", run)
     if content is None:
-        shutil.rmtree(run / name)
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     else:
         (run / name).write_bytes(content)
     return run
@@ -147,6 +168,7 @@ def damage(place, tmp_path, name, content=None):
         ("config.json", b"{", r"run/config\.json: describes no model"),
         ("config.json", b'{"model_type": "bert"}', r"run/config\.json: format"),
         ("tokenizer", None, "run/tokenizer: the tokenizer's folder is missing"),
+        ("tokenizer/tokenizer.json", None, "run/tokenizer: no vocabulary here .*tokenizer.json"),
     ],
 )
 def test_a_broken_run(place, fails, tmp_path, name, content, said):
@@ -157,6 +179,11 @@ def test_a_broken_run(place, fails, tmp_path, name, content, said):
 def test_a_run_that_is_nowhere(fails):
     fails(2, "RUN: no/run is not on this disk .*; give a folder that senticlip train wrote", "predict", "no/run")
     fails(2, "RUN: no folder my run", "evaluate", "my run", "--data", "d")
+    fails(2, r"a\.onnx: no such file", "predict", "a.onnx", "--text", "好")
+
+
+def test_a_video_that_is_nowhere(place, fails):
+    fails(2, r"gone\.mp4: no such video file", "predict", place / "run0", "gone.mp4", "--device", "cpu")
 
 
 def test_an_encoder_without_weights(place, fails, tmp_path):

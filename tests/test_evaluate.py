@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,14 @@ def test_numbers_are_those_of_the_file(place):
     clips = read_clips(place / "data", "test")
     assert [(row["id"], row["text"]) for row in rows] == [(clip.id, clip.text) for clip in clips]
     assert truth == [1 + int(np.sign(clip.labels["M"])) for clip in clips]
+
+
+def test_somebody_elses_run_is_judged_and_not_written_into(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "a", tmp_path / "a", ignore=shutil.ignore_patterns("*.csv"))
+    monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)  # as root everything can be written
+    assert evaluate(tmp_path / "a", place / "data")["n"] == 9
+    assert not list((tmp_path / "a").glob("*.csv"))
+    assert "predictions-test.csv: not written" in capsys.readouterr().err
 
 
 def test_two_runs_differ_by_what_each_is(place):

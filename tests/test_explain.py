@@ -12,13 +12,14 @@ from tests.data.test_cutaways import write_shots
 
 import senticlip
 import tiny
+from senticlip import cam
 from senticlip.config import from_dict
-from senticlip.explain import Explanation, explain, explanation, sentences
+from senticlip.explain import Explanation, explain, explanation, html, sentences
 from senticlip.explain_set import Answered, _right, explain_set, kind
 from senticlip.models import create_model
-from senticlip.occlusion import Case, alone, characters, looks, occlude
+from senticlip.occlusion import Case, alone, characters, looks, occlude, value
 from senticlip.predictor import Predictor
-from senticlip.structures import LABELS, Batch, Clip, Prediction, Sequence, UsageError, UserError
+from senticlip.structures import LABELS, Batch, Clip, Output, Prediction, Sequence, UsageError, UserError
 
 TEXT = "天气好，很高兴"
 M = 3
@@ -187,6 +188,24 @@ def test_every_switch_and_the_peers_are_explained(tmp_path, video, changes):
     assert found.prediction.label == answer.label
     assert found.prediction.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
     assert found.prediction.score == (answer.score and pytest.approx(answer.score, abs=1e-5))
+
+
+@pytest.mark.parametrize("score", [-0.7, 0.05, 0.4])
+def test_what_speaks_for_a_label_is_the_same_in_characters_and_in_heat_maps(score):
+    followed = [value(Prediction("", {}, {}, {}, score), label) for label in LABELS]
+    expected = cam.log_odds(None, Output(score=torch.tensor([score], dtype=torch.float64)))[0]
+    assert followed == pytest.approx(expected.tolist())
+
+
+def test_a_text_that_is_too_long_or_blank(run, video):
+    predictor = Predictor(run)
+    most = predictor.config.text.max_length
+    found = explanation(predictor, Clip("", None, "好" * most + "坏"))
+    assert found.unread == "好好坏"  # [CLS] and [SEP] are tokens, too
+    assert "好好坏</span>" in html(found, [])
+    blank = explanation(predictor, Clip("", video, "  "))
+    assert (blank.text, blank.unread) == (None, "")
+    assert blank.prediction.probabilities == pytest.approx(predictor(video).probabilities, abs=1e-6)
 
 
 def test_conflict_is_said_in_both_languages():

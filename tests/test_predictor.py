@@ -145,6 +145,17 @@ def test_nothing_to_read_is_said(place):
         load(place / "run", "cpu", "fp8")
 
 
+def test_a_blank_text_is_none_and_half_a_character_is_one(place):
+    predictor = load(place / "run", "cpu")
+    video = place / "dark.mp4"
+    without = predictor(video)
+    assert predictor(video, " \n") == without
+    assert list(predictor.predict([Clip("a", video, "  ")])) == [without]
+    with pytest.raises(UsageError, match="nothing to read"):
+        predictor(None, "  ")
+    assert predictor(None, "天\udce5好") == predictor(None, "天?好")
+
+
 def test_a_hub_ids_own_folder_is_read(place, monkeypatch):
     asked = []
 

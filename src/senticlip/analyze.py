@@ -105,7 +105,8 @@ def analyze(
     else:
         lines = subs.embedded(video, track, shift) or (shots(video) if cut == "shots" else windows(end, seconds))
     if not lines:
-        raise UserError(f"{subtitles or video}: no line is said in it — leave out the subtitles to cut by time")
+        moved = f" after 0 s, since --shift {shift:g} moves all before it" if shift < 0 else ""
+        raise UserError(f"{subtitles or video}: no line is said{moved} — leave out the subtitles to cut by time")
     if lines[0].start >= end:
         raise UserError(f"{subtitles or video}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
     predictor = run
@@ -214,7 +215,8 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
 
     def write_page(path: Path) -> None:
         head = json.dumps(
-            {"name": answers.shown(job.video), "duration": max(job.end, job.lines[-1].end)}, ensure_ascii=False
+            {"name": answers.shown(job.video), "film": job.end, "duration": max(job.end, job.lines[-1].end)},
+            ensure_ascii=False,
         )
         with path.open("w", encoding="utf-8") as file:
             file.write(before + _inert(head[:-1]) + ', "rows": [')

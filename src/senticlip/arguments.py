@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 def folder(name: str) -> str:
     """The argument of an option that names a folder to write into: it can be made where it is said to be."""
+    if not name.strip():
+        raise argparse.ArgumentTypeError("no name was given — is a variable of the shell unset?")
     for place in (Path(name), *Path(name).parents):
         if place.exists() and not place.is_dir():
             raise argparse.ArgumentTypeError(f"{place} is a file, no folder")
@@ -34,10 +37,21 @@ def folder(name: str) -> str:
 
 def file(name: str) -> str:
     """The argument of an option that names a file to write."""
-    if Path(name).is_dir():
+    if name.strip() and Path(name).is_dir():
         raise argparse.ArgumentTypeError(f"{name} is a folder, no file")
-    folder(str(Path(name).parent))
+    folder(name and str(Path(name).parent))
     return name
+
+
+def joined(arguments: list[str]) -> list[str]:
+    """``--text -你好`` as ``--text=-你好``, as lines of subtitles begin: argparse would take it for an option."""
+    whole: list[str] = []
+    for word in arguments:
+        if whole and whole[-1] == "--text" and re.match("-[^-]", word):
+            whole[-1] += f"={word}"
+        else:
+            whole.append(word)
+    return whole
 
 
 def parser() -> argparse.ArgumentParser:

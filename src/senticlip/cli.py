@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from senticlip import runtime
-from senticlip.arguments import fail, parser
+from senticlip.arguments import fail, joined, parser
 from senticlip.structures import UsageError, UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; in JSON that reads as one
     try:
@@ -139,13 +139,19 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
 def predict(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip predict``."""
     import senticlip
+    from senticlip.occlusion import unread
 
     predictor = senticlip.load(options.model, device=options.device, precision=options.precision)
     prediction = predictor(options.video, text=options.text)
     result = prediction.to_json()
     result |= {"disagreement": predictor.disagreement} if predictor.disagreement else {}
     _say_disagreement(options, predictor.disagreement)
-    say(options, prediction.label + "  " + "  ".join(f"{k} {p:.3f}" for k, p in prediction.probabilities.items()))
+    said = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
+    said += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
+    say(options, "  ".join([prediction.label, *said]))
+    if rest := unread(predictor, options.text):
+        most = predictor.config.text.max_length
+        say(options, f"not read, since this model reads {most} tokens: the last {len(rest)} characters of the text")
     for name, probabilities in prediction.modalities.items():
         shown = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
         say(options, f"{name:>6} alone says  {shown}  (weight {prediction.weights[name]:.2f})")

@@ -278,7 +278,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
             near = difflib.get_close_matches(str(key), hints, n=1)
             raise UsageError(
                 f"unknown config key {where}{key}"
-                + (f" — did you mean {where}{near[0]}?" if near else "")
+                + (f" — did you mean {where}{near[0]}?" if near else ".")
                 + f" Known: {', '.join(hints)}"
             )
         values[key] = _value(hints[key], value, f"{where}{key}")

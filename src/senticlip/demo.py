@@ -19,7 +19,7 @@ from senticlip.data.made import make
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain
-from senticlip.files import write_text
+from senticlip.files import make_folder, write_text
 from senticlip.predictor import load
 from senticlip.structures import LABELS
 from senticlip.tables import load_preset
@@ -40,7 +40,7 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
         ``{"accuracy": …, "macro_f1": …, "report": path}`` of the fused model on test.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     config = config or load_preset("tiny")
     best = make(out / "data", config.seed, sound)["best"]["test"]
     runs = {"fused": config} | {name: single(config, modality) for name, modality in ALONE.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from contextlib import suppress
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from senticlip.checkpoint import as_probabilities, outputs
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
 from senticlip.predictor import Predictor
+from senticlip.progress import console
 from senticlip.sources import clip_set
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError
 
@@ -83,8 +84,11 @@ def _answers(
         result["equal_weights"] = _short(truth, sum(votes).argmax(-1).numpy())
     if Path(run).is_dir():
         other = [word for word, usual in ((target, config.target), (precision, "fp32")) if word != usual]
-        with suppress(PermissionError):  # somebody else's RUN can be judged, too
-            write_text(Path(run) / f"predictions-{'-'.join([split, *other])}.csv", _table(clips, output, truth))
+        file = Path(run) / f"predictions-{'-'.join([split, *other])}.csv"
+        if os.access(run, os.W_OK):
+            write_text(file, _table(clips, output, truth))
+        else:  # somebody else's RUN can be judged, too
+            console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, _predicted(output), result)
 
 

@@ -20,9 +20,9 @@ from senticlip import cam
 from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.files import make_folder, write_whole
-from senticlip.occlusion import Case, alone, characters, looks, occlude, value
+from senticlip.occlusion import Case, alone, characters, looks, occlude, unread, value
 from senticlip.progress import bar
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, spoken
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
 SAID = {"text": "words", "video": "picture", "audio": "sound"}
@@ -42,7 +42,8 @@ class Looks(NamedTuple):
 class Explanation(NamedTuple):
     """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None where no map can be drawn.
 
-    ``dropped``: the model reads the main shot only, so that ``times`` may leave out a cutaway.
+    ``dropped``: the model reads the main shot only, so that ``times`` may leave out a cutaway. ``unread``: the end of
+    the text, where that is longer than what the model reads.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Explanation(NamedTuple):
     maps: np.ndarray | None
     method: str
     dropped: bool = False
+    unread: str = ""
 
 
 def explain(
@@ -120,6 +122,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     """
     if method is not None and method not in cam.METHODS:
         raise UsageError(f"--method {method}: unknown — choose one of {', '.join(cam.METHODS)}")
+    clip = clip._replace(text=spoken(clip.text))
     batch, times = batch_of(predictor, clip)
     with torch.no_grad():
         features = predictor.model.encode(batch)
@@ -142,6 +145,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         maps,
         method or "",
         dropped=predictor.config.vision.cutaways == "drop",
+        unread=unread(predictor, clip.text),
     )
 
 
@@ -297,7 +301,7 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
     target = folder / "explain.html"
     longer = _later_frames(folder, len(paths)) if target.is_file() else []
     for path, picture in zip(paths, frames, strict=True):
-        write_whole(path, functools.partial(_save_png, picture=picture))
+        write_whole(path, functools.partial(picture.save, format="PNG"))
     write_whole(target, functools.partial(Path.write_text, data=html(found, frames), encoding="utf-8"))
     for old in longer:
         old.unlink()
@@ -331,10 +335,6 @@ def _later_frames(folder: Path, count: int) -> list[Path]:
     """Our pictures of a clip that was explained here before and had more frames."""
     numbers = {path: path.stem.removeprefix("frame-") for path in folder.glob("frame-*.png")}
     return [p for p, n in numbers.items() if n.isascii() and n.isdigit() and n[0] != "0" and int(n) > count]
-
-
-def _save_png(path: Path, picture: Image.Image) -> None:
-    picture.save(path, "PNG")
 
 
 def _pieces(found: Explanation, before: float) -> list[tuple[str, float]]:

@@ -97,7 +97,7 @@ def export(
     # data that cannot be read is told before the minutes of an export
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
     if set(config.modalities) != set(predictor.model.encoders) or config.model != "clip_ca_msa":
-        raise UsageError(f"{run}: only CLIP-CA-MSA of text and video is exported, not {config.model} on features")
+        raise UsageError(f"{run}: only CLIP-CA-MSA of text and video has an ONNX form (and int8), not this one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
@@ -228,10 +228,12 @@ class OnnxModel:
     """An exported file with the face that the Predictor knows: ``model(batch)`` → Output, ``encoders``, ``experiment``.
 
     Raises:
-        UserError: no such file, or none that ``senticlip export`` made.
+        UsageError: no such file. UserError: none that ``senticlip export`` made.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        if not Path(path).is_file():
+            raise UsageError(f"{path}: no such file — senticlip export RUN --out F.onnx makes one")
         runtime = _need("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()

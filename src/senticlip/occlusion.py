@@ -40,9 +40,20 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
     return list(found.values())
 
 
+def unread(predictor: Any, text: str | None) -> str:
+    """The end of a text that is longer than what the model reads."""
+    if not text or predictor.tokenizer is None:
+        return ""
+    read = characters(predictor.tokenizer, text, predictor.config.text.max_length)
+    return text[max((one.end for one in read), default=len(text)) :].strip()
+
+
 def value(prediction: Prediction, label: str) -> float:
-    """What is followed: the probability of ``label``, or the score of a regression model."""
-    return prediction.probabilities[label] if prediction.score is None else prediction.score
+    """What is followed: the probability of ``label``; of a regression model's score s what speaks for it, as in heat
+    maps: −s, −|s|, s for negative, neutral, positive."""
+    if prediction.score is None:
+        return prediction.probabilities[label]
+    return {"negative": -prediction.score, "neutral": -abs(prediction.score), "positive": prediction.score}[label]
 
 
 def change(before: Prediction, after: Prediction) -> float:

@@ -19,7 +19,7 @@ from senticlip.metrics import score_class
 from senticlip.models.base import SentimentModel, run_folder
 from senticlip.precision import PRECISIONS, lowered
 from senticlip.sources import hears
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError, spoken
 
 
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
@@ -48,6 +48,8 @@ class Predictor:
         if self.run.suffix == ".onnx":
             if precision != "fp32":
                 raise UsageError(f"{run}: the precision of an ONNX file was chosen when it was exported (--int8)")
+            if device not in (None, "cpu"):
+                raise UsageError(f"device {device}: an exported file is read on the CPU — leave it out")
             from senticlip.export import OnnxModel
 
             self.model = OnnxModel(self.run)
@@ -73,8 +75,7 @@ class Predictor:
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.
         """
-        said = text if text and text.strip() else None
-        return next(self.predict([Clip("", None if video is None else Path(video), said, start=start, end=end)]))
+        return next(self.predict([Clip("", None if video is None else Path(video), text, start=start, end=end)]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
         """Stream predictions, a batch at a time."""
@@ -83,7 +84,12 @@ class Predictor:
             yield from self.predictions(self.output(self.batch(chunk)))
 
     def batch(self, clips: list[Clip], read: Callable[..., Frames] = read_frames) -> Batch:
-        """Decode, resize, listen to and tokenise clips; ``read`` gets the frames of one (an open film has its own)."""
+        """Decode, resize, listen to and tokenise clips; ``read`` gets the frames of one (an open film has its own).
+
+        Raises:
+            UsageError: a clip has nothing that this model reads. UserError: a video cannot be read.
+        """
+        clips = [clip._replace(text=spoken(clip.text)) for clip in clips]
         stores: dict[str, Rows] = {}
         if "text" in self.model.encoders:
             ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)

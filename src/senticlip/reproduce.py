@@ -15,7 +15,7 @@ from senticlip import results
 from senticlip.checkpoint import encoder_keys, read_json, rows_digest, share_stage
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
-from senticlip.files import disk, write_text
+from senticlip.files import disk, make_folder, write_text
 from senticlip.progress import bar, console
 from senticlip.structures import LABELS, Clip, UserError
 from senticlip.tables import Table, digest, load_preset, load_tables
@@ -85,7 +85,7 @@ def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> N
         if keys != encoders[name]:
             raise UserError(f"{runs.parent}: holds runs of other weights of {name} — choose another --out")
     with disk(runs):
-        runs.mkdir(parents=True, exist_ok=True)
+        make_folder(runs)
     write_text(runs / "data.json", json.dumps(mine, ensure_ascii=False))
 
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import senticlip
 from senticlip.explain import explanation, heated, html, page
 from senticlip.sources import hears
-from senticlip.structures import SURFACE, Clip, UsageError, UserError
+from senticlip.structures import SURFACE, Clip, UsageError, UserError, spoken
 
 try:
     import uvicorn
@@ -166,13 +166,13 @@ def _tell_errors(answers: FastAPI) -> None:
 @contextmanager
 def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
     """What was sent, the video as a file under a name of ours with its ending; ``id`` is the sender's name for it."""
-    text = _told(text) or None
+    text = spoken(text)
     if text is not None and len(text) > LONGEST:
         raise UsageError(f"text: {len(text)} characters — send {LONGEST} at most")
     if video is None or not video.filename:
         yield Clip("", None, text)
         return
-    name = _told(Path(video.filename).name) or "video"
+    name = spoken(Path(video.filename).name) or "video"
     with tempfile.TemporaryDirectory(prefix="senticlip-") as folder:
         ending = re.search(r"\.[A-Za-z0-9]{1,5}$", name)
         path = Path(folder) / ("clip" + (ending[0].lower() if ending else ""))
@@ -182,11 +182,6 @@ def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
             yield Clip(name, path, text)
         except UserError as error:
             raise type(error)(str(error).replace(str(path), name)) from None
-
-
-def _told(text: str | None) -> str:
-    """A field as it can be said again: some charsets bring halves of characters."""
-    return (text or "").encode("utf-8", "replace").decode().strip()
 
 
 class Limit:

@@ -47,6 +47,12 @@ def polarity(score: float) -> int:
     return 1 + (score > 0) - (score < 0)
 
 
+def spoken(text: str | None) -> str | None:
+    """A text as it can be said again (some encodings bring halves of characters); a blank one is none."""
+    whole = (text or "").encode("utf-8", "replace").decode()
+    return whole if whole.strip() else None
+
+
 class Clip(NamedTuple):
     """One clip as read: paths and words, nothing decoded.
 

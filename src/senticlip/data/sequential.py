@@ -16,7 +16,7 @@ from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from senticlip.structures import UserError
+from senticlip.structures import UsageError, UserError
 
 FORMATS = (
     "mov,matroska,avi,flv,live_flv,mpegts,mpegtsraw,mpeg,mpegvideo,asf,ogg,mxf,rm,nut,dv,wtv,swf,gif,apng,ivf,obu,av1,"
@@ -42,7 +42,7 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     """Open a file and its video stream, one decoding thread.
 
     Raises:
-        UserError: no such file, an empty one, none that FFmpeg knows, or one without video.
+        UsageError: no such file. UserError: an empty one, none that FFmpeg knows, or one without video.
     """
     path = Path(path)
     try:
@@ -50,7 +50,9 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     except OSError as error:
         raise UserError(f"{path}: no video file can have this name ({error.strerror}) — is it the text?") from None
     if not there:
-        raise UserError(f"{path}: no such video file — check the path" + (" (a folder)" if path.is_dir() else ""))
+        raise UsageError(f"{path}: no such video file — check the path" + (" (a folder)" if path.is_dir() else ""))
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: cannot be read (permission denied) — ask its owner")
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty — copy or download it again")
     try:

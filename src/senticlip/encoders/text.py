@@ -80,11 +80,15 @@ def load_tokenizer(folder: Path | None) -> Any:
         if not folder.is_dir():
             raise UserError(f"{folder}: the tokenizer's folder is missing — copy it from where the weights came from")
         try:
-            return AutoTokenizer.from_pretrained(folder, padding_side="right")
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
         except Exception as error:
             # each kind of tokenizer fails in a way of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{folder}: no tokenizer can be read here ({reason}) — fetch the folder again") from error
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        if not any((folder / name).is_file() for name in files):  # transformers makes one that knows no word
+            raise UserError(f"{folder}: no vocabulary here ({', '.join(sorted(files))}) — fetch the folder again")
+        return tokenizer
     characters = [
         chr(code)
         for code in (*range(0x21, 0x7F), *range(0x3000, 0x3020), *range(0x4E00, 0x9FA6), *range(0xFF01, 0xFF20))
