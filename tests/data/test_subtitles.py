@@ -261,4 +261,4 @@ def test_tracks_without_a_decoder_are_passed_over(tmp_path):
     assert embedded(path) == LINES
     with pytest.raises(UserError, match="no decoder for subtitle track 0 — give a file"):
         embedded(path, track=0)
-    assert probe(path).subtitle_tracks == ["chi (unknown)", "eng (subrip)"]
+    assert probe(path).subtitle_tracks == ["chi (unknown)", "eng (srt)"]
