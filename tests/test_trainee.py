@@ -9,7 +9,7 @@ import torch
 
 from senticlip.config import Config
 from senticlip.structures import Batch, Sequence
-from senticlip.trainee import Trainee, recombine
+from senticlip.trainee import Trainee, mislead, recombine
 
 ROWS = 400
 
@@ -81,3 +81,30 @@ def test_a_single_modality_has_no_partner(batch):
     trainee = SimpleNamespace(experiment=Config(modalities=["text"]).override({"train.recombine": 1.0}))
     same = Trainee.disturb(trainee, Batch({"text": parts["text"]}, labels))
     assert torch.equal(same.modalities["text"].values, parts["text"].values)
+
+
+def test_words_and_faces_of_other_classes_mislead(batch):
+    parts, labels = batch
+    parts = parts | {"audio": parts["text"]}
+    misled = mislead(parts, labels | {"A": labels["M"]}, 0.3)
+    assert misled["audio"] is parts["audio"]  # no encoder knows it by heart
+    for name, own in (("text", "T"), ("vision", "V")):
+        rows = sources(misled, name)
+        known, moved = ~labels[own].isnan(), rows != torch.arange(ROWS)
+        assert not moved[~known].any()
+        assert (labels[own][rows].sign() != labels[own].sign())[moved].all()
+        assert 0.22 < moved[known].float().mean() < 0.38
+
+
+def test_nobody_is_misled_where_there_is_no_sound(batch):
+    parts, labels = batch
+    trainee = SimpleNamespace(experiment=Config().override({"train.mislead": 1.0}))
+    assert Trainee.disturb(trainee, Batch(parts, labels)).modalities == parts
+    parts = parts | {"audio": parts["text"]}
+    trainee = SimpleNamespace(
+        experiment=Config(modalities=["text", "vision", "audio"]).override({"train.mislead": 1.0})
+    )
+    assert Trainee.disturb(trainee, Batch(parts, labels)).modalities["text"] is not parts["text"]
+    one_class = {"T": torch.ones(ROWS), "V": torch.full((ROWS,), torch.nan)}
+    same = mislead(parts, one_class, 1.0)
+    assert all(torch.equal(same[name].values, parts[name].values) for name in parts)

@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "vision.train_frames": (1, MOST),
     "vision.augment": (0, MOST),
     "audio.bands": (1, 128),
+    "audio.average": (1, MOST),
     "audio.lr": (0, MOST),
     "label.lr": (0, MOST),
     "train.epochs": (1, MOST),
@@ -53,6 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.ema": (0, 0.99999),
     "train.modality_dropout": (0, 1),
     "train.recombine": (0, 1),
+    "train.mislead": (0, 1),
 }
 """What a number may be, both ends included; every one is finite. A key that is left open (null, a word) is not meant.
 """
@@ -92,9 +94,13 @@ class VisionConfig:
 
 @dataclass
 class AudioConfig:
-    """Log-mel frames; no pretrained network is needed, and ``lr`` is the rate of the layer that takes them in."""
+    """Log-mel frames of 20 ms; no pretrained network is needed, and ``lr`` is the rate of the layer that takes them in.
+
+    ``average``: so many frames become one step, their mean.
+    """
 
     bands: int = 33
+    average: int = 1
     lr: float = 1e-3
 
 
@@ -134,6 +140,7 @@ class TrainConfig:
     ema: float = 0.0
     modality_dropout: float = 0.0
     recombine: float = 0.0
+    mislead: float = 0.0
 
 
 @dataclass

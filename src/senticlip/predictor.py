@@ -122,11 +122,9 @@ class Predictor:
 
     def _sound(self, clips: list[Clip]) -> ArrayRows:
         """The log-mel of each piece; one without a video, or without a sound, is an empty row."""
-        bands = self.config.audio.bands
-        rows = [
-            log_mel(np.zeros(0) if clip.video is None else read_audio(clip.video, clip.start, clip.end), bands)
-            for clip in clips
-        ]
+        bands, average = self.config.audio.bands, self.config.audio.average
+        sounds = [np.zeros(0) if c.video is None else read_audio(c.video, c.start, c.end) for c in clips]
+        rows = [log_mel(sound, bands, average) for sound in sounds]
         mask = np.arange(max(1, *map(len, rows))) < np.array([len(row) for row in rows])[:, None]
         values = np.zeros((*mask.shape, bands), np.float32)
         values[mask] = np.concatenate(rows)

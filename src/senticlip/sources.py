@@ -62,7 +62,7 @@ def feature_rows(
     found: dict[str, tuple[Rows, int]] = {}
     folder = Path(data) / "OpenFace"
     if hears(config):
-        found["audio"] = (audio_store(clips, config.audio.bands, root), config.audio.bands)
+        found["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)
     if config.vision.encoder == "openface" and "vision" in names and folder.is_dir():
         found["vision"] = (openface_store(clips, folder, root), WIDTH)
     rest = tuple(name for name in names if name not in found)

@@ -72,7 +72,7 @@ class Trainee(nn.Module):
         return {"loss": loss, "prediction": prediction, **log}
 
     def disturb(self, batch: Batch) -> Batch:
-        """Augment the frames, choose some of them, and leave out a modality now and then."""
+        """Augment and choose frames, exchange words and faces, and leave out a modality now and then."""
         parts = dict(batch.modalities)
         vision, config = parts.get("vision"), self.experiment
         if vision is not None and vision.values.dtype == torch.uint8:
@@ -81,6 +81,8 @@ class Trainee(nn.Module):
             parts["vision"] = augment(vision, config.vision.augment)
         if config.train.recombine and len(parts) > 1:
             parts = recombine(parts, batch.labels, config.train.recombine)
+        if config.train.mislead and "audio" in parts:
+            parts = mislead(parts, batch.labels, config.train.mislead)
         if config.train.modality_dropout and len(parts) > 1:
             rows = len(next(iter(parts.values())).mask)
             lost = torch.rand(rows) < config.train.modality_dropout
@@ -113,3 +115,29 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
         rows[torch.argsort(group + torch.rand(len(own)) / 2)] = torch.argsort(group + torch.rand(len(own)) / 2)
         mixed[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
     return mixed
+
+
+def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
+    """Now and then words, or a face, of a row with another own label; the joint label stays.
+
+    Encoders know the clips that they were trained on, and err on others. A network that sees only the former learns to
+    listen to nothing else; sound has no such encoder, and stays as it is.
+
+    Args:
+        parts: the modalities of a batch, B rows each.
+        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
+        chance: the share of rows in which a modality is exchanged.
+    """
+    misled = dict(parts)
+    for name, sequence in parts.items():
+        if name == "audio" or (own := labels.get(OWN_LABEL[name])) is None:
+            continue
+        own = own.cpu()
+        other = own.sign()[:, None] != own.sign()[None, :]  # B×B
+        other &= ~own.isnan()[:, None] & ~own.isnan()[None, :]
+        chosen = (torch.rand(len(own)) < chance) & other.any(1)
+        rows = torch.arange(len(own))
+        if chosen.any():
+            rows[chosen] = torch.multinomial(other[chosen].float(), 1)[:, 0]
+        misled[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
+    return misled

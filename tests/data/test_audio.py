@@ -53,6 +53,15 @@ def test_short_and_silent_sounds():
     assert np.isfinite(log_mel(np.zeros(3200, np.float32))).all()
 
 
+@pytest.mark.parametrize("average", [1, 3, 5, 1000])
+def test_a_step_is_the_mean_of_some_frames(average):
+    sound = np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32)
+    frames, steps = log_mel(sound), log_mel(sound, average=average)
+    means = [frames[i : i + average].mean(0) for i in range(0, len(frames), average)]
+    np.testing.assert_allclose(steps, np.stack(means), rtol=1e-5)
+    assert steps.dtype == np.float32
+
+
 def test_filters_cover_the_spectrum_without_holes():
     filters = mel_filters(33)
     assert filters.shape == (33, 321)

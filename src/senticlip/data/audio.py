@@ -89,27 +89,30 @@ def mel_filters(bands: int, rate: int = RATE, window: int = WINDOW) -> np.ndarra
     return np.clip(np.minimum(rise, fall), 0, None).astype(np.float32)
 
 
-def log_mel(sound: np.ndarray, bands: int = 33, rate: int = RATE, window: int = WINDOW, hop: int = HOP) -> np.ndarray:
-    """Waveform n → log-mel L×bands float32, one frame each ``hop`` samples (20 ms), L = 1 + (n − window) // hop.
+def log_mel(sound: np.ndarray, bands: int = 33, average: int = 1) -> np.ndarray:
+    """Waveform n at RATE → log-mel L×bands float32, L = ⌈(1 + (n − WINDOW) // HOP) / average⌉.
 
-    A sound shorter than a window is padded to one; no sound is no frame.
+    A step is the mean of ``average`` frames of 20 ms, the last of those that are left. A sound shorter than a window is
+    padded to one; no sound is no frame.
     """
     if len(sound) == 0:
         return np.zeros((0, bands), np.float32)
-    sound = np.pad(sound, (0, max(0, window - len(sound))))
-    frames = np.lib.stride_tricks.sliding_window_view(sound, window)[::hop]
-    power = np.abs(np.fft.rfft(frames * np.hanning(window).astype(np.float32))) ** 2  # L×(1 + window/2)
-    return np.log(power.astype(np.float32) @ mel_filters(bands, rate, window).T + FLOOR)
+    sound = np.pad(sound, (0, max(0, WINDOW - len(sound))))
+    frames = np.lib.stride_tricks.sliding_window_view(sound, WINDOW)[::HOP]
+    power = np.abs(np.fft.rfft(frames * np.hanning(WINDOW).astype(np.float32))) ** 2  # frames×(1 + WINDOW/2)
+    mel = np.log(power.astype(np.float32) @ mel_filters(bands).T + FLOOR)
+    starts = np.arange(0, len(mel), average)
+    return np.add.reduceat(mel, starts) / np.diff(starts, append=len(mel))[:, None].astype(np.float32)
 
 
-def audio_store(clips: list[Clip], bands: int, root: Path) -> Store:
+def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> Store:
     """The log-mel frames of clips, from the cache; a clip without a video, or without sound, is an empty row."""
 
     def compute(missing: list[int]) -> Iterator[np.ndarray]:
         for place in missing:
             clip = clips[place]
             assert clip.video is not None
-            yield log_mel(read_audio(clip.video, clip.start, clip.end), bands)
+            yield log_mel(read_audio(clip.video, clip.start, clip.end), bands, average)
 
-    spec = {"log_mel": bands, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 2}
+    spec = {"log_mel": bands, "average": average, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 2}
     return cached(root, spec, clip_keys(clips, root), compute)
