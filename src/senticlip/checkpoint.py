@@ -95,7 +95,7 @@ def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:
         same = False
     if not same:
         return "another config"
-    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # a run of version 1.1 or before does not tell
+    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # an older run does not tell
         return "other encoders (the weights in a folder have changed)"
     return "" if record.get("rows") == mine["rows"] else f"other data ({record['data']}, or its labels have changed)"
 
