@@ -216,9 +216,12 @@ def test_no_number_is_no_agreement():
 
 def test_errors(run, file, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    for path in (tmp_path / "bad.onnx", tmp_path / "none.onnx"):
-        with pytest.raises(UserError, match="not a file that this senticlip export made"):
-            senticlip.load(path)
+    with pytest.raises(UserError, match="not a file that this senticlip export made"):
+        senticlip.load(tmp_path / "bad.onnx")
+    with pytest.raises(UsageError, match=r"none\.onnx: no such file"):
+        senticlip.load(tmp_path / "none.onnx")
+    with pytest.raises(UsageError, match="an exported file is read on the CPU"):
+        senticlip.load(file, "cuda")
     older = onnx.load(str(file))
     (about,) = (entry for entry in older.metadata_props if entry.key == "senticlip")
     about.value = json.dumps({**json.loads(about.value), "format": 1})

@@ -66,10 +66,11 @@ def spec_width(spec: dict[str, Any]) -> int:
     return getattr(config, "text_config", config).hidden_size
 
 
-def load_tokenizer(folder: Path | None) -> Any:
+def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
     """The tokenizer of a folder; without one, a character tokenizer that covers the common Chinese characters.
 
-    It pads at the right, whatever the folder says: rows are trimmed there.
+    It pads at the right, whatever the folder says: rows are trimmed there. ``random``: the weights will be, so that a
+    folder that holds a config only will do.
 
     Raises:
         UserError: there is none in the folder, or it cannot be read.
@@ -86,9 +87,10 @@ def load_tokenizer(folder: Path | None) -> Any:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{folder}: no tokenizer can be read here ({reason}) — fetch the folder again") from error
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-        if not any((folder / name).is_file() for name in files):  # transformers makes one that knows no word
+        if any((folder / name).is_file() for name in files):
+            return tokenizer
+        if not random:  # transformers has made one that knows no word
             raise UserError(f"{folder}: no vocabulary here ({', '.join(sorted(files))}) — fetch the folder again")
-        return tokenizer
     characters = [
         chr(code)
         for code in (*range(0x21, 0x7F), *range(0x3000, 0x3020), *range(0x4E00, 0x9FA6), *range(0xFF01, 0xFF20))

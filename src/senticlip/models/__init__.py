@@ -53,7 +53,7 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
     tokenizer = None
     if "text" in config.modalities and "text" not in widths:
         spec, folders["text"] = text_encoder.text_spec(config.text)
-        tokenizer = text_encoder.load_tokenizer(folders["text"])
+        tokenizer = text_encoder.load_tokenizer(folders["text"], random=not config.text.pretrained)
         tokens["prompt"] = _words(tokenizer, config.text.prefix_text)
         parts["text"] = {"spec": spec, "prompt_length": len(tokens["prompt"])}
     if "vision" in config.modalities and "vision" not in widths:
@@ -88,8 +88,8 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
         key, source = ("vision.encoder", config.vision) if clip else ("text.encoder", config.text)
     spec, folder = text_encoder.text_spec(source, key)
     prompts: list[str | None] = [label.prompt.replace("{}", str(name)) for name in label.names]
-    ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder), prompts, 52)
     weights = folder if label.pretrained and source.pretrained else None
+    ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder, random=weights is None), prompts, 52)
     return {"spec": spec, "shape": list(ids.shape)}, weights, ids, mask
 
 
