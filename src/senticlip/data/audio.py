@@ -78,12 +78,12 @@ def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> li
     return [piece.to_ndarray()[0] for piece in resampler.resample(frame)] if resampler else []
 
 
-def mel_filters(bands: int, rate: int = RATE, window: int = WINDOW) -> np.ndarray:
-    """Triangles on the mel scale (2595 log10(1 + f/700)) from 20 Hz to half the rate: bands×(1 + window/2)."""
-    top = 2595 * math.log10(1 + rate / 2 / 700)
+def mel_filters(bands: int) -> np.ndarray:
+    """Triangles on the mel scale (2595 log10(1 + f/700)) from 20 Hz to half of RATE: bands×(1 + WINDOW/2)."""
+    top = 2595 * math.log10(1 + RATE / 2 / 700)
     low = 2595 * math.log10(1 + 20 / 700)
     edges = 700 * (10 ** (np.linspace(low, top, bands + 2) / 2595) - 1)  # Hz
-    frequencies = np.fft.rfftfreq(window, 1 / rate)
+    frequencies = np.fft.rfftfreq(WINDOW, 1 / RATE)
     rise = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
     return np.clip(np.minimum(rise, fall), 0, None).astype(np.float32)
