@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from senticlip.config import Config, from_dict
-from senticlip.data.cache import file_key
+from senticlip.data.cache import file_keys
 from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
+from senticlip.sources import cache_root
 from senticlip.structures import Clip, Output, UsageError, UserError
 
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
@@ -84,7 +85,8 @@ def encoder_keys(config: Config) -> dict[str, list[str]]:
     """Hashes of the weights in the folders that the encoders come from (a hub's are not ours to tell apart)."""
     folders = {part.encoder for part in (config.text, config.vision, config.label) if part.encoder}
     files = {name: [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")] for name in sorted(folders)}
-    return {name: [file_key(path) for path in sorted(found)] for name, found in files.items() if found}
+    keys = file_keys((path for found in files.values() for path in found), cache_root())
+    return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
 
 
 def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from senticlip.data import unpickle
 from senticlip.data.cache import MISSING, Store, cached, file_key
-from senticlip.data.sims import normal_id
+from senticlip.data.table import normal_id
 from senticlip.files import write_whole
 from senticlip.structures import Clip, UserError
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from senticlip.data.table import (
     Line,
     columns_of,
     finite,
+    normal_id,
     read_table,
     score,
 )
@@ -132,11 +132,6 @@ def leaks(rows: list[_Row]) -> list[str]:
             where = ", ".join(f"{split} (row {splits[split][0]})" for split in SPLITS if split in splits)
             lines.append(f"{kind} {name!r} is in {len(splits)} splits: {where}")
     return lines
-
-
-def normal_id(name: str) -> str:
-    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` meet, and so do ``video_1`` and ``video_0001``."""
-    return re.sub(r"0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip())).casefold()
 
 
 # ---- the splits

@@ -167,6 +167,11 @@ def _wordy(cells: list[str]) -> tuple[int, int]:
     return sum(len(set(re.findall("[\u4e00-\u9fff]", cell))) for cell in cells), sum(len(set(cell)) for cell in cells)
 
 
+def normal_id(name: str) -> str:
+    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` meet, and so do ``video_1`` and ``video_0001``."""
+    return re.sub(r"0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip())).casefold()
+
+
 def score(cell: str) -> float | None:
     """A label: a number from -1 to 1 or a word; None if it is neither."""
     if cell.casefold() in SCORES:
