@@ -71,6 +71,27 @@ def upright(frame: av.VideoFrame) -> np.ndarray:
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
+def log_mel(path: str, bands: int, average: int) -> np.ndarray:
+    """The sound's log-mel, steps×bands, each step the mean of ``average`` frames of 20 ms; no sound: no step."""
+    parts: list[np.ndarray] = []
+    with av.open(path) as container:
+        resampler = av.AudioResampler("flt", "mono", 16000)
+        decoded = list(container.decode(audio=0)) if container.streams.audio else []
+        for frame in [*decoded, None] if decoded else []:
+            parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+    if not parts:
+        return np.zeros((0, bands), np.float32)
+    sound = np.concatenate(parts)
+    sound = np.pad(sound, (0, max(0, 640 - len(sound))))
+    windows = np.lib.stride_tricks.sliding_window_view(sound, 640)[::320] * np.hanning(640)
+    mel = 2595 * np.log10(1 + np.array([20, 8000]) / 700)
+    edges = 700 * (10 ** (np.linspace(*mel, bands + 2) / 2595) - 1)
+    hertz, (low, middle, high) = np.fft.rfftfreq(640, 1 / 16000), (edges[i : i + bands, None] for i in range(3))
+    filters = np.minimum((hertz - low) / (middle - low), (high - hertz) / (high - middle)).clip(0)
+    logs = np.log(np.abs(np.fft.rfft(windows)) ** 2 @ filters.T + 1e-6)
+    return np.stack([logs[i : i + average].mean(0) for i in range(0, len(logs), average)]).astype(np.float32)
+
+
 def predict(model: str, video: str | None, text: str | None) -> dict[str, float]:
     """Label → probability."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -88,6 +109,11 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
         if about["experiment"]["vision"].get("cutaways") == "drop":
             pixels = pixels[main_shot(pixels)]
         feed |= {"vision": pixels[None], "vision_mask": np.full((1, len(pixels)), video is not None)}
+    if "audio" in about["names"]:
+        bands, average = (about["experiment"]["audio"][key] for key in ("bands", "average"))
+        steps = log_mel(video, bands, average) if video else np.zeros((0, bands), np.float32)
+        mask = np.arange(max(1, len(steps))) < len(steps)
+        feed |= {"audio": np.resize(steps, (1, len(mask), bands)), "audio_mask": mask[None]}
     log_probs = session.run(["log_probs"], feed)[0][0]
     return {label: float(p) for label, p in zip(about["labels"], np.exp(log_probs), strict=True)}
 

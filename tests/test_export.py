@@ -46,8 +46,9 @@ def make_run(folder: Path, **changes) -> Path:
         (folder / name / "config.json").write_text(json.dumps(spec))
         keys |= {f"{name}.encoder": str(folder / name), f"{name}.pretrained": False}
     torch.manual_seed(0)
-    model = create_model(Config().override({**keys, "label.pretrained": False}))
-    model.network.temperature.copy_(torch.tensor([0.7, 3.0]))
+    config = Config().override({**keys, "label.pretrained": False})
+    model = create_model(config, {"audio": config.audio.bands})
+    model.network.temperature.copy_(torch.tensor([0.7, 3.0, 1.6])[: len(config.modalities)])
     model.save_pretrained(folder / "run")
     load_tokenizer(None).save_pretrained(folder / "run" / "tokenizer")
     return folder / "run"
@@ -103,6 +104,48 @@ def test_every_shape_gives_the_same(run, file, shape):
         assert list(getattr(one, part)) == list(getattr(two, part))
         for name, value in getattr(one, part).items():
             torch.testing.assert_close(getattr(two, part)[name], value, atol=1e-5, rtol=1e-4)
+
+
+def add_sound(video: Path, out: Path, seconds: float) -> Path:
+    """The same pictures, and a tone that rises."""
+    with av.open(str(video)) as source, av.open(str(out), "w") as made:
+        pictures = made.add_stream_from_template(source.streams.video[0])
+        voice = made.add_stream("aac", rate=44100, layout="mono")
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = pictures
+                made.mux(packet)
+        time = np.arange(round(seconds * 44100)) / 44100
+        frame = av.AudioFrame.from_ndarray(np.sin(900 * time * (1 + time))[None].astype(np.float32) / 3, "fltp", "mono")
+        frame.sample_rate = 44100
+        made.mux(voice.encode(frame))
+        made.mux(voice.encode(None))
+    return out
+
+
+def test_sound_is_heard_by_all_three(tmp_path):
+    """RUN, its file and the example, with a clip's sound of any length, without it, and by sound alone; int8, too."""
+    run, silent = make_run(tmp_path, modalities=["audio", "text", "vision"], **{"audio.average": 3}), tmp_path / "a.mp4"
+    make_video(silent)
+    export(run, tmp_path / "m.onnx")
+    one, two, small = senticlip.load(run), senticlip.load(tmp_path / "m.onnx"), senticlip.load(run, precision="int8")
+    example = runpy.run_path(str(EXAMPLE))["predict"]
+    loud, louder = (add_sound(silent, tmp_path / f"{seconds}.mp4", seconds) for seconds in (0.5, 3))
+    answers = []
+    for video, text in ((loud, "好"), (louder, "好"), (louder, None), (silent, "好"), (None, "好")):
+        a, b, c = (predictor(video, text=text) for predictor in (one, two, small))
+        assert ("audio" in a.weights) == (video in (loud, louder))
+        assert a.weights == pytest.approx(b.weights, abs=1e-6)
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+        assert a.probabilities == pytest.approx(c.probabilities, abs=0.03)
+        for name, probabilities in a.modalities.items():
+            assert probabilities == pytest.approx(b.modalities[name], abs=1e-5)
+        assert a.probabilities == pytest.approx(example(str(tmp_path / "m.onnx"), video and str(video), text), abs=2e-3)
+        answers.append(a.probabilities["neutral"])
+    assert len({round(answer, 4) for answer in answers}) == 5
+    clips = [Clip("a", loud, "好"), Clip("b", louder, "好"), Clip("c", silent, None)]  # of three lengths together
+    batch = one.batch(clips)
+    torch.testing.assert_close(two.output(batch).log_probs, one.output(batch).log_probs, atol=1e-5, rtol=1e-5)
 
 
 def test_another_order_and_another_switch_give_the_same(tmp_path):

@@ -96,6 +96,24 @@ def test_words_and_faces_of_other_classes_mislead(batch):
         assert 0.22 < moved[known].float().mean() < 0.38
 
 
+def test_only_rows_with_sound_are_misled_and_only_by_words_that_are_there(batch):
+    parts, labels = batch
+    silent = torch.arange(ROWS) % 3 == 0
+    wordless = torch.arange(ROWS) % 5 == 0
+    parts = parts | {
+        "text": Sequence(parts["text"].values, parts["text"].mask & ~wordless[:, None]),
+        "audio": Sequence(parts["text"].values, parts["text"].mask & ~silent[:, None]),
+    }
+    misled = mislead(parts, labels, 1.0)
+    for name in ("text", "vision"):
+        rows = misled[name].values[:, 0]
+        moved = rows != torch.arange(ROWS)
+        assert moved.any() and not moved[silent].any()
+        assert torch.equal(misled[name].mask, parts[name].mask[rows])
+        if name == "text":
+            assert not moved[wordless].any() and not wordless[rows[moved]].any()
+
+
 def test_nobody_is_misled_where_there_is_no_sound(batch):
     parts, labels = batch
     trainee = SimpleNamespace(experiment=Config().override({"train.mislead": 1.0}))

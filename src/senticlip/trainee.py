@@ -72,7 +72,7 @@ class Trainee(nn.Module):
         return {"loss": loss, "prediction": prediction, **log}
 
     def disturb(self, batch: Batch) -> Batch:
-        """Augment and choose frames, exchange words and faces, and leave out a modality now and then."""
+        """Augment and choose frames, exchange words and faces, leave out a modality now and then, and mislead."""
         parts = dict(batch.modalities)
         vision, config = parts.get("vision"), self.experiment
         if vision is not None and vision.values.dtype == torch.uint8:
@@ -81,8 +81,6 @@ class Trainee(nn.Module):
             parts["vision"] = augment(vision, config.vision.augment)
         if config.train.recombine and len(parts) > 1:
             parts = recombine(parts, batch.labels, config.train.recombine)
-        if config.train.mislead and "audio" in parts:
-            parts = mislead(parts, batch.labels, config.train.mislead)
         if config.train.modality_dropout and len(parts) > 1:
             rows = len(next(iter(parts.values())).mask)
             lost = torch.rand(rows) < config.train.modality_dropout
@@ -90,6 +88,8 @@ class Trainee(nn.Module):
             for i, (name, sequence) in enumerate(parts.items()):
                 gone = (lost & (which == i)).to(sequence.mask.device)
                 parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
+        if config.train.mislead and "audio" in parts:
+            parts = mislead(parts, batch.labels, config.train.mislead)
         return Batch(parts, batch.labels, batch.rows)
 
 
@@ -118,7 +118,7 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
 
 
 def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """Now and then words, or a face, of a row with another own label; the joint label stays.
+    """Where there is sound, now and then words, or a face, of a row with another own label; the joint label stays.
 
     Encoders know the clips that they were trained on, and err on others. A network that sees only the former learns to
     listen to nothing else; sound has no such encoder, and stays as it is.
@@ -128,14 +128,15 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
         labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
         chance: the share of rows in which a modality is exchanged.
     """
-    misled = dict(parts)
+    misled, heard = dict(parts), parts["audio"].mask.any(1).cpu()
     for name, sequence in parts.items():
         if name == "audio" or (own := labels.get(OWN_LABEL[name])) is None:
             continue
         own = own.cpu()
         other = own.sign()[:, None] != own.sign()[None, :]  # B×B
-        other &= ~own.isnan()[:, None] & ~own.isnan()[None, :]
-        chosen = (torch.rand(len(own)) < chance) & other.any(1)
+        there = sequence.mask.any(1).cpu() & ~own.isnan()
+        other &= there[:, None] & there[None, :]
+        chosen = (torch.rand(len(own)) < chance) & heard & other.any(1)
         rows = torch.arange(len(own))
         if chosen.any():
             rows[chosen] = torch.multinomial(other[chosen].float(), 1)[:, 0]
