@@ -17,7 +17,7 @@ from senticlip.config import from_dict
 from senticlip.explain import Explanation, explain, explanation, html, sentences
 from senticlip.explain_set import Answered, _right, explain_set, kind
 from senticlip.models import create_model
-from senticlip.occlusion import Case, alone, characters, looks, occlude, value
+from senticlip.occlusion import Case, alone, characters, looks, occlude, unread, value
 from senticlip.predictor import Predictor
 from senticlip.structures import LABELS, Batch, Clip, Output, Prediction, Sequence, UsageError, UserError
 
@@ -203,6 +203,7 @@ def test_a_text_that_is_too_long_or_blank(run, video):
     found = explanation(predictor, Clip("", None, "好" * most + "坏"))
     assert found.unread == "好好坏"  # [CLS] and [SEP] are tokens, too
     assert "好好坏</span>" in html(found, [])
+    assert unread(predictor, "天\udce5好") == ""  # of a text that is not UTF-8
     blank = explanation(predictor, Clip("", video, "  "))
     assert (blank.text, blank.unread) == (None, "")
     assert blank.prediction.probabilities == pytest.approx(predictor(video).probabilities, abs=1e-6)

@@ -139,6 +139,8 @@ def test_nothing_to_read_is_said(place):
         load(place / "run", "cpu")()
     with pytest.raises(UsageError, match="this model reads text or audio"):
         load(place / "mult", "cpu")()
+    with pytest.raises(UsageError, match=r"dark\.mp4: nothing to read — this model reads text or audio"):
+        load(place / "mult", "cpu")(place / "dark.mp4")  # it has no sound
     with pytest.raises(UserError, match=r"gone\.mp4"):
         load(place / "run", "cpu")(place / "gone.mp4")
     with pytest.raises(UsageError, match="precision"):

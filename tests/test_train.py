@@ -91,6 +91,22 @@ def test_resume_after_a_kill_ends_in_the_same_weights(place, tmp_path):
         train(experiment.override({"width": 32}), place / "data", out, resume=True)
 
 
+def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path):
+    clips = read_clips(place / "data")
+    rows = [f"{clip.video},{clip.text},{clip.labels['M']}" for clip in clips]
+    table = tmp_path / "own.csv"
+    table.write_text("\n".join(["path,text,label", *rows]), encoding="utf-8")
+    stage = {"modalities": ["text"], "target": "T", "train.epochs": 1}
+    train(settings(place, stages={"text": stage}, **{"train.epochs": 1}), table, tmp_path / "run")
+    learned = json.loads((tmp_path / "run" / "stages" / "text" / "metrics.json").read_text())["experiment"]
+    assert (learned["target"], learned["modalities"]) == ("M", ["text"])
+
+
+def test_who_only_listens_needs_a_sound(place, tmp_path):
+    with pytest.raises(UserError, match=r"data: no audio in any of \d+ clips, and this model reads nothing else"):
+        train(settings(place, modalities=["audio"]), place / "data", tmp_path)
+
+
 def test_balanced_draws_hang_on_the_seed_and_the_epoch():
     classes = np.repeat([0, 1, 2], [600, 300, 100])
 

@@ -108,10 +108,12 @@ def test_only_rows_with_sound_are_misled_and_only_by_words_that_are_there(batch)
     for name in ("text", "vision"):
         rows = misled[name].values[:, 0]
         moved = rows != torch.arange(ROWS)
-        assert moved.any() and not moved[silent].any()
+        assert moved.any()
+        assert not moved[silent].any()
         assert torch.equal(misled[name].mask, parts[name].mask[rows])
         if name == "text":
-            assert not moved[wordless].any() and not wordless[rows[moved]].any()
+            assert not moved[wordless].any()
+            assert not wordless[rows[moved]].any()
 
 
 def test_nobody_is_misled_where_there_is_no_sound(batch):

@@ -42,7 +42,7 @@ def evaluate(
     Args:
         run: the checkpoint folder, or a hub id.
         data: a CH-SIMS folder or a CSV of one's own.
-        split: train, valid or test.
+        split: train, valid, test or all.
         device: cpu, cuda, cuda:N.
         target: the label to compare with (M, T, A, V); the one it was trained for by default.
         precision: fp32, bf16 or int8.

@@ -80,7 +80,7 @@ def explain_set(
         run: a RUN folder or a Predictor.
         data: a CH-SIMS folder or a CSV of one's own.
         out: the folder to write to; each error has a folder of its own in it.
-        split: train, valid or test.
+        split: train, valid, test or all.
         worst: how many errors, those first to whose right class the least probability was given (of a regression
             model: whose score is farthest from the label).
         method: of the heat maps.

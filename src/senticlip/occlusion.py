@@ -8,7 +8,7 @@ import torch
 
 from senticlip import cam
 from senticlip.encoders.text import tokenize
-from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence
+from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence, spoken
 
 
 class Case(NamedTuple):
@@ -42,7 +42,8 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
 
 def unread(predictor: Any, text: str | None) -> str:
     """The end of a text that is longer than what the model reads."""
-    if not text or predictor.tokenizer is None:
+    text = spoken(text)
+    if text is None or predictor.tokenizer is None:
         return ""
     read = characters(predictor.tokenizer, text, predictor.config.text.max_length)
     return text[max((one.end for one in read), default=len(text)) :].strip()

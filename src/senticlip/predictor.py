@@ -98,15 +98,15 @@ class Predictor:
             stores["vision"] = self._frames(clips, read)
         if hears(self.config):
             stores["audio"] = self._sound(clips)
-        for clip in clips:
-            given = {name: clip.text is not None if name == "text" else clip.video is not None for name in stores}
-            if not any(given.values()):
-                needs = " or ".join(SURFACE[name] for name in stores) or "feature files, no clips"
-                raise UsageError(f"{clip.id or 'clip'}: nothing to read — this model reads {needs}")
-        inputs = {}
+        inputs, there = {}, np.zeros(len(clips), bool)
         for name, store in stores.items():
             values, real = store.gather(np.arange(len(clips)))
             inputs[name], inputs[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(real)
+            there |= real.any(1)
+        if not there.all():
+            lacks = clips[int(there.argmin())]
+            needs = " or ".join(SURFACE[name] for name in stores) or "feature files, no clips"
+            raise UsageError(f"{lacks.id or lacks.video or 'clip'}: nothing to read — this model reads {needs}")
         return to_batch({name: value.to(self.model.device) for name, value in inputs.items()})
 
     def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> ArrayRows:

@@ -107,7 +107,9 @@ class Runner:
             for row in table.rows:
                 for config in row.configs.values():
                     experiments.setdefault(digest(config), (f"Table {table.number}, {row.name}", config))
-        self.shared = {digest(c.stage(stage)) for _, c in experiments.values() for stage in c.stages}
+        from senticlip.train import stage_for
+
+        self.shared = {digest(stage_for(c, stage, self.data)) for _, c in experiments.values() for stage in c.stages}
         with bar() as progress:
             task = progress.add_task("rows × seeds", total=len(experiments) * seeds)
             for seed in range(seeds):
@@ -152,7 +154,7 @@ class Runner:
 
     def train(self, config: Config, seed: int) -> Path:
         """A complete run folder with its weights; each stage is such a folder of its own, shared by all rows."""
-        from senticlip.train import train
+        from senticlip.train import stage_for, train
 
         folder = self.folder(config, seed)
         if (folder / "metrics.json").is_file():
@@ -160,7 +162,7 @@ class Runner:
                 return folder
             shutil.rmtree(folder)  # finished, but its weights were not kept, and somebody needs them now
         for name in config.stages:
-            share_stage(folder, name, self.train(config.stage(name), seed))
+            share_stage(folder, name, self.train(stage_for(config, name, self.data), seed))
         train(config, self.data, folder, seed=seed, resume=True, device=self.device)
         return folder
 

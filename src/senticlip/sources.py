@@ -122,7 +122,7 @@ def clip_set(
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
-    if not any(any(store.keys) for store in stores.values()):
+    if not any(store.lengths.any() for store in stores.values()):
         reads = " and no ".join(SURFACE[name] for name in stores)
         raise UserError(
             f"{data or 'these clips'}: no {reads} in any of {len(clips)} clips, and this model reads nothing else"

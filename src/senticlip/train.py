@@ -68,7 +68,7 @@ def train(
             begin(out, mine, resume)
         stages = {name: out / "stages" / name for name in config.stages}
         for name, folder in stages.items():
-            train(config.stage(name), data, folder, resume=resume, device=device)
+            train(stage_for(config, name, data), data, folder, resume=resume, device=device)
         set_seed(config.seed)
         arguments = _arguments(config, out / CHECKPOINTS, chosen)
         place: Any = arguments.device
@@ -84,6 +84,13 @@ def train(
             if arguments.process_index == 0:
                 save_run(out, model, config, mine, result)
     return result
+
+
+def stage_for(config: Config, name: str, data: str | Path) -> Config:
+    """A stage's experiment; where ``data`` lacks the label that it is to learn, it learns the joint one."""
+    stage = config.stage(name)
+    there = {label for clip in read_clips(data, None, config.protocol, config.seed) for label in clip.labels}
+    return stage if stage.target in there else stage.override({"target": config.target})
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:

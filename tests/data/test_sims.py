@@ -287,12 +287,21 @@ def test_own_csv(tmp_path):
     clips = read_clips(table)
     assert [clip.labels for clip in clips] == [{"M": 1.0}, {"M": 0.0}, {"M": -0.4}]
     assert [clip.text for clip in clips] == ["好", None, "坏"]
-    assert [clip.split for clip in clips] == [None] * 3
     assert clips[0].video == tmp_path / "clips" / "a.mp4"
-    with pytest.raises(UsageError, match="no split column: --set protocol=tenth"):
-        read_clips(table, "train")
-    assert len(read_clips(table, "train", protocol="tenth")) == 3
-    assert check(table, videos=False).splits == {"none": dict.fromkeys(LABELS, 1)}
+
+
+def test_without_splits_a_tenth_is_drawn(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("path,text,label\n" + "".join(f",好{i},{i % 3 - 1}\n" for i in range(30)), encoding="utf-8")
+    assert [clip.split for clip in read_clips(table)] == [clip.split for clip in read_clips(table, None, "tenth")]
+    assert [len(read_clips(table, split)) for split in ("train", "valid", "test", "all")] == [24, 3, 3, 30]
+    assert read_clips(table, "test", seed=1) != read_clips(table, "test")
+    report = check(table, videos=False)
+    assert [sum(counts.values()) for counts in report.splits.values()] == [24, 3, 3]
+    assert [line for line in report.warnings if "no split column" in line]
+    table.write_text("path,text,label\n,好,1\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="no clips in split 'test' — there is train"):
+        read_clips(table, "test")
 
 
 def test_own_csv_with_splits_pieces_and_faults(tmp_path):

@@ -18,6 +18,7 @@ class Rows(Protocol):
     """N rows of ragged sequences: what a cache's Store and ArrayRows have in common."""
 
     keys: list[str]
+    lengths: np.ndarray
 
     def __len__(self) -> int:
         """N."""
@@ -33,10 +34,10 @@ class ArrayRows:
 
     def __init__(self, values: np.ndarray, mask: np.ndarray) -> None:
         self.values, self.mask = values, mask
-        lengths = mask.sum(1)
+        self.lengths = mask.sum(1)
         self.keys = [
             hashlib.blake2b(row[:n].tobytes(), digest_size=16).hexdigest() if n else ""
-            for row, n in zip(values, lengths, strict=True)
+            for row, n in zip(values, self.lengths, strict=True)
         ]
 
     def __len__(self) -> int:

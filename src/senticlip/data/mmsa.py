@@ -66,6 +66,7 @@ class Chosen:
     def __init__(self, store: Store, places: np.ndarray) -> None:
         self.store, self.places = store, places
         self.keys = [store.keys[place] if place >= 0 else MISSING for place in places]
+        self.lengths = np.array([store.lengths[place] if place >= 0 else 0 for place in places], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.places)

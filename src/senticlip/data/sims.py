@@ -60,9 +60,9 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Args:
         path: a folder with ``label.csv`` or ``meta.csv`` beside ``Raw/`` (without ``Raw/``, but with
             ``Processed/unaligned_39.pkl``, clips have no video), or one CSV file.
-        split: train, valid or test; None for all.
-        protocol: ``official`` (the table's own), ``tenth`` (random 8:1:1 over clips, as the paper seems to have done)
-            or ``video`` (8:1:1 such that no source video is in two splits).
+        split: train, valid or test; None (or ``all``) for all.
+        protocol: ``official`` (the table's own; one without splits: ``tenth``), ``tenth`` (random 8:1:1 over clips, as
+            the paper seems to have done) or ``video`` (8:1:1 such that no source video is in two splits).
         seed: of the two random protocols; the same rows in another order are split alike.
 
     Raises:
@@ -70,21 +70,20 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
-    if split is not None and split not in SPLITS:
-        raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}")
+    if split not in (None, "all", *SPLITS):
+        raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
     table, rows = _read(Path(path), official=protocol == "official")
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         more = f" (and {len(problems) - 1} more: senticlip data check {path})" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     clips = _split(rows, protocol, seed)
-    if split is None:
+    if split in (None, "all"):
         return clips
     chosen = [clip for clip in clips if clip.split == split]
     if not chosen:
         there = [name for name in SPLITS if any(clip.split == name for clip in clips)]
-        hint = f"there is {', '.join(there)}" if there else "there is no split column: --set protocol=tenth makes one"
-        raise UsageError(f"{table}: no clips in split {split!r} — {hint}")
+        raise UsageError(f"{table}: no clips in split {split!r} — there is {', '.join(there) or 'no clip at all'}")
     return chosen
 
 
@@ -108,6 +107,8 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
         warnings += row.warnings
         if videos and row.clip.video is not None and not row.problems:
             problems += [f"{table}, row {row.clip.row}: {fault}" for fault in _video_faults(row.clip)]
+    if protocol == "official" and not any(row.clip.split for row in rows):
+        warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
     clips = _split(rows, protocol, seed)
     warnings += leaks([row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)])
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -139,7 +140,7 @@ def leaks(rows: list[_Row]) -> list[str]:
 
 def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
     """The clips with the protocol's splits in them."""
-    if protocol == "official":
+    if protocol == "official" and any(row.clip.split for row in rows):
         return [row.clip for row in rows]
     tenth = round(len(rows) / 10)
     # sorted first: the split hangs on the clips and the seed, not on the order of the file
