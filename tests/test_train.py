@@ -24,7 +24,7 @@ from senticlip.data.loader import BalancedSampler
 from senticlip.data.sims import read_clips
 from senticlip.models import create_model
 from senticlip.structures import UserError
-from senticlip.train import newest_checkpoint, parameter_groups, train
+from senticlip.train import newest_checkpoint, parameter_groups, stages_of, train
 from senticlip.trainee import Trainee
 
 
@@ -100,6 +100,15 @@ def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path):
     train(settings(place, stages={"text": stage}, **{"train.epochs": 1}), table, tmp_path / "run")
     learned = json.loads((tmp_path / "run" / "stages" / "text" / "metrics.json").read_text())["experiment"]
     assert (learned["target"], learned["modalities"]) == ("M", ["text"])
+
+
+def test_only_what_is_read_is_trained_first(place, tmp_path):
+    stages = {name: {"modalities": [name], "train.epochs": 1} for name in ("text", "vision")}
+    found = stages_of(settings(place, modalities=["vision", "audio"], stages=stages), place / "data")
+    assert {name: (stage.modalities, stage.target) for name, stage in found.items()} == {"vision": (["vision"], "M")}
+    experiment = settings(place, modalities=["vision"], stages=stages, **{"train.epochs": 1})
+    train(experiment, place / "data", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]
 
 
 def test_who_only_listens_needs_a_sound(place, tmp_path):

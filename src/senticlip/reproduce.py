@@ -107,9 +107,9 @@ class Runner:
             for row in table.rows:
                 for config in row.configs.values():
                     experiments.setdefault(digest(config), (f"Table {table.number}, {row.name}", config))
-        from senticlip.train import stage_for
+        from senticlip.train import stages_of
 
-        self.shared = {digest(stage_for(c, stage, self.data)) for _, c in experiments.values() for stage in c.stages}
+        self.shared = {digest(s) for _, c in experiments.values() for s in stages_of(c, self.data).values()}
         with bar() as progress:
             task = progress.add_task("rows × seeds", total=len(experiments) * seeds)
             for seed in range(seeds):
@@ -154,15 +154,15 @@ class Runner:
 
     def train(self, config: Config, seed: int) -> Path:
         """A complete run folder with its weights; each stage is such a folder of its own, shared by all rows."""
-        from senticlip.train import stage_for, train
+        from senticlip.train import stages_of, train
 
         folder = self.folder(config, seed)
         if (folder / "metrics.json").is_file():
             if (folder / WEIGHTS).is_file():
                 return folder
             shutil.rmtree(folder)  # finished, but its weights were not kept, and somebody needs them now
-        for name in config.stages:
-            share_stage(folder, name, self.train(stage_for(config, name, self.data), seed))
+        for name, stage in stages_of(config, self.data).items():
+            share_stage(folder, name, self.train(stage, seed))
         train(config, self.data, folder, seed=seed, resume=True, device=self.device)
         return folder
 

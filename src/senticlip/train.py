@@ -66,15 +66,15 @@ def train(
     with disk(out, "--resume goes on"), alone(out, "training") if first else nullcontext():
         if first:
             begin(out, mine, resume)
-        stages = {name: out / "stages" / name for name in config.stages}
-        for name, folder in stages.items():
-            train(stage_for(config, name, data), data, folder, resume=resume, device=device)
+        stages = stages_of(config, data)
+        for name, stage in stages.items():
+            train(stage, data, out / "stages" / name, resume=resume, device=device)
         set_seed(config.seed)
         arguments = _arguments(config, out / CHECKPOINTS, chosen)
         place: Any = arguments.device
         model = create_model(config, feature_widths(config, data)).to(place)
-        for folder in stages.values():
-            adopt(model, SentimentModel.from_pretrained(folder))
+        for name in stages:
+            adopt(model, SentimentModel.from_pretrained(out / "stages" / name))
         with arguments.main_process_first():
             sets = {split: _split(data, config, split, model) for split in ("train", "valid")}
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
@@ -86,11 +86,16 @@ def train(
     return result
 
 
-def stage_for(config: Config, name: str, data: str | Path) -> Config:
-    """A stage's experiment; where ``data`` lacks the label that it is to learn, it learns the joint one."""
-    stage = config.stage(name)
-    there = {label for clip in read_clips(data, None, config.protocol, config.seed) for label in clip.labels}
-    return stage if stage.target in there else stage.override({"target": config.target})
+def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
+    """The trainings that come first, of what the main one reads; where ``data`` lacks their label, on the joint one."""
+    clips = read_clips(data, None, config.protocol, config.seed)
+    there = {label for clip in clips for label in clip.labels}
+    needed = {}
+    for name in config.stages:
+        stage = config.stage(name)
+        if set(stage.modalities) & set(config.modalities):
+            needed[name] = stage if stage.target in there else stage.override({"target": config.target})
+    return needed
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
