@@ -122,7 +122,8 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         "rows_per_part": rows_per_part,
         "precision": precision,
     }
-    stamp, parts = out / "bulk.json", out / "manifest" / "rows.parquet"
+    # readers of a folder of Parquet files leave out what begins with a dot: for them there are the answers only
+    stamp, parts = out / ".bulk" / "job.json", out / ".bulk" / "rows.parquet"
     try:
         parts.parent.mkdir(parents=True, exist_ok=True)
         if stamp.is_file():
