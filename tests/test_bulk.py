@@ -201,7 +201,12 @@ def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch)
     stream.close()
     (tmp_path / ".part-000003.parquet.0123.partial").write_text("what a kill leaves")
     assert made == [0]
-    rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    told = []
+    stream = bulk.bulk(
+        run, archive, tmp_path, workers=1, rows_per_part=PART, progress=lambda done, total: told.append((done, total))
+    )
+    rows = list(stream)
+    assert told == [(done, ROWS) for done in (4, 8, 12, 16, 20, 24, 26)]
     assert made == list(range(7))
     assert rows == table(run.parent / "out")
     assert files(tmp_path) == undisturbed

@@ -206,11 +206,13 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
 def bulk(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip bulk``."""
     from senticlip.bulk import bulk as run
+    from senticlip.progress import counter
 
     began, done, failed = time.monotonic(), 0, 0
-    names = ("address", "workers", "device", "precision")
-    for row in run(options.model, options.manifest, options.out, **{name: getattr(options, name) for name in names}):
-        done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
+    given = {name: getattr(options, name) for name in ("address", "workers", "device", "precision")}
+    with counter("rows") as progress:
+        for row in run(options.model, options.manifest, options.out, **given, progress=progress):
+            done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
     say(options, f"{done} done, {failed} failed; {options.out}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
 
