@@ -14,6 +14,12 @@ from senticlip import runtime
 from senticlip.arguments import fail, joined, parser
 from senticlip.structures import UsageError, UserError
 
+INTERRUPTED = {
+    **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
+    **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
+}
+"""What Ctrl-C leaves to be gone on with, by verb."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
@@ -25,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json and runtime.first_process():
             print(json.dumps(result, ensure_ascii=False), flush=True)
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on where there is one", 130)
+        fail(INTERRUPTED.get(options.verb, "interrupted"), 130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
