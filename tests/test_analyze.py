@@ -122,10 +122,14 @@ def test_a_bad_line_is_a_row_with_its_error(film, srt):
     assert rows[3]["error"] == "line 4: broken"
 
 
-def test_lines_after_the_film(film, srt):
+def test_lines_after_the_film(film, srt, capsys):
     rows = list(analyze(FakePredictor(), film, srt, shift=5))
     assert [row["start"] for row in rows] == pytest.approx([5.1, 7.1, 9.1, 11.1, 13.1, 15.1])
     assert [row["video_positive"] is not None for row in rows] == [True] * 4 + [False] * 2  # the film has 12 s
+    assert [row["error"] for row in rows] == [None] * 6
+    assert capsys.readouterr().err == f"2 of 6 lines begin after the end of {film} (12.0 s): --shift?\n"
+    list(analyze(FakePredictor(), film, srt))
+    assert not capsys.readouterr().err
     assert [row["text"] for row in rows] == WORDS
     with pytest.raises(UserError, match="all lines begin after the end"):
         analyze(FakePredictor(), film, srt, shift=500)

@@ -24,6 +24,7 @@ from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
 from senticlip.data.video import VideoReader, probe
 from senticlip.files import alone, write_text, write_whole
+from senticlip.progress import console
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 BATCH = 8
@@ -109,6 +110,9 @@ def analyze(
         raise UserError(f"{subtitles or video}: no line is said{moved} — leave out the subtitles to cut by time")
     if lines[0].start >= end:
         raise UserError(f"{subtitles or video}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
+    if late := sum(line.start >= end for line in lines):
+        told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
+        console.print(told, soft_wrap=True)
     predictor = run
     if isinstance(run, (str, Path)):
         import senticlip
