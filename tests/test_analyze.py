@@ -57,7 +57,8 @@ def test_rows_files_and_page(film, srt, tmp_path):
     assert table.column_names == list(rows[0])
     assert table["text"].to_pylist() == WORDS
     assert pyarrow.csv.read_csv(out / "timeline.csv")["label"].to_pylist() == MOODS
-    assert sorted(path.name for path in out.iterdir()) == ["timeline.csv", "timeline.html", "timeline.parquet"]
+    there = [path.name for path in out.iterdir() if path.name != ".lock"]
+    assert sorted(there) == ["timeline.csv", "timeline.html", "timeline.parquet"]
 
     page = (out / "timeline.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=.?(https?:)?//", page)
@@ -104,6 +105,16 @@ def test_resume_of_another_film_is_refused(film, srt, tmp_path):
     assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6
 
 
+def test_one_analyze_at_a_time_writes_into_a_folder(film, srt, tmp_path):
+    rows = analyze(FakePredictor(), film, srt, tmp_path / "out")
+    first = next(rows)
+    with pytest.raises(UserError, match=r"out: another analyze is writing here — wait, or choose another --out"):
+        next(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))
+    assert [row["text"] for row in (first, *rows)] == WORDS
+    assert pq.read_table(tmp_path / "out" / "timeline.parquet")["text"].to_pylist() == WORDS
+    assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6  # the lock is open again
+
+
 def test_a_bad_line_is_a_row_with_its_error(film, srt):
     srt.write_text(srt.read_text(encoding="utf-8").replace("太坏了", "broken"), encoding="utf-8")
     rows = list(analyze(FakePredictor(), film, srt))
@@ -111,10 +122,14 @@ def test_a_bad_line_is_a_row_with_its_error(film, srt):
     assert rows[3]["error"] == "line 4: broken"
 
 
-def test_lines_after_the_film(film, srt):
+def test_lines_after_the_film(film, srt, capsys):
     rows = list(analyze(FakePredictor(), film, srt, shift=5))
     assert [row["start"] for row in rows] == pytest.approx([5.1, 7.1, 9.1, 11.1, 13.1, 15.1])
     assert [row["video_positive"] is not None for row in rows] == [True] * 4 + [False] * 2  # the film has 12 s
+    assert [row["error"] for row in rows] == [None] * 6
+    assert capsys.readouterr().err == f"2 of 6 lines begin after the end of {film} (12.0 s): --shift?\n"
+    list(analyze(FakePredictor(), film, srt))
+    assert not capsys.readouterr().err
     assert [row["text"] for row in rows] == WORDS
     with pytest.raises(UserError, match="all lines begin after the end"):
         analyze(FakePredictor(), film, srt, shift=500)
@@ -147,7 +162,7 @@ def test_the_model_says_how_a_line_is_read(tmp_path):
     assert np.array_equal(ours.pixels, wanted.pixels)
 
 
-def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt):
+def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt, tmp_path):
     srt.write_text(
         srt.read_text(encoding="utf-8").replace("真好", "broken").replace("真坏", "broken"), encoding="utf-8"
     )
@@ -156,7 +171,8 @@ def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt):
     predictor = FakePredictor()
     predictor.batch = lambda clips, read: (_ for _ in ()).throw(UsageError("this model reads no such thing"))
     with pytest.raises(UsageError, match="no such thing"):
-        list(analyze(predictor, film, srt))
+        list(analyze(predictor, film, srt, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("wrong", [{"shift": float("nan")}, {"shift": float("inf")}, {"seconds": 1e-9}])

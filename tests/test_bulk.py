@@ -109,6 +109,10 @@ def test_rows_are_those_of_predict(run, archive, undisturbed):
         assert {k: v for k, v in rows[name].items() if k != "id"} == pytest.approx(expected, abs=1e-6), name
 
 
+def test_the_folder_read_as_one_table_is_the_rows(run, undisturbed):
+    assert pq.read_table(run.parent / "out").to_pylist() == table(run.parent / "out")
+
+
 def test_a_failing_row_is_a_row_with_its_error(run, undisturbed):
     rows = table(run.parent / "out")
     errors = {row["id"]: row["error"] for row in rows if row["error"]}
@@ -197,11 +201,16 @@ def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch)
     stream.close()
     (tmp_path / ".part-000003.parquet.0123.partial").write_text("what a kill leaves")
     assert made == [0]
-    rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    told = []
+    stream = bulk.bulk(
+        run, archive, tmp_path, workers=1, rows_per_part=PART, progress=lambda done, total: told.append((done, total))
+    )
+    rows = list(stream)
+    assert told == [(done, ROWS) for done in (4, 8, 12, 16, 20, 24, 26)]
     assert made == list(range(7))
     assert rows == table(run.parent / "out")
     assert files(tmp_path) == undisturbed
-    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
+    assert {path.name for path in tmp_path.glob(".*")} == {".bulk", ".lock"}
     list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     assert made == list(range(7))
 
@@ -240,7 +249,7 @@ def test_a_manifest_that_was_cut_before_a_kill_is_not_anothers(run, tmp_path, mo
         patch.setattr(bulk, "write_text", killed)  # the stamp's
         with pytest.raises(KeyboardInterrupt):
             bulk.bulk(run, tmp_path / "one.jsonl", tmp_path / "out", workers=1)
-    assert (tmp_path / "out" / "manifest" / "rows.parquet").is_file()
+    assert (tmp_path / "out" / ".bulk" / "rows.parquet").is_file()
     assert [row["id"] for row in bulk.bulk(run, tmp_path / "two.jsonl", tmp_path / "out", workers=1)] == ["two"]
 
 
@@ -281,7 +290,7 @@ def test_a_video_that_kills_its_worker_costs_its_rows(run, archive, undisturbed,
     assert [row for row in rows if row["id"] != "02"] == [
         pytest.approx(row, abs=1e-6) for row in expected if row["id"] != "02"
     ]
-    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
+    assert {path.name for path in tmp_path.glob(".*")} == {".bulk", ".lock"}
 
 
 def test_a_video_that_is_never_done_kills_too(tmp_path, monkeypatch):
@@ -314,7 +323,7 @@ def killed_when(process: subprocess.Popen, happened) -> None:
 
 def test_a_driver_that_is_killed_at_any_moment(run, archive, undisturbed, tmp_path):
     moments = [
-        lambda: (tmp_path / "bulk.json").exists(),
+        lambda: (tmp_path / ".bulk" / "job.json").exists(),
         lambda: any(tmp_path.glob("part-*")),
         lambda: any(tmp_path.glob(".part-00000[3-5]*.partial")) or len(files(tmp_path)) > 3,
     ]

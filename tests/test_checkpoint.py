@@ -122,6 +122,7 @@ def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, fin
 
 def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch):
     train(settings(place), place / "data", tmp_path / "run")
+    (tmp_path / "run" / "predictions-test-T.csv").write_text("id,truth,predicted", encoding="utf-8")
     kept = [tmp_path / "run" / name for name in ("model.safetensors", "experiment.yaml", "metrics.json", "README.md")]
     before = [path.read_bytes() for path in kept]
     with monkeypatch.context() as patch:
@@ -129,8 +130,27 @@ def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypa
         with pytest.raises(Killed):
             train(settings(place, width=32), place / "data", tmp_path / "run")
     assert [path.read_bytes() for path in kept] == before
+    assert (tmp_path / "run" / "predictions-test-T.csv").exists()
     train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)  # the one that was begun last
     assert configs.load(tmp_path / "run" / "experiment.yaml").width == 32
+    assert not (tmp_path / "run" / "predictions-test-T.csv").exists()  # the older model's
+
+
+def test_what_is_thrown_away_is_told(place, tmp_path, monkeypatch, capsys):
+    def begun(number, **changes):
+        with monkeypatch.context() as patch:
+            dies(patch, Hooks, "on_epoch_begin", number)
+            with pytest.raises(Killed):
+                train(settings(place, **changes), place / "data", tmp_path / "run")
+        return [line for line in capsys.readouterr().err.splitlines() if "thrown away" in line]
+
+    assert begun(1) == begun(2) == []  # there was nothing to go on from
+    step = newest_checkpoint(tmp_path / "run" / "checkpoints").name.rpartition("-")[2]
+    told = f"{tmp_path / 'run'}: begins anew; what was left at step {step} is thrown away"
+    assert begun(2) == [f"{told} — train --resume would have gone on"]
+    assert begun(2, width=32) == [f"{told}; it was of another config"]
+    train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)
+    assert "thrown away" not in capsys.readouterr().err
 
 
 def test_other_weights_in_the_encoders_folder_are_another_run(tmp_path):

@@ -212,8 +212,15 @@ def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch):
     def stopped(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "predict", stopped)
-    fails(130, "interrupted", "predict", "run")
+    for said, *arguments in (
+        ("interrupted", "predict", "run"),
+        ("interrupted — the same command with --resume goes on", "train", TINY, "--data", "d", "--out", "o"),
+        ("interrupted — the same command with --resume goes on", "analyze", "run", "film.mp4", "--out", "o"),
+        ("interrupted — the same command goes on", "bulk", "run", "archive.csv", "--out", "o"),
+        ("interrupted — the same command goes on", "reproduce", "--data", "d", "--out", "o"),
+    ):
+        monkeypatch.setitem(cli.VERBS, arguments[0], stopped)
+        fails(130, f"^senticlip: {said}$", *arguments)
 
 
 def test_demo_reads_the_tiny_preset_and_its_changes(say, monkeypatch):

@@ -1,10 +1,12 @@
 """analyze, bulk, explain --data and --precision at the command line: keys, files, exit codes."""
 
+import io
 import json
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from tests.fakes import write_film
 from tests.tiny import data_folder, text_folder, timm_folder
 
@@ -92,6 +94,16 @@ def test_bulk(place, say, tmp_path):
     (place / "bad.csv").write_text("url\nx\n")
     assert say("bulk", place / "bad.csv", "--out", tmp_path / "new")[0] == 1
     assert say("bulk", manifest, "--out", tmp_path / "new", "--workers", 0)[0] == 2
+
+
+def test_bulk_shows_who_watches_how_far_it_is(place, say, tmp_path, monkeypatch):
+    (tmp_path / "manifest.jsonl").write_text('{"text": "好"}', encoding="utf-8")
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("senticlip.progress.console", Console(file=shown, force_terminal=True, width=100))
+    assert say("bulk", tmp_path / "manifest.jsonl", "--out", tmp_path / "out", "--workers", 1)[0] == 0
+    assert "rows" in shown.getvalue()
+    assert "1/1" in shown.getvalue()
 
 
 def test_explain_a_data_set(place, say, tmp_path):

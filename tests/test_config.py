@@ -90,8 +90,13 @@ def test_what_cannot_be_is_told_at_once(change, said):
 
 
 def test_files_that_are_none(file, tmp_path):
-    for text, said in [("a: [", "not YAML"), ("- 1", "expected keys and values"), ("text: 3", "text: expected keys")]:
-        with pytest.raises(UsageError, match=said):
+    for text, said in [
+        ("a: [", "not YAML"),
+        ("- 1", "expected keys and values"),
+        ("text: 3", "text: expected keys"),
+        ("foo: 1", "unknown config key foo"),
+    ]:
+        with pytest.raises(UsageError, match=rf"e\.yaml: .*{said}"):
             load(file(text))
     file("").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not YAML"):

@@ -23,7 +23,8 @@ from senticlip.data import subtitles as subs
 from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
 from senticlip.data.video import VideoReader, probe
-from senticlip.files import write_text, write_whole
+from senticlip.files import alone, write_text, write_whole
+from senticlip.progress import console
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 BATCH = 8
@@ -87,7 +88,7 @@ def analyze(
 
     Raises:
         UsageError: wrong arguments, a missing extra, a film that has nothing which this model reads. UserError: a film
-            or subtitles that cannot be read.
+            or subtitles that cannot be read; another process writes to ``out``.
     """
     video = Path(video)
     if cut not in ("windows", "shots"):
@@ -109,6 +110,9 @@ def analyze(
         raise UserError(f"{subtitles or video}: no line is said{moved} — leave out the subtitles to cut by time")
     if lines[0].start >= end:
         raise UserError(f"{subtitles or video}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
+    if late := sum(line.start >= end for line in lines):
+        told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
+        console.print(told, soft_wrap=True)
     predictor = run
     if isinstance(run, (str, Path)):
         import senticlip
@@ -129,13 +133,22 @@ def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:
 
 
 def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]:
-    """Rows from the parts that are done, then from the model; at the end, the files."""
-    if job.out is not None and job.parts is not None:
-        finished = job.out / "timeline.parquet"
-        if resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file():
-            yield from pq.read_table(finished).to_pylist()
-            return
+    """The rows; where there is a folder, its files at the end."""
+    if job.out is None or job.parts is None:
+        yield from _rows(job, predictor)
+        return
+    finished = job.out / "timeline.parquet"
+    if resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file():
+        yield from pq.read_table(finished).to_pylist()
+        return
+    with alone(job.out, "analyze"):
         _start(job.out, job.parts, job.key, resume)
+        yield from _rows(job, predictor)
+        _finish(job.out, job.parts, job)
+
+
+def _rows(job: _Job, predictor: Any) -> Iterator[dict[str, Any]]:
+    """Rows from the parts that are done, then from the model."""
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
@@ -148,8 +161,6 @@ def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]
             for row in rows:
                 row.pop("thumbnail")
                 yield row
-    if job.out is not None and job.parts is not None:
-        _finish(job.out, job.parts, job)
 
 
 def _finished(path: Path) -> str | None:
@@ -190,6 +201,8 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
 
     found = list(answers.answer(predictor, clips, read=read))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
+        if job.parts is not None:
+            shutil.rmtree(job.parts, ignore_errors=True)  # there is nothing to go on from
         raise UsageError(f"{job.video}: {found[0][1]}")  # the model reads nothing that this film has
     for line, (prediction, error, frames) in zip(chosen, found, strict=True):
         row = {"start": line.start, "end": line.end, "text": line.text, **answers.record(prediction, error)}

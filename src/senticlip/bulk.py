@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def bulk(
     device: str | None = None,
     rows_per_part: int = 256,
     precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer every row of a manifest, as a stream of rows: id, and answers.FIELDS (``error`` where it failed).
 
@@ -71,6 +72,7 @@ def bulk(
         device: cpu or cuda.
         rows_per_part: what a worker answers at a time, and a kill loses.
         precision: fp32, bf16 or int8.
+        progress: called with (rows done, rows in all), first for what is there and then part by part.
 
     Raises:
         UsageError: wrong arguments, a missing extra. UserError: the manifest cannot be read, or ``out`` belongs to
@@ -94,8 +96,7 @@ def bulk(
         raise UsageError(f"--workers {workers} needs Ray: pip install 'senticlip[ray]' (or leave it out: one process)")
     with alone(out, "bulk"):
         job = _prepare(run, source, out, rows_per_part, precision) | {"device": device}
-    count = pq.ParquetFile(job["parts"]).metadata.num_row_groups
-    return _stream(job, count, address, workers if distributed else 1)
+    return _stream(job, address, workers if distributed else 1, progress or (lambda done, total: None))
 
 
 def has_ray() -> bool:
@@ -122,7 +123,8 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         "rows_per_part": rows_per_part,
         "precision": precision,
     }
-    stamp, parts = out / "bulk.json", out / "manifest" / "rows.parquet"
+    # readers of a folder of Parquet files leave out what begins with a dot: for them there are the answers only
+    stamp, parts = out / ".bulk" / "job.json", out / ".bulk" / "rows.parquet"
     try:
         parts.parent.mkdir(parents=True, exist_ok=True)
         if stamp.is_file():
@@ -142,23 +144,32 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
     return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
 
 
-def _stream(job: dict[str, Any], count: int, address: str | None, workers: int | None) -> Iterator[dict[str, Any]]:
+def _stream(
+    job: dict[str, Any], address: str | None, workers: int | None, progress: Callable[[int, int], None]
+) -> Iterator[dict[str, Any]]:
     """The rows of the parts that are there, then of the others as they come."""
-    out = Path(job["out"])
+    out, cut = Path(job["out"]), pq.read_metadata(job["parts"])
     with alone(out, "bulk"):
-        there = [number for number in range(count) if part_path(out, number).is_file()]
+        numbers = range(cut.num_row_groups)
+        there = [number for number in numbers if part_path(out, number).is_file()]
+        todo = sorted(set(numbers) - set(there))
+        done = sum(cut.row_group(number).num_rows for number in there)
+        progress(done, cut.num_rows)
         for number in there:
             yield from pq.read_table(part_path(out, number)).to_pylist()
-        todo = sorted(set(range(count)) - set(there))
-        if not todo:
-            return
-        if workers == 1 and not address:
-            worker = Worker(job)
-            done: Iterator[int] = (worker.make(number) for number in todo)
-        else:
-            done = _on_ray(job, todo, address, workers)
-        for number in done:
-            yield from pq.read_table(part_path(out, number)).to_pylist()
+        for number in _made(job, todo, address, workers):
+            rows = pq.read_table(part_path(out, number)).to_pylist()
+            done += len(rows)
+            progress(done, cut.num_rows)
+            yield from rows
+
+
+def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
+    """The numbers of parts, each when its file is there."""
+    if todo and (workers != 1 or address):
+        yield from _on_ray(job, todo, address, workers)
+    elif todo:
+        yield from map(Worker(job).make, todo)
 
 
 class Worker:

@@ -19,6 +19,7 @@ from senticlip.data.sims import read_clips
 from senticlip.files import write_text
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
+from senticlip.progress import console
 from senticlip.sources import cache_root
 from senticlip.structures import Clip, Output, UsageError, UserError
 
@@ -132,10 +133,20 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
     folder = out / CHECKPOINTS
     begun = read_json(folder / "origin.json")
     if not resume or not begun or _other(begun, mine):
+        _tell_loss(out, begun, mine)
         for old in (folder, out / TENSORBOARD):
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
         write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
+
+
+def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Say that a training which could have been gone on with is thrown away, if there is one."""
+    steps = [int(path.name.rpartition("-")[2]) for path in (out / CHECKPOINTS).glob("checkpoint-*[0-9]")]
+    if steps:
+        other = _other(begun, mine)
+        then = f"; it was of {other}" if other else " — train --resume would have gone on"
+        console.print(f"{out}: begins anew; what was left at step {max(steps)} is thrown away{then}", soft_wrap=True)
 
 
 def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:
@@ -147,7 +158,8 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
     model.save_pretrained(partial)
     write_text(partial / "experiment.yaml", config.to_yaml())
     write_text(partial / "README.md", model_card(config, mine["data"], result))
-    (out / "metrics.json").unlink(missing_ok=True)  # an older run's
+    for old in (out / "metrics.json", *out.glob("predictions-*.csv")):  # an older run's
+        old.unlink(missing_ok=True)
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             target = out / path.relative_to(partial)

@@ -14,6 +14,12 @@ from senticlip import runtime
 from senticlip.arguments import fail, joined, parser
 from senticlip.structures import UsageError, UserError
 
+INTERRUPTED = {
+    **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
+    **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
+}
+"""What Ctrl-C leaves to be gone on with, by verb."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
@@ -25,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json and runtime.first_process():
             print(json.dumps(result, ensure_ascii=False), flush=True)
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on where there is one", 130)
+        fail(INTERRUPTED.get(options.verb, "interrupted"), 130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
@@ -206,11 +212,13 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
 def bulk(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip bulk``."""
     from senticlip.bulk import bulk as run
+    from senticlip.progress import counter
 
     began, done, failed = time.monotonic(), 0, 0
-    names = ("address", "workers", "device", "precision")
-    for row in run(options.model, options.manifest, options.out, **{name: getattr(options, name) for name in names}):
-        done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
+    given = {name: getattr(options, name) for name in ("address", "workers", "device", "precision")}
+    with counter("rows") as progress:
+        for row in run(options.model, options.manifest, options.out, **given, progress=progress):
+            done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
     say(options, f"{done} done, {failed} failed; {options.out}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
 

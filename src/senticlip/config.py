@@ -255,7 +255,11 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
         raise UsageError(f"{path}: not YAML — {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected keys and values")
-    config = from_dict(data).override(parse_overrides(overrides or []))
+    try:
+        config = from_dict(data)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    config = config.override(parse_overrides(overrides or []))
     for name in config.stages:
         config.stage(name)
     return config

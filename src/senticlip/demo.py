@@ -19,8 +19,9 @@ from senticlip.data.made import make
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain
-from senticlip.files import make_folder, write_text
+from senticlip.files import alone, write_text
 from senticlip.predictor import load
+from senticlip.progress import counter
 from senticlip.structures import LABELS
 from senticlip.tables import load_preset
 from senticlip.train import train
@@ -38,11 +39,17 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
 
     Returns:
         ``{"accuracy": …, "macro_f1": …, "report": path}`` of the fused model on test.
+
+    Raises:
+        UserError: another demo is writing there. UsageError: ``out``/data is something else.
     """
-    out = Path(out)
-    make_folder(out)
-    config = config or load_preset("tiny")
-    best = make(out / "data", config.seed, sound)["best"]["test"]
+    with alone(Path(out), "demo"):
+        return _demo(Path(out), config or load_preset("tiny"), sound)
+
+
+def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
+    with counter("clips") as progress:
+        best = make(out / "data", config.seed, sound, progress=progress)["best"]["test"]
     runs = {"fused": config} | {name: single(config, modality) for name, modality in ALONE.items()}
     found = {}
     for name, experiment in runs.items():

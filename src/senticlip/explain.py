@@ -21,7 +21,7 @@ from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.files import make_folder, write_whole
 from senticlip.occlusion import Case, alone, characters, looks, occlude, unread, value
-from senticlip.progress import bar
+from senticlip.progress import counter
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, spoken
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
@@ -160,12 +160,7 @@ def _maps(
     if name is None:
         return None, None
     index = LABELS.index(prediction.label)
-    with bar(transient=True) as progress:
-        task = progress.add_task(name, total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
+    with counter(name) as advance:
         more = {"advance": advance} if name == "ablation-cam" else {}
         try:
             maps = cam.METHODS[name](predictor.model, batch, index, **more).cpu().numpy()

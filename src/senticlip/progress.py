@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)  # names of files may hold brackets
 
 
 def bar(**options: Any) -> Progress:
     """A rich progress bar on stderr with the time left."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty(), **options)
+
+
+@contextmanager
+def counter(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that tells as it goes on: (done, in all)."""
+    with bar(transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class EpochProgress(TrainerCallback):

@@ -15,10 +15,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from senticlip.data import cache
 from senticlip.data.cache import cached, file_key, file_keys, frame_store
-from senticlip.data.video import read_frames
+from senticlip.data.video import Frames, read_frames
 from senticlip.structures import Clip, UserError
 
 SPEC = {"encoder": "made", "version": 1}
@@ -385,3 +386,30 @@ def test_no_thread_is_left(tmp_path):
     frame_store([Clip(str(i), path, start=i / 50) for i in range(12)], 2, 16, tmp_path / "cache", workers=2)
     assert threading.active_count() == before
     assert "torch" in sys.modules
+
+
+def test_what_is_abandoned_may_be_closed_by_one_of_its_own_threads(tmp_path, monkeypatch):
+    """As the garbage collector does where an interrupt has left the generator in a traceback."""
+    abandoned, closed, faults = threading.Event(), threading.Event(), []
+
+    def read(*piece, **options):
+        if abandoned.wait(0.2) and not closed.is_set():
+            try:
+                rows.close()
+            except RuntimeError as error:
+                faults.append(error)
+            closed.set()
+        return Frames(np.zeros((1, 3, 8, 8), np.uint8), np.zeros(1))
+
+    monkeypatch.setattr(cache, "read_frames", read)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = cache.decoded([Clip(str(i), tmp_path) for i in range(50)], 1, 8, workers=1)
+        next(rows)
+        abandoned.set()
+        assert closed.wait(30)
+        assert not faults
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

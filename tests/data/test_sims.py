@@ -3,6 +3,7 @@
 import csv
 import io
 import random
+import re
 from pathlib import Path
 
 import av
@@ -258,9 +259,11 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "label.csv").write_text(GOOD)
     with pytest.raises(UserError, match="neither Raw/ nor Processed/"):
         read_clips(tmp_path)
-    (tmp_path / "label.csv").write_text("name,age\na,3")
-    with pytest.raises(UserError, match=r"row 1: .*expected video_id, clip_id, text, label, mode"):
-        read_clips(tmp_path)
+    for header, row in (("name,Age", "a,3"), ("a,b", "1,2"), ("A,mode", "")):  # named as the file names them
+        (tmp_path / "label.csv").write_text(f"{header}\n{row}")
+        told = f"row 1: has the columns {header.replace(',', ', ')} — expected video_id, clip_id, text, label, mode"
+        with pytest.raises(UserError, match=re.escape(told)):
+            read_clips(tmp_path)
     (tmp_path / "label.csv").write_text('path,text,label\na.mp4,"open,1')
     with pytest.raises(UserError, match=r"row 2.*quote"):
         read_clips(tmp_path)

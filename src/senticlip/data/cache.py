@@ -302,17 +302,19 @@ def decoded(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count, threads = workers or cores, torch.get_num_threads()
     # each worker resizes alone: workers and torch's threads together are never more than the cores
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[Frames]] = deque()
-        try:
-            for clip in clips:
-                assert clip.video is not None, "a clip without a video has no key, and is not computed"
-                piece = clip.video, frames, clip.start, clip.end
-                waiting.append(pool.submit(read_frames, *piece, size=size, cutaways=cutaways))
-                if len(waiting) > max(2 * count, ahead or 0):
-                    yield waiting.popleft().result().pixels
-            while waiting:
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    waiting: deque[Future[Frames]] = deque()
+    try:
+        for clip in clips:
+            assert clip.video is not None, "a clip without a video has no key, and is not computed"
+            piece = clip.video, frames, clip.start, clip.end
+            waiting.append(pool.submit(read_frames, *piece, size=size, cutaways=cutaways))
+            if len(waiting) > max(2 * count, ahead or 0):
                 yield waiting.popleft().result().pixels
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+        while waiting:
+            yield waiting.popleft().result().pixels
+        pool.shutdown()
+    finally:
+        # not waiting: what is abandoned may be closed by the garbage collector in one of the pool's own threads
+        pool.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(threads)

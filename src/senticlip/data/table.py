@@ -110,7 +110,8 @@ def read_table(path: Path) -> list[Line]:
 
 def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Line]]:
     """Where each column is, by its header or by what stands in it, and the lines below the header."""
-    names = [_NAMES.get(cell.casefold(), cell.casefold()) for cell in lines[0].cells]
+    first = lines[0].cells
+    names = [_NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
     if len(_KNOWN & set(names)) >= min(2, len(names)):
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
@@ -120,9 +121,9 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
         columns["label"] = columns["annotation"]
     ids = {"video_id", "clip_id"} <= set(columns)
     if "label" not in columns or not (ids or {"path", "text"} & set(columns)):
-        found = f"has the columns {', '.join(names)}" if lines and lines[0].cells is not names else "has no header"
         raise UserError(
-            f"{table}, row 1: {found} — expected video_id, clip_id, text, label, mode (CH-SIMS) or path, text, label"
+            f"{table}, row 1: has the columns {', '.join(first)} — expected video_id, clip_id, text, label, mode"
+            " (CH-SIMS) or path, text, label"
         )
     return columns, lines
 
