@@ -26,6 +26,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 
 from senticlip import load
 from senticlip.structures import Clip
@@ -35,6 +36,9 @@ RATE, REEL = 25, 120
 
 GAP = 0.8
 """A line lasts this share of the time to the next one."""
+
+SAMPLES = 640
+"""Of sound, for each frame."""
 
 SAMPLE = 24
 """Lines that are also answered as clips."""
@@ -53,34 +57,37 @@ def pictures(data: Path, seconds: float, height: int):
 
 
 def encode(path: Path, frames) -> Path:
-    """Frames → an H.264 file as x264 makes it by default (a keyframe every 250 frames and at cuts)."""
+    """Frames → an H.264 file as x264 makes it by default (a keyframe every 250 frames and at cuts), with a noise."""
+    random = np.random.default_rng(0)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "23"})
         stream.pix_fmt = "yuv420p"
+        track = out.add_stream("aac", rate=RATE * SAMPLES, layout="mono")
         for number, frame in enumerate(frames):
             if not number:
                 stream.width, stream.height = frame.width, frame.height
             frame.pts, frame.time_base, frame.pict_type = number, Fraction(1, RATE), 0
             out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+            noise = random.normal(0, 0.1, (1, SAMPLES)).astype(np.float32)
+            sound = av.AudioFrame.from_ndarray(noise, "fltp", "mono")
+            sound.sample_rate, sound.pts = RATE * SAMPLES, number * SAMPLES
+            out.mux(track.encode(sound))
+        for ends in (stream, track):
+            out.mux(ends.encode(None))
     return path
 
 
 def repeat(reel: Path, path: Path, seconds: float) -> Path:
     """A film of the reel's packets, over and over."""
     with av.open(str(path), "w") as out, av.open(str(reel)) as source:
-        old = source.streams.video[0]
-        stream = out.add_stream_from_template(old)
-        length = round(REEL / old.time_base)
+        new = {old.index: out.add_stream_from_template(old) for old in source.streams}
         for turn in range(round(seconds / REEL)):
             source.seek(0)
-            for packet in source.demux(old):
+            for packet in source.demux():
                 if packet.dts is not None:
-                    packet.pts, packet.dts, packet.stream = (
-                        packet.pts + turn * length,
-                        packet.dts + turn * length,
-                        stream,
-                    )
+                    later = round(turn * REEL / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + later, packet.dts + later
+                    packet.stream = new[packet.stream.index]
                     out.mux(packet)
     return path
 
@@ -111,7 +118,7 @@ def small_run(folder: Path, text: str, vision: str) -> Path:
     from senticlip.tables import load_preset
 
     config = load_preset("small", [f"text.encoder={text}", f"vision.encoder={vision}", f"label.encoder={text}"])
-    create_model(config).save_pretrained(folder)
+    create_model(config, {"audio": config.audio.bands}).save_pretrained(folder)
     load_tokenizer(Path(text)).save_pretrained(folder / "tokenizer")
     return folder
 
