@@ -23,7 +23,7 @@ class FakePredictor:
     def __init__(self, run: str | Path = "", fail_after: int | None = None) -> None:
         self.run, self.left, self.batches = Path(run), fail_after, 0
 
-    def batch(self, clips, read=read_frames):
+    def batch(self, clips, read=read_frames, listen=None):
         self.batches += 1
         if self.left is not None and self.batches > self.left:
             raise RuntimeError("killed")

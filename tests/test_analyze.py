@@ -150,10 +150,10 @@ def test_the_model_says_how_a_line_is_read(tmp_path):
     film = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0])
     seen, predictor = [], FakePredictor()
 
-    def batch(clips, read):
+    def batch(clips, read, listen):
         piece = clips[0].video, 4, clips[0].start, clips[0].end
         seen.append((read(*piece, size=16, cutaways="drop"), read_frames(*piece, size=16, cutaways="drop")))
-        return FakePredictor.batch(predictor, clips, read)
+        return FakePredictor.batch(predictor, clips, read, listen)
 
     predictor.batch = batch
     list(analyze(predictor, film, seconds=2.0))
@@ -169,7 +169,7 @@ def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt, tmp_path)
     rows = list(analyze(FakePredictor(), film, srt))
     assert [row["label"] for row in rows] == [None, None, *MOODS[2:]]
     predictor = FakePredictor()
-    predictor.batch = lambda clips, read: (_ for _ in ()).throw(UsageError("this model reads no such thing"))
+    predictor.batch = lambda clips, **_: (_ for _ in ()).throw(UsageError("this model reads no such thing"))
     with pytest.raises(UsageError, match="no such thing"):
         list(analyze(predictor, film, srt, tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from math import isfinite
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from senticlip import answers
 from senticlip.answers import HEADS
 from senticlip.data import subtitles as subs
+from senticlip.data.audio import AudioReader
 from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
 from senticlip.data.video import VideoReader, probe
@@ -149,13 +150,14 @@ def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]
 
 def _rows(job: _Job, predictor: Any) -> Iterator[dict[str, Any]]:
     """Rows from the parts that are done, then from the model."""
-    with VideoReader(job.video) as reader:
+    with VideoReader(job.video) as reader, AudioReader(job.video) as sound:
+        options = {"read": _of(reader), "listen": _of(sound)}
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
             if part is not None and part.is_file():
                 rows = pq.read_table(part).to_pylist()
             else:
-                rows = list(_answer(job, predictor, reader, first))
+                rows = list(_answer(job, predictor, options, first))
                 if part is not None:
                     answers.write_parquet(part, pa.Table.from_pylist(rows, _PART))
             for row in rows:
@@ -185,7 +187,12 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
         raise UserError(f"{out}: cannot be written — {error.strerror}") from None
 
 
-def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
+def _of(reader: VideoReader | AudioReader) -> Callable[..., Any]:
+    """What reads a piece of the one open film, whatever its path."""
+    return lambda _, *piece, **options: reader.read(*piece, **options)
+
+
+def _answer(job: _Job, predictor: Any, options: dict[str, Any], first: int) -> Iterator[dict[str, Any]]:
     """The rows of one batch of lines."""
     chosen = job.lines[first : first + BATCH]
     clips = [
@@ -196,10 +203,7 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
         for i, line in enumerate(chosen)
     ]
 
-    def read(_: Path, *piece: Any, **options: Any) -> Any:
-        return reader.read(*piece, **options)
-
-    found = list(answers.answer(predictor, clips, read=read))
+    found = list(answers.answer(predictor, clips, **options))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
         if job.parts is not None:
             shutil.rmtree(job.parts, ignore_errors=True)  # there is nothing to go on from

@@ -83,8 +83,15 @@ class Predictor:
         while chunk := list(islice(clips, batch_size)):
             yield from self.predictions(self.output(self.batch(chunk)))
 
-    def batch(self, clips: list[Clip], read: Callable[..., Frames] = read_frames) -> Batch:
-        """Decode, resize, listen to and tokenise clips; ``read`` gets the frames of one (an open film has its own).
+    def batch(
+        self,
+        clips: list[Clip],
+        read: Callable[..., Frames] = read_frames,
+        listen: Callable[..., np.ndarray] = read_audio,
+    ) -> Batch:
+        """Decode, resize, listen to and tokenise clips.
+
+        ``read`` gets the frames of one, ``listen`` its sound (an open film has its own).
 
         Raises:
             UsageError: a clip has nothing that this model reads. UserError: a video cannot be read.
@@ -97,7 +104,7 @@ class Predictor:
         if "vision" in self.model.encoders:
             stores["vision"] = self._frames(clips, read)
         if hears(self.config):
-            stores["audio"] = self._sound(clips)
+            stores["audio"] = self._sound(clips, listen)
         inputs, there = {}, np.zeros(len(clips), bool)
         for name, store in stores.items():
             values, real = store.gather(np.arange(len(clips)))
@@ -120,10 +127,10 @@ class Predictor:
                 values[i, : len(frames)], mask[i, : len(frames)] = frames, True
         return ArrayRows(values, mask)
 
-    def _sound(self, clips: list[Clip]) -> ArrayRows:
+    def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> ArrayRows:
         """The log-mel of each piece; one without a video, or without a sound, is an empty row."""
         bands, average = self.config.audio.bands, self.config.audio.average
-        sounds = [np.zeros(0) if c.video is None else read_audio(c.video, c.start, c.end) for c in clips]
+        sounds = [np.zeros(0) if c.video is None else listen(c.video, c.start, c.end) for c in clips]
         rows = [log_mel(sound, bands, average) for sound in sounds]
         mask = np.arange(max(1, *map(len, rows))) < np.array([len(row) for row in rows])[:, None]
         values = np.zeros((*mask.shape, bands), np.float32)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import av
 import numpy as np
@@ -19,6 +21,64 @@ from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
 FLOOR = 1e-6
+WARM = 0.1
+"""Seconds that are decoded before a piece, and thrown away."""
+
+
+class AudioReader:
+    """One open file whose sound is read piece by piece (to open a film takes longer than to hear a line of it).
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._begun = path, False
+        with self._told():
+            self.container = open_container(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.container.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
+
+    def read(self, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
+        """See :func:`read_audio`."""
+        if not self.container.streams.audio:
+            return np.zeros(0, np.float32)
+        with self._told():
+            first, parts = self._pieces(start, end, rate)
+        sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        begin = max(0, round(((start or 0.0) - (first or 0.0)) * rate)) if start else 0
+        return sound[begin : None if end is None else begin + round((end - (start or 0.0)) * rate)]
+
+    def _pieces(self, start: float | None, end: float | None, rate: int) -> tuple[float | None, list[np.ndarray]]:
+        """From when on there is sound, and what there is of it until ``end``."""
+        zero = clock_start(self.container)
+        if start or self._begun:
+            # a little earlier: a codec's first frame lacks what it shares with the one before
+            self.container.seek(int(((start or 0.0) - WARM + zero) * av.time_base))
+        self._begun = True
+        parts, first, resampler, kind = [], None, None, None
+        for frame in _frames(self.container, self.container.streams.audio[0]):
+            if first is None:
+                first = 0.0 if frame.time is None else frame.time - zero
+            if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
+                # within a recording the channels may change, and a resampler takes one kind of frame only
+                parts += _pieces(resampler, None)
+                resampler = av.AudioResampler("flt", "mono", rate)
+            parts += _pieces(resampler, frame)
+            if end is not None and frame.time is not None and frame.time - zero > end:
+                break
+        return first, parts + _pieces(resampler, None)
 
 
 def read_audio(path: str | Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
@@ -33,31 +93,8 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
     Raises:
         UserError: the file cannot be opened.
     """
-    try:
-        with open_container(path) as container:
-            if not container.streams.audio:
-                return np.zeros(0, np.float32)
-            stream = container.streams.audio[0]
-            zero = clock_start(container)
-            if start:
-                container.seek(int((start + zero) * av.time_base))
-            parts, first, resampler, kind = [], None, None, None
-            for frame in _frames(container, stream):
-                if first is None:
-                    first = 0.0 if frame.time is None else frame.time - zero
-                if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
-                    # within a recording the channels may change, and a resampler takes one kind of frame only
-                    parts += _pieces(resampler, None)
-                    resampler = av.AudioResampler("flt", "mono", rate)
-                parts += _pieces(resampler, frame)
-                if end is not None and frame.time is not None and frame.time - zero > end:
-                    break
-            parts += _pieces(resampler, None)
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: its sound cannot be read ({error.strerror}) — replace the file") from None
-    sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    begin = max(0, round(((start or 0.0) - (first or 0.0)) * rate)) if start else 0
-    return sound[begin : None if end is None else begin + round((end - (start or 0.0)) * rate)]
+    with AudioReader(path) as reader:
+        return reader.read(start, end, rate)
 
 
 def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
@@ -114,5 +151,5 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
             assert clip.video is not None
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands, average)
 
-    spec = {"log_mel": bands, "average": average, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 2}
+    spec = {"log_mel": bands, "average": average, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 3}
     return cached(root, spec, clip_keys(clips, root), compute)
