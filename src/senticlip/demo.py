@@ -24,7 +24,7 @@ from senticlip.predictor import load
 from senticlip.progress import counter
 from senticlip.structures import LABELS
 from senticlip.tables import load_preset
-from senticlip.train import train
+from senticlip.train import stages_of, train
 
 ALONE = {"text": "text", "video": "vision"}
 
@@ -50,13 +50,13 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
 def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
     with counter("clips") as progress:
         best = make(out / "data", config.seed, sound, progress=progress)["best"]["test"]
-    runs = {"fused": config} | {name: single(config, modality) for name, modality in ALONE.items()}
+    runs = {"fused": config} | {name: config.override({"modalities": [m]}) for name, m in ALONE.items()}
     found = {}
     for name, experiment in runs.items():
         run = out / ("run" if name == "fused" else f"run-{name}")
         if name != "fused":  # its encoder was trained by itself, as a stage of the fused model
             shutil.rmtree(run, ignore_errors=True)
-            for stage in experiment.stages:
+            for stage in stages_of(experiment, out / "data"):
                 share_stage(run, stage, out / "run" / "stages" / stage)
         train(experiment, out / "data", run, resume=name != "fused")
         found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
@@ -65,12 +65,6 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
     explain(load(out / "run"), asked["path"], asked["text"], out / "explain")
     write_text(out / "report.html", page(found, shown))
     return {name: found["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
-
-
-def single(config: Config, modality: str) -> Config:
-    """The same experiment on one modality, which is trained by itself, stage and all."""
-    stages = {name: stage for name, stage in config.stages.items() if stage.get("modalities") == [modality]}
-    return config.override({"modalities": [modality], "stages": stages})
 
 
 def strip(predictions: Path, data: Path, per_kind: int = 2) -> list[dict[str, Any]]:
