@@ -12,9 +12,11 @@ import pytest
 from tests.data.test_cutaways import write_shots
 from tests.data.test_video import delayed
 from tests.fakes import FakePredictor, write_film
+from tests.test_export import add_sound
 
 from senticlip import analyze as room
 from senticlip.analyze import analyze
+from senticlip.data.audio import RATE
 from senticlip.data.video import VideoReader, probe, read_frames
 from senticlip.structures import UsageError, UserError
 
@@ -95,6 +97,26 @@ def test_resume_ends_as_if_nothing_had_happened(film, srt, tmp_path):
     finished = FakePredictor()
     assert len(list(analyze(finished, film, srt, tmp_path / "cut", resume=True))) == 6
     assert finished.batches == 0
+
+
+def test_a_resumed_film_sounds_the_same(film, srt, tmp_path):
+    """The noise that AAC fills in hangs on what was decoded before."""
+
+    class Listener(FakePredictor):
+        def batch(self, clips, read, listen):
+            self.heard = [listen(clip.video, clip.start, clip.end) for clip in clips]
+            return super().batch(clips, read)
+
+    loud = add_sound(film, tmp_path / "loud.mp4", 12)
+    whole, resumed = Listener(), Listener()
+    list(analyze(whole, loud, srt, tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="killed"):
+        list(analyze(FakePredictor(fail_after=2), loud, srt, tmp_path / "cut"))
+    list(analyze(resumed, loud, srt, tmp_path / "cut", resume=True))
+    assert (whole.batches, resumed.batches) == (3, 1)
+    for one, other in zip(whole.heard, resumed.heard, strict=True):
+        assert len(one) == pytest.approx(1.8 * RATE, abs=2)
+        np.testing.assert_array_equal(one, other)
 
 
 def test_resume_of_another_film_is_refused(film, srt, tmp_path):

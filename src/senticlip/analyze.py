@@ -150,14 +150,13 @@ def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]
 
 def _rows(job: _Job, predictor: Any) -> Iterator[dict[str, Any]]:
     """Rows from the parts that are done, then from the model."""
-    with VideoReader(job.video) as reader, AudioReader(job.video) as sound:
-        options = {"read": _of(reader), "listen": _of(sound)}
+    with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
             if part is not None and part.is_file():
                 rows = pq.read_table(part).to_pylist()
             else:
-                rows = list(_answer(job, predictor, options, first))
+                rows = list(_answer(job, predictor, reader, first))
                 if part is not None:
                     answers.write_parquet(part, pa.Table.from_pylist(rows, _PART))
             for row in rows:
@@ -192,7 +191,7 @@ def _of(reader: VideoReader | AudioReader) -> Callable[..., Any]:
     return lambda _, *piece, **options: reader.read(*piece, **options)
 
 
-def _answer(job: _Job, predictor: Any, options: dict[str, Any], first: int) -> Iterator[dict[str, Any]]:
+def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
     """The rows of one batch of lines."""
     chosen = job.lines[first : first + BATCH]
     clips = [
@@ -203,7 +202,9 @@ def _answer(job: _Job, predictor: Any, options: dict[str, Any], first: int) -> I
         for i, line in enumerate(chosen)
     ]
 
-    found = list(answers.answer(predictor, clips, **options))
+    # opened for each batch: what AAC makes of noise hangs on all that was heard before, and a resumed run begins anew
+    with AudioReader(job.video) as sound:
+        found = list(answers.answer(predictor, clips, read=_of(reader), listen=_of(sound)))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
         if job.parts is not None:
             shutil.rmtree(job.parts, ignore_errors=True)  # there is nothing to go on from

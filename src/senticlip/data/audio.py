@@ -28,6 +28,8 @@ WARM = 0.1
 class AudioReader:
     """One open file whose sound is read piece by piece (to open a film takes longer than to hear a line of it).
 
+    AAC fills in noise at random: there, a piece hangs in its least bits on those that were read before it.
+
     Raises:
         UserError: the file cannot be opened.
     """
