@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,61 +26,39 @@ WARM = 0.1
 
 
 class AudioReader:
-    """One open file whose sound is read piece by piece (to open a film takes longer than to hear a line of it).
+    """A file, opened for the first piece of its sound (to open a film takes longer than to hear a line of it).
 
-    AAC fills in noise at random: there, a piece hangs in its least bits on those that were read before it.
-
-    Raises:
-        UserError: the file cannot be opened.
+    AAC fills in noise at random: there, a piece hangs a little on those that were read before it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self._begun = path, False
-        with self._told():
-            self.container = open_container(path)
+        self.path = path
+        self._container: InputContainer | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.container.close()
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except (av.FFmpegError, OSError) as error:
-            raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
+        if self._container is not None:
+            self._container.close()
 
     def read(self, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
         """See :func:`read_audio`."""
-        if not self.container.streams.audio:
-            return np.zeros(0, np.float32)
-        with self._told():
-            first, parts = self._pieces(start, end, rate)
+        begun = self._container is not None
+        try:
+            container = self._container = self._container or open_container(self.path)
+            if not container.streams.audio:
+                return np.zeros(0, np.float32)
+            zero = clock_start(container)
+            if start or begun:
+                # a little earlier: a codec's first frame lacks what it shares with the one before
+                container.seek(int(((start or 0.0) - WARM + zero) * av.time_base))
+            first, parts = _until(container, None if end is None else end + zero, rate)
+        except (av.FFmpegError, OSError) as error:
+            raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        begin = max(0, round(((start or 0.0) - (first or 0.0)) * rate)) if start else 0
+        begin = max(0, round((start + zero - first) * rate)) if start else 0
         return sound[begin : None if end is None else begin + round((end - (start or 0.0)) * rate)]
-
-    def _pieces(self, start: float | None, end: float | None, rate: int) -> tuple[float | None, list[np.ndarray]]:
-        """From when on there is sound, and what there is of it until ``end``."""
-        zero = clock_start(self.container)
-        if start or self._begun:
-            # a little earlier: a codec's first frame lacks what it shares with the one before
-            self.container.seek(int(((start or 0.0) - WARM + zero) * av.time_base))
-        self._begun = True
-        parts, first, resampler, kind = [], None, None, None
-        for frame in _frames(self.container, self.container.streams.audio[0]):
-            if first is None:
-                first = 0.0 if frame.time is None else frame.time - zero
-            if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
-                # within a recording the channels may change, and a resampler takes one kind of frame only
-                parts += _pieces(resampler, None)
-                resampler = av.AudioResampler("flt", "mono", rate)
-            parts += _pieces(resampler, frame)
-            if end is not None and frame.time is not None and frame.time - zero > end:
-                break
-        return first, parts + _pieces(resampler, None)
 
 
 def read_audio(path: str | Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
@@ -110,6 +88,22 @@ def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
             return
         with suppress(av.FFmpegError):
             yield from packet.decode()
+
+
+def _until(container: InputContainer, end: float | None, rate: int) -> tuple[float, list[np.ndarray]]:
+    """The file's clock at the first sound from here on, and what there is of it until the clock says ``end``."""
+    parts, first, resampler, kind = [], None, None, None
+    for frame in _frames(container, container.streams.audio[0]):
+        if first is None:
+            first = clock_start(container) if frame.time is None else frame.time
+        if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
+            # within a recording the channels may change, and a resampler takes one kind of frame only
+            parts += _pieces(resampler, None)
+            resampler = av.AudioResampler("flt", "mono", rate)
+        parts += _pieces(resampler, frame)
+        if end is not None and frame.time is not None and frame.time > end:
+            break
+    return first or 0.0, parts + _pieces(resampler, None)
 
 
 def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
