@@ -46,6 +46,14 @@ def test_the_probe_is_always_the_same(run):
     assert one.modalities["vision"].values.dtype == torch.uint8
 
 
+def test_the_probe_makes_no_sound_that_would_come_from_a_feature_file(run):
+    predictor = senticlip.load(run, "cpu")
+    clips = predictor.config.override({"modalities": ["text", "vision", "audio"], "audio.bands": 5})
+    assert probe(predictor.model, clips).modalities["audio"].values.shape == (4, 30, 5)
+    file = clips.override({"vision.encoder": "features"})  # of whatever width
+    assert "audio" not in probe(predictor.model, file).modalities
+
+
 def test_what_is_said_is_what_was_measured(run):
     full, low = senticlip.load(run, "cpu"), senticlip.load(run, "cpu", "bf16")
     batch = probe(full.model, full.config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from senticlip.export import OnnxModel, export, products
 from senticlip.files import write_text
 from senticlip.metrics import score_class
-from senticlip.sources import fingerprint
+from senticlip.sources import fingerprint, hears
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def probe(model: Any, config: Any, rows: int = 4) -> Batch:
         smooth = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
         pixels = (255 * smooth).to(torch.uint8).unflatten(0, (rows, m))
         modalities["vision"] = Sequence(pixels, torch.ones(rows, m, dtype=torch.bool))
-    if "audio" in config.modalities:
+    if hears(config):
         sound = 4 * torch.randn(rows, 30, config.audio.bands, generator=random) - 2  # as loud as speech
         modalities["audio"] = Sequence(sound, torch.ones(rows, 30, dtype=torch.bool))
     on = {name: Sequence(*(part.to(model.device) for part in sequence)) for name, sequence in modalities.items()}
