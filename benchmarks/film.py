@@ -84,8 +84,8 @@ def repeat(reel: Path, path: Path, seconds: float) -> Path:
         for turn in range(round(seconds / REEL)):
             source.seek(0)
             for packet in source.demux():
-                primes = packet.stream.type == "audio" and turn and packet.pts is not None and packet.pts < 0
-                if packet.dts is not None and not primes:
+                # AAC's first packet, before 0, is there once: behind a turn's last one it would lie in the past
+                if packet.dts is not None and not (turn and packet.stream.type == "audio" and packet.pts < 0):
                     later = round(turn * REEL / packet.time_base)
                     packet.pts, packet.dts = packet.pts + later, packet.dts + later
                     packet.stream = new[packet.stream.index]

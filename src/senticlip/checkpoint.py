@@ -140,13 +140,24 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
         write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; Trainer writes ``trainer_state.json`` last, so one without it was cut off."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+        except (OSError, ValueError):
+            continue
+    return max(complete)[1] if complete else None
+
+
 def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
     """Say that a training which could have been gone on with is thrown away, if there is one."""
-    steps = [int(path.name.rpartition("-")[2]) for path in (out / CHECKPOINTS).glob("checkpoint-*[0-9]")]
-    if steps:
-        other = _other(begun, mine)
+    newest = newest_checkpoint(out / CHECKPOINTS)
+    if newest is not None:
+        step, other = newest.name.rpartition("-")[2], _other(begun, mine)
         then = f"; it was of {other}" if other else " — train --resume would have gone on"
-        console.print(f"{out}: begins anew; what was left at step {max(steps)} is thrown away{then}", soft_wrap=True)
+        console.print(f"{out}: begins anew; what was left at step {step} is thrown away{then}", soft_wrap=True)
 
 
 def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:

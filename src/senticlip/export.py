@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from senticlip.config import from_dict
 from senticlip.data.sims import read_clips
 from senticlip.models.base import SentimentModel
-from senticlip.sources import fingerprint, hears
+from senticlip.sources import fingerprint, reads
 from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Graph(nn.Module):
     def __init__(self, model: SentimentModel) -> None:
         super().__init__()
         self.model = model
-        self.names = [*model.encoders, *(["audio"] if "audio" in model.experiment.modalities else [])]
+        self.names = reads(model, model.experiment)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Encode every frame, the padded ones too: the network reads none of them."""
@@ -112,8 +112,7 @@ def export(
     config = predictor.config
     # data that cannot be read is told before the minutes of an export
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
-    read = {*predictor.model.encoders, *(["audio"] if hears(config) else [])}
-    if set(config.modalities) != read or config.model != "clip_ca_msa":
+    if set(config.modalities) != set(reads(predictor.model, config)) or config.model != "clip_ca_msa":
         raise UsageError(f"{run}: only CLIP-CA-MSA that reads clips has an ONNX form (and int8), not this one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +129,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
     import onnx
 
     model, config = predictor.model, predictor.config
-    about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": Graph(model).names}
+    about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model, config)}
     about |= {"experiment": config.to_dict(), "weights": fingerprint(model)}
     about["products"] = products() if int8 else None
     about["temperature"] = model.network.temperature.tolist()

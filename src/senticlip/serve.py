@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import senticlip
 from senticlip.explain import explanation, heated, html, page
-from senticlip.sources import hears
+from senticlip.sources import reads
 from senticlip.structures import SURFACE, Clip, UsageError, UserError, spoken
 
 try:
@@ -101,12 +101,11 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
         UsageError: a model that reads feature files.
     """
     one = Lock()
-    reads = [SURFACE[modality] for modality in predictor.model.encoders]
-    reads += ["audio"] if hears(predictor.config) else []
-    if not reads:
+    modalities = [SURFACE[modality] for modality in reads(predictor.model, predictor.config)]
+    if not modalities:
         raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
-    front = page("serve.html", name=name, reads=reads, explains=explains)
+    front = page("serve.html", name=name, reads=modalities, explains=explains)
     answers = FastAPI(title="senticlip", version=senticlip.__version__, description=__doc__ or "")
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
@@ -124,7 +123,7 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
 
     @answers.get("/health")
     def health() -> dict[str, Any]:
-        return {"status": "ok", "model": name, "reads": reads}
+        return {"status": "ok", "model": name, "reads": modalities}
 
     @answers.post("/predict")
     def predict(video: Video = None, text: Text = None) -> dict[str, Any]:

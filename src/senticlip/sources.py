@@ -47,6 +47,11 @@ def hears(config: Config) -> bool:
     return "audio" in config.modalities and FROM_FILE[0] not in others
 
 
+def reads(model: Any, config: Config) -> list[str]:
+    """The modalities that a model (or an exported one) reads from clips; none where all comes from feature files."""
+    return [*model.encoders, *(["audio"] if hears(config) else [])]
+
+
 def feature_rows(
     config: Config, clips: list[Clip], data: str | Path, root: Path | None = None
 ) -> dict[str, tuple[Rows, int]]:

@@ -17,7 +17,16 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.integrations import TensorBoardCallback
 
 from senticlip import metrics, runtime
-from senticlip.checkpoint import CHECKPOINTS, TENSORBOARD, begin, calibrate, is_finished, origin, save_run
+from senticlip.checkpoint import (
+    CHECKPOINTS,
+    TENSORBOARD,
+    begin,
+    calibrate,
+    is_finished,
+    newest_checkpoint,
+    origin,
+    save_run,
+)
 from senticlip.config import Config
 from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
@@ -251,17 +260,6 @@ def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 def _classes_of(data: Any, config: Config) -> np.ndarray:
     return classes(torch.from_numpy(data.labels[config.target])).numpy()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; Trainer writes ``trainer_state.json`` last, so one without it was cut off."""
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
-        except (OSError, ValueError):
-            continue
-    return max(complete)[1] if complete else None
 
 
 def _stopped(checkpoint: Path, patience: int) -> bool:

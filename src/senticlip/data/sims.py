@@ -107,9 +107,9 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
         warnings += row.warnings
         if videos and row.clip.video is not None and not row.problems:
             problems += [f"{table}, row {row.clip.row}: {fault}" for fault in _video_faults(row.clip)]
-    if protocol == "official" and not any(row.clip.split for row in rows):
-        warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
     clips = _split(rows, protocol, seed)
+    if protocol == "official" and clips != [row.clip for row in rows]:
+        warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
     warnings += leaks([row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)])
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for clip in clips:
