@@ -88,9 +88,11 @@ def test_resume_ends_as_if_nothing_had_happened(film, srt, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         list(analyze(FakePredictor(fail_after=2), film, srt, tmp_path / "cut"))
     assert not (tmp_path / "cut" / "timeline.parquet").exists()
-    predictor = FakePredictor()
-    again = list(analyze(predictor, film, srt, tmp_path / "cut", resume=True))
+    predictor, told = FakePredictor(), []
+    options = {"resume": True, "progress": lambda done, total: told.append((done, total))}
+    again = list(analyze(predictor, film, srt, tmp_path / "cut", **options))
     assert predictor.batches == 1
+    assert told == [(2, 6), (4, 6), (6, 6)]
     assert again == whole
     for name in ("timeline.parquet", "timeline.csv", "timeline.html"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

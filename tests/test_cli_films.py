@@ -1,12 +1,10 @@
 """analyze, bulk, explain --data and --precision at the command line: keys, files, exit codes."""
 
-import io
 import json
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rich.console import Console
 from tests.fakes import write_film
 from tests.tiny import data_folder, text_folder, timm_folder
 
@@ -96,14 +94,15 @@ def test_bulk(place, say, tmp_path):
     assert say("bulk", manifest, "--out", tmp_path / "new", "--workers", 0)[0] == 2
 
 
-def test_bulk_shows_who_watches_how_far_it_is(place, say, tmp_path, monkeypatch):
+def test_bulk_and_analyze_show_who_watches_how_far_they_are(place, say, tmp_path, terminal):
     (tmp_path / "manifest.jsonl").write_text('{"text": "好"}', encoding="utf-8")
-    shown = io.StringIO()
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("senticlip.progress.console", Console(file=shown, force_terminal=True, width=100))
     assert say("bulk", tmp_path / "manifest.jsonl", "--out", tmp_path / "out", "--workers", 1)[0] == 0
-    assert "rows" in shown.getvalue()
-    assert "1/1" in shown.getvalue()
+    assert "rows" in terminal.getvalue()
+    assert "1/1" in terminal.getvalue()
+    film = (place / "film.mp4", "--subtitles", place / "film.srt", "--out", tmp_path / "film")
+    assert say("analyze", *film)[0] == 0
+    assert "lines" in terminal.getvalue()
+    assert "2/2" in terminal.getvalue()
 
 
 def test_explain_a_data_set(place, say, tmp_path):

@@ -70,6 +70,7 @@ def analyze(
     asr_model: str = "small",
     device: str | None = None,
     precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The sentiment of every line of a film, as a stream of rows: start, end (seconds), text, and answers.FIELDS.
 
@@ -86,6 +87,7 @@ def analyze(
         asr_model: size or folder of the speech model.
         device: cpu, cuda, cuda:N.
         precision: fp32, bf16 or int8; of a Predictor, its own.
+        progress: called with (lines done, lines in all), batch by batch.
 
     Raises:
         UsageError: wrong arguments, a missing extra, a film that has nothing which this model reads. UserError: a film
@@ -121,7 +123,7 @@ def analyze(
         predictor = senticlip.load(run, device=device, precision=precision)
     key = _key(predictor, video, lines, precision)
     job = _Job(video, lines, end, info.width / info.height, None if out is None else Path(out), key)
-    return _stream(job, predictor, resume)
+    return _stream(job, predictor, resume, progress or (lambda done, total: None))
 
 
 def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:
@@ -133,10 +135,10 @@ def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:
     return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]:
+def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
     """The rows; where there is a folder, its files at the end."""
     if job.out is None or job.parts is None:
-        yield from _rows(job, predictor)
+        yield from _rows(job, predictor, progress)
         return
     finished = job.out / "timeline.parquet"
     if resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file():
@@ -144,11 +146,11 @@ def _stream(job: _Job, predictor: Any, resume: bool) -> Iterator[dict[str, Any]]
         return
     with alone(job.out, "analyze"):
         _start(job.out, job.parts, job.key, resume)
-        yield from _rows(job, predictor)
+        yield from _rows(job, predictor, progress)
         _finish(job.out, job.parts, job)
 
 
-def _rows(job: _Job, predictor: Any) -> Iterator[dict[str, Any]]:
+def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
     """Rows from the parts that are done, then from the model."""
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
@@ -162,6 +164,7 @@ def _rows(job: _Job, predictor: Any) -> Iterator[dict[str, Any]]:
             for row in rows:
                 row.pop("thumbnail")
                 yield row
+            progress(first + len(rows), len(job.lines))
 
 
 def _finished(path: Path) -> str | None:

@@ -183,10 +183,13 @@ def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip analyze``."""
     from senticlip.analyze import analyze as run
+    from senticlip.progress import counter
 
     began = time.monotonic()
     names = vars(options).keys() - {"verb", "json", "debug", "model", "video"}
-    segments = sum(1 for _ in run(options.model, options.video, **{name: getattr(options, name) for name in names}))
+    given = {name: getattr(options, name) for name in names}
+    with counter("lines") as progress:
+        segments = sum(1 for _ in run(options.model, options.video, **given, progress=progress))
     html = str(Path(options.out) / "timeline.html")
     say(options, f"{segments} segments; open {html}")
     return {"segments": segments, "seconds": round(time.monotonic() - began, 2), "html": html}

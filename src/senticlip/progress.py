@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+Row = TypeVar("Row")
 
 console = Console(stderr=True, markup=False)  # names of files may hold brackets
 
@@ -17,7 +18,7 @@ console = Console(stderr=True, markup=False)  # names of files may hold brackets
 def bar(**options: Any) -> Progress:
     """A rich progress bar on stderr with the time left."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty(), **options)
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_interactive, **options)
 
 
 @contextmanager
@@ -26,6 +27,12 @@ def counter(what: str) -> Iterator[Callable[[int, int], None]]:
     with bar(transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
+    """The rows, and a bar that moves with them."""
+    with bar(transient=True) as progress:
+        yield from progress.track(rows, total=total, description=what)
 
 
 class EpochProgress(TrainerCallback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from traceback import format_exception_only
@@ -131,8 +130,7 @@ class Runner:
             result = {"error": " ".join(reason.split())}
             told = f"not run: {result['error']}"
         self.results[digest(config), seed] = result
-        if not sys.stderr.isatty():
-            console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
+        console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
 
     def folder(self, config: Config, seed: int) -> Path:
         """Where an experiment's run lies."""

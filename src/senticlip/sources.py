@@ -178,4 +178,4 @@ def encoded(
     vision = model.experiment.vision
     read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
     spec = {"encoder": fingerprint(encoder), "modality": name, "of": read, "version": 1}
-    return cache.cached(root, spec, keys, compute)
+    return cache.cached(root, spec, keys, compute, f"encoding {SURFACE[name]}")

@@ -76,6 +76,15 @@ def test_only_what_is_missing_is_computed(tmp_path):
     assert not third.done
 
 
+def test_who_watches_sees_what_is_computed(tmp_path, terminal):
+    cached(tmp_path, SPEC, keys_of(6), Computer(keys_of(6)), "reading made rows")
+    assert "reading made rows" in terminal.getvalue()
+    assert "6/6" in terminal.getvalue()
+    before = len(terminal.getvalue())
+    cached(tmp_path, SPEC, keys_of(6), Computer(keys_of(6)))
+    assert len(terminal.getvalue()) == before
+
+
 def test_another_spec_misses(tmp_path):
     keys = keys_of(3)
     cached(tmp_path, SPEC, keys, Computer(keys))

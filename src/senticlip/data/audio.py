@@ -148,4 +148,4 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands, average)
 
     spec = {"log_mel": bands, "average": average, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 3}
-    return cached(root, spec, clip_keys(clips, root), compute)
+    return cached(root, spec, clip_keys(clips, root), compute, "reading audio")

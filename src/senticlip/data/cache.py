@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from senticlip.data.video import Frames, read_frames
+from senticlip.progress import watched
 from senticlip.structures import Clip, UserError
 
 SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
@@ -129,7 +130,11 @@ def _state(path: Path) -> list[int] | None:
 
 
 def cached(
-    root: Path, spec: dict[str, Any], keys: list[str], compute: Callable[[list[int]], Iterable[np.ndarray]]
+    root: Path,
+    spec: dict[str, Any],
+    keys: list[str],
+    compute: Callable[[list[int]], Iterable[np.ndarray]],
+    what: str = "caching",
 ) -> Store:
     """The rows of ``keys``, from the cache of ``spec`` or, where they are not there, computed now and kept.
 
@@ -138,6 +143,7 @@ def cached(
         spec: all that the rows depend on besides their own content (encoder, preprocessing), as JSON.
         keys: a content key for each row; an empty key is an empty row.
         compute: given the places (in ``keys``) of the missing rows, yields an L×… array for each in this order.
+        what: is being done, beside the progress bar.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -152,7 +158,8 @@ def cached(
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
             _write(folder / "spec.json", [json.dumps(spec, ensure_ascii=False, indent=1).encode()])
-        for names, rows in _portions(list(missing), compute(list(missing.values()))):
+        coming = watched(compute(list(missing.values())), what, len(missing))
+        for names, rows in _portions(list(missing), coming):
             with _writing(folder):
                 _write_shard(folder, names, rows)
         shards = _open(folder)
@@ -264,7 +271,7 @@ def frame_store(
     def compute(places: list[int]) -> Iterator[np.ndarray]:
         return decoded([clips[place] for place in places], frames, size, workers, cutaways=cutaways)
 
-    return cached(root, frame_spec(frames, size, cutaways), clip_keys(clips, root), compute)
+    return cached(root, frame_spec(frames, size, cutaways), clip_keys(clips, root), compute, "reading video")
 
 
 def clip_keys(clips: list[Clip], root: Path) -> list[str]:

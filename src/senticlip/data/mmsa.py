@@ -149,7 +149,7 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
                 split, i = places[place]
                 yield _row(path, split, name, i, *parts[split])
 
-        rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute)
+        rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute, f"converting {name}")
     return Features(Path(path), clips, rows, widths)
 
 

@@ -98,7 +98,7 @@ def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
     keys = [
         MISSING if path is None else piece_key(file_key(path), clip) for path, clip in zip(found, clips, strict=True)
     ]
-    return cached(root, {"openface": 1}, keys, compute)
+    return cached(root, {"openface": 1}, keys, compute, "reading OpenFace")
 
 
 def _name(clip: Clip) -> str:
