@@ -111,6 +111,15 @@ def test_only_what_is_read_is_trained_first(place, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]
 
 
+def test_an_encoder_that_is_none_is_told_before_the_stages(place, tmp_path):
+    stages = {"text": {"modalities": ["text"], "train.epochs": 1}}
+    with pytest.raises(UserError, match=r"vision\.encoder: "):
+        train(
+            settings(place, stages=stages, **{"vision.encoder": "no/such/one/here"}), place / "data", tmp_path / "run"
+        )
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 def test_who_only_listens_needs_a_sound(place, tmp_path):
     with pytest.raises(UserError, match=r"data: no audio in any of \d+ clips, and this model reads nothing else"):
         train(settings(place, modalities=["audio"]), place / "data", tmp_path)

@@ -76,12 +76,13 @@ def train(
         if first:
             begin(out, mine, resume)
         stages = stages_of(config, data)
+        set_seed(config.seed)
+        model = create_model(config, feature_widths(config, data))  # what cannot be built is told before the stages
         for name, stage in stages.items():
             train(stage, data, out / "stages" / name, resume=resume, device=device)
-        set_seed(config.seed)
         arguments = _arguments(config, out / CHECKPOINTS, chosen)
         place: Any = arguments.device
-        model = create_model(config, feature_widths(config, data)).to(place)
+        model.to(place)
         for name in stages:
             adopt(model, SentimentModel.from_pretrained(out / "stages" / name))
         with arguments.main_process_first():
