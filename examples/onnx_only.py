@@ -6,6 +6,7 @@ python examples/onnx_only.py model.onnx clip.mp4 --text "今天真开心"
 
 import argparse
 import json
+from itertools import takewhile
 
 import av
 import numpy as np
@@ -76,12 +77,13 @@ def log_mel(path: str, bands: int, average: int) -> np.ndarray:
     parts: list[np.ndarray] = []
     with av.open(path) as container:
         resampler = av.AudioResampler("flt", "mono", 16000)
-        decoded = list(container.decode(audio=0)) if container.streams.audio else []
+        sounds = container.decode(audio=0) if container.streams.audio else []
+        decoded = list(takewhile(lambda frame: (frame.time or 0) < 600, sounds))  # no more is heard of a clip
         for frame in [*decoded, None] if decoded else []:
             parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
     if not parts:
         return np.zeros((0, bands), np.float32)
-    sound = np.concatenate(parts)
+    sound = np.concatenate(parts)[: 600 * 16000]
     sound = np.pad(sound, (0, max(0, 640 - len(sound))))
     windows = np.lib.stride_tricks.sliding_window_view(sound, 640)[::320] * np.hanning(640)
     mel = 2595 * np.log10(1 + np.array([20, 8000]) / 700)
@@ -94,6 +96,7 @@ def log_mel(path: str, bands: int, average: int) -> np.ndarray:
 
 def predict(model: str, video: str | None, text: str | None) -> dict[str, float]:
     """Label → probability."""
+    text = text if text and text.strip() else None
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     about = json.loads(metadata["senticlip"])

@@ -135,6 +135,8 @@ def test_out_must_be_possible(place, fails, tmp_path):
     fails(2, "is a folder, no file", "export", place / "run0", "--out", tmp_path)
     fails(2, "argument --out: no name was given", "explain", place / "run0", "--text", "好", "--out", "")
     fails(2, "argument --out: no name was given", "export", place / "run0", "--out", "")
+    fails(2, r"a+: no folder to write to — File name too long", "demo", "--out", "a" * 300)
+    fails(1, r"a+", "export", place / "run0", "--out", "a" * 300 + "/m.onnx")
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:77", "meta", "toaster"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.data.test_cutaways import write_shots
+from tests.test_export import add_sound
 
 import senticlip
 import tiny
@@ -37,7 +38,7 @@ def run_folder(folder, vision, **changes):
         }
     )
     torch.manual_seed(4)
-    model = create_model(config)
+    model = create_model(config, {"audio": config.audio.bands})
     tiny.spread(model.network, 6)
     model.save_pretrained(folder / "run")
     tiny.tokenizer().save_pretrained(folder / "run" / "tokenizer")
@@ -283,9 +284,30 @@ def test_a_split_is_explained(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("worst-*")] == ["worst-08"]
 
 
+def test_a_model_that_hears_has_pages_and_kinds_too(tmp_path):
+    vision = tiny.clip_folder(tmp_path / "clip")
+    run = run_folder(tmp_path, vision, modalities=["text", "vision", "audio"], head="linear")
+    data, rows = tiny.data_folder(tmp_path / "data", (0, 0, 6)), ["path,text,label,split"]
+    for i, video in enumerate(sorted(data.glob("Raw/*/*.mp4"))):
+        loud = add_sound(video, tmp_path / video.name, 0.5) if i else video  # the first one is silent
+        rows.append(f"{loud},{TEXT},{i % 3 - 1},test")
+    (tmp_path / "own.csv").write_text("\n".join(rows), encoding="utf-8")
+    result = explain_set(run, tmp_path / "own.csv", tmp_path / "out", worst=6)
+    predictor, kinds = Predictor(run), []
+    for line in rows[1:]:
+        clip, text = line.split(",")[:2]
+        said = predictor(clip, text).modalities
+        kinds.append(kind(*(list(said[name].values()).index(max(said[name].values())) for name in ("text", "video"))))
+    assert result["by"] == "model"
+    assert {name: part["n"] for name, part in result["kinds"].items()} == {name: kinds.count(name) for name in kinds}
+    assert set(result["modalities"]) == {"text", "video", "audio"}
+    assert len(result["worst"]) == round(6 * (1 - result["accuracy"])) > 0
+    assert all(Path(page).is_file() for page in result["worst"])
+
+
 def test_the_worst_scores_are_those_farthest_from_the_label_asked_for():
     def row(score, **labels):
-        return Answered(Clip("", labels=labels), labels["T"], Prediction("neutral", {}, {}, {}, score), {})
+        return Answered(Clip("", labels=labels), labels["T"], Prediction("neutral", {}, {}, {}, score), {}, {})
 
     rows = [row(0.0, M=1.0, T=0.2), row(0.0, M=0.0, T=-0.8), row(0.4, M=0.4, T=0.0)]
     assert sorted(rows, key=_right) == [rows[1], rows[2], rows[0]]

@@ -201,6 +201,18 @@ def test_one_clip_is_answered_at_a_time():
     assert most == [True] * 4
 
 
+def test_its_health_is_told_while_clips_wait():
+    go = threading.Event()
+    with TestClient(app(Said("neutral", lambda: go.wait(60)), "slow")) as client, ThreadPoolExecutor(50) as threads:
+        try:
+            asked = [threads.submit(client.post, "/predict", data={"text": TEXT}) for _ in range(45)]
+            health = threads.submit(client.get, "/health").result(30)
+            assert (health.status_code, sum(answer.done() for answer in asked)) == (200, 0)
+        finally:
+            go.set()
+        assert {answer.result().status_code for answer in asked} == {200}
+
+
 def test_who_waits_when_it_ends_is_sent_away():
     begun = threading.Event()
 
@@ -219,6 +231,8 @@ def test_an_address_that_is_taken_or_none_is_wrong_use(place):
         serve(place / "run", port=taken.getsockname()[1])
     with pytest.raises(UsageError, match="choose another --port"):
         serve(place / "run", port=70000)
+    with pytest.raises(UsageError, match="--host: no address was given"):
+        serve(place / "run", host=" ")
     with pytest.raises(UsageError, match="--limit 0"):
         serve(place / "run", limit=0)
     with pytest.raises(UsageError, match="--limit inf"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -30,14 +31,14 @@ def folder(name: str) -> str:
     if not name.strip():
         raise argparse.ArgumentTypeError("no name was given — is a variable of the shell unset?")
     for place in (Path(name), *Path(name).parents):
-        if place.exists() and not place.is_dir():
+        if os.path.exists(place) and not os.path.isdir(place):  # Path's raise where a name is too long
             raise argparse.ArgumentTypeError(f"{place} is a file, no folder")
     return name
 
 
 def file(name: str) -> str:
     """The argument of an option that names a file to write."""
-    if name.strip() and Path(name).is_dir():
+    if name.strip() and os.path.isdir(name):
         raise argparse.ArgumentTypeError(f"{name} is a folder, no file")
     folder(name and str(Path(name).parent))
     return name

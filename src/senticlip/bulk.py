@@ -40,7 +40,10 @@ PATIENCE = 3
 DEADLINE = 300.0
 """Seconds that this process has: a video that takes longer is one of those."""
 
-_OPEN = "import sys; from senticlip.data.video import read_frames; read_frames(sys.argv[1], size=16)"
+_OPEN = """import sys
+from senticlip.data.audio import read_audio
+from senticlip.data.video import read_frames
+read_frames(sys.argv[1], size=16), read_audio(sys.argv[1])"""
 
 SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
 

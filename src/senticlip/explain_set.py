@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from senticlip.files import make_folder, write_whole
 from senticlip.models.base import only
 from senticlip.occlusion import change
 from senticlip.progress import bar
-from senticlip.sources import clip_set
-from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, polarity
+from senticlip.sources import clip_set, reads
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, UserError, polarity
 
 KINDS = {
     "agree": "文字与画面一致",
@@ -34,12 +35,16 @@ KINDS = {
 
 
 class Answered(NamedTuple):
-    """A clip, its label in [-1, 1], the answer with everything, and without each modality it has (by surface name)."""
+    """A clip, its label in [-1, 1], the answer with everything, and by surface name without and of each modality alone.
+
+    Of a clip that has one modality only, the last two are empty.
+    """
 
     clip: Clip
     label: float
     whole: Prediction
     without: dict[str, Prediction]
+    alone: dict[str, Prediction]
 
     @property
     def truth(self) -> int:
@@ -131,15 +136,21 @@ def answered(
         chosen = list(range(begin, min(begin + size, len(clips))))
         inputs = rows.__getitems__(chosen)
         features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
-        whole = predictor.predictions(model.fuse(features))
         there = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
-        without = {name: predictor.predictions(model.fuse(only(features, there.keys() - {name}))) for name in there}
+        said = functools.partial(_said, predictor, features)
+        whole, without = said(there), {name: said(there.keys() - {name}) for name in there}
+        alone = {name: said({name}) for name in there}
         for i, place in enumerate(chosen):
-            present = [name for name in there if there[name][i]]
-            others = {SURFACE[name]: without[name][i] for name in present} if len(present) > 1 else {}
-            found.append(Answered(clips[place], clips[place].labels[target], whole[i], others))
+            present = [name for name in there if there[name][i]] if sum(map(itemgetter(i), there.values())) > 1 else []
+            parts = ({SURFACE[name]: answers[name][i] for name in present} for answers in (without, alone))
+            found.append(Answered(clips[place], clips[place].labels[target], whole[i], *parts))
         advance(len(chosen))
     return found
+
+
+def _said(predictor: Any, features: Batch, names: Collection[str]) -> list[Prediction]:
+    """The answers from these modalities' features."""
+    return predictor.predictions(predictor.model.fuse(only(features, names)))
 
 
 def _right(row: Answered) -> float:
@@ -153,8 +164,8 @@ def _kinds(rows: list[Answered]) -> tuple[str, dict[int, str]]:
     """The kind of each clip (by id of its row): by its labels T and V, else by what text and video alone say."""
     if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
         return "labels", {id(r): kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows}
-    both = [row for row in rows if set(row.without) == {"text", "video"}]
-    said = {id(r): [LABELS.index(r.without[name].label) for name in ("video", "text")] for r in both}
+    both = [row for row in rows if {"text", "video"} <= row.alone.keys()]
+    said = {id(r): [LABELS.index(r.alone[name].label) for name in ("text", "video")] for r in both}
     return "model", {id(row): kind(*said[id(row)]) if id(row) in said else "" for row in rows}
 
 
@@ -202,7 +213,7 @@ def _sweep(folder: Path, kept: set[str]) -> None:
 def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
     """The page of one error; none where the model reads features, which no picture shows."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
-    if not set(predictor.model.experiment.modalities) <= set(predictor.model.encoders):
+    if not set(predictor.config.modalities) <= set(reads(predictor.model, predictor.config)):
         return entry
     found = explanation(predictor, row.clip, method)
     write(found, folder / name)

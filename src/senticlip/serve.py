@@ -73,6 +73,8 @@ def serve(
     most = int(limit * 2**20) if math.isfinite(limit) else 0
     if most < 1:
         raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
+    if not host.strip():  # to the socket that would mean every network
+        raise UsageError("--host: no address was given — is a variable of the shell unset?")
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -117,12 +119,13 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
                 raise HTTPException(503, "the server is ending")
             yield
 
+    # not in the threads in which clips wait for their turn
     @answers.get("/", response_class=HTMLResponse)
-    def home() -> str:
+    async def home() -> str:
         return front
 
     @answers.get("/health")
-    def health() -> dict[str, Any]:
+    async def health() -> dict[str, Any]:
         return {"status": "ok", "model": name, "reads": modalities}
 
     @answers.post("/predict")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import wave
 
 import av
 import numpy as np
 import pytest
+from tests.tiny import write_clip
 
+from senticlip.data import audio
 from senticlip.data.audio import RATE, AudioReader, audio_store, log_mel, mel_filters, read_audio
 from senticlip.structures import Clip, UserError
 
@@ -127,7 +130,9 @@ def test_a_piece_of_a_program_stream_has_sound(tmp_path):
     assert pitch(piece) == pytest.approx(900, abs=20)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "aac"), ("a.mpg", "mp2"), ("a.wav", "pcm_s16le")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "aac"), ("a.mpg", "mp2"), ("a.wav", "pcm_s16le"), ("a.avi", "mp3")]
+)
 def test_an_open_file_gives_the_same_pieces_in_any_order(tmp_path, name, codec):
     path = write_tones(tmp_path / name, codec)
     pieces = [(None, None), (3.5, 4.25), (8.0, 12.0), (0.0, 1.0), (3.5, 4.25), (11.0, 12.0), (None, 2.0), (9.9, None)]
@@ -135,11 +140,52 @@ def test_an_open_file_gives_the_same_pieces_in_any_order(tmp_path, name, codec):
         for piece in pieces:
             found = reader.read(*piece)  # AAC begins a hair differently after a seek to 0
             np.testing.assert_allclose(found, read_audio(path, *piece), atol=3e-3, err_msg=str(piece))
+        assert len(reader.read(0.05, 1.05)) == pytest.approx(RATE, abs=20)
+    assert len(read_audio(path, 0.05, 1.05)) == pytest.approx(RATE, abs=20)
     assert [len(read_audio(path, *piece)) for piece in pieces[1:4]] == [
         0.75 * RATE,
         pytest.approx(2 * RATE, abs=2000),
         RATE,
     ]
+
+
+def test_a_sound_that_begins_late_is_not_read_over_the_end_of_a_piece(tmp_path):
+    path = write_clip(tmp_path / "a.mkv", 90, 1, 3.0)
+    with av.open(str(path)) as video, av.open(str(tmp_path / "b.mkv"), "w") as file:
+        copy, voice = file.add_stream_from_template(video.streams.video[0]), file.add_stream("pcm_s16le", rate=RATE)
+        for packet in video.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = copy
+                file.mux(packet)
+        for i, part in enumerate(np.split((tone(500, 2) * 20000).astype("<i2"), 20)):
+            frame = av.AudioFrame.from_ndarray(part[None], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = RATE, round((0.7 + 0.1 * i) * RATE)
+            file.mux(voice.encode(frame))
+    seconds = {(0.0, 1.0): 0.3, (None, 1.0): 0.3, (0.5, 1.0): 0.3, (0.1, 0.5): 0.0, (1.0, 2.0): 1.0, (None, None): 2.0}
+    for piece, heard in seconds.items():
+        assert len(read_audio(tmp_path / "b.mkv", *piece)) == pytest.approx(heard * RATE, abs=RATE // 100), piece
+
+
+def test_so_much_is_heard_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "MOST", 2.5)
+    path = write_tones(tmp_path / "a.wav", "pcm_s16le")
+    for piece in ((None, None), (1.0, None), (1.0, 9.0)):
+        begin = round((piece[0] or 0) * RATE)
+        np.testing.assert_array_equal(read_audio(path, *piece), read_audio(path, begin / RATE, begin / RATE + 2.5))
+        assert len(read_audio(path, *piece)) == 2.5 * RATE
+    assert len(read_audio(path, 1.0, 2.0)) == RATE
+
+
+def test_a_long_sound_is_read_in_parts(monkeypatch):
+    sound = np.random.default_rng(0).normal(0, 0.1, 7 * RATE + 11).astype(np.float32)
+    whole = log_mel(sound, average=4)
+    monkeypatch.setattr(audio, "TOGETHER", 100)
+    np.testing.assert_allclose(log_mel(sound, average=4), whole, atol=1e-5)
+    long = np.zeros(120 * RATE, np.float32)
+    tracemalloc.start()
+    log_mel(long)
+    assert tracemalloc.get_traced_memory()[1] < 6 << 20  # its whole spectrum takes 15 MB
+    tracemalloc.stop()
 
 
 def test_a_damaged_packet_costs_no_more_than_itself(tmp_path):

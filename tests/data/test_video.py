@@ -365,6 +365,8 @@ def test_wrong_pieces(tmp_path):
         read_frames(path, 6, 2.0, 1.0)
     with pytest.raises(UserError, match="ends at"):
         read_frames(path, 6, 5.0, 6.0)
+    with pytest.raises(UserError, match="begins at -3 s, before the beginning"):
+        read_frames(path, 6, -3.0, 1.0)
     with pytest.raises(UsageError, match="at least 1"):
         read_frames(path, 0)
     # a subtitle that stays a little longer than the film

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +130,18 @@ def test_a_tokenizer_that_pads_at_the_left_loses_nothing(tmp_path):
     values, real = ArrayRows(ids.numpy(), mask.numpy()).gather(np.array([0]))
     assert real.all()
     assert values.tolist() == [ids_of(["[CLS]", "好", "[SEP]"])]
+
+
+def test_a_folder_runs_no_code_of_its_own(tmp_path, monkeypatch):
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(UserError):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):

@@ -21,6 +21,12 @@ from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
 FLOOR = 1e-6
+TOGETHER = 2048
+"""Frames that are transformed at once: a spectrum is forty times as large as its sound."""
+
+MOST = 600.0
+"""Seconds of a piece that are heard at most: a whole film given as one clip, or silence packed small, fits memory."""
+
 WARM = 0.1
 """Seconds that are decoded before a piece, and thrown away."""
 
@@ -49,16 +55,16 @@ class AudioReader:
             container = self._container = self._container or open_container(self.path)
             if not container.streams.audio:
                 return np.zeros(0, np.float32)
-            zero = clock_start(container)
+            zero, at = clock_start(container), start or 0.0
             if start or begun:
-                # a little earlier: a codec's first frame lacks what it shares with the one before
-                container.seek(int(((start or 0.0) - WARM + zero) * av.time_base))
-            first, parts = _until(container, None if end is None else end + zero, rate)
+                _seek(container, at - WARM + zero)
+            stop = at + MOST if end is None else min(end, at + MOST)
+            first, parts = _until(container, stop + zero, rate)
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        begin = max(0, round((start + zero - first) * rate)) if start else 0
-        return sound[begin : None if end is None else begin + round((end - (start or 0.0)) * rate)]
+        begin = max(0, round((at + zero - first) * rate)) if start else 0
+        return sound[begin : begin + max(0, round((stop - max(at, first - zero)) * rate))]
 
 
 def read_audio(path: str | Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
@@ -67,7 +73,7 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
     Args:
         path: a video or sound file.
         start: seconds; the file's beginning by default.
-        end: seconds; the file's end by default.
+        end: seconds; the file's end by default. Behind MOST seconds nothing is heard.
         rate: samples per second.
 
     Raises:
@@ -75,6 +81,14 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
     """
     with AudioReader(path) as reader:
         return reader.read(start, end, rate)
+
+
+def _seek(container: InputContainer, time: float) -> None:
+    """To a little before a piece: a codec's first frame lacks what it shares with the one before."""
+    try:
+        container.seek(int(time * av.time_base))  # at a clip's beginning below 0: there AAC has a frame to begin from
+    except av.FFmpegError:
+        container.seek(int(max(0.0, time) * av.time_base))  # AVI has nothing there
 
 
 def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
@@ -90,19 +104,20 @@ def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
             yield from packet.decode()
 
 
-def _until(container: InputContainer, end: float | None, rate: int) -> tuple[float, list[np.ndarray]]:
+def _until(container: InputContainer, end: float, rate: int) -> tuple[float, list[np.ndarray]]:
     """The file's clock at the first sound from here on, and what there is of it until the clock says ``end``."""
-    parts, first, resampler, kind = [], None, None, None
+    parts, first, now, resampler, kind = [], None, clock_start(container), None, None
     for frame in _frames(container, container.streams.audio[0]):
-        if first is None:
-            first = clock_start(container) if frame.time is None else frame.time
+        now = now if frame.time is None else frame.time
+        first = now if first is None else first
         if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
             # within a recording the channels may change, and a resampler takes one kind of frame only
             parts += _pieces(resampler, None)
             resampler = av.AudioResampler("flt", "mono", rate)
         parts += _pieces(resampler, frame)
-        if end is not None and frame.time is not None and frame.time > end:
+        if now > end:
             break
+        now += frame.samples / frame.rate
     return first or 0.0, parts + _pieces(resampler, None)
 
 
@@ -130,10 +145,14 @@ def log_mel(sound: np.ndarray, bands: int = 33, average: int = 1) -> np.ndarray:
     """
     if len(sound) == 0:
         return np.zeros((0, bands), np.float32)
-    sound = np.pad(sound, (0, max(0, WINDOW - len(sound))))
-    frames = np.lib.stride_tricks.sliding_window_view(sound, WINDOW)[::HOP]
-    power = np.abs(np.fft.rfft(frames * np.hanning(WINDOW).astype(np.float32))) ** 2  # frames×(1 + WINDOW/2)
-    mel = np.log(power.astype(np.float32) @ mel_filters(bands).T + FLOOR)
+    if len(sound) < WINDOW:
+        sound = np.pad(sound, (0, WINDOW - len(sound)))
+    frames, filters = np.lib.stride_tricks.sliding_window_view(sound, WINDOW)[::HOP], mel_filters(bands).T
+    mel = np.zeros((len(frames), bands), np.float32)
+    for begin in range(0, len(frames), TOGETHER):
+        part = frames[begin : begin + TOGETHER] * np.hanning(WINDOW).astype(np.float32)
+        power = np.abs(np.fft.rfft(part)) ** 2  # frames×(1 + WINDOW/2)
+        mel[begin : begin + TOGETHER] = np.log(power.astype(np.float32) @ filters + FLOOR)
     starts = np.arange(0, len(mel), average)
     return np.add.reduceat(mel, starts) / np.diff(starts, append=len(mel))[:, None].astype(np.float32)
 
@@ -147,5 +166,13 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
             assert clip.video is not None
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands, average)
 
-    spec = {"log_mel": bands, "average": average, "rate": RATE, "window": WINDOW, "hop": HOP, "version": 3}
+    spec = {
+        "log_mel": bands,
+        "average": average,
+        "rate": RATE,
+        "window": WINDOW,
+        "hop": HOP,
+        "most": MOST,
+        "version": 3,
+    }
     return cached(root, spec, clip_keys(clips, root), compute, "reading audio")

@@ -121,6 +121,8 @@ class VideoReader:
         last = self._end if end is None else min(Fraction(end), self._end)
         if end is not None and end < first:
             raise UserError(f"{self.path}: the piece ends at {end} s, before its start {float(first)} s — swap them")
+        if start is not None and start < 0:
+            raise UserError(f"{self.path}: the piece begins at {start:g} s, before the beginning — start at 0")
         if start is not None and first >= self._end:
             raise UserError(f"{self.path}: no frame at {start:.2f} s, the video ends at {float(self._end):.2f} s")
         return [first + (2 * i + 1) * (last - first) / (2 * frames) for i in range(frames)]

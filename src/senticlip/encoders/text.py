@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
         if not folder.is_dir():
             raise UserError(f"{folder}: the tokenizer's folder is missing — copy it from where the weights came from")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
         except Exception as error:
             # each kind of tokenizer fails in a way of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
