@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from senticlip import reproduce as room
 from senticlip import results
+from senticlip import train as trainings
 from senticlip.config import Config
-from senticlip.structures import LABELS, Clip, UserError
+from senticlip.data.sims import read_clips
+from senticlip.files import alone
+from senticlip.structures import LABELS, Clip, UserError, polarity
 from senticlip.tables import digest, load_tables
 
 PRESET = """
@@ -70,7 +74,7 @@ def world(tmp_path, monkeypatch):
         options = {"data": data, "preset": str(tmp_path / "preset.yaml"), **options}
         return room.reproduce(out=tmp_path / "out", **options)
 
-    run.broken = broken
+    run.broken, run.data = broken, data
     return run, asked, tmp_path / "out"
 
 
@@ -154,6 +158,46 @@ def test_a_row_that_crashes_is_one_rows_error(world, error, told):
     rows = run(tables=["5"], seeds=1)["tables"]["5"]
     assert rows["MeanP"]["error"] == told
     assert rows["Transformer"]["accuracy"]["mean"] == 1.0
+
+
+def test_one_reproduce_at_a_time_writes_into_a_folder(world):
+    run, asked, out = world
+    with alone(out, "reproduce"), pytest.raises(UserError, match="another reproduce is writing here"):
+        run()
+    assert not asked
+
+
+def test_a_folder_that_was_moved_goes_on(world, monkeypatch):
+    run, asked, out = world
+    begin, train = room.reproduce, trainings.train
+
+    def killed(config, *rest, **options):
+        if config.stages:
+            raise KeyboardInterrupt
+        return train(config, *rest, **options)
+
+    monkeypatch.setattr(trainings, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tables=["6"], seeds=1)
+    monkeypatch.setattr(trainings, "train", train)
+    assert len(asked) == 2  # its stages
+    other = out.with_name("elsewhere")
+    out.rename(other)
+    monkeypatch.setattr(room, "reproduce", lambda out, **options: begin(out=other, **options))
+    assert "error" not in run(tables=["6"], seeds=1)["tables"]["6"]["concat"]
+    assert len(asked) == 2 + 2  # the rows, no stage
+
+
+def test_each_seed_draws_its_own_baseline(world):
+    run, _, out = world
+    run(tables=["6"], seeds=2, protocol="tenth")
+    text = (out / "report.md").read_text(encoding="utf-8")
+    shares = []
+    for seed in (0, 1):
+        clips = read_clips(run.data, "test", "tenth", seed)
+        shares.append(100 * np.mean([polarity(clip.labels["M"]) == 0 for clip in clips]))
+    assert f"“negative” scores {np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f} accuracy" in text
+    assert text.count("those of seed 0; each seed draws its own") == 2
 
 
 def test_an_interrupt_ends_the_tables(world):

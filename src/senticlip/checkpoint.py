@@ -107,8 +107,10 @@ def share_stage(run: Path, name: str, stage: Path) -> None:
     """Let ``run`` take the finished ``stage`` of another run as its own: ``train`` with ``resume`` then finds it."""
     link = run / "stages" / name
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(stage.resolve(), target_is_directory=True)
+    if not link.exists():  # or it points to nothing
+        link.unlink(missing_ok=True)
+        target = os.path.relpath(stage.resolve(), link.parent.resolve())  # both may be moved together
+        link.symlink_to(target, target_is_directory=True)
 
 
 def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:

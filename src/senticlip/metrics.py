@@ -148,7 +148,7 @@ def paired_bootstrap(
 
     Returns:
         For ``accuracy`` and ``macro_f1``: ``difference``, ``low``, ``high`` and ``p`` (two-sided: twice the smaller
-        share of resamplings on either side of zero, at most 1).
+        share of resamplings on either side of zero, the sample itself counted as one more; at most 1).
     """
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
@@ -159,7 +159,7 @@ def paired_bootstrap(
     for name in ("accuracy", "macro_f1"):
         differences = (drawn[name][:, ::2] - drawn[name][:, 1::2]).mean(1)
         low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-        tail = min((differences <= 0).mean(), (differences >= 0).mean())
+        tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (samples + 1)
         result[name] = {
             "difference": float((whole[name][::2] - whole[name][1::2]).mean()),
             "low": float(low),

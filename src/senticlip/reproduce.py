@@ -14,7 +14,7 @@ from senticlip import results
 from senticlip.checkpoint import encoder_keys, read_json, rows_digest, share_stage
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
-from senticlip.files import disk, make_folder, write_text
+from senticlip.files import alone, disk, make_folder, write_text
 from senticlip.progress import bar, console
 from senticlip.structures import LABELS, Clip, UserError
 from senticlip.tables import Table, digest, load_preset, load_tables
@@ -53,21 +53,23 @@ def reproduce(
         ``{"tables": {number: {row: {metric: {"mean", "std"}}}}, "report": path}``
 
     Raises:
-        UserError: ``out`` holds runs on other data or of other weights; no row could be run; the disk is full.
+        UserError: ``out`` holds runs on other data or of other weights; another reproduce writes there; no row could
+            be run; the disk is full.
     """
     out = Path(out)
     config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
-    clips = read_clips(data, None, protocol, 0)
-    labels = {name for clip in clips for name in clip.labels}
-    _claim(out / "runs", data, clips, config)
+    splits = [read_clips(data, None, protocol, seed) for seed in range(seeds)]
+    labels = {name for clip in splits[0] for name in clip.labels}
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
-    runner = Runner(data, out / "runs", keep, device)
-    runner.run_all(chosen, seeds)
-    errors = [result["error"] for result in runner.results.values() if "error" in result]
-    if len(errors) == len(runner.results):
-        raise UserError(f"no row could be run: {errors[0]}")
-    found = results.collect(chosen, runner.results, seeds)
-    report = results.write(out, chosen, found, clips, preset, protocol, seeds, str(data))
+    with alone(out, "reproduce"):
+        _claim(out / "runs", data, splits[0], config)
+        runner = Runner(data, out / "runs", keep, device)
+        runner.run_all(chosen, seeds)
+        errors = [result["error"] for result in runner.results.values() if "error" in result]
+        if len(errors) == len(runner.results):
+            raise UserError(f"no row could be run: {errors[0]}")
+        found = results.collect(chosen, runner.results, seeds)
+        report = results.write(out, chosen, found, splits, preset, protocol, str(data))
     return {"tables": results.numbers(found), "report": str(report)}
 
 

@@ -121,13 +121,15 @@ def write(
     out: Path,
     tables: list[Table],
     found: dict[str, Any],
-    clips: list[Clip],
+    splits: list[list[Clip]],
     preset: str,
     protocol: str,
-    seeds: int,
     data: str,
 ) -> Path:
-    """Write ``results.json``, ``report.md``, ``labels.svg`` and ``report.html``; returns the page's path."""
+    """Write ``results.json``, ``report.md``, ``labels.svg`` and ``report.html``; returns the page's path.
+
+    ``splits``: the data set as each seed divides it.
+    """
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -137,10 +139,10 @@ def write(
         }
         for number, by_target in found.items()
     }
-    record = {"preset": preset, "protocol": protocol, "seeds": seeds, "data": data, "tables": kept}
+    record = {"preset": preset, "protocol": protocol, "seeds": len(splits), "data": data, "tables": kept}
     write_text(out / "results.json", json.dumps(record, ensure_ascii=False, indent=1))
-    write_text(out / "labels.svg", label_figure(clips))
-    blocks = story(tables, found, clips, preset, protocol, seeds, data)
+    write_text(out / "labels.svg", label_figure(splits[0]))
+    blocks = story(tables, found, splits, preset, protocol, data)
     write_text(out / "report.md", as_markdown(blocks))
     write_text(out / "report.html", as_html(blocks, out))
     return out / "report.html"
@@ -149,30 +151,32 @@ def write(
 def story(
     tables: list[Table],
     found: dict[str, Any],
-    clips: list[Clip],
+    splits: list[list[Clip]],
     preset: str,
     protocol: str,
-    seeds: int,
     data: str,
 ) -> list[Block]:
     """The report as blocks, in reading order."""
-    sizes = Counter(clip.split for clip in clips)
-    base = majority(clips)
+    seeds, sizes = len(splits), Counter(clip.split for clip in splits[0])
+    drawn = len({tuple(clip.split for clip in clips) for clips in splits}) > 1
+    first = " (those of seed 0; each seed draws its own)" if drawn else ""
+    bases = [majority(clips) for clips in (splits if drawn else splits[:1])]
+    base, scores = bases[0], spread(bases)
     blocks: list[Block] = [
         ("#", "The tables of CLIP-CA-MSA, run again"),
         (
             "p",
             f"Data {Path(data).name}, preset {preset}, protocol {protocol}, {seeds} seed(s); "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
-            + ". Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on valid; the "
-            "paper's number and ours minus the paper's behind it. The paper's numbers are from CH-SIMS.",
+            + f"{first}. Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on "
+            "valid; the paper's number and ours minus the paper's behind it. The paper's numbers are from CH-SIMS.",
         ),
         (
             "p",
-            f"Majority baseline: always answering “{base['label']}” scores {100 * base['accuracy']:.2f} accuracy and "
-            f"{100 * base['macro_f1']:.2f} macro F1 on test ({base['n']} clips).",
+            f"Majority baseline: always answering “{base['label']}” scores {_shown(scores['accuracy'], drawn)} "
+            f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips).",
         ),
-        ("figure", ("labels.svg", "Classes by split and label (the paper's Fig. 4)")),
+        ("figure", ("labels.svg", f"Classes by split and label{first} (the paper's Fig. 4)")),
     ]
     for table in tables:
         blocks += _table_blocks(table, found[table.number], seeds)
@@ -201,16 +205,20 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[B
     return blocks
 
 
+def _shown(score: dict[str, float], several: bool) -> str:
+    """A metric in per cent, with its deviation where there are several."""
+    return f"{100 * score['mean']:.2f}" + (f" ± {100 * score['std']:.2f}" if several else "")
+
+
 def _line(name: str, entry: dict[str, Any]) -> list[str]:
     cells = [f"{name} {DAGGER}" if entry["random"] else name]
     for metric in NAMES:
         if metric not in entry["scores"]:
             cells.append("—")
             continue
-        mean, std = (100 * entry["scores"][metric][key] for key in ("mean", "std"))
-        paper = entry["paper"].get(metric)
-        told = f" ({paper:.2f}, {mean - paper:+.2f})" if paper is not None else ""
-        cells.append((f"{mean:.2f} ± {std:.2f}" if len(entry["runs"]) > 1 else f"{mean:.2f}") + told)
+        score, paper = entry["scores"][metric], entry["paper"].get(metric)
+        told = f" ({paper:.2f}, {100 * score['mean'] - paper:+.2f})" if paper is not None else ""
+        cells.append(_shown(score, len(entry["runs"]) > 1) + told)
     for metric in ("accuracy", "macro_f1"):
         gap = entry["versus"][metric] if entry["versus"] else None
         cells.append("" if gap is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*_points(gap)))
