@@ -217,6 +217,11 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_the_card_says_calibrated_only_where_something_was(place):
     result = {"valid": {"accuracy": 0.5}, "best_epoch": 1}
     own = model_card(settings(place), "data", result)
+    heard = settings(place, modalities=["text", "audio"], stages={"text": {"modalities": ["text"]}})
+    told = model_card(heard, "data", result)
+    assert "(fine-tuned in a stage of its own)" in told
+    assert "* audio: log-mel of 33 bands" in told
+    assert "* video" not in told
     peer = model_card(settings(place, model="mmaf"), "data", result)
     assert "calibrated on the validation split" in own
     assert "fusion: cross-attention" in own

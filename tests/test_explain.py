@@ -205,6 +205,7 @@ def test_a_text_that_is_too_long_or_blank(run, video):
     assert found.unread == "好好坏"  # [CLS] and [SEP] are tokens, too
     assert "好好坏</span>" in html(found, [])
     assert unread(predictor, "天\udce5好") == ""  # of a text that is not UTF-8
+    assert unread(predictor, "好❤\ufe0f") == ""  # the last character is no token
     blank = explanation(predictor, Clip("", video, "  "))
     assert (blank.text, blank.unread) == (None, "")
     assert blank.prediction.probabilities == pytest.approx(predictor(video).probabilities, abs=1e-6)

@@ -110,6 +110,17 @@ def test_int8_is_of_these_weights(run, tmp_path, video):
     assert after != before
 
 
+def test_a_run_that_cannot_be_written_is_exported_into_the_cache(run, tmp_path, video, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.onnx"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    answer = senticlip.load(tmp_path / "run", precision="int8")(video, "好")
+    assert not list((tmp_path / "run").glob("*.onnx"))
+    (made,) = (tmp_path / "cache").rglob("model-int8.onnx")
+    before = made.stat().st_mtime_ns
+    assert senticlip.load(tmp_path / "run", precision="int8")(video, "好") == answer
+    assert made.stat().st_mtime_ns == before
+
+
 def test_int8_is_of_this_processor(run, tmp_path, monkeypatch):
     """A RUN that comes from another one with the twin that was made there."""
     copy = tmp_path / "run"

@@ -27,13 +27,21 @@ who does not know of it.
 """
 
 
+def _learned(config: Config, name: str) -> str:
+    """How an encoder has learned."""
+    first = any(name in config.stage(stage).modalities for stage in config.stages)
+    return "fine-tuned in a stage of its own" if first else getattr(config, name).train
+
+
 def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
     """Markdown with YAML front matter, as the hub reads it."""
-    parts = [f"* text: `{config.text.encoder}` ({config.text.train})"] if "text" in config.modalities else []
+    parts = [f"* text: `{config.text.encoder}` ({_learned(config, 'text')})"] if "text" in config.modalities else []
     if "vision" in config.modalities:
         shots = " of the main shot" if config.vision.cutaways == "drop" else ""
         frames = f"{config.vision.frames} frames{shots}"
-        parts.append(f"* video: `{config.vision.encoder}` ({config.vision.train}), {frames}")
+        parts.append(f"* video: `{config.vision.encoder}` ({_learned(config, 'vision')}), {frames}")
+    if "audio" in config.modalities:
+        parts.append(f"* audio: log-mel of {config.audio.bands} bands, or a feature file's")
     own = config.model == "clip_ca_msa"  # the peers have none of its parts, and no temperature
     if own:
         parts.append(

@@ -42,8 +42,13 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
+def alone(folder: Path, what: str, patience: float = 0) -> Iterator[None]:
     """One writer at a time in a folder, made if it is not there; the lock of a killed one is the kernel's to open.
+
+    Args:
+        folder: where one writes.
+        what: one does there, for the message.
+        patience: seconds for which another is waited for.
 
     Raises:
         UserError: another process does ``what`` there; nothing can be written there.
@@ -51,7 +56,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     lock = FileLock(make_folder(folder) / ".lock")
     with suppress(NotImplementedError):  # some network file systems have no locks
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise UserError(f"{folder}: another {what} is writing here — wait, or choose another --out") from None
         except OSError as error:

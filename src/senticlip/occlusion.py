@@ -43,9 +43,10 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
 def unread(predictor: Any, text: str | None) -> str:
     """The end of a text that is longer than what the model reads."""
     text = spoken(text)
-    if text is None or predictor.tokenizer is None:
-        return ""
-    read = characters(predictor.tokenizer, text, predictor.config.text.max_length)
+    most = predictor.config.text.max_length
+    if text is None or predictor.tokenizer is None or len(predictor.tokenizer(text)["input_ids"]) <= most:
+        return ""  # its last characters may still stand for no token
+    read = characters(predictor.tokenizer, text, most)
     return text[max((one.end for one in read), default=len(text)) :].strip()
 
 

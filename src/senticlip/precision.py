@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.export import OnnxModel, export, products
-from senticlip.files import write_text
+from senticlip.files import alone, write_text
 from senticlip.metrics import score_class
-from senticlip.sources import fingerprint, hears
+from senticlip.sources import cache_root, fingerprint, hears
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
 if TYPE_CHECKING:
     from senticlip.predictor import Predictor
 
 PRECISIONS = ("fp32", "bf16", "int8")
+
+PATIENCE = 1800.0
+"""Seconds that one waits for another who makes the same file: an export of the paper's size takes a minute."""
 
 
 def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
@@ -65,14 +69,16 @@ def _measured(place: Path, weights: str) -> dict[str, Any]:
 
 
 def _int8_twin(run: Path, weights: str) -> Any:
-    """The ONNX file of a RUN, made once for these weights and kept in it."""
-    file = run / "model-int8.onnx"
-    with suppress(UserError):  # not there yet, or damaged
-        made = OnnxModel(file)
-        if (made.weights, made.products) == (weights, products()):
-            return made
-    export(run, file, int8=True)
-    return OnnxModel(file)
+    """The ONNX file of a RUN, made once for these weights and kept in it, or in the cache if it is read-only."""
+    folder = run if os.access(run, os.W_OK) else cache_root() / "int8" / weights
+    file = folder / "model-int8.onnx"
+    with alone(folder, "export", PATIENCE):  # the workers of bulk come at once
+        with suppress(UserError):  # not there yet, or damaged
+            made = OnnxModel(file)
+            if (made.weights, made.products) == (weights, products()):
+                return made
+        export(run, file, int8=True)
+        return OnnxModel(file)
 
 
 def _to_bf16(model: Any) -> Any:

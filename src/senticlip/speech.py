@@ -29,7 +29,8 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
     if not probe(video).has_audio:
         raise UserError(f"{video}: no sound in it — nothing can be transcribed")
     folder = model if Path(model).is_dir() else _fetch(model)
-    options: dict[str, Any] = {"device": (device or "auto").split(":")[0], "compute_type": "default"}
+    kind, _, number = (device or "auto").partition(":")
+    options: dict[str, Any] = {"device": kind, "device_index": int(number or 0), "compute_type": "default"}
     try:
         whisper = WhisperModel(folder, **options)
         segments, _ = whisper.transcribe(str(video), language="zh", vad_filter=True)
