@@ -170,7 +170,8 @@ def labels_of_self_mm(ours):
                 trainer.update_labels(*made.values(), epoch, rows, None)
             trainer.update_features(*made.values(), rows)
             trainer.update_centers()
-            ours.remember(rows, truth[rows], torch.cat([made[k] for k in ("fusion", "text", "audio", "vision")], -1))
+            joined = torch.cat([made[k] for k in ("fusion", "text", "audio", "vision")], -1)
+            ours.remember(rows, truth[rows], joined, torch.ones(4, len(rows), dtype=torch.bool))
     return max(
         float((trainer.label_map[key] - ours.labels[ours.heads.index(head)]).abs().max()) for key, head in heads.items()
     )

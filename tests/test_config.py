@@ -158,6 +158,39 @@ def test_a_stage_keeps_the_main_trainings_splits():
     assert Config().override({"seed": 7, "stages": {"text": {"modalities": ["text"]}}}).stage("text").seed == 7
 
 
+def test_a_section_that_is_given_in_part_keeps_the_rest():
+    config = load(EXPERIMENTS / "small.yaml", ["train={epochs: 5}", "vision={size: 96}"])
+    whole = load_preset("small")
+    assert (config.train.epochs, config.train.lr, config.train.ema) == (5, whole.train.lr, whole.train.ema)
+    assert (config.vision.size, config.vision.encoder) == (96, whole.vision.encoder)
+    stage = Config().override({"train.lr": 0.5, "stages": {"a": {"train": {"epochs": 3}}}}).stage("a")
+    assert (stage.train.epochs, stage.train.lr) == (3, 0.5)
+
+
+def test_a_stage_whose_encoder_would_not_fit_is_told_before_it_is_trained():
+    for key, value in (("prompt", "none"), ("text.prefix_length", 2), ("text.encoder", "other")):
+        config = Config().override({"stages": {"text": {"modalities": ["text"], key: value}}})
+        with pytest.raises(UsageError, match=rf"stages\.text: {key} is {value}, but .* in the main training"):
+            config.stage("text")
+    eyes = {"modalities": ["vision"], "text.prefix_length": 2, "prompt": "none", "vision.size": 96}
+    assert Config().override({"stages": {"eyes": eyes}}).stage("eyes").vision.size == 96
+
+
+def test_a_stage_is_named_like_a_folder():
+    for name in ("../../esc", "a/b", "", ".", "-x", "a b"):
+        with pytest.raises(UsageError, match=r"stages: .* names a folder of RUN"):
+            Config().override({"stages": {name: {}}})
+    assert Config().override({"stages": {1: {1: 2}, "文字": {}}}).stages
+    with pytest.raises(UsageError, match=r"stages\.1: unknown config key 1"):
+        Config().override({"stages": {1: {1: 2}}}).stage(1)
+
+
+def test_self_mm_keeps_its_rows():
+    for change in ({"train.recombine": 1}, {"train.mislead": 0.1}, {"train.balance": "sampler"}):
+        with pytest.raises(UsageError, match="self_mm keeps a label for each row"):
+            Config().override({"model": "self_mm", **change})
+
+
 def test_options_are_the_peers():
     with pytest.raises(UsageError, match="options: nonsense"):
         Config().override({"options.nonsense": 1})

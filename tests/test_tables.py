@@ -112,7 +112,7 @@ def test_a_table_that_the_paper_does_not_have():
 
 def test_nested_keys_become_dotted():
     assert row_changes("clip/resnet34.yaml")["vision.encoder"] == "timm/resnet34.a1_in1k"
-    assert row_changes("peers/tfn.yaml")["options.post_fusion"] == 32
+    assert row_changes("peers/tfn.yaml")["options"]["post_fusion"] == 32
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (EXPERIMENTS / "peers").glob("*.yaml")))

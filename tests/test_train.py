@@ -111,6 +111,13 @@ def test_only_what_is_read_is_trained_first(place, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]
 
 
+def test_a_training_that_diverges_is_no_run(place, tmp_path):
+    wild = settings(place, **{"train.lr": 1e9, "train.clip_norm": 0, "text.train": "full", "text.lr": 1e9})
+    with pytest.raises(UserError, match=r"the training diverged"):
+        train(wild, place / "data", tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
 def test_an_encoder_that_is_none_is_told_before_the_stages(place, tmp_path):
     stages = {"text": {"modalities": ["text"], "train.epochs": 1}}
     with pytest.raises(UserError, match=r"vision\.encoder: "):

@@ -51,6 +51,7 @@ def say(options: argparse.Namespace, text: str) -> None:
 
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip demo``."""
+    runtime.setup()
     if options.pretrain:
         from senticlip.pretrain import pretrain
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +17,12 @@ from senticlip.structures import MODALITIES, TARGETS, UsageError
 
 Model = Literal["clip_ca_msa", "tfn", "lmf", "mult", "self_mm", "mmaf"]
 """The names of ``models.MODELS``, told here without torch."""
+
+FROM_FILE = ("features", "openface")
+"""Names of encoders that are none: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
+
+SHAPES = {"text": ("text.encoder", "prompt", "text.prefix_length", "text.prefix_text"), "vision": ("vision.encoder",)}
+"""What an encoder that is taken over from a stage must have in common with it."""
 
 Trainable = Literal["frozen", "full"] | int
 """How much of an encoder learns: nothing, everything, or its top k layers."""
@@ -56,8 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.recombine": (0, 1),
     "train.mislead": (0, 1),
 }
-"""What a number may be, both ends included; every one is finite. A key that is left open (null, a word) is not meant.
-"""
+"""What a number may be, both ends included, and finite. A key that is left open (null, a word) is not meant."""
 
 
 @dataclass
@@ -177,8 +184,7 @@ class Config:
     def __post_init__(self) -> None:
         """Check the numbers against RANGES, the fields against each other."""
         for key, (low, high) in RANGES.items():
-            *section, name = key.split(".")
-            value = getattr(getattr(self, section[0]) if section else self, name)
+            value = attrgetter(key)(self)
             if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
                 told = f"at least {low}" if high == MOST else f"from {low} to {high}"
                 raise UsageError(f"config key {key}: {value} — must be {told}")
@@ -191,7 +197,13 @@ class Config:
         if self.width % self.heads:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
         if self.model == "clip_ca_msa" and self.options:
-            raise UsageError(f"options: {', '.join(self.options)} — clip_ca_msa has none, the peers have")
+            raise UsageError(f"options: {', '.join(map(str, self.options))} — clip_ca_msa has none, the peers have")
+        if self.model == "self_mm" and (self.train.recombine or self.train.mislead or self.train.balance == "sampler"):
+            raise UsageError(
+                "train: self_mm keeps a label for each row — recombine and mislead: 0, balance: no sampler"
+            )
+        if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", str(name))]:
+            raise UsageError(f"stages: {wrong[0]!r} names a folder of RUN — letters, digits, - and _ only")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
         if self.prompt != "none" and not self.text.prefix_text.strip():
@@ -208,15 +220,15 @@ class Config:
     def override(self, changes: dict[str, Any]) -> Config:
         """A new config with dotted keys changed, as in ``{"text.lr": 1e-4}``; an unknown key raises UsageError."""
         data = self.to_dict()
-        for dotted, value in changes.items():
-            path = dotted.split(".")
+        for key, value in dotted(changes).items():
+            path = str(key).split(".")
             # a stage keeps its keys dotted, as it is written: what it leaves out is the main training's
             path = [*path[:2], ".".join(path[2:])] if path[0] == "stages" and len(path) > 2 else path
             place = data
             for i, name in enumerate(path[:-1]):
                 place = place.setdefault(name, {})
                 if not isinstance(place, dict):
-                    raise UsageError(f"unknown config key {dotted}: {'.'.join(path[: i + 1])} has no keys below it")
+                    raise UsageError(f"unknown config key {key}: {'.'.join(path[: i + 1])} has no keys below it")
             place[path[-1]] = value
         return from_dict(data)
 
@@ -229,7 +241,23 @@ class Config:
         for key in ("seed", "protocol"):
             if getattr(stage, key) != getattr(self, key):
                 raise UsageError(f"stages.{name}: {key} is the main training's — clips of its test would be trained on")
+        for modality in {*self.modalities} & {*stage.modalities}:
+            for key in SHAPES.get(modality, ()):
+                if (its := attrgetter(key)(stage)) != (mine := attrgetter(key)(self)):
+                    raise UsageError(
+                        f"stages.{name}: {key} is {its}, but {mine} in the main training — make them the same"
+                    )
         return stage
+
+
+def dotted(changes: dict[str, Any]) -> dict[str, Any]:
+    """``{"text": {"lr": 1}}`` as ``{"text.lr": 1}``: a section that is given in part keeps its other keys."""
+    sections = {field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)}
+    flat: dict[str, Any] = {}
+    for key, value in changes.items():
+        inside = isinstance(value, dict) and key in sections
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if inside else {key: value}
+    return flat
 
 
 def from_dict(data: dict[str, Any]) -> Config:
@@ -241,8 +269,7 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``a.b=c`` overrides (their values are YAML, too).
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key, a value of the wrong type or out of its range, parts that
-            do not fit; in a stage, too.
+        UsageError: no such file, not YAML, an unknown key, a wrong value, parts that do not fit; in a stage, too.
     """
     path = Path(source)
     if not path.is_file():
@@ -292,11 +319,11 @@ def _build(cls: type, data: Any, where: str) -> Any:
                 + (f" — did you mean {where}{near[0]}?" if near else ".")
                 + f" Known: {', '.join(hints)}"
             )
-        values[key] = _value(hints[key], value, f"{where}{key}")
+        values[key] = typed(hints[key], value, f"{where}{key}")
     return cls(**values)
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
+def typed(kind: Any, value: Any, where: str) -> Any:
     """``value`` as ``kind``, or a UsageError that says what was expected."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build(kind, value, where + ".")
@@ -304,7 +331,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (list, dict):
         if isinstance(value, get_origin(kind)):
             inner = get_args(kind)[-1]  # the stages are dicts of dicts
-            return {k: _value(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
+            return {k: typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
         raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {value!r}")
     for option in options or [kind]:
         if get_origin(option) is Literal and value in get_args(option):
@@ -313,7 +340,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             # YAML 1.1 reads 1e-4 (no dot) as a string
             try:
                 return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         if isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is int):
             return value

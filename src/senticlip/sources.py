@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from senticlip.config import Config
+from senticlip.config import FROM_FILE, Config
 from senticlip.data import cache
 from senticlip.data.audio import audio_store
 from senticlip.data.loader import ArrayRows, ClipSet, Rows, to_batch
@@ -30,9 +30,6 @@ def cache_root() -> Path:
 
 BATCH = 32
 """Rows that a frozen encoder reads at once."""
-
-FROM_FILE = ("features", "openface")
-"""Names of encoders that are none: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
 
 
 def ready_made(config: Config) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -83,15 +82,7 @@ def row_changes(file: str | None) -> dict[str, Any]:
     """The keys that a row's YAML changes, dotted."""
     if file is None:
         return {}
-    data = yaml.safe_load((EXPERIMENTS / file).read_text(encoding="utf-8"))
-    sections = {f.name for f in dataclasses.fields(Config) if f.name != "stages"}
-    changes: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and key in sections:
-            changes |= {f"{key}.{inner}": v for inner, v in value.items()}
-        else:
-            changes[key] = value
-    return changes
+    return configs.dotted(yaml.safe_load((EXPERIMENTS / file).read_text(encoding="utf-8")))
 
 
 def row_configs(

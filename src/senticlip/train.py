@@ -252,6 +252,8 @@ def fit(
 
 def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Validation metrics of log-probabilities n×C or scores n against label scores n; a score's nll is its MAE."""
+    if np.isnan(values).any():
+        raise UserError("the training diverged: its answers on valid are no numbers — lower train.lr, or set clip_norm")
     target = np.sign(np.nan_to_num(truth)).astype(int) + 1
     predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
     found = metrics.classification(target, predicted)

@@ -29,6 +29,9 @@ def test_frames_without_a_face_are_left_out_and_the_surest_face_counts(tmp_path)
     assert found[:, 0].tolist() == [1.5, 3, 4]
     assert read_openface(write(tmp_path / "b.csv", [row(1, 0, success=0)])).shape == (0, WIDTH)
     assert read_openface(write(tmp_path / "c.csv", [])).shape == (0, WIDTH)
+    with (tmp_path / "a.csv").open("a") as file:
+        file.write("\n\n")
+    assert np.array_equal(read_openface(tmp_path / "a.csv"), found)
 
 
 def test_a_long_clip_is_thinned_evenly(tmp_path):

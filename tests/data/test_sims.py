@@ -380,6 +380,20 @@ def test_rows_about_one_film_are_split_alike_in_any_order(tmp_path):
     assert set(splits(rows).values()) == {"train", "valid", "test"}
 
 
+def test_texts_without_ids_are_split_alike_in_any_order_and_equal_ones_together(tmp_path):
+    rows = [f"第{i % 40}句,{i % 3 - 1}" for i in range(120)]
+
+    def splits(lines):
+        (tmp_path / "own.csv").write_text("文本,标签\n" + "\n".join(lines), encoding="utf-8")
+        found = {}
+        for clip in read_clips(tmp_path / "own.csv", protocol="tenth"):
+            found.setdefault((clip.text, clip.labels["M"]), set()).add(clip.split)
+        assert all(len(names) == 1 for names in found.values())
+        return found
+
+    assert splits(rows) == splits(rows[::-1]) == splits(sorted(rows))
+
+
 def test_one_film_spelled_two_ways_is_one_source(tmp_path):
     (tmp_path / "f.mp4").write_bytes(b"x")
     (tmp_path / "a").mkdir()

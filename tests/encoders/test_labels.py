@@ -1,11 +1,13 @@
 """Class vectors of an encoder that is no CLIP tower: the mean of its states, less what all classes share."""
 
+import pytest
 import torch
 from tests.tiny import text_folder, timm_folder, tokenizer
 from transformers import AutoModel
 
 from senticlip.config import Config
 from senticlip.models import create_model
+from senticlip.structures import UsageError
 
 
 @torch.inference_mode()
@@ -20,3 +22,16 @@ def test_class_vectors_of_a_sentence_encoder_have_no_common_part(tmp_path):
     wanted = torch.stack(means)
     torch.testing.assert_close(found, wanted - wanted.mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.sum(0), torch.zeros(16), atol=1e-5, rtol=0)
+
+
+def test_labels_that_read_alike_or_that_nothing_reads_are_told(tmp_path):
+    text, vision = text_folder(tmp_path / "text"), timm_folder(tmp_path / "vision")
+    config = Config().override(
+        {"text.encoder": str(text), "vision.encoder": str(vision), "text.max_length": 20, "width": 16, "heads": 2}
+    )
+    for change in ({"label.names": ["好", "好", "坏"]}, {"label.prompt": "好" * 60 + "{}"}):
+        with pytest.raises(UsageError, match="two labels read alike"):
+            create_model(config.override(change))
+    features = config.override({"text.encoder": "features", "vision.encoder": "features"})
+    with pytest.raises(UsageError, match=r"label\.encoder=FOLDER or head=linear"):
+        create_model(features, {"text": 8, "vision": 8})

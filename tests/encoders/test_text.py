@@ -98,6 +98,21 @@ def test_prompt_and_words_fit_the_positions(folder):
     assert encoder(Sequence(ids, mask)).values.shape == (1, 30, 16)
 
 
+def test_robertas_positions_begin_behind_its_padding():
+    spec = {**KINDS["bert"].to_dict(), "model_type": "xlm-roberta", "pad_token_id": 1, "max_position_embeddings": 20}
+    with pytest.raises(UsageError, match=r"allow \(12\)"):
+        TextEncoder(spec, TextConfig(max_length=13, prefix_length=6), "learned", 0)
+    encoder = TextEncoder(spec, TextConfig(max_length=12, prefix_length=6), "learned", 0)
+    ids, mask = torch.full((1, 12), 5), torch.ones(1, 12, dtype=torch.bool)
+    assert encoder(Sequence(ids, mask)).values.isfinite().all()
+
+
+def test_a_prompt_of_no_token_is_told(folder):
+    changes = {"modalities": ["text"], "text.encoder": str(folder), "text.max_length": 20}
+    with pytest.raises(UsageError, match=r"text\.prefix_text: '\\u200b' is no word"):
+        create_model(Config().override({**changes, "text.prefix_text": "\u200b"}))
+
+
 @pytest.mark.parametrize("prompt", ["discrete", "learned"])
 def test_another_prompt_misses_the_cache(tmp_path, prompt):
     text_folder(tmp_path / "bert")

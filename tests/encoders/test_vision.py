@@ -137,6 +137,8 @@ def test_a_vit_of_timm_takes_another_size(tmp_path):
     folder = timm_folder(tmp_path, "test_vit")
     encoder = encoder_of(folder, size=64)
     assert encoder(full(frames(1, 2, 3, 64, 64))).values.shape == (1, 2, encoder.dim)
+    with pytest.raises(UsageError, match=r"vision\.size: test_vit cannot read 50 pixels"):
+        encoder_of(folder, size=50)
 
 
 @pytest.mark.parametrize("kind", ["clip", "network"])

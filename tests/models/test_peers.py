@@ -222,15 +222,15 @@ def test_self_mm_labels_move_as_the_paper_says():
     heads = {"fused": 128, "text": 64, "vision": 32}
     first = {n: torch.randn(5, w) for n, w in heads.items()}
     second = {n: torch.randn(5, w) for n, w in heads.items()}
-    index = torch.arange(5)
-    network.remember(index, truth, torch.cat(list(first.values()), -1))
+    index, there = torch.arange(5), torch.ones(3, 5, dtype=torch.bool)
+    network.remember(index, truth, torch.cat(list(first.values()), -1), there)
     for labels in network.labels:
         torch.testing.assert_close(labels, truth)
     for name in heads:
         torch.testing.assert_close(network.get_buffer(f"centres_{name}")[1], first[name][[0, 2]].mean(0))
         torch.testing.assert_close(network.get_buffer(f"centres_{name}")[0], first[name][[1, 4]].mean(0))
     network.epoch_started(2)
-    network.remember(index, truth, torch.cat(list(second.values()), -1))
+    network.remember(index, truth, torch.cat(list(second.values()), -1), there)
     for name in ("text", "vision"):
         for row in range(5):
             delta = {}
@@ -244,6 +244,34 @@ def test_self_mm_labels_move_as_the_paper_says():
             expected = 1 / 3 * truth[row] + 2 / 3 * new.clamp(-1, 1)
             torch.testing.assert_close(network.labels[network.heads.index(name), row], expected)
     torch.testing.assert_close(network.labels[0], truth)
+
+
+def test_self_mm_learns_nothing_from_what_is_not_there():
+    network: SelfMM = TestSelfMM().network(("text", "vision"), **{"options.train_size": 4})
+    batch = features(4, absent=((1, "vision"), (2, "vision")))
+    network.train()
+    for epoch in (1, 2, 3):
+        network.epoch_started(epoch)
+        output = network(batch)
+        (slope,) = torch.autograd.grad(network.loss(output, batch)[0], output.features["vision_score"])
+    assert slope[:, 0].bool().tolist() == [True, False, False, True]
+    vision = network.labels[network.heads.index("vision")]
+    assert vision.isnan().tolist() == [False, True, True, False]
+    assert not network.labels[:2].isnan().any()
+
+
+def test_options_are_typed_and_make_sense():
+    peers = {"tfn": TestTFN, "lmf": TestLMF, "mult": TestMulT, "self_mm": TestSelfMM, "mmaf": TestMMAF}
+    network = peers["lmf"]().network(**{"options.factor_lr": "5e-4"})  # as YAML reads it
+    assert network.options["factor_lr"] == 5e-4
+    for name, key, value in (
+        ("tfn", "task", "classify"), ("mmaf", "task", "regression"), ("self_mm", "task", "classification"),
+        ("mmaf", "tasks", ["M", "X"]), ("self_mm", "text_pool", "average"), ("lmf", "rank", 0), ("mult", "layers", 0),
+        ("tfn", "dropout", 2), ("mult", "heads", 7), ("mmaf", "heads", 3), ("mult", "text_kernel", 0),
+        ("lmf", "factor_lr", float("nan")), ("tfn", "post_fusion", 1.5), ("mult", "positions", "no"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"options\.({key}|width)"):
+            peers[name]().network(**{f"options.{key}": value})
 
 
 def test_self_mm_weighs_a_modality_by_how_far_its_label_went():

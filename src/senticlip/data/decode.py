@@ -302,6 +302,8 @@ class Decoder:
 
     def _sequential(self, stamp: int) -> tuple[int, VideoFrame]:
         if self._slow is None or self._slow.passed(stamp):
+            if self._slow:
+                self._slow.container.close()
             self._slow = Sequential(self.path)
         found = self._slow.at(stamp)
         if found is None:

@@ -49,6 +49,8 @@ def read_openface(
     frame, confidence, success = (header.index(name) for name in ("frame", "confidence", "success"))
     best: dict[float, tuple[float, np.ndarray]] = {}
     for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
         try:
             cells = np.array(line, dtype=np.float64)
         except ValueError:

@@ -167,8 +167,9 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
 
 
 def _content(clip: Clip) -> str:
-    """What a row says, wherever it stands: of a file that several rows are about, the id ends with the row's number."""
-    name = clip.id.removesuffix(f"#{clip.row}")
+    """What a row says, wherever it stands: of a file that several rows are about, and of a text that has no id, the id
+    ends with the row's number."""
+    name = clip.id.removesuffix(f"#{clip.row}").removesuffix(f"row {clip.row}")
     return "\n".join(map(str, (name, clip.start, clip.end, clip.text, sorted(clip.labels.items()))))
 
 

@@ -29,6 +29,8 @@ SCORES = {
 _NAMES = {
     "mode": "split", "sentence": "text", "subtitle": "text", "label_m": "label", "video": "path", "file": "path",
     "t": "label_t", "a": "label_a", "v": "label_v",
+    "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "标签": "label", "情感": "label",
+    "路径": "path", "视频": "path", "文件": "path", "划分": "split", "开始": "start", "结束": "end",
 }  # fmt: skip
 _COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
 _KNOWN = {*_COLUMNS, "path", "id", "start", "end"}

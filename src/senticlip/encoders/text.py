@@ -133,7 +133,10 @@ class TextEncoder(nn.Module):
             self.prompt_ids: Tensor
             self.register_buffer("prompt_ids", torch.zeros(prompt_length, dtype=torch.long))
         length = {"learned": config.prefix_length, "discrete": prompt_length, "none": 0}[prompt]
-        limit = getattr(self.body.config, "max_position_embeddings", 0) - length
+        places = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
+        padding = getattr(places, "padding_idx", None)
+        unused = 0 if padding is None else padding + 1  # RoBERTa's positions begin behind it
+        limit = getattr(self.body.config, "max_position_embeddings", 0) - length - unused
         if config.max_length > limit:
             raise UsageError(
                 f"text.max_length: {config.max_length} is more than the encoder's positions allow ({limit})"

@@ -211,5 +211,8 @@ def _timm_body(spec: dict[str, Any]) -> Any:
     name, args = spec["config"]["architecture"], dict(spec["config"]["model_args"])
     body = timm.create_model(name, pretrained=False, num_classes=0, **args)
     if _takes_size(body):
+        patch = getattr(getattr(body, "patch_embed", None), "patch_size", (1,))
+        if any(spec["size"] % side for side in patch):
+            raise UsageError(f"vision.size: {name} cannot read {spec['size']} pixels — take a multiple of {patch[0]}")
         body = timm.create_model(name, pretrained=False, num_classes=0, **{**args, "img_size": spec["size"]})
     return body

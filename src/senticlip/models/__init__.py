@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from senticlip.config import Config
+from senticlip.config import FROM_FILE, Config
 from senticlip.encoders import text as text_encoder
 from senticlip.encoders import vision as vision_encoder
 from senticlip.models.base import SenticlipConfig, SentimentModel
@@ -55,6 +55,8 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
         spec, folders["text"] = text_encoder.text_spec(config.text)
         tokenizer = text_encoder.load_tokenizer(folders["text"], random=not config.text.pretrained)
         tokens["prompt"] = _words(tokenizer, config.text.prefix_text)
+        if config.prompt != "none" and not len(tokens["prompt"]):
+            raise UsageError(f"text.prefix_text: {config.text.prefix_text!r} is no word to this encoder's tokenizer")
         parts["text"] = {"spec": spec, "prompt_length": len(tokens["prompt"])}
     if "vision" in config.modalities and "vision" not in widths:
         spec, folders["vision"] = vision_encoder.vision_spec(config.vision)
@@ -86,10 +88,16 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
     if label.encoder is None:
         clip = parts.get("vision", {}).get("spec", {}).get("kind") == "chinese_clip"
         key, source = ("vision.encoder", config.vision) if clip else ("text.encoder", config.text)
+    if source.encoder in FROM_FILE:
+        raise UsageError(
+            "head: similarity needs an encoder that reads the labels — label.encoder=FOLDER or head=linear"
+        )
     spec, folder = text_encoder.text_spec(source, key)
     prompts: list[str | None] = [label.prompt.replace("{}", str(name)) for name in label.names]
     weights = folder if label.pretrained and source.pretrained else None
     ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder, random=weights is None), prompts, 52)
+    if len({tuple(row) for row in ids.tolist()}) < len(prompts):
+        raise UsageError("label.names, label.prompt: two labels read alike (52 tokens count) — give names that differ")
     return {"spec": spec, "shape": list(ids.shape)}, weights, ids, mask
 
 

@@ -48,6 +48,7 @@ class Perception(nn.Module):
 class MMAF(Peer):
     """Classification; ``weights`` is the gate: an interaction's share is split between its two modalities."""
 
+    TASKS = ("classification",)
     DEFAULTS = {"task": "classification", "tasks": ["M"], "width": 128, "heads": 4, "layers": 1, "dropout": 0.2}
 
     def __init__(self, config: Config, dims: dict[str, int]) -> None:

@@ -7,15 +7,16 @@ cannot matter; the biases behind it learn what absence means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from senticlip.config import Config
+from senticlip.config import Config, typed
 from senticlip.losses import cross_entropy
-from senticlip.structures import LABELS, MODALITIES, Batch, Output, Sequence, UsageError
+from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Sequence, UsageError
 
 
 class Peer(nn.Module):
@@ -27,10 +28,11 @@ class Peer(nn.Module):
         dims: feature width by modality.
 
     Raises:
-        UsageError: an option this peer does not have.
+        UsageError: an option this peer does not have, or not of this value.
     """
 
     class_weights: Tensor
+    TASKS: tuple[str, ...] = ("regression", "classification")
     DEFAULTS: dict[str, Any] = {"task": "regression"}
 
     def __init__(self, config: Config, dims: dict[str, int]) -> None:
@@ -39,7 +41,9 @@ class Peer(nn.Module):
         unknown = sorted(set(config.options) - set(known))
         if unknown:
             raise UsageError(f"options.{unknown[0]}: {config.model} does not have it; it has {', '.join(known)}")
-        self.options = {**known, **config.options}
+        given = {name: typed(type(known[name]), value, f"options.{name}") for name, value in config.options.items()}
+        self.options = {**known, **given}
+        _check(self.options, self.TASKS)
         self.names = [name for name in MODALITIES if name in config.modalities]
         self.dims = {name: dims[name] for name in self.names}
         self.target = config.target
@@ -77,6 +81,21 @@ class Peer(nn.Module):
         """Of each row's class, the sign of its label, B; a row without a label counts as neutral: mask it."""
         target = 1 + (labels > 0).long() - (labels < 0).long()
         return cross_entropy(logits, target, smoothing=self.smoothing, weight=self.class_weights)
+
+
+def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
+    """Refuse values that no network can be made of, or that mean nothing."""
+    words = {"task": tasks, "tasks": TARGETS, "text_pool": ("first", "mean")}
+    for name, value in options.items():
+        if name in words:
+            if wrong := [word for word in (value if isinstance(value, list) else [value]) if word not in words[name]]:
+                raise UsageError(f"options.{name}: {wrong[0]!r} — there is {', '.join(words[name])}")
+        elif name.endswith("dropout") and not 0 <= value < 1:
+            raise UsageError(f"options.{name}: {value} — must be at least 0 and below 1")
+        elif not value >= (least := int(type(value) is int and name != "train_size")) or value == math.inf:
+            raise UsageError(f"options.{name}: {value} — must be at least {least}")
+    if options.get("width", 0) % options.get("heads", 1):
+        raise UsageError(f"options.width: {options['width']} cannot be divided among heads: {options['heads']}")
 
 
 def mean_of(rows: Tensor, known: Tensor) -> Tensor:
@@ -119,7 +138,9 @@ class LastState(nn.Module):
         """Only real steps are computed; an absent row counts as one step of zeros, and its state is dropped."""
         values, lengths = packed(sequence)
         steps = lengths.clamp(min=1).cpu()
-        _, (last, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(values, steps, True, enforce_sorted=False))
+        with torch.autocast(values.device.type, enabled=False):  # a processor without bf16 has no such LSTM
+            packed_up = nn.utils.rnn.pack_padded_sequence(values.float(), steps, True, enforce_sorted=False)
+            _, (last, _) = self.lstm(packed_up)
         return last[0] * present(sequence)
 
 

@@ -55,6 +55,7 @@ class SelfMM(Peer):
     """
 
     labels: Tensor
+    TASKS = ("regression",)  # it makes labels on a scale
     DEFAULTS = {
         "train_size": 0,
         "text_pool": "first",
@@ -79,8 +80,6 @@ class SelfMM(Peer):
     def __init__(self, config: Config, dims: dict[str, int]) -> None:
         super().__init__(config, dims)
         o = self.options
-        if o["task"] != "regression":
-            raise UsageError("options.task: self_mm makes labels on a scale, it has regression only")
         sequences = [name for name in self.names if name != "text"]
         self.nets = nn.ModuleDict({n: SequenceNet(dims[n], o[f"{n}_hidden"], o[f"{n}_out"]) for n in sequences})
         sizes = {name: dims[name] if name == "text" else o[f"{name}_out"] for name in self.names}
@@ -134,21 +133,26 @@ class SelfMM(Peer):
             raise UsageError(f"self_mm: options.train_size is {self.labels.shape[1]}, but row {int(index.max())} came")
         own = self.labels[:, index]
         own = torch.where(own.isnan(), truth, own)  # heads×B: the joint label until there is a better one
+        came = {name: sequence.mask.any(1) for name, sequence in batch.modalities.items()}
+        there = torch.stack([came.get(name, torch.full_like(known, name == JOINT)) for name in self.heads])  # heads×B
         total, logs = output.features[f"{JOINT}_score"].new_zeros(()), {}
-        for name, labels in zip(self.heads, own, strict=True):
+        for name, labels, rows in zip(self.heads, own, known & there, strict=True):
             weight = torch.ones_like(labels) if name == JOINT else (labels - truth).abs().tanh()
-            loss = mean_of(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), known)
+            loss = mean_of(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), rows)
             total, logs[f"loss_{name}"] = total + loss, loss.detach()
         features = torch.cat([output.features[name].detach().to(self.labels) for name in self.heads], -1)
-        self.remember(index, truth, features)
+        self.remember(index, truth, features, there)
         return total, logs
 
     @torch.no_grad()
-    def remember(self, index: Tensor, truth: Tensor, features: Tensor) -> None:
-        """Move these rows' labels, keep their features (B×Σh) and find the centres anew, over all processes."""
-        index, truth, features = (gathered(values) for values in (index, truth, features))
+    def remember(self, index: Tensor, truth: Tensor, features: Tensor, there: Tensor) -> None:
+        """Move these rows' labels, keep their features (B×Σh) and find the centres anew, over all processes.
+
+        ``there`` (heads×B): a modality that a row lacks has no label, and is in no centre.
+        """
+        index, truth, features, came = (gathered(values) for values in (index, truth, features, there.T.contiguous()))
         known = ~truth.isnan()
-        index, truth, features = index[known], truth[known], features[known]
+        index, truth, features, came = index[known], truth[known], features[known], came[known]
         by_head = dict(
             zip(self.heads, features.split([self.options[f"{n}_post"] for n in self.heads], -1), strict=True)
         )
@@ -162,7 +166,7 @@ class SelfMM(Peer):
                 if n != JOINT
             ]
             own = torch.stack([truth, *moved])
-        self.labels[:, index] = own
+        self.labels[:, index] = torch.where(came.T, own, torch.nan)
         for name, labels in zip(self.heads, self.labels, strict=True):
             seen = getattr(self, f"seen_{name}")
             seen[index] = by_head[name]
