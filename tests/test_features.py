@@ -25,7 +25,7 @@ def encoder(tmp_path):
     folder = tmp_path / "bert"
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天真好坏这句话的情感是"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天真好坏这句话的情感是消极中性积"]
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     return folder

@@ -199,10 +199,14 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
     chosen = job.lines[first : first + BATCH]
     clips = [
         # what is said after the last picture has words only
-        Clip(f"line {first + i + 1}", job.video if line.start < job.end else None, line.text or None)._replace(
-            start=line.start, end=line.end
+        Clip(
+            f"line {number}",
+            job.video if line.start < job.end else None,
+            line.text or None,
+            start=line.start,
+            end=line.end,
         )
-        for i, line in enumerate(chosen)
+        for number, line in enumerate(chosen, first + 1)
     ]
 
     # opened for each batch: what AAC makes of noise hangs on all that was heard before, and a resumed run begins anew

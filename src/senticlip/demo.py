@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from senticlip.checkpoint import read_metrics, share_stage
@@ -19,10 +18,10 @@ from senticlip.data.made import make
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain
+from senticlip.explain import page as template
 from senticlip.files import alone, write_text
 from senticlip.predictor import load
 from senticlip.progress import counter
-from senticlip.structures import LABELS
 from senticlip.tables import load_preset
 from senticlip.train import stages_of, train
 
@@ -107,5 +106,4 @@ def curves(found: dict[str, dict[str, Any]]) -> str:
 
 def page(found: dict[str, dict[str, Any]], shown: list[dict[str, Any]]) -> str:
     """The report: accuracy by modality, confusion, curves, clips with their predictions."""
-    pages = Environment(loader=PackageLoader("senticlip"), autoescape=select_autoescape())
-    return pages.get_template("report.html").render(found=found, shown=shown, labels=LABELS, curves=curves(found))
+    return template("report.html", found=found, shown=shown, curves=curves(found))

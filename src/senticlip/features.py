@@ -11,8 +11,9 @@ from senticlip import runtime
 from senticlip.config import Config
 from senticlip.data.audio import audio_store
 from senticlip.data.loader import Rows
-from senticlip.data.mmsa import LABELS, SPLITS, write_features
+from senticlip.data.mmsa import LABELS, write_features
 from senticlip.data.sims import read_clips
+from senticlip.data.table import SPLITS
 from senticlip.encoders.text import tokenize
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel

@@ -50,9 +50,9 @@ class Uncertainty(nn.Module):
             parts.append(torch.exp(-self.s[name]) * loss + bound)
         return torch.stack(parts).sum()
 
-    def weights(self, names: list[str]) -> Tensor:
-        """exp(−s) of each name, not normalised."""
-        return torch.exp(-torch.stack([self.s[name] for name in names]))
+    def weights(self) -> Tensor:
+        """exp(−s) of each name, in their order, not normalised."""
+        return torch.exp(-torch.stack(list(self.s.values())))
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -66,14 +66,15 @@ class WeightedSum(nn.Module):
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
+        self.names = names
 
     def forward(self, losses: dict[str, Tensor], heard: dict[str, Tensor] | None = None) -> Tensor:
         """Scalar losses by name → scalar."""
         return torch.stack(list(losses.values())).sum()
 
-    def weights(self, names: list[str]) -> Tensor:
+    def weights(self) -> Tensor:
         """Equal weights."""
-        return torch.ones(len(names))
+        return torch.ones(len(self.names))
 
     def clamp(self) -> None:
         """Nothing to keep."""

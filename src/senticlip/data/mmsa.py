@@ -17,11 +17,11 @@ import numpy as np
 
 from senticlip.data import unpickle
 from senticlip.data.cache import MISSING, Store, cached, file_key
-from senticlip.data.table import normal_id
+from senticlip.data.table import SPLITS, normal_id
 from senticlip.files import write_whole
 from senticlip.structures import Clip, UserError
 
-SPLITS, SUFFIXES = ("train", "valid", "test"), (".pkl", ".pickle")
+SUFFIXES = (".pkl", ".pickle")
 LABELS = {"M": "regression_labels", **{name: f"regression_labels_{name}" for name in "TAV"}}
 VERSION = 1
 

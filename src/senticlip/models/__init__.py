@@ -97,7 +97,8 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
     weights = folder if label.pretrained and source.pretrained else None
     ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder, random=weights is None), prompts, 52)
     if len({tuple(row) for row in ids.tolist()}) < len(prompts):
-        raise UsageError("label.names, label.prompt: two labels read alike (52 tokens count) — give names that differ")
+        why = "the same name, words that it does not know, or over 52 tokens"
+        raise UsageError(f"label.names, label.prompt: to the encoder two labels read alike ({why}) — give others")
     return {"spec": spec, "shape": list(ids.shape)}, weights, ids, mask
 
 

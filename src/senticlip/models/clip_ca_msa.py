@@ -102,7 +102,7 @@ class ClipCaMsa(nn.Module):
     def weights(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """w_i = exp(−s_i) / Σ over the present modalities, B each; a row without any modality gets zeros."""
         stacked = torch.stack([present[name] for name in self.names], 1)  # B×heads
-        w = self.combine.weights(self.names).to(stacked.device) * stacked
+        w = self.combine.weights().to(stacked.device) * stacked
         w = w / w.sum(1, keepdim=True).clamp_min(1e-12)
         return dict(zip(self.names, w.unbind(1), strict=True))
 
