@@ -158,7 +158,7 @@ def labels_of_self_mm(ours):
 
     args = settings("self_mm", train_samples=48, dataset_name="sims")
     trainer, heads = Trainer(args), {"fusion": "fused", "text": "text", "audio": "audio", "vision": "vision"}
-    ours.prepare(48)
+    ours.prepare(range(48))
     torch.manual_seed(1)
     truth = torch.randint(-5, 6, (48,)) / 5
     trainer.init_labels(torch.arange(48), truth)

@@ -113,7 +113,7 @@ def our_epoch(name, path, folder):
     torch.manual_seed(0)
     network = network_class(name)(config, DIMS).train()
     if hasattr(network, "prepare"):
-        network.prepare(len(data))
+        network.prepare(data)
     train = config.train
     groups = network.param_groups(config) if hasattr(network, "param_groups") else network.parameters()
     optimizer = torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True)

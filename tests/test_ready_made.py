@@ -15,6 +15,7 @@ from senticlip.config import Config
 from senticlip.data.openface import WIDTH
 from senticlip.data.sims import read_clips
 from senticlip.evaluate import evaluate
+from senticlip.models.base import SentimentModel
 from senticlip.sources import feature_rows, ready_made
 from senticlip.structures import Clip, UsageError, UserError
 from senticlip.train import train
@@ -51,6 +52,17 @@ def test_a_model_trains_on_a_feature_file_alone(tmp_path, folder, model):
     found = evaluate(tmp_path / "run", folder)
     assert found["n"] == 12
     assert ("mae" in found) == (model in ("lmf", "self_mm"))
+
+
+def test_sound_is_whitened_by_the_training_set(tmp_path, folder):
+    train(config("clip_ca_msa"), folder, tmp_path / "run")
+    whiten = SentimentModel.from_pretrained(tmp_path / "run").network.whiten
+    store, width = feature_rows(config(), read_clips(folder, "train"), folder)["audio"]
+    values, mask = store.gather(np.arange(len(store)))
+    np.testing.assert_allclose(whiten.mean, values[mask].mean(0, dtype=np.float64), atol=1e-5)
+    found = np.cov(values[mask].astype(np.float64) @ np.asarray(whiten.turn), rowvar=False, bias=True)
+    assert np.abs(found - np.diag(np.diag(found))).max() < 1e-3
+    assert len(found) == width
 
 
 def test_clips_of_a_feature_file_can_be_split_anew(folder):

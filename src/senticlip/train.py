@@ -204,7 +204,7 @@ def fit(
     config = model.experiment
     frozen = {name: model.encoders.pop(name) for name in list(model.encoders) if model.frozen(name)}
     if hasattr(model.network, "prepare"):
-        model.network.prepare(len(training))
+        model.network.prepare(training)
     if config.train.balance == "weights" and hasattr(model.network, "class_weights"):
         counts = np.bincount(_classes_of(training, config), minlength=len(LABELS))
         model.network.class_weights.copy_(torch.tensor(counts.sum() / len(LABELS) / counts.clip(1)))

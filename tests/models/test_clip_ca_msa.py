@@ -9,7 +9,7 @@ from tests.models.tester import DIMS, ModelTester, answers, features
 from transformers import BertConfig
 
 from senticlip.config import Config
-from senticlip.models.clip_ca_msa import ClipCaMsa
+from senticlip.models.clip_ca_msa import ClipCaMsa, Whiten
 from senticlip.models.fusion import CrossAttentionBlock
 from senticlip.models.heads import SimilarityHead
 from senticlip.structures import Sequence
@@ -84,6 +84,24 @@ def test_the_order_of_frames(temporal, matters):
     answer = answers(network(batch._replace(modalities={"vision": Sequence(values, full)})))
     turned = answers(network(batch._replace(modalities={"vision": Sequence(values.flip(1), full)})))
     assert torch.allclose(answer, turned, atol=1e-6) != matters
+
+
+def test_whitened_sound_has_no_columns_that_go_together():
+    random = torch.Generator().manual_seed(0)
+    mixed = torch.randn(500, 6, generator=random) @ torch.randn(6, 6, generator=random) * 3 - 7
+    rows = torch.cat([mixed, torch.full((500, 1), 4.0)], 1)  # a band in which nothing is heard
+    whiten = Whiten(7)
+    sound = Sequence(rows[None], torch.ones(1, 500, dtype=torch.bool))
+    assert torch.equal(whiten(sound).values, sound.values)
+    whiten.learn(rows.split(64))
+    found = whiten(sound).values[0]
+    torch.testing.assert_close(found.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
+    wanted = torch.eye(7)
+    wanted[0, 0] = 0  # the smallest direction comes first
+    torch.testing.assert_close(found.T @ found / 500, wanted, atol=0.02, rtol=0)
+    before = whiten.turn.clone()
+    whiten.learn([])
+    assert torch.equal(whiten.turn, before)
 
 
 def softmax(x):

@@ -5,8 +5,10 @@ Chen et al. 2024, "基于CLIP和交叉注意力的多模态情感分析模型", 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,39 @@ class Entrance(nn.Module):
         return Sequence(torch.cat([first[:, None], x[:, 1:]], 1), mask)
 
 
+class Whiten(nn.Module):
+    """Sound, decorrelated: its columns less their mean, turned and scaled to a covariance of about 1, B×L×d → B×L×d.
+
+    The bands of a log-mel all but repeat each other, and what tells voices apart is their small differences, which a
+    gradient finds late. (Cepstra, its cosine transform, do the half of it, for log-mels only.)
+    """
+
+    mean: Tensor
+    turn: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("turn", torch.eye(dim))
+
+    def forward(self, features: Sequence) -> Sequence:
+        """Each position by itself."""
+        return Sequence((features.values.to(self.mean) - self.mean) @ self.turn, features.mask)
+
+    def learn(self, parts: Iterable[Tensor]) -> None:
+        """From the positions of a training set, N×d a part; a direction in which nothing happens stays small."""
+        count, width = 0, len(self.mean)
+        total, squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+        for part in parts:
+            rows = part.double()
+            count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.T @ rows
+        if count:
+            mean = total / count
+            spread, directions = torch.linalg.eigh(squares / count - mean[:, None] * mean)
+            self.mean.copy_(mean)
+            self.turn.copy_(directions / (spread.clamp_min(0) + 1e-3).sqrt())
+
+
 class ClipCaMsa(nn.Module):
     """The fusion network: what comes after the encoders.
 
@@ -61,6 +96,7 @@ class ClipCaMsa(nn.Module):
     def __init__(self, config: Config, dims: dict[str, int], label: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.config, self.names, self.dims = config, list(config.modalities), dims
+        self.whiten: Any = Whiten(dims["audio"]) if "audio" in self.names else None
         self.entrances = nn.ModuleDict({name: Entrance(dims[name], config.width) for name in self.names})
         self.temporal: Any = TEMPORAL[config.temporal](config) if "vision" in self.names else None
         self.fusion = FUSION[config.fusion](config, self.names) if len(self.names) > 1 else None
@@ -82,6 +118,8 @@ class ClipCaMsa(nn.Module):
         for name in self.names:
             features = batch.modalities.get(name) or _nothing(rows, self.dims[name], device)
             present[name] = features.mask.any(1)  # B
+            if name == "audio":
+                features = self.whiten(features)
             states[name] = self.entrances[name](features, present[name])  # B×L×d
         if self.temporal is not None:
             states["vision"] = self.temporal(states["vision"])  # eq. 8, B×(1+m)×d
@@ -125,6 +163,14 @@ class ClipCaMsa(nn.Module):
             use = speaks.to(rows.dtype)
             losses[name] = (rows * use).sum() / use.sum().clamp_min(1)
         return self.combine(losses, heard), {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def prepare(self, training: Any) -> None:
+        """Read through the sound of the training set (a ClipSet), whose statistics whiten it."""
+        if self.whiten is not None:
+            store = training.stores["audio"]
+            parts = map(store.gather, np.array_split(np.arange(len(store)), 1 + len(store) // 64))
+            self.whiten.learn(torch.from_numpy(values[mask]) for values, mask in parts)
 
     @torch.no_grad()
     def step_finished(self) -> None:

@@ -8,6 +8,7 @@ where no label is on one side of zero, that centre stays at zero instead of NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -89,10 +90,13 @@ class SelfMM(Peer):
             {n: Branch(widths[n], o[f"{n}_post"], o[f"{n}_dropout"]) for n in self.heads}
         )
         self.epoch = 1
-        self.prepare(o["train_size"])
+        self._make_room(o["train_size"])
 
-    def prepare(self, size: int) -> None:
-        """Forget all rows and make room for ``size``."""
+    def prepare(self, training: Sized) -> None:
+        """Forget all rows, and make room for those of the training set."""
+        self._make_room(len(training))
+
+    def _make_room(self, size: int) -> None:
         place = self.branches[JOINT].layer1.weight
         self.register_buffer("labels", place.new_full((len(self.heads), size), torch.nan))
         for name in self.heads:
@@ -103,7 +107,7 @@ class SelfMM(Peer):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         """The room is that of the training set which the checkpoint knows."""
         if (labels := state_dict.get(prefix + "labels")) is not None:
-            self.prepare(labels.shape[1])
+            self._make_room(labels.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def epoch_started(self, epoch: int) -> None:
