@@ -246,6 +246,15 @@ def test_self_mm_labels_move_as_the_paper_says():
     torch.testing.assert_close(network.labels[0], truth)
 
 
+def test_an_lstm_stays_in_its_own_precision_under_autocast():
+    net = LastState(4, 3)
+    sequence = Sequence(torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = net(sequence)
+    torch.testing.assert_close(found, net(sequence))
+    assert net.double()(sequence).dtype == torch.float64
+
+
 def test_self_mm_learns_nothing_from_what_is_not_there():
     network: SelfMM = TestSelfMM().network(("text", "vision"), **{"options.train_size": 4})
     batch = features(4, absent=((1, "vision"), (2, "vision")))

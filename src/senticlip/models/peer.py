@@ -139,8 +139,8 @@ class LastState(nn.Module):
         values, lengths = packed(sequence)
         steps = lengths.clamp(min=1).cpu()
         with torch.autocast(values.device.type, enabled=False):  # a processor without bf16 has no such LSTM
-            packed_up = nn.utils.rnn.pack_padded_sequence(values.float(), steps, True, enforce_sorted=False)
-            _, (last, _) = self.lstm(packed_up)
+            values = values.to(self.lstm.weight_ih_l0.dtype)
+            _, (last, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(values, steps, True, enforce_sorted=False))
         return last[0] * present(sequence)
 
 
