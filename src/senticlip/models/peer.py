@@ -139,7 +139,7 @@ class LastState(nn.Module):
         values, lengths = packed(sequence)
         steps = lengths.clamp(min=1).cpu()
         with torch.autocast(values.device.type, enabled=False):  # a processor without bf16 has no such LSTM
-            values = values.to(self.lstm.weight_ih_l0.dtype)
+            values = values.to(next(self.lstm.parameters()).dtype)
             _, (last, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(values, steps, True, enforce_sorted=False))
         return last[0] * present(sequence)
 
