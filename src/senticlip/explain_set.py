@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from senticlip.models.base import only
 from senticlip.occlusion import change
 from senticlip.progress import bar
 from senticlip.sources import clip_set, reads
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, UserError, polarity
+from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, polarity
 
 KINDS = {
     "agree": "文字与画面一致",
@@ -136,21 +136,16 @@ def answered(
         chosen = list(range(begin, min(begin + size, len(clips))))
         inputs = rows.__getitems__(chosen)
         features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
+        whole = predictor.predictions(model.fuse(features))
         there = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
-        said = functools.partial(_said, predictor, features)
-        whole, without = said(there), {name: said(there.keys() - {name}) for name in there}
-        alone = {name: said({name}) for name in there}
+        without = {name: predictor.predictions(model.fuse(only(features, there.keys() - {name}))) for name in there}
+        alone = {name: predictor.predictions(output) for name, output in model.alone(features).items()}
         for i, place in enumerate(chosen):
             present = [name for name in there if there[name][i]] if sum(map(itemgetter(i), there.values())) > 1 else []
             parts = ({SURFACE[name]: answers[name][i] for name in present} for answers in (without, alone))
             found.append(Answered(clips[place], clips[place].labels[target], whole[i], *parts))
         advance(len(chosen))
     return found
-
-
-def _said(predictor: Any, features: Batch, names: Collection[str]) -> list[Prediction]:
-    """The answers from these modalities' features."""
-    return predictor.predictions(predictor.model.fuse(only(features, names)))
 
 
 def _right(row: Answered) -> float:

@@ -92,8 +92,10 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
                 raise UsageError(f"options.{name}: {wrong[0]!r} — there is {', '.join(words[name])}")
         elif name.endswith("dropout") and not 0 <= value < 1:
             raise UsageError(f"options.{name}: {value} — must be at least 0 and below 1")
-        elif not value >= (least := int(type(value) is int and name != "train_size")) or value == math.inf:
-            raise UsageError(f"options.{name}: {value} — must be at least {least}")
+        else:  # of everything that is counted, but the rows of a training set, there is one at least
+            least = 1 if type(value) is int and name != "train_size" else 0
+            if not least <= value < math.inf:
+                raise UsageError(f"options.{name}: {value} — must be at least {least}")
     if options.get("width", 0) % options.get("heads", 1):
         raise UsageError(f"options.width: {options['width']} cannot be divided among heads: {options['heads']}")
 
