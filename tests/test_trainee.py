@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from senticlip.config import Config
-from senticlip.structures import Batch, Sequence
+from senticlip.structures import Batch, Output, Sequence
 from senticlip.trainee import Trainee, mislead, recombine
 
 ROWS = 400
@@ -83,48 +83,114 @@ def test_a_single_modality_has_no_partner(batch):
     assert torch.equal(same.modalities["text"].values, parts["text"].values)
 
 
-def test_words_and_faces_of_other_classes_mislead(batch):
+@pytest.fixture
+def sound(batch):
+    """Features B×5×3 that say their row, its square and their place; sound in all rows."""
     parts, labels = batch
-    parts = parts | {"audio": parts["text"]}
+    row, place = torch.arange(ROWS, dtype=torch.float64)[:, None], torch.arange(5.0, dtype=torch.float64)
+    values = torch.stack(torch.broadcast_tensors(row, row**2, place), -1)
+    holes = parts["vision"].mask.clone()
+    holes[4::5, 1] = False  # of five places the second is not real
+    found = {"text": Sequence(values, parts["text"].mask), "vision": Sequence(values, holes)}
+    return found | {"audio": Sequence(values, parts["text"].mask)}, labels
+
+
+def mixture(before, after):
+    """By row: the number of the row that was mixed in, and how much of it (nothing: the row itself)."""
+    own, mixed = before.values[:, 0], after.values[:, 0]
+    moved = mixed[:, 0] != own[:, 0]
+    # (1 − s)·a + s·b and (1 − s)·a² + s·b²: their changes are in the ratio a + b
+    other = torch.where(moved, (mixed[:, 1] - own[:, 1]) / (mixed[:, 0] - own[:, 0]) - own[:, 0], own[:, 0])
+    share = torch.where(moved, (mixed[:, 0] - own[:, 0]) / (other - own[:, 0]), 0)
+    return other.round().long(), share
+
+
+def test_words_and_faces_of_other_classes_mislead(sound):
+    parts, labels = sound
     misled = mislead(parts, labels | {"A": labels["M"]}, 0.3)
     assert misled["audio"] is parts["audio"]  # no encoder knows it by heart
     for name, own in (("text", "T"), ("vision", "V")):
-        rows = sources(misled, name)
+        rows, share = mixture(parts[name], misled[name])
         known, moved = ~labels[own].isnan(), rows != torch.arange(ROWS)
         assert not moved[~known].any()
         assert (labels[own][rows].sign() != labels[own].sign())[moved].all()
-        assert 0.22 < moved[known].float().mean() < 0.38
+        assert 0.22 < moved[known].double().mean() < 0.38
+        assert share.min() >= 0
+        assert share.max() < 1
+        assert abs(share[moved].mean() - 0.5) < 0.1
+        assert torch.equal(misled[name].mask, parts[name].mask)
 
 
-def test_only_rows_with_sound_are_misled_and_only_by_words_that_are_there(batch):
-    parts, labels = batch
+def test_the_other_row_is_stretched_over_the_real_places(sound):
+    parts, labels = sound
+    misled = mislead(parts, labels, 1.0)
+    for name in ("text", "vision"):
+        mask = parts[name].mask
+        rows, share = mixture(parts[name], misled[name])
+        real = [[place for place in range(5) if there[place]] for there in mask]
+        seen = 0
+        for row in range(ROWS):
+            if share[row] < 0.01:
+                continue
+            for number, place in enumerate(real[row]):
+                theirs = real[rows[row]]
+                from_there = theirs[number * len(theirs) // len(real[row])]
+                wanted = (1 - share[row]) * place + share[row] * from_there
+                assert abs(misled[name].values[row, place, 2] - wanted) < 1e-6
+                seen += from_there != place
+        assert seen > 50
+
+
+def test_only_rows_with_sound_are_misled_and_only_by_words_that_are_there(sound):
+    parts, labels = sound
     silent = torch.arange(ROWS) % 3 == 0
-    wordless = torch.arange(ROWS) % 5 == 0
+    wordless = torch.arange(ROWS) % 7 == 0
     parts = parts | {
         "text": Sequence(parts["text"].values, parts["text"].mask & ~wordless[:, None]),
-        "audio": Sequence(parts["text"].values, parts["text"].mask & ~silent[:, None]),
+        "audio": Sequence(parts["audio"].values, parts["audio"].mask & ~silent[:, None]),
     }
     misled = mislead(parts, labels, 1.0)
     for name in ("text", "vision"):
-        rows = misled[name].values[:, 0]
+        rows, _ = mixture(parts[name], misled[name])
         moved = rows != torch.arange(ROWS)
         assert moved.any()
         assert not moved[silent].any()
-        assert torch.equal(misled[name].mask, parts[name].mask[rows])
         if name == "text":
             assert not moved[wordless].any()
             assert not wordless[rows[moved]].any()
 
 
-def test_nobody_is_misled_where_there_is_no_sound(batch):
-    parts, labels = batch
-    trainee = SimpleNamespace(experiment=Config().override({"train.mislead": 1.0}))
-    assert Trainee.disturb(trainee, Batch(parts, labels)).modalities == parts
-    parts = parts | {"audio": parts["text"]}
-    trainee = SimpleNamespace(
-        experiment=Config(modalities=["text", "vision", "audio"]).override({"train.mislead": 1.0})
-    )
-    assert Trainee.disturb(trainee, Batch(parts, labels)).modalities["text"] is not parts["text"]
-    one_class = {"T": torch.ones(ROWS), "V": torch.full((ROWS,), torch.nan)}
-    same = mislead(parts, one_class, 1.0)
+class Mirror(torch.nn.Module):
+    """A model whose features are what it is given; it keeps what it was to fuse."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.experiment = config
+
+    def encode(self, batch):
+        return batch
+
+    def fuse(self, batch):
+        self.seen = batch
+        return Output(log_probs=torch.zeros(ROWS, 3))
+
+    def loss(self, output, batch):
+        return torch.zeros(()), {}
+
+
+@pytest.mark.parametrize("names", [("text", "vision"), ("text", "vision", "audio")], ids="+".join)
+def test_in_training_alone_and_where_there_is_sound_features_are_misled(sound, names):
+    parts, labels = sound
+    trainee = Trainee(Mirror(Config().override({"train.mislead": 1.0})))
+    inputs = {name: parts[name].values for name in names} | {f"{name}_mask": parts[name].mask for name in names}
+    for training in (True, False):
+        trainee.train(training)
+        trainee(**inputs, **{f"label_{name}": score for name, score in labels.items()})
+        same = torch.equal(trainee.model.seen.modalities["text"].values, parts["text"].values)
+        assert same != (training and "audio" in names)
+
+
+def test_without_another_class_nobody_is_misled(sound):
+    parts, _ = sound
+    same = mislead(parts, {"T": torch.ones(ROWS), "V": torch.full((ROWS,), torch.nan)}, 1.0)
     assert all(torch.equal(same[name].values, parts[name].values) for name in parts)

@@ -48,6 +48,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "audio.bands": (1, 128),
     "audio.average": (1, MOST),
     "audio.lr": (0, MOST),
+    "audio.own": (0, MOST),
     "label.lr": (0, MOST),
     "train.epochs": (1, MOST),
     "train.batch_size": (1, MOST),
@@ -101,14 +102,15 @@ class VisionConfig:
 
 @dataclass
 class AudioConfig:
-    """Log-mel frames of 20 ms; no pretrained network is needed, and ``lr`` is the rate of the layer that takes them in.
+    """Log-mel frames of 20 ms, the mean of ``average`` a step; ``lr`` is the rate of the layer that takes them in.
 
-    ``average``: so many frames become one step, their mean.
+    ``own``: how much it counts in clip_ca_msa's loss what the sound by itself says about its own label (A).
     """
 
     bands: int = 33
     average: int = 1
     lr: float = 1e-3
+    own: float = 0.0
 
 
 @dataclass
@@ -244,9 +246,7 @@ class Config:
         for modality in {*self.modalities} & {*stage.modalities}:
             for key in SHAPES.get(modality, ()):
                 if (its := attrgetter(key)(stage)) != (mine := attrgetter(key)(self)):
-                    raise UsageError(
-                        f"stages.{name}: {key} is {its}, but {mine} in the main training — make them the same"
-                    )
+                    raise UsageError(f"stages.{name}: {key} is {its}, but {mine} in the main one — make them the same")
         return stage
 
 

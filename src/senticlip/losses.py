@@ -26,6 +26,11 @@ def cross_entropy(
     return rows if weight is None else rows * weight.to(rows.dtype)[target]
 
 
+def mean_of(rows: Tensor, known: Tensor) -> Tensor:
+    """The mean of the known rows; 0 with a gradient path if there is none."""
+    return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
+
+
 class Uncertainty(nn.Module):
     """Σ exp(−s_i) L_i + s_i / 2, s_i = log σ_i² (eq. 17; Kendall, Gal & Cipolla 2018, classification form).
 

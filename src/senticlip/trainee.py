@@ -56,10 +56,12 @@ class Trainee(nn.Module):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Loss and prediction (log-probabilities B×C, or scores B); in evaluation what ``logged`` names, B each."""
         batch = to_batch(inputs)
-        if self.training:
-            batch = self.disturb(batch)
         model = self.model if self.training or self.average is None else self.average
-        output = model(batch)
+        batch = model.encode(self.disturb(batch) if self.training else batch)
+        chance = self.experiment.train.mislead
+        if self.training and chance and "audio" in batch.modalities:
+            batch = batch._replace(modalities=mislead(batch.modalities, batch.labels, chance))
+        output = model.fuse(batch)
         loss, parts = model.loss(output, batch)
         prediction = output.score if output.score is not None else output.log_probs
         assert prediction is not None
@@ -72,7 +74,7 @@ class Trainee(nn.Module):
         return {"loss": loss, "prediction": prediction, **log}
 
     def disturb(self, batch: Batch) -> Batch:
-        """Augment and choose frames, exchange words and faces, leave out a modality now and then, and mislead."""
+        """Augment and choose frames, exchange words and faces, and leave out a modality now and then."""
         parts = dict(batch.modalities)
         vision, config = parts.get("vision"), self.experiment
         if vision is not None and vision.values.dtype == torch.uint8:
@@ -88,8 +90,6 @@ class Trainee(nn.Module):
             for i, (name, sequence) in enumerate(parts.items()):
                 gone = (lost & (which == i)).to(sequence.mask.device)
                 parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
-        if config.train.mislead and "audio" in parts:
-            parts = mislead(parts, batch.labels, config.train.mislead)
         return Batch(parts, batch.labels, batch.rows)
 
 
@@ -118,15 +118,15 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
 
 
 def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """Where there is sound, now and then words, or a face, of a row with another own label; the joint label stays.
+    """Where there is sound, features of words or faces are now and then mixed with those of another own label.
 
-    Encoders know the clips that they were trained on, and err on others. A network that sees only the former learns to
-    listen to nothing else; sound has no such encoder, and stays as it is.
+    Encoders know the clips that they were trained on; of others they are less sure, and err. A network that sees only
+    the former learns to listen to nothing else; sound has no such encoder, and stays as it is. The joint label stays.
 
     Args:
-        parts: the modalities of a batch, B rows each.
-        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
-        chance: the share of rows in which a modality is exchanged.
+        parts: the features of a batch by modality, B×L×d; a row's positions meet the other row's in proportion.
+        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays as it is.
+        chance: the share of rows in which a modality is mixed: anything from nothing to all of it is the other row's.
     """
     misled, heard = dict(parts), parts["audio"].mask.any(1).cpu()
     for name, sequence in parts.items():
@@ -140,5 +140,16 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
         rows = torch.arange(len(own))
         if chosen.any():
             rows[chosen] = torch.multinomial(other[chosen].float(), 1)[:, 0]
-        misled[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
+        share = (torch.rand(len(own)) * chosen).to(sequence.values)[:, None, None]
+        mixed = sequence.values.lerp(_stretched(sequence, rows.to(sequence.mask.device)), share)
+        misled[name] = Sequence(mixed, sequence.mask)
     return misled
+
+
+def _stretched(sequence: Sequence, rows: Tensor) -> Tensor:
+    """The values of ``rows``, their real positions stretched over those of each row in turn, B×L×d."""
+    real = sequence.mask.sum(1, keepdim=True)  # B×1
+    places = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[rows]  # the other's real ones first
+    rank = (sequence.mask.cumsum(1) - 1).clamp_min(0)  # a real position's number in its row
+    at = places.gather(1, rank * real[rows] // real.clamp_min(1))
+    return sequence.values[rows[:, None], at]

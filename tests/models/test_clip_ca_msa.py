@@ -104,6 +104,33 @@ def test_whitened_sound_has_no_columns_that_go_together():
     assert torch.equal(whiten.turn, before)
 
 
+def test_the_sound_by_itself_learns_its_own_label():
+    names = ("text", "vision", "audio")
+    network = TestPaper().network(names, **{"audio.own": 0.5}).eval()
+    batch = features(names=names, absent=[(1, "audio")])
+    batch.labels["A"][2] = torch.nan
+    output = network(batch)
+    logits, target = output.features["heard"].detach().numpy(), np.sign(batch.labels["A"].numpy())
+    heard = [0, 3, 4]  # row 1 has no sound, of row 2 the label is not known
+    chances = softmax(logits[heard])[range(3), [int(target[row]) + 1 for row in heard]]
+    loss, parts = network.loss(output, batch)
+    np.testing.assert_allclose(parts["loss_own"], -np.log(chances).mean(), rtol=1e-5)
+    network.config.audio.own = 0.0
+    np.testing.assert_allclose(loss.item(), network.loss(output, batch)[0].item() + 0.5 * parts["loss_own"], rtol=1e-5)
+
+    parts["loss_own"] = network._own_loss(output, batch)
+    parts["loss_own"].backward()
+    taught = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert taught == {f"entrances.audio.project.{kind}" for kind in ("weight", "bias")} | {"entrances.audio.absent"} | {
+        name for name, _ in network.named_parameters() if name.startswith("hearing.")
+    }
+
+
+@pytest.mark.parametrize("names", [("audio",), ("text", "vision")], ids="+".join)
+def test_where_sound_is_fused_with_nothing_its_own_label_is_no_task(names):
+    assert TestPaper().network(names, **{"audio.own": 0.5}).hearing is None
+
+
 def softmax(x):
     powers = np.exp(x - x.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from senticlip.config import Config
 from senticlip.encoders.labels import LabelEncoder
-from senticlip.losses import LOSSES, cross_entropy
+from senticlip.losses import LOSSES, cross_entropy, mean_of
 from senticlip.models.fusion import FUSION
 from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
 from senticlip.models.temporal import TEMPORAL
-from senticlip.structures import LABELS, Batch, Output, Sequence
+from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
 
 def classes(scores: Tensor) -> Tensor:
@@ -103,6 +103,8 @@ class ClipCaMsa(nn.Module):
         self.labels = LabelEncoder(label["spec"], tuple(label["shape"]), config.label.train) if label else None
         self.heads = nn.ModuleDict({name: self._head(name) for name in self.names})
         self.combine: Any = LOSSES[config.loss](self.names)
+        hears = self.fusion is not None and "audio" in self.names and config.audio.own
+        self.hearing = PooledHead(config) if hears else None
         self.register_buffer("temperature", torch.ones(len(self.names)))
         self.register_buffer("class_weights", torch.ones(len(LABELS)))
 
@@ -123,13 +125,15 @@ class ClipCaMsa(nn.Module):
             states[name] = self.entrances[name](features, present[name])  # B×L×d
         if self.temporal is not None:
             states["vision"] = self.temporal(states["vision"])  # eq. 8, B×(1+m)×d
+        own = {"heard": self.hearing(states["audio"]).float()} if self.hearing is not None else {}
         maps: dict[str, Tensor] = {}
         if self.fusion is not None:
             states, maps = self.fusion(states, attention)  # eq. 9-12
         logits = {name: self._logits(name, states[name]).float() for name in self.names}
         weights = self.weights(present)
         log_probs = self.decide(logits, weights)
-        return Output(logits, log_probs, weights, None, maps, {name: s.values[:, 0] for name, s in states.items()})
+        first = {name: s.values[:, 0] for name, s in states.items()}
+        return Output(logits, log_probs, weights, None, maps, first | own)
 
     def _logits(self, name: str, states: Sequence) -> Tensor:
         if isinstance(self.heads[name], SimilarityHead):
@@ -160,9 +164,19 @@ class ClipCaMsa(nn.Module):
             rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
             speaks = known & (output.weights[name] > 0)
             heard[name] = speaks.any()
-            use = speaks.to(rows.dtype)
-            losses[name] = (rows * use).sum() / use.sum().clamp_min(1)
-        return self.combine(losses, heard), {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+            losses[name] = mean_of(rows, speaks)
+        total = self.combine(losses, heard)
+        if self.hearing is not None:
+            losses["own"] = self._own_loss(output, batch)
+            total = total + self.config.audio.own * losses["own"]
+        return total, {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+
+    def _own_loss(self, output: Output, batch: Batch) -> Tensor:
+        """Cross-entropy of what the sound by itself says about its own label, as in Yu et al. 2020 (CH-SIMS)."""
+        scores = batch.labels[OWN_LABEL["audio"]]
+        known = ~scores.isnan() & (output.weights["audio"] > 0)
+        logits, target = output.features["heard"], classes(scores.nan_to_num())
+        return mean_of(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), known)
 
     @torch.no_grad()
     def prepare(self, training: Any) -> None:

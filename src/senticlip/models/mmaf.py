@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.losses import LOSSES
-from senticlip.models.peer import Peer, groups, masked_mean, mean_of
+from senticlip.losses import LOSSES, mean_of
+from senticlip.models.peer import Peer, groups, masked_mean
 from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
 

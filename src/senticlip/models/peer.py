@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config, typed
-from senticlip.losses import cross_entropy
+from senticlip.losses import cross_entropy, mean_of
 from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Sequence, UsageError
 
 
@@ -98,11 +98,6 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
                 raise UsageError(f"options.{name}: {value} — must be at least {least}")
     if options.get("width", 0) % options.get("heads", 1):
         raise UsageError(f"options.width: {options['width']} cannot be divided among heads: {options['heads']}")
-
-
-def mean_of(rows: Tensor, known: Tensor) -> Tensor:
-    """The mean of the known rows; 0 with a gradient path if there is none."""
-    return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
 
 
 def masked_mean(sequence: Sequence) -> Tensor:

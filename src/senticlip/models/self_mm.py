@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.models.peer import LastState, Peer, groups, masked_mean, mean_of, packed, present
+from senticlip.losses import mean_of
+from senticlip.models.peer import LastState, Peer, groups, masked_mean, packed, present
 from senticlip.structures import Batch, Output, Sequence, UsageError
 
 JOINT = "fused"
