@@ -17,17 +17,20 @@ from senticlip.data.video import read_frames
 
 
 def read_all(path: Path, frames: int = 6) -> np.ndarray:
-    """Decode every frame, keep those in the middle of ``frames`` equal parts: k×3×H×W RGB."""
+    """Decode every frame, keep those that are shown in the middle of ``frames`` equal parts: k×3×H×W RGB."""
     video = cv2.VideoCapture(str(path))
-    every = []
+    every, times = [], []
     while True:
         there, image = video.read()
         if not there:
             break
         every.append(image)
+        times.append(video.get(cv2.CAP_PROP_POS_MSEC))
     video.release()
-    chosen = [every[int((i + 0.5) * len(every) / frames)] for i in range(frames)]
-    return np.stack([image[..., ::-1].transpose(2, 0, 1) for image in chosen])
+    length = times[-1] - times[0] + sum(np.diff(times)[-1:])
+    middles = times[0] + (np.arange(frames) + 0.5) * length / frames
+    chosen = np.searchsorted(times, middles + 0.01, side="right") - 1
+    return np.stack([every[i][..., ::-1].transpose(2, 0, 1) for i in chosen])
 
 
 def same(one: np.ndarray, two: np.ndarray) -> float:
