@@ -58,7 +58,7 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("text.max_length=3", "config key text.max_length: 3 — must be at least 4"),
         ("text.train=0", "config key text.train: 0 — must be at least 1"),
         ("vision.size=0", "config key vision.size: 0 — must be at least 8"),
-        ("vision.frames=0", "config key vision.frames: 0 — must be at least 1"),
+        ("vision.frames=0", "config key vision.frames: 0 — must be from 1 to 1000"),
         ("vision.train_frames=0", "config key vision.train_frames: 0 — must be at least 1"),
         ("train.accumulation=0", "config key train.accumulation: 0 — must be at least 1"),
         ("train.ema=2", "config key train.ema: 2.0 — must be from 0 to 0.99999"),

@@ -41,7 +41,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "text.prefix_length": (1, MOST),
     "vision.train": (1, MOST),
     "vision.lr": (0, MOST),
-    "vision.frames": (1, MOST),
+    "vision.frames": (1, 1000),
     "vision.size": (8, MOST),
     "vision.train_frames": (1, MOST),
     "vision.augment": (0, MOST),
