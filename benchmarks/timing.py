@@ -165,7 +165,7 @@ def describe(path: Path) -> str:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-        seconds = float(stream.duration * stream.time_base)
+        seconds = (container.duration or 0) / av.time_base
     behind = np.array(stamps) < np.maximum.accumulate(stamps)  # shown before one that is decoded earlier
     return f"{path.stat().st_size * 8e-6 / seconds:.1f} Mbit/s, {behind.mean():.0%} B-frames"
 
