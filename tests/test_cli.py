@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,6 +108,15 @@ def test_whatever_the_environment_says_of_threads(place, say, monkeypatch, threa
             assert torch.get_num_threads() == int(threads.split(",")[0])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("policy", "count"), [(None, "1000"), ("ACTIVE", "None")])
+def test_threads_are_told_not_to_spin_before_torch_starts_them(policy, count):
+    told = "import os, sys; from senticlip import cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    done = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [count, "False"]
 
 
 def test_evaluate_of_one_run_and_of_two(place, say):
