@@ -170,7 +170,7 @@ def test_a_section_that_is_given_in_part_keeps_the_rest():
 def test_a_stage_whose_encoder_would_not_fit_is_told_before_it_is_trained():
     for key, value in (("prompt", "none"), ("text.prefix_length", 2), ("text.encoder", "other")):
         config = Config().override({"stages": {"text": {"modalities": ["text"], key: value}}})
-        with pytest.raises(UsageError, match=rf"stages\.text: {key} is {value}, but .* in the main one"):
+        with pytest.raises(UsageError, match=rf"stages\.text: {key} is {value}, but .* in the main training"):
             config.stage("text")
     eyes = {"modalities": ["vision"], "text.prefix_length": 2, "prompt": "none", "vision.size": 96}
     assert Config().override({"stages": {"eyes": eyes}}).stage("eyes").vision.size == 96

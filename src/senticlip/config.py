@@ -243,10 +243,10 @@ class Config:
         for key in ("seed", "protocol"):
             if getattr(stage, key) != getattr(self, key):
                 raise UsageError(f"stages.{name}: {key} is the main training's — clips of its test would be trained on")
-        for modality in {*self.modalities} & {*stage.modalities}:
-            for key in SHAPES.get(modality, ()):
-                if (its := attrgetter(key)(stage)) != (mine := attrgetter(key)(self)):
-                    raise UsageError(f"stages.{name}: {key} is {its}, but {mine} in the main one — make them the same")
+        shared = {*self.modalities} & {*stage.modalities}
+        for key in (key for modality in shared for key in SHAPES.get(modality, ())):
+            if (its := attrgetter(key)(stage)) != (mine := attrgetter(key)(self)):
+                raise UsageError(f"stages.{name}: {key} is {its}, but {mine} in the main training — make them the same")
         return stage
 
 
