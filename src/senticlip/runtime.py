@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Kernels kept for shapes seen before: texts of all lengths make so many that a film's memory grew (oneDNN keeps 1024).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-# Threads wait for each other by spinning, GCC's for milliseconds: beside another busy process all takes twice the time.
+# Threads wait for each other by spinning, GCC's for milliseconds, which beside another busy process takes long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
