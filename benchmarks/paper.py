@@ -52,7 +52,7 @@ def _as_published(vision: Any) -> Any:
     """transformers' own image tower with the same weights: the whole of its last layer, its own activation."""
     from transformers import ChineseCLIPVisionModel
 
-    body = ChineseCLIPVisionModel(vision.body.config).eval()
+    body = ChineseCLIPVisionModel(vision.body.config).eval().to(vision.std.device)
     body.load_state_dict(vision.body.state_dict())
     return body
 
@@ -74,7 +74,7 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
         states = torch.cat([naive_images(vision, frame[None]) for frame in pixels])[None]
         features = {
             "text": model.encoders["text"](batch.modalities["text"]),
-            "vision": Sequence(states, torch.ones(states.shape[:2], dtype=torch.bool)),
+            "vision": Sequence(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)),
         }
         return model.fuse(Batch(features, {}))
     finally:

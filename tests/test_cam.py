@@ -123,6 +123,7 @@ def layer_seen(model, batch):
 def test_ablation_cam_is_that_of_the_package_where_it_zeroes(models):
     """After a ReLU the package's ablated value is 0, too; it explains one image: a clip of one frame."""
     model, batch = models("resnet"), clip(64, frames=1)
+    features = model.encode(batch)
 
     class Probabilities(torch.nn.Module):
         def __init__(self):
@@ -130,7 +131,7 @@ def test_ablation_cam_is_that_of_the_package_where_it_zeroes(models):
             self.model = model
 
         def forward(self, images):
-            rows = cam.repeat(model.encode(batch), len(images))
+            rows = cam.repeat(features, len(images))
             values = rows.modalities["vision"].values.clone()
             values[:, 0] = model.encoders["vision"].images(images)
             rows.modalities["vision"] = Sequence(values, rows.modalities["vision"].mask)

@@ -85,7 +85,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip import config as configs
 
     config = configs.load(options.config, options.set)
-    runtime.setup()
     from senticlip.train import train as run
 
     result = run(config, options.data, options.out, options.seed, options.resume, options.device)

@@ -143,6 +143,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     label_smoothing: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     metric: Literal["accuracy", "macro_f1", "weighted_f1", "nll"] = "macro_f1"
     patience: int = 8
     balance: Literal["none", "weights", "sampler"] = "none"

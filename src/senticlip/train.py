@@ -27,7 +27,7 @@ from senticlip.checkpoint import (
     origin,
     save_run,
 )
-from senticlip.config import Config
+from senticlip.config import FROM_FILE, Config
 from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
@@ -67,6 +67,7 @@ def train(
             training is writing there.
     """
     started = time.monotonic()
+    runtime.setup()
     config = config if seed is None else config.override({"seed": seed})
     out, chosen, mine = Path(out), runtime.device(device), origin(config, data)
     if resume and (result := is_finished(out, mine)):
@@ -212,6 +213,8 @@ def fit(
     # a rest of a batch is left out, unless it is all there is
     arguments.dataloader_drop_last = len(training) >= config.train.batch_size
     trainee = Trainee(model)
+    if config.train.compile:
+        model.compile_encoders()
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         values, *more = prediction.predictions if trainee.logged else [prediction.predictions]
@@ -288,6 +291,11 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
     t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
     if t.batch_size % world:
         raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
+    # frames come from the disk while a GPU computes; what else there is, is small
+    pictures = (
+        "vision" in config.modalities and config.vision.encoder not in FROM_FILE and config.vision.train != "frozen"
+    )
+    workers = min(4, (runtime.cores() - 1) // world) if pictures and device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
         num_train_epochs=t.epochs,
@@ -314,11 +322,15 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
         ddp_backend="gloo" if device.type == "cpu" and world > 1 else None,
         dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         label_names=[f"label_{config.target}"],
         report_to=[],
         disable_tqdm=True,
         log_level="error",
+        logging_nan_inf_filter=False,  # it would wait for the GPU at each step, and hide what went wrong
     )
     if device.type == "cuda" and world == 1:
         _stay_on(arguments, torch.device("cuda", device.index or 0))

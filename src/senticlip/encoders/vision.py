@@ -96,6 +96,22 @@ class QuickGelu(nn.Module):
         return x * torch.sigmoid(QUICK_GELU * x)
 
 
+class Patches(nn.Conv2d):
+    """A CLIP tower's patch embedding as the one matrix product that it is, each patch read once.
+
+    As a convolution it took 6 % of a GPU's training step, where the product takes 1 %.
+
+    Shape:
+        N×3×H×W → N×D×H/P×W/P
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The same numbers, up to rounding."""
+        p = self.kernel_size[0]
+        rows = input.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # N×h×w×3×P×P
+        return nn.functional.linear(rows.flatten(3), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 class ClassTokenLayer(nn.Module):
     """A CLIP tower's last layer, for the class token alone: of the others only keys and values are read after it.
 
@@ -149,6 +165,8 @@ class VisionEncoder(nn.Module):
             for part in self.body.modules():
                 if isinstance(getattr(part, "activation_fn", None), QuickGELUActivation):
                     part.activation_fn = QuickGelu()
+            embeddings, p = self.body.embeddings, config.vision_config.patch_size
+            embeddings.patch_embedding = Patches(3, embeddings.embed_dim, p, p, bias=False)
             layers = self.body.encoder.layers
             layers[-1] = ClassTokenLayer(layers[-1])
             self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
@@ -190,14 +208,16 @@ class VisionEncoder(nn.Module):
     def forward(self, vision: Sequence) -> Sequence:
         """Encode the real frames; the others are zero."""
         pixels, mask = vision
-        if not mask.any():
-            return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
-        real = pixels[mask]
+        rows = mask.flatten().nonzero()[:, 0]  # the only thing that a GPU is waited for
+        out = self.std.new_zeros(mask.numel(), self.dim)
+        if not len(rows):
+            return Sequence(out.unflatten(0, mask.shape), mask)
+        real = pixels.flatten(0, 1)[rows]
         apart = real.device.type == "cpu" and not (torch.is_grad_enabled() or self.body.training)
         parts = real.split(TOGETHER if apart else len(real))
         states = torch.cat([self.images(self.normalize(part)) for part in parts])  # N×d
-        out = states.new_zeros(*mask.shape, self.dim)
-        return Sequence(out.masked_scatter(mask[..., None], states), mask)  # B×m×d
+        out = out.to(states.dtype).index_copy(0, rows, states)
+        return Sequence(out.unflatten(0, mask.shape), mask)  # B×m×d
 
 
 def _takes_size(body: nn.Module) -> bool:

@@ -52,9 +52,7 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
         parameter.requires_grad_(how == "full")
     if not isinstance(how, int):
         return
-    stacks = [stack for part in module.modules() if (stack := _stack(part))]
-    # the stack of several layers that holds most of the parameters; ALBERT has one layer only
-    layers = max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
+    layers = layers_of(module)
     if not 0 < how <= len(layers):
         raise UsageError(f"{key}: top {how} layers of an encoder that has {len(layers)}")
     names = {id(p) for p in layers[len(layers) - how].parameters()}
@@ -62,6 +60,12 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
     for parameter in module.parameters():  # in the order of definition, which is the order of depth
         learning = learning or id(parameter) in names
         parameter.requires_grad_(learning)
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The layers of an encoder: the stack of several that holds most of the parameters; ALBERT has one layer only."""
+    stacks = [stack for part in module.modules() if (stack := _stack(part))]
+    return max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
 
 
 def _stack(module: nn.Module) -> list[nn.Module]:
@@ -76,6 +80,16 @@ def _stack(module: nn.Module) -> list[nn.Module]:
         if isinstance(part, lists):
             kinds.setdefault(type(part[0]), []).append(part)
     return max(kinds.values(), key=lambda kind: sum(map(_size, kind)), default=[])
+
+
+def _rest(module: nn.Module) -> None:
+    """Put the parts in which nothing learns into eval mode."""
+    learning = {parameter.requires_grad for parameter in module.parameters()}
+    if learning == {False}:
+        module.eval()
+    elif False in learning:
+        for child in module.children():
+            _rest(child)
 
 
 def _size(module: nn.Module) -> int:
@@ -197,20 +211,30 @@ class SentimentModel(PreTrainedModel):
         """What does not learn stays in eval mode: its dropout and its batch norms must not move."""
         super().train(mode)
         for encoder in self.encoders.values():
-            for module in encoder.modules():
-                parameters = list(module.parameters())
-                if parameters and not any(p.requires_grad for p in parameters):
-                    module.eval()
+            _rest(encoder)
         return self
 
     def frozen(self, name: str) -> bool:
         """Whether this modality's encoder is there and nothing in it learns, so that its output may be cached."""
         return name in self.encoders and not any(p.requires_grad for p in self.encoders[name].parameters())
 
+    def compile_encoders(self) -> None:
+        """Have torch.compile fuse what the encoders do, in place; the weights stay where and what they are.
+
+        Of the frames' encoder each layer: one graph serves all of a kind, which takes seconds, not a minute. Text is
+        compiled whole, for texts of any length: transformers would wait for a GPU to see whether a mask is all true.
+        """
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers × learning or not × shapes; beyond it all is slow
+        for name, encoder in self.encoders.items():
+            body = encoder.get_submodule("body")
+            for part in layers_of(body) if name == "vision" else [body]:
+                part.compile(dynamic=True if name == "text" else None)
+
     def encode(self, batch: Batch) -> Batch:
         """Token ids and pixels → features by modality; modalities that the model does not use are dropped."""
         features = {}
-        for name in self.experiment.modalities:
+        # frames first: a GPU is busy with them while it is told the rest
+        for name in sorted(self.experiment.modalities, key=lambda name: name != "vision"):
             if (sequence := batch.modalities.get(name)) is None:
                 continue
             if sequence.values.is_floating_point():

@@ -1,0 +1,240 @@
+"""The paper's model on a GPU: a training step, ``senticlip train``'s own loop from cached frames, and inference.
+
+Random weights of the full size (Chinese-CLIP ViT-B/16 reads 6 frames, RoBERTa base the text), everything learns. The
+share is that of a large bf16 matrix product's FLOP/s, measured first. Without a GPU it runs on the CPU, two clips at a
+time and one step each, which only shows that it works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks import paper, timing
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, TrainerCallback
+
+from senticlip import runtime
+from senticlip.config import Config
+from senticlip.data.cache import cached
+from senticlip.data.loader import ArrayRows, ClipSet, collate, to_batch
+from senticlip.models import create_model
+from senticlip.precision import lowered
+from senticlip.structures import Clip
+from senticlip.train import Fitter, Hooks, _arguments, parameter_groups
+from senticlip.trainee import Trainee
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def wait() -> None:
+    """Until the GPU has done what it was told."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], Any], times: int, rounds: int = 3) -> float:
+    """Median seconds of a call, of ``rounds`` with ``times`` calls each, after two to warm up."""
+    found = []
+    for _ in range(2):
+        call()
+    for _ in range(rounds):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        wait()
+        found.append((time.perf_counter() - begin) / times)
+    return float(np.median(found))
+
+
+def ceiling(size: int) -> float:
+    """TFLOP/s of a bf16 matrix product."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2e-12 * size**3 / seconds(lambda: a @ b, 10)
+
+
+def trainee_of(config: Config) -> Trainee:
+    """The full model, as ``fit`` has it."""
+    torch.manual_seed(0)
+    trainee = Trainee(create_model(config).to(DEVICE)).train()
+    if config.train.compile:
+        trainee.model.compile_encoders()
+    return trainee
+
+
+def made_rows(count: int, longest: int, seed: int = 0) -> tuple[ArrayRows, list[Clip]]:
+    """Texts of 8 to ``longest`` characters and labels."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(8, longest + 1, count)
+    ids = random.integers(500, 5000, (count, longest))
+    texts = ArrayRows(ids, np.arange(longest) < lengths[:, None])
+    return texts, [Clip(f"{i}", labels={"M": float(random.integers(-1, 2))}) for i in range(count)]
+
+
+def made_set(folder: Path, count: int) -> ClipSet:
+    """Random frames in a real cache."""
+    texts, clips = made_rows(count, 62)
+    random = np.random.default_rng(1)
+    rows = (random.integers(0, 256, (6, 3, 224, 224), np.uint8) for _ in clips)
+    frames = cached(folder, {"made": "frames"}, [clip.id for clip in clips], lambda places: rows)
+    return ClipSet(clips, {"text": texts, "vision": frames})
+
+
+def made_batch(count: int) -> dict[str, Tensor]:
+    """A batch on the device."""
+    texts, clips = made_rows(count, 62)
+    frames = np.random.default_rng(1).integers(0, 256, (count, 6, 3, 224, 224), np.uint8)
+    data = ClipSet(clips, {"text": texts, "vision": ArrayRows(frames, np.ones((count, 6), bool))})
+    return {name: value.to(DEVICE) for name, value in data.__getitems__(list(range(count))).items()}
+
+
+def work(trainee: Trainee, batch: dict[str, Tensor]) -> float:
+    """TFLOP of a clip's training step, the optimizer's left out; attention in plain products, which can be counted."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        trainee(**batch)["loss"].backward()
+    return counter.get_total_flops() / 1e12 / len(batch["rows"])
+
+
+def stepper(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A training step as the Trainer does it."""
+    bf16, clip = trainee.experiment.train.precision == "bf16", trainee.experiment.train.clip_norm
+    optimizer = torch.optim.AdamW(parameter_groups(trainee), fused=True)
+
+    def step() -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            loss = trainee(**batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainee.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainee.step_finished()
+        return loss.detach()
+
+    return step
+
+
+def say(name: str, clips: int, took: float, flop: float, top: float, note: str = "") -> None:
+    """A line of the table."""
+    memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
+    share = f"{clips * flop / took / top:5.0%}"
+    print(f"{name:52} {clips / took:9.1f} clips/s  {share} of the product  {memory:5.1f} GiB  {note}", flush=True)
+
+
+@contextlib.contextmanager
+def fresh() -> Any:
+    """Nothing compiled, no memory held, before and after."""
+    torch._dynamo.reset()
+    if GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+BF16 = {"train.precision": "bf16"}
+STEPS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "fp32 (torch's default), eager": ("highest", {}, 32),
+    "fp32 (TF32), eager": ("medium", {}, 32),
+    "bf16, eager": ("medium", BF16, 32),
+    "bf16, compiled": ("medium", {**BF16, "train.compile": True}, 32),
+}
+
+
+def steps(top: float, flop: float) -> None:
+    """A training step, its batch on the device already."""
+    for name, (products, changes, count) in STEPS.items():
+        torch.set_float32_matmul_precision(products)
+        with fresh():
+            count, begin = count if GPU else 2, time.perf_counter()
+            batch, trainee = made_batch(count), trainee_of(paper.config().override(changes))
+            step = stepper(trainee, batch)
+            loss = float(step())
+            first = time.perf_counter() - begin
+            took = seconds(step, 10 if GPU else 1)
+            say(f"step: {name}, {count} clips", count, took, flop, top, f"loss {loss:.2f}, ready in {first:.0f} s")
+            del trainee, step, batch
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of step ``skip`` to the end of the last one."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip, self.begin, self.took = skip, 0.0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Both ends wait for the GPU."""
+        if state.global_step == self.skip:
+            wait()
+            self.begin = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is through."""
+        wait()
+        self.took = (time.perf_counter() - self.begin) / (state.global_step - self.skip)
+
+
+def whole(top: float, flop: float, data: ClipSet, folder: Path, size: int) -> None:
+    """The Trainer's loop from cached frames, without its first epoch, in which it compiles."""
+    size, epochs = (size, 4) if GPU else (2, 2)
+    config = paper.config().override({**BF16, "train.compile": True, "train.epochs": epochs, "train.batch_size": size})
+    with fresh():
+        trainee, arguments = trainee_of(config), _arguments(config, folder, DEVICE)
+        arguments.eval_strategy = arguments.save_strategy = "no"
+        arguments.load_best_model_at_end = False
+        clock = Clock(len(data) // size)
+        trainer = Fitter(
+            trainee, arguments, data_collator=collate, train_dataset=data, callbacks=[Hooks(trainee), clock]
+        )
+        trainer.pop_callback(PrinterCallback)
+        trainer.train()
+        say(f"senticlip train, cached frames, {size} clips", size, clock.took, flop, top)
+
+
+def inference(top: float) -> None:
+    """Frame by frame in torch's default fp32, against the model as the Predictor has it."""
+    model = create_model(paper.config()).to(DEVICE).eval()
+    batches = {n: to_batch(made_batch(n)) for n in ((1, 8, 64, 256) if GPU else (1,))}
+    one = batches[1]
+    with torch.inference_mode():
+        flop = paper.work(model, one) / 1e3
+        naive = paper.frame_by_frame(model, one)
+        took = seconds(lambda: paper.frame_by_frame(model, one), 5)
+        say("inference: frame by frame, fp32, 1 clip", 1, took, flop, top)
+        for name in ("fp32", "bf16"):
+            if name == "bf16":
+                with timing.folder() as folder:
+                    model = lowered(model, folder, name)[0]
+            gap = paper.gap(naive, model(one))
+            assert gap < paper.LIMIT["bf16"], gap
+            for n, batch in batches.items():
+                with fresh():
+                    took = seconds(functools.partial(model, batch), 5 if GPU else 1)
+                    say(f"inference: {name}, {n} clips", n, took, flop, top, f"largest difference {gap:.0e}")
+
+
+def run(quick: bool) -> None:
+    """All of it; quick: ``senticlip train`` alone."""
+    print(torch.cuda.get_device_name() if GPU else "no GPU here", f"{runtime.cores()} cores", flush=True)
+    top = max(ceiling(8192 if GPU else 512) for _ in range(3))
+    flop = work(trainee_of(paper.config()), made_batch(2))
+    print(f"bf16 product: {top:.1f} TFLOP/s; {1e3 * flop:.0f} GFLOP a clip and training step", flush=True)
+    with timing.folder() as folder:
+        data = made_set(folder / "cache", 1024 if GPU else 4)
+        for size in (64, 128, 32):
+            whole(top, flop, data, folder / "out", size)
+    if not quick:
+        steps(top, flop)
+        inference(top)
+
+
+if __name__ == "__main__":
+    timing.main(run, __doc__)
