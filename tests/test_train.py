@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -220,6 +221,27 @@ def test_what_learns_of_an_encoder(place, tmp_path, learns, moved):
     assert found == moved
 
 
+def test_compiled_encoders_learn_the_same(place, tmp_path, monkeypatch):
+    """Traced as torch.compile does it, but run by torch's own kernels: no C compiler is needed."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(len(list(graph.graph.nodes)))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    clip_folder(place / "clip")
+    learning = {"text.train": "full", "vision.train": "full", "vision.encoder": str(place / "clip")}
+    for name in ("eager", "compiled"):
+        changes = {**learning, "train.compile": name == "compiled", "prompt": "learned", "train.epochs": 2}
+        train(settings(place, **changes), place / "data", tmp_path / name)
+        assert (len(traced) > 0) == (name == "compiled")
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(value, compiled[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_fewer_clips_than_a_batch_still_teach(place, tmp_path):
     result = train(settings(place, **{"train.batch_size": 64}), place / "data", tmp_path / "run")
     assert sum("grad_norm" in row for row in result["history"]) == 3
@@ -309,3 +331,18 @@ def test_one_process_stays_on_the_gpu_that_was_asked_for(place, tmp_path, monkey
     assert Accelerator().device == torch.device("cuda:1")  # where batches go
     assert arguments.n_gpu == 1  # no DataParallel
     assert arguments.train_batch_size == 4
+
+
+def test_frames_come_by_workers_where_a_gpu_learns_from_them(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_stay_on", lambda *args: None)
+    monkeypatch.setattr(training.runtime, "cores", lambda: 8)
+    changes = {"vision.train": "full"}, {"vision.train": 1}, {}, {"vision.encoder": "features"}
+    found = {}
+    for device in ("cuda", "cpu"):
+        settled = [training._arguments(settings(place, **c), tmp_path, torch.device(device)) for c in changes]
+        found[device] = [arguments.dataloader_num_workers for arguments in settled]
+    assert found == {"cuda": [4, 4, 0, 0], "cpu": [0, 0, 0, 0]}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(training, "TrainingArguments", lambda **given: given)
+    shared = training._arguments(settings(place, **changes[0]), tmp_path, torch.device("cuda"))
+    assert shared["dataloader_num_workers"] == 1  # 8 cores, 4 processes, each has one for itself

@@ -130,7 +130,7 @@ class LabelConfig:
 
 @dataclass
 class TrainConfig:
-    """How the training runs; ``lr`` is the rate of everything that is not a pretrained encoder."""
+    """How the training runs; ``lr`` is for all but pretrained encoders, whose work ``compile`` lets torch fuse."""
 
     epochs: int = 20
     batch_size: int = 32
@@ -315,11 +315,8 @@ def _build(cls: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
-            raise UsageError(
-                f"unknown config key {where}{key}"
-                + (f" — did you mean {where}{near[0]}?" if near else ".")
-                + f" Known: {', '.join(hints)}"
-            )
+            meant = f" — did you mean {where}{near[0]}?" if near else "."
+            raise UsageError(f"unknown config key {where}{key}{meant} Known: {', '.join(hints)}")
         values[key] = typed(hints[key], value, f"{where}{key}")
     return cls(**values)
 

@@ -295,7 +295,7 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
     pictures = (
         "vision" in config.modalities and config.vision.encoder not in FROM_FILE and config.vision.train != "frozen"
     )
-    workers = min(4, (runtime.cores() - 1) // world) if pictures and device.type == "cuda" else 0
+    workers = max(0, min(4, runtime.cores() // world - 1)) if pictures and device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
         num_train_epochs=t.epochs,
