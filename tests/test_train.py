@@ -24,7 +24,7 @@ from senticlip import train as training
 from senticlip.data.loader import BalancedSampler
 from senticlip.data.sims import read_clips
 from senticlip.models import create_model
-from senticlip.structures import UserError
+from senticlip.structures import UsageError, UserError
 from senticlip.train import newest_checkpoint, parameter_groups, stages_of, train
 from senticlip.trainee import Trainee
 
@@ -240,6 +240,16 @@ def test_compiled_encoders_learn_the_same(place, tmp_path, monkeypatch):
     assert eager.keys() == compiled.keys()
     for name, value in eager.items():
         torch.testing.assert_close(value, compiled[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_no_compiler_is_told_before_the_training(place, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UsageError, match=r"train.compile: .*No working C.. compiler found.* — install gcc"):
+        train(settings(place, **{"train.compile": True}), place / "data", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_fewer_clips_than_a_batch_still_teach(place, tmp_path):

@@ -92,3 +92,18 @@ def device(name: str | None = None) -> Any:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise UsageError(f"--device {name}: cannot be used here ({reason}) — choose cpu, cuda or cuda:N") from None
     return found
+
+
+def check_compiler(place: Any) -> None:
+    """Whether torch.compile works on a device: it needs a C compiler, which not every machine has.
+
+    Raises:
+        UsageError: it does not.
+    """
+    import torch
+
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=place))
+    except Exception as error:  # the compiler's, the backend's, the driver's
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"train.compile: torch.compile fails here ({reason}) — install gcc, or leave it out") from None

@@ -27,7 +27,7 @@ from senticlip.checkpoint import (
     origin,
     save_run,
 )
-from senticlip.config import FROM_FILE, Config
+from senticlip.config import Config
 from senticlip.data.loader import BalancedSampler, ClipSet, collate
 from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
@@ -35,7 +35,7 @@ from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import EpochProgress
-from senticlip.sources import clip_set, feature_widths
+from senticlip.sources import clip_set, feature_widths, ready_made
 from senticlip.structures import LABELS, UserError
 from senticlip.trainee import Trainee
 
@@ -72,6 +72,8 @@ def train(
     out, chosen, mine = Path(out), runtime.device(device), origin(config, data)
     if resume and (result := is_finished(out, mine)):
         return result
+    if config.train.compile:
+        runtime.check_compiler(chosen)
     first = runtime.first_process()
     with disk(out, "--resume goes on"), alone(out, "training") if first else nullcontext():
         if first:
@@ -292,9 +294,7 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
     if t.batch_size % world:
         raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
     # frames come from the disk while a GPU computes; what else there is, is small
-    pictures = (
-        "vision" in config.modalities and config.vision.encoder not in FROM_FILE and config.vision.train != "frozen"
-    )
+    pictures = "vision" in config.modalities and "vision" not in ready_made(config) and config.vision.train != "frozen"
     workers = max(0, min(4, runtime.cores() // world - 1)) if pictures and device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
