@@ -1,9 +1,11 @@
 """The exported file answers as the RUN does, at any number of rows, frames and characters; int8 and bf16 nearly so."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -257,6 +259,16 @@ def test_no_number_is_no_agreement():
     two = Output(log_probs=torch.tensor([[0.8, 0.1, 0.1], [torch.nan] * 3]).log())
     found = disagreement([(one, two)])
     assert (found["flips"], found["max_difference"]) == (0.5, float("inf"))
+
+
+def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
+    out, hours = tmp_path / "m[1].onnx", 2 * 3600
+    for name, age in ((".m[1].onnx-killed", hours), (".m[1].onnx-running", 60), (".other.onnx-killed", hours)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    export(run, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m[1].onnx-running", ".other.onnx-killed", "m[1].onnx"]
 
 
 def test_errors(run, file, tmp_path):

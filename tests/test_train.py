@@ -107,6 +107,7 @@ def test_only_what_is_read_is_trained_first(place, tmp_path):
     stages = {name: {"modalities": [name], "train.epochs": 1} for name in ("text", "vision")}
     found = stages_of(settings(place, modalities=["vision", "audio"], stages=stages), place / "data")
     assert {name: (stage.modalities, stage.target) for name, stage in found.items()} == {"vision": (["vision"], "M")}
+    assert list(stages_of(settings(place, stages=stages), place / "data")) == ["vision", "text"]  # videos first
     experiment = settings(place, modalities=["vision"], stages=stages, **{"train.epochs": 1})
     train(experiment, place / "data", tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]
@@ -341,18 +342,3 @@ def test_one_process_stays_on_the_gpu_that_was_asked_for(place, tmp_path, monkey
     assert Accelerator().device == torch.device("cuda:1")  # where batches go
     assert arguments.n_gpu == 1  # no DataParallel
     assert arguments.train_batch_size == 4
-
-
-def test_frames_come_by_workers_where_a_gpu_learns_from_them(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_stay_on", lambda *args: None)
-    monkeypatch.setattr(training.runtime, "cores", lambda: 8)
-    changes = {"vision.train": "full"}, {"vision.train": 1}, {}, {"vision.encoder": "features"}
-    found = {}
-    for device in ("cuda", "cpu"):
-        settled = [training._arguments(settings(place, **c), tmp_path, torch.device(device)) for c in changes]
-        found[device] = [arguments.dataloader_num_workers for arguments in settled]
-    assert found == {"cuda": [4, 4, 0, 0], "cpu": [0, 0, 0, 0]}
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(training, "TrainingArguments", lambda **given: given)
-    shared = training._arguments(settings(place, **changes[0]), tmp_path, torch.device("cuda"))
-    assert shared["dataloader_num_workers"] == 1  # 8 cores, 4 processes, each has one for itself

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import platform
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import from_dict
+from senticlip.data.cache import ABANDONED
 from senticlip.data.sims import read_clips
 from senticlip.models.base import SentimentModel
 from senticlip.sources import fingerprint, reads
@@ -116,12 +120,21 @@ def export(
         raise UsageError(f"{run}: only CLIP-CA-MSA that reads clips has an ONNX form (and int8), not this one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
             os.replace(_made(predictor, Path(folder), int8), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
     result: dict[str, Any] = {"file": str(out), "int8": int8, "bytes": out.stat().st_size}
     return result if data is None else {**result, "disagreement": compare(predictor, Predictor(out), clips)}
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed exports of this file have left."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}-*"):
+        with suppress(OSError):  # another's, gone meanwhile
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left)
 
 
 def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:

@@ -35,7 +35,7 @@ from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import EpochProgress
-from senticlip.sources import clip_set, feature_widths, ready_made
+from senticlip.sources import clip_set, feature_widths
 from senticlip.structures import LABELS, UserError
 from senticlip.trainee import Trainee
 
@@ -100,7 +100,10 @@ def train(
 
 
 def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
-    """The trainings that come first, of what the main one reads; where ``data`` lacks their label, on the joint one."""
+    """The trainings that come first, of what the main one reads; where ``data`` lacks their label, on the joint one.
+
+    Those that read videos are the first: one that cannot be read is found at once.
+    """
     clips = read_clips(data, None, config.protocol, config.seed)
     there = {label for clip in clips for label in clip.labels}
     needed = {}
@@ -108,7 +111,7 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
-    return needed
+    return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
@@ -293,9 +296,6 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
     t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
     if t.batch_size % world:
         raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
-    # frames come from the disk while a GPU computes; what else there is, is small
-    pictures = "vision" in config.modalities and "vision" not in ready_made(config) and config.vision.train != "frozen"
-    workers = max(0, min(4, runtime.cores() // world - 1)) if pictures and device.type == "cuda" else 0
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
         num_train_epochs=t.epochs,
@@ -323,8 +323,6 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingAr
         dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
-        dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         label_names=[f"label_{config.target}"],
         report_to=[],
