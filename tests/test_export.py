@@ -228,6 +228,14 @@ def test_lower_precision_is_close_and_says_how_close(run, video):
         assert 0 < found["max_difference"] < 0.03
 
 
+def test_int8_leaves_the_products_that_make_the_texts_states_narrower(run, tmp_path):
+    export(run, tmp_path / "m.onnx", int8=True)
+    graph = onnx.load(str(tmp_path / "m.onnx")).graph
+    floats = {w.name: tuple(w.dims) for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
+    kept = [floats[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in floats]
+    assert kept == [(SMALL["intermediate_size"], SMALL["hidden_size"])]  # the frames' of the same shape is int8
+
+
 def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video, monkeypatch):
     """By its own protocol and seed; and what cannot be read is told before anything is exported."""
     (tmp_path / "data.csv").write_text(
