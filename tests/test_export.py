@@ -271,12 +271,12 @@ def test_no_number_is_no_agreement():
 
 def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
     out, hours = tmp_path / "m[1].onnx", 2 * 3600
-    for name, age in ((".m[1].onnx-killed", hours), (".m[1].onnx-running", 60), (".other.onnx-killed", hours)):
+    for name, age in ((".m[1].onnx-killed00", hours), (".m[1].onnx-running0", 60), (".n.onnx-killed00", hours)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.onnx").write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     export(run, out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".m[1].onnx-running", ".other.onnx-killed", "m[1].onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m[1].onnx-running0", ".n.onnx-killed00", "m[1].onnx"]
 
 
 def test_errors(run, file, tmp_path):

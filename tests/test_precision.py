@@ -130,7 +130,7 @@ def test_int8_is_of_this_processor(run, tmp_path, monkeypatch):
     monkeypatch.setattr("senticlip.precision.export", lambda run, out, int8: made.append(out))
     senticlip.load(copy, "cpu", "int8")
     assert not made
-    monkeypatch.setattr("senticlip.precision.products", lambda: "another")
+    monkeypatch.setattr("senticlip.precision.recipe", lambda: "another")
     senticlip.load(copy, "cpu", "int8")
     assert made == [copy / "model-int8.onnx"]
     measured = json.loads((copy / "precision.json").read_text())

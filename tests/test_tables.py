@@ -117,7 +117,8 @@ def test_nested_keys_become_dotted():
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (EXPERIMENTS / "peers").glob("*.yaml")))
 def test_a_peer_takes_no_training_switch_of_the_preset(file):
-    elsewhere = {"metric", "precision", "scalar_lr"}  # how rows are judged, on what they run, the main model's weights
+    # how rows are judged, on what they run, the main model's weights
+    elsewhere = {"metric", "precision", "compile", "scalar_lr"}
     assert {f.name for f in dataclasses.fields(TrainConfig)} - elsewhere <= {
         key.removeprefix("train.") for key in row_changes(f"peers/{file}")
     }

@@ -130,7 +130,7 @@ class LabelConfig:
 
 @dataclass
 class TrainConfig:
-    """How the training runs; ``lr`` is for all but pretrained encoders, whose work ``compile`` lets torch fuse."""
+    """How the training runs; ``lr`` is the rate of all but pretrained encoders; ``compile`` is for a GPU."""
 
     epochs: int = 20
     batch_size: int = 32

@@ -9,13 +9,12 @@ import glob
 import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from senticlip.config import from_dict
 from senticlip.data.cache import ABANDONED
 from senticlip.data.sims import read_clips
 from senticlip.models.base import SentimentModel
+from senticlip.quantize import quantize, recipe
 from senticlip.sources import fingerprint, reads
 from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError
 
@@ -131,9 +131,10 @@ def export(
 
 def _sweep(out: Path) -> None:
     """Remove what killed exports of this file have left."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}-*"):
-        if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"):
+        with suppress(OSError):  # gone meanwhile, or not ours
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left)
 
 
 def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
@@ -142,7 +143,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
 
     model, config = predictor.model, predictor.config
     about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model, config)}
-    about |= {"experiment": config.to_dict(), "weights": fingerprint(model), "products": products() if int8 else None}
+    about |= {"experiment": config.to_dict(), "weights": fingerprint(model), "int8": recipe() if int8 else None}
     about["temperature"] = model.network.temperature.tolist()
     if "vision" in model.encoders:
         about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
@@ -153,7 +154,8 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
     made = folder / "model.onnx"
     trace(model).save(str(made))
     if int8:
-        made = _quantize(made, _narrowing(onnx.load(str(made), load_external_data=False).graph))
+        _need("onnxruntime")
+        made = quantize(made)
     proto = onnx.load(str(made))
     onnx.helper.set_model_props(proto, {"senticlip": json.dumps(about, ensure_ascii=False), "tokenizer": tokenizer})
     onnx.save(proto, str(folder / "whole.onnx"))
@@ -207,44 +209,6 @@ def _exportable() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _quantize(path: Path, apart: list[str]) -> Path:
-    """Dynamic int8 of the matrix products but those ``apart``; convolutions stay, they would get slower."""
-    _need("onnxruntime")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    made = path.with_name("int8.onnx")
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        quantize_dynamic(
-            str(path),
-            str(made),
-            weight_type=QuantType[products()],
-            per_channel=True,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=apart,
-        )
-    finally:
-        root.setLevel(level)
-    return made
-
-
-def _narrowing(graph: Any) -> list[str]:
-    """The second product of each layer of the text encoder, which makes few numbers of many: left out of int8.
-
-    Some of what it reads is far larger than the rest: one scale for all is half of int8's error (docs/results.md).
-    """
-    widths = {weight.name: tuple(weight.dims) for weight in graph.initializer if len(weight.dims) == 2}
-
-    def narrows(node: Any) -> bool:
-        scopes = next((p.value for p in node.metadata_props if p.key.endswith("name_scopes")), "")
-        wide, narrow = widths.get(node.input[1], (0, 0))
-        return "'model.encoders.text'" in scopes and wide > narrow
-
-    return [node.name for node in graph.node if node.op_type == "MatMul" and narrows(node)]
-
-
 def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
     """The input of a modality for a mask of that shape, zeros."""
     if name == "text":
@@ -253,18 +217,6 @@ def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
         return torch.zeros(*shape, model.experiment.audio.bands)
     size = model.encoders[name].size
     return torch.zeros(*shape, 3, size, size, dtype=torch.uint8)
-
-
-def products() -> str:
-    """The type of int8's weights on this processor: QInt8, or QUInt8 on x86 without VNNI.
-
-    That adds products of uint8 and int8 in 16 bits, which overflow; those of uint8 and uint8 it does not (onnxruntime,
-    "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be faster by a fifth, but change more
-    answers (docs/results.md).
-    """
-    info = Path("/proc/cpuinfo")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return "QUInt8" if x86 and not (info.is_file() and "vnni" in info.read_text()) else "QInt8"
 
 
 def _need(name: str) -> Any:
@@ -303,7 +255,7 @@ class OnnxModel:
         self.experiment = from_dict(about["experiment"])
         self.names = about["names"]
         self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in self.names if name != "audio"}
-        self.weights, self.products = about.get("weights"), about.get("products")
+        self.weights, self.int8 = about.get("weights"), about.get("int8")
         self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from senticlip.export import OnnxModel, export, products
+from senticlip.export import OnnxModel, export
 from senticlip.files import alone, write_text
 from senticlip.metrics import score_class
+from senticlip.quantize import recipe
 from senticlip.sources import cache_root, fingerprint, hears
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
@@ -40,7 +41,7 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     place, weights = run / "precision.json", fingerprint(model)
     known, name = _measured(place, weights), f"{precision} on {model.device.type}"
     if precision == "int8":
-        name += f" ({products()})"  # another processor, another file
+        name += f" ({recipe()})"  # another processor, another file
     batch = probe(model, model.experiment)
     before = None if name in known else _answer(model, batch)
     model = _to_bf16(model) if precision == "bf16" else _int8_twin(run, weights)
@@ -75,7 +76,7 @@ def _int8_twin(run: Path, weights: str) -> Any:
     with alone(folder, "export", PATIENCE):  # the workers of bulk come at once
         with suppress(UserError):  # not there yet, or damaged
             made = OnnxModel(file)
-            if (made.weights, made.products) == (weights, products()):
+            if (made.weights, made.int8) == (weights, recipe()):
                 return made
         export(run, file, int8=True)
         return OnnxModel(file)

@@ -50,6 +50,8 @@ def train(
 ) -> dict[str, Any]:
     """Train one experiment, its stages first; ``out`` becomes a complete checkpoint folder.
 
+    Threads and products are set for the whole process (``runtime.setup``), as the command does.
+
     Args:
         config: the experiment.
         data: a CH-SIMS folder, or a CSV of one's own.
@@ -81,7 +83,8 @@ def train(
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # what cannot be built is told before the stages
-        for name, stage in stages.items():
+        # those that read videos are trained first: one that cannot be read is found at once
+        for name, stage in sorted(stages.items(), key=lambda item: "vision" not in item[1].modalities):
             train(stage, data, out / "stages" / name, resume=resume, device=device)
         arguments = _arguments(config, out / CHECKPOINTS, chosen)
         place: Any = arguments.device
@@ -100,10 +103,7 @@ def train(
 
 
 def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
-    """The trainings that come first, of what the main one reads; where ``data`` lacks their label, on the joint one.
-
-    Those that read videos are the first: one that cannot be read is found at once.
-    """
+    """The trainings that come first, of what the main one reads; where ``data`` lacks their label, on the joint one."""
     clips = read_clips(data, None, config.protocol, config.seed)
     there = {label for clip in clips for label in clip.labels}
     needed = {}
@@ -111,7 +111,7 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
-    return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
+    return needed
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:

@@ -53,6 +53,15 @@ def test_frames_equal_chinese_clip(clip):
     torch.testing.assert_close(encoder(full(pixels)).values, wanted.view(2, 3, 12), atol=1e-5, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_patches_are_the_convolution_whatever_the_size(clip):
+    patches = encoder_of(clip).body.embeddings.patch_embedding
+    for size in ((32, 32), (35, 30)):
+        pictures = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        wanted = torch.nn.functional.conv2d(pictures, patches.weight, stride=patches.stride)
+        torch.testing.assert_close(patches(pictures), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_equal_chinese_clips(clip):
     """In training, the last layer's too, of which only the class token is computed."""
     pixels, encoder = frames(4, 3, 32, 32), encoder_of(clip).train()

@@ -106,9 +106,10 @@ class Patches(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The same numbers, up to rounding."""
+        """The same numbers, up to rounding; a rest at the right or below is left out, as a convolution does."""
         p = self.kernel_size[0]
-        rows = input.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # N×h×w×3×P×P
+        h, w = (side // p * p for side in input.shape[-2:])
+        rows = input[..., :h, :w].unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # N×h×w×3×P×P
         return nn.functional.linear(rows.flatten(3), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
@@ -165,8 +166,7 @@ class VisionEncoder(nn.Module):
             for part in self.body.modules():
                 if isinstance(getattr(part, "activation_fn", None), QuickGELUActivation):
                     part.activation_fn = QuickGelu()
-            embeddings, p = self.body.embeddings, config.vision_config.patch_size
-            embeddings.patch_embedding = Patches(3, embeddings.embed_dim, p, p, bias=False)
+            self.body.embeddings.patch_embedding.__class__ = Patches  # its weights stay, as transformers drew them
             layers = self.body.encoder.layers
             layers[-1] = ClassTokenLayer(layers[-1])
             self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
@@ -208,7 +208,7 @@ class VisionEncoder(nn.Module):
     def forward(self, vision: Sequence) -> Sequence:
         """Encode the real frames; the others are zero."""
         pixels, mask = vision
-        rows = mask.flatten().nonzero()[:, 0]  # the only thing that a GPU is waited for
+        rows = mask.flatten().nonzero()[:, 0]  # a GPU is waited for here, and not again
         out = self.std.new_zeros(mask.numel(), self.dim)
         if not len(rows):
             return Sequence(out.unflatten(0, mask.shape), mask)

@@ -244,7 +244,8 @@ class SentimentModel(PreTrainedModel):
                     features[name] = self.encoders[name](Sequence(*sequence))
             else:
                 raise UsageError(f"{name}: this model was trained on feature files and cannot read raw {name}")
-        return Batch(features, batch.labels, batch.rows)
+        ordered = {name: features[name] for name in self.experiment.modalities if name in features}
+        return Batch(ordered, batch.labels, batch.rows)
 
     def fuse(self, features: Batch, attention: bool = False) -> Output:
         """Features → Output."""

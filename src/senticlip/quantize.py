@@ -1,0 +1,67 @@
+"""int8 of an ONNX file: which of its matrix products, and with which weights on this processor."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def quantize(path: Path) -> Path:
+    """Write ``int8.onnx`` beside a file: its matrix products with weights of 8 bits, what they read as it comes.
+
+    Convolutions stay, they would get slower, and so do the ``narrowing`` products.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    made = path.with_name("int8.onnx")
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        quantize_dynamic(
+            str(path),
+            str(made),
+            weight_type=QuantType[weight_type()],
+            per_channel=True,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=narrowing(onnx.load(str(path), load_external_data=False).graph),
+        )
+    finally:
+        root.setLevel(level)
+    return made
+
+
+def narrowing(graph: Any) -> list[str]:
+    """The second product of each layer of the text encoder, which makes few numbers of many.
+
+    Some of what it reads is far larger than the rest; one scale of 8 bits for all of it is a third to a half of int8's
+    whole error (docs/results.md).
+    """
+    widths = {weight.name: tuple(weight.dims) for weight in graph.initializer if len(weight.dims) == 2}
+
+    def narrows(node: Any) -> bool:
+        scopes = next((p.value for p in node.metadata_props if p.key.endswith("name_scopes")), "")
+        wide, narrow = widths.get(node.input[1], (0, 0))
+        return "'model.encoders.text'" in scopes and wide > narrow
+
+    return [node.name for node in graph.node if node.op_type == "MatMul" and narrows(node)]
+
+
+def weight_type() -> str:
+    """The type of int8's weights on this processor: QInt8, or QUInt8 on x86 without VNNI.
+
+    That adds products of uint8 and int8 in 16 bits, which overflow; those of uint8 and uint8 it does not (onnxruntime,
+    "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be faster by a fifth, but change more
+    answers (docs/results.md).
+    """
+    info = Path("/proc/cpuinfo")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return "QUInt8" if x86 and not (info.is_file() and "vnni" in info.read_text()) else "QInt8"
+
+
+def recipe() -> str:
+    """How int8 is made here; the number rises when it is made otherwise: older files of a RUN are then made again."""
+    return f"{weight_type()} 2"
