@@ -7,7 +7,6 @@ time and one step each, which only shows that it works.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -17,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks import paper, timing
+from benchmarks.step import arguments_of
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainerCallback
 
 from senticlip import runtime
@@ -29,7 +27,7 @@ from senticlip.data.loader import ArrayRows, ClipSet, collate, to_batch
 from senticlip.models import create_model
 from senticlip.precision import lowered
 from senticlip.structures import Clip
-from senticlip.train import Fitter, Hooks, _arguments, parameter_groups
+from senticlip.train import Fitter, Hooks, parameter_groups
 from senticlip.trainee import Trainee
 
 GPU = torch.cuda.is_available()
@@ -72,18 +70,17 @@ def trainee_of(config: Config) -> Trainee:
     return trainee
 
 
-def made_rows(count: int, longest: int, seed: int = 0) -> tuple[ArrayRows, list[Clip]]:
-    """Texts of 8 to ``longest`` characters and labels."""
-    random = np.random.default_rng(seed)
-    lengths = random.integers(8, longest + 1, count)
-    ids = random.integers(500, 5000, (count, longest))
-    texts = ArrayRows(ids, np.arange(longest) < lengths[:, None])
+def made_rows(count: int) -> tuple[ArrayRows, list[Clip]]:
+    """Texts of 8 to 62 characters and labels."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(8, 63, count)
+    texts = ArrayRows(random.integers(500, 5000, (count, 62)), np.arange(62) < lengths[:, None])
     return texts, [Clip(f"{i}", labels={"M": float(random.integers(-1, 2))}) for i in range(count)]
 
 
 def made_set(folder: Path, count: int) -> ClipSet:
     """Random frames in a real cache."""
-    texts, clips = made_rows(count, 62)
+    texts, clips = made_rows(count)
     random = np.random.default_rng(1)
     rows = (random.integers(0, 256, (6, 3, 224, 224), np.uint8) for _ in clips)
     frames = cached(folder, {"made": "frames"}, [clip.id for clip in clips], lambda places: rows)
@@ -92,17 +89,15 @@ def made_set(folder: Path, count: int) -> ClipSet:
 
 def made_batch(count: int) -> dict[str, Tensor]:
     """A batch on the device."""
-    texts, clips = made_rows(count, 62)
+    texts, clips = made_rows(count)
     frames = np.random.default_rng(1).integers(0, 256, (count, 6, 3, 224, 224), np.uint8)
     data = ClipSet(clips, {"text": texts, "vision": ArrayRows(frames, np.ones((count, 6), bool))})
     return {name: value.to(DEVICE) for name, value in data.__getitems__(list(range(count))).items()}
 
 
 def work(trainee: Trainee, batch: dict[str, Tensor]) -> float:
-    """TFLOP of a clip's training step, the optimizer's left out; attention in plain products, which can be counted."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        trainee(**batch)["loss"].backward()
-    return counter.get_total_flops() / 1e12 / len(batch["rows"])
+    """TFLOP of a clip's training step, the optimizer's left out."""
+    return paper.counted(lambda: trainee(**batch)["loss"].backward()) / 1e3 / len(batch["rows"])
 
 
 def stepper(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -130,38 +125,37 @@ def say(name: str, clips: int, took: float, flop: float, top: float, note: str =
     print(f"{name:52} {clips / took:9.1f} clips/s  {share} of the product  {memory:5.1f} GiB  {note}", flush=True)
 
 
-@contextlib.contextmanager
-def fresh() -> Any:
-    """Nothing compiled, no memory held, before and after."""
+def forget() -> None:
+    """What is compiled and the memory that nothing uses, so that what follows is measured alone."""
     torch._dynamo.reset()
     if GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    yield
 
 
 BF16 = {"train.precision": "bf16"}
-STEPS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "fp32 (torch's default), eager": ("highest", {}, 32),
-    "fp32 (TF32), eager": ("medium", {}, 32),
-    "bf16, eager": ("medium", BF16, 32),
-    "bf16, compiled": ("medium", {**BF16, "train.compile": True}, 32),
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32 (torch's default), eager": ("highest", {}),
+    "fp32 (TF32), eager": ("medium", {}),
+    "bf16, eager": ("medium", BF16),
+    "bf16, compiled": ("medium", {**BF16, "train.compile": True}),
 }
 
 
 def steps(top: float, flop: float) -> None:
     """A training step, its batch on the device already."""
-    for name, (products, changes, count) in STEPS.items():
+    count = 32 if GPU else 2
+    for name, (products, changes) in STEPS.items():
         torch.set_float32_matmul_precision(products)
-        with fresh():
-            count, begin = count if GPU else 2, time.perf_counter()
-            batch, trainee = made_batch(count), trainee_of(paper.config().override(changes))
-            step = stepper(trainee, batch)
-            loss = float(step())
-            first = time.perf_counter() - begin
-            took = seconds(step, 10 if GPU else 1)
-            say(f"step: {name}, {count} clips", count, took, flop, top, f"loss {loss:.2f}, ready in {first:.0f} s")
-            del trainee, step, batch
+        forget()
+        begin = time.perf_counter()
+        batch, trainee = made_batch(count), trainee_of(paper.config().override(changes))
+        step = stepper(trainee, batch)
+        loss = float(step())
+        first = time.perf_counter() - begin
+        took = seconds(step, 10 if GPU else 1)
+        say(f"step: {name}, {count} clips", count, took, flop, top, f"loss {loss:.2f}, ready in {first:.0f} s")
+        del trainee, step, batch
 
 
 class Clock(TrainerCallback):
@@ -185,18 +179,13 @@ class Clock(TrainerCallback):
 def whole(top: float, flop: float, data: ClipSet, folder: Path, size: int) -> None:
     """The Trainer's loop from cached frames, without its first epoch, in which it compiles."""
     size, epochs = (size, 4) if GPU else (2, 2)
-    config = paper.config().override({**BF16, "train.compile": True, "train.epochs": epochs, "train.batch_size": size})
-    with fresh():
-        trainee, arguments = trainee_of(config), _arguments(config, folder, DEVICE)
-        arguments.eval_strategy = arguments.save_strategy = "no"
-        arguments.load_best_model_at_end = False
-        clock = Clock(len(data) // size)
-        trainer = Fitter(
-            trainee, arguments, data_collator=collate, train_dataset=data, callbacks=[Hooks(trainee), clock]
-        )
-        trainer.pop_callback(PrinterCallback)
-        trainer.train()
-        say(f"senticlip train, cached frames, {size} clips", size, clock.took, flop, top)
+    forget()
+    trainee = trainee_of(paper.config().override({**BF16, "train.compile": True, "train.batch_size": size}))
+    arguments, clock = arguments_of(trainee, folder, DEVICE.type, epochs), Clock(len(data) // size)
+    trainer = Fitter(trainee, arguments, data_collator=collate, train_dataset=data, callbacks=[Hooks(trainee), clock])
+    trainer.pop_callback(PrinterCallback)
+    trainer.train()
+    say(f"senticlip train, cached frames, {size} clips", size, clock.took, flop, top)
 
 
 def inference(top: float) -> None:
@@ -216,9 +205,9 @@ def inference(top: float) -> None:
             gap = paper.gap(naive, model(one))
             assert gap < paper.LIMIT["bf16"], gap
             for n, batch in batches.items():
-                with fresh():
-                    took = seconds(functools.partial(model, batch), 5 if GPU else 1)
-                    say(f"inference: {name}, {n} clips", n, took, flop, top, f"largest difference {gap:.0e}")
+                forget()
+                took = seconds(functools.partial(model, batch), 5 if GPU else 1)
+                say(f"inference: {name}, {n} clips", n, took, flop, top, f"largest difference {gap:.0e}")
 
 
 def run(quick: bool) -> None:

@@ -6,6 +6,7 @@ import atexit
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,17 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
         torch.set_float32_matmul_precision(before)
 
 
-def work(model: Any, batch: Batch) -> float:
-    """GFLOP of a forward pass of ours, attention in plain products: the counter sees nothing of the CPU's fused one."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(batch)
+def counted(call: Callable[[], Any]) -> float:
+    """GFLOP of a call, attention in plain products: the counter sees nothing of the CPU's fused one."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
     return counter.get_total_flops() / 1e9
+
+
+@torch.no_grad()
+def work(model: Any, batch: Batch) -> float:
+    """GFLOP of a forward pass of ours."""
+    return counted(lambda: model(batch))
 
 
 def ceiling(precision: str) -> float:

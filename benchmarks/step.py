@@ -44,11 +44,11 @@ def fresh(seed: int = 0) -> Any:
     return model, encoders
 
 
-def arguments_of(trainee: Trainee, folder: Path) -> TrainingArguments:
-    """As ``senticlip train`` has them, for one epoch without evaluation and checkpoints."""
+def arguments_of(trainee: Trainee, folder: Path, device: str = "cpu", epochs: int = 1) -> TrainingArguments:
+    """As ``senticlip train`` has them, for some epochs without evaluation and checkpoints."""
     return dataclasses.replace(
-        _arguments(trainee.experiment, folder, torch.device("cpu")),
-        num_train_epochs=1,
+        _arguments(trainee.experiment, folder, torch.device(device)),
+        num_train_epochs=epochs,
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,

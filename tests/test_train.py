@@ -233,6 +233,7 @@ def test_what_learns_of_an_encoder(place, tmp_path, learns, moved):
 def test_compiled_encoders_learn_the_same(place, tmp_path, monkeypatch):
     """Traced as torch.compile does it, but run by torch's own kernels: no C compiler is needed."""
     traced = []
+    parts = "encoder_modules_layer_modules_0_", "self_modules_self_attn_"  # text whole, a layer of the frames'
 
     def backend(graph, inputs):
         traced.append({node.target for node in graph.graph.nodes if node.op == "placeholder"})
@@ -245,10 +246,7 @@ def test_compiled_encoders_learn_the_same(place, tmp_path, monkeypatch):
     for name in ("eager", "compiled"):
         changes = {**learning, "train.compile": name == "compiled", "prompt": "learned", "train.epochs": 2}
         train(settings(place, **changes), place / "data", tmp_path / name)
-        for part in (
-            "encoder_modules_layer_modules_0_",
-            "self_modules_self_attn_",
-        ):  # text whole, a layer of the frames'
+        for part in parts:
             assert any(part in str(names) for names in traced) == (name == "compiled"), part
     eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     assert eager.keys() == compiled.keys()

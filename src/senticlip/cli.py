@@ -118,7 +118,6 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip reproduce``."""
     if options.seeds < 1:
         raise UsageError(f"--seeds {options.seeds}: must be at least 1")
-    runtime.setup()
     from senticlip.reproduce import reproduce as run
 
     tables = [number.strip() for number in options.tables.split(",")] if options.tables else None

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import from_dict
-from senticlip.data.cache import ABANDONED
 from senticlip.data.sims import read_clips
+from senticlip.files import abandoned
 from senticlip.models.base import SentimentModel
 from senticlip.quantize import quantize, recipe
 from senticlip.sources import fingerprint, reads
@@ -133,7 +132,7 @@ def _sweep(out: Path) -> None:
     """Remove what killed exports of this file have left."""
     for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"):
         with suppress(OSError):  # gone meanwhile, or not ours
-            if time.time() - left.stat().st_mtime > ABANDONED:
+            if abandoned(left):
                 shutil.rmtree(left)
 
 

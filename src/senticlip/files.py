@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from senticlip.structures import UsageError, UserError
+
+ABANDONED = 3600
+"""Seconds after which something unfinished is taken to be that of a killed writer."""
 
 
 @contextmanager
@@ -65,6 +69,11 @@ def alone(folder: Path, what: str, patience: float = 0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def abandoned(path: Path) -> bool:
+    """Whether an unfinished file or folder has been left by a killed writer."""
+    return time.time() - path.stat().st_mtime > ABANDONED
 
 
 def make_folder(out: str | Path) -> Path:

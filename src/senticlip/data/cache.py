@@ -25,13 +25,11 @@ import numpy as np
 import torch
 
 from senticlip.data.video import Frames, read_frames
+from senticlip.files import abandoned
 from senticlip.progress import watched
 from senticlip.structures import Clip, UserError
 
 SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
-ABANDONED = 3600
-"""Seconds after which an unfinished file is taken to be that of a killed writer."""
-
 SETTLED = 2
 """Seconds after which the next change of a file gives it other times, on any file system."""
 
@@ -182,7 +180,7 @@ def _sweep(folder: Path) -> None:
     """Remove what killed writers left: unfinished files, and values whose keys never came."""
     for path in [*folder.glob("partial-*"), *folder.glob("shard-*.npy")]:
         with suppress(FileNotFoundError):  # another writer has just renamed it
-            if not path.with_suffix(".json").exists() and time.time() - path.stat().st_mtime > ABANDONED:
+            if not path.with_suffix(".json").exists() and abandoned(path):
                 path.unlink()
 
 

@@ -209,14 +209,13 @@ class VisionEncoder(nn.Module):
         """Encode the real frames; the others are zero."""
         pixels, mask = vision
         rows = mask.flatten().nonzero()[:, 0]  # a GPU is waited for here, and not again
-        out = self.std.new_zeros(mask.numel(), self.dim)
         if not len(rows):
-            return Sequence(out.unflatten(0, mask.shape), mask)
+            return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
         real = pixels.flatten(0, 1)[rows]
         apart = real.device.type == "cpu" and not (torch.is_grad_enabled() or self.body.training)
         parts = real.split(TOGETHER if apart else len(real))
         states = torch.cat([self.images(self.normalize(part)) for part in parts])  # N×d
-        out = out.to(states.dtype).index_copy(0, rows, states)
+        out = states.new_zeros(mask.numel(), self.dim).index_copy(0, rows, states)
         return Sequence(out.unflatten(0, mask.shape), mask)  # B×m×d
 
 

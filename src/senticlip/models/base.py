@@ -52,7 +52,7 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
         parameter.requires_grad_(how == "full")
     if not isinstance(how, int):
         return
-    layers = layers_of(module)
+    layers = _layers(module)
     if not 0 < how <= len(layers):
         raise UsageError(f"{key}: top {how} layers of an encoder that has {len(layers)}")
     names = {id(p) for p in layers[len(layers) - how].parameters()}
@@ -62,7 +62,7 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
         parameter.requires_grad_(learning)
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
+def _layers(module: nn.Module) -> list[nn.Module]:
     """The layers of an encoder: the stack of several that holds most of the parameters; ALBERT has one layer only."""
     stacks = [stack for part in module.modules() if (stack := _stack(part))]
     return max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
@@ -227,7 +227,7 @@ class SentimentModel(PreTrainedModel):
         torch._dynamo.config.recompile_limit = 64  # kinds of layers × learning or not × shapes; beyond it all is slow
         for name, encoder in self.encoders.items():
             body = encoder.get_submodule("body")
-            for part in layers_of(body) if name == "vision" else [body]:
+            for part in _layers(body) if name == "vision" else [body]:
                 part.compile(dynamic=True if name == "text" else None)
 
     def encode(self, batch: Batch) -> Batch:
