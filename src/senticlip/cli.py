@@ -43,6 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(1 if isinstance(result, dict) and result.get("problems") else 0)
 
 
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that a function takes under their own names."""
+    return {name: getattr(options, name) for name in names}
+
+
 def say(options: argparse.Namespace, text: str) -> None:
     """Tell a person; with ``--json`` stdout stays the object's."""
     if runtime.first_process():
@@ -87,7 +92,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     config = configs.load(options.config, options.set)
     from senticlip.train import train as run
 
-    result = run(config, options.data, options.out, options.seed, options.resume, options.device)
+    result = run(config, **given(options, "data", "out", "seed", "resume", "device"))
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result["valid"].items())
     say(options, f"best epoch {result['best_epoch']} (valid: {scores}); {result['seconds']:.0f} s; {options.out}")
     return {name: result[name] for name in ("best_epoch", "valid", "seconds")}
@@ -99,12 +104,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
     if len(options.runs) > 2:
         raise UsageError(f"evaluate takes one RUN or two, not {len(options.runs)}")
-    how = (options.data, options.split, options.device, options.target, options.precision)
+    rest = given(options, "data", "split", "device", "target", "precision")
     if len(options.runs) == 2:
-        result = room.compare(options.runs[0], options.runs[1], *how)
+        result = room.compare(*options.runs, **rest)
         say(options, json.dumps(result["difference"], indent=1))
         return result
-    result = room.evaluate(options.runs[0], *how)
+    result = room.evaluate(options.runs[0], **rest)
     _say_disagreement(options, result.get("disagreement"))
     low, high = result["interval"]
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
@@ -121,8 +126,8 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.reproduce import reproduce as run
 
     tables = [number.strip() for number in options.tables.split(",")] if options.tables else None
-    names = ("data", "out", "preset", "seeds", "protocol", "keep", "device")
-    result = run(tables=tables, overrides=options.set, **{name: getattr(options, name) for name in names})
+    rest = given(options, "data", "out", "preset", "seeds", "protocol", "keep", "device")
+    result = run(tables=tables, overrides=options.set, **rest)
     say(options, f"open {result['report']}")
     return result
 
@@ -136,7 +141,7 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     if options.trained and options.set:
         raise UsageError("--set: RUN's own config says how its encoders read — leave --set or --run out")
     config = load_preset(options.preset, options.set)
-    result = run(options.data, options.out, config, options.protocol, options.device, options.trained)
+    result = run(config=config, run=options.trained, **given(options, "data", "out", "protocol", "device"))
     say(options, f"{result['clips']} clips; {result['file']}")
     return result
 
@@ -167,7 +172,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip export``."""
     from senticlip.export import export as run
 
-    result = run(options.run_folder, options.out, options.int8, options.data, options.split)
+    result = run(options.run_folder, **given(options, "out", "int8", "data", "split"))
     _say_disagreement(options, result.get("disagreement"))
     say(options, f"{result['file']}: {result['bytes'] / 1e6:.1f} MB")
     return result
@@ -185,10 +190,9 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.progress import counter
 
     began = time.monotonic()
-    names = vars(options).keys() - {"verb", "json", "debug", "model", "video"}
-    given = {name: getattr(options, name) for name in names}
+    rest = given(options, *vars(options).keys() - {"verb", "json", "debug", "model", "video"})
     with counter("lines") as progress:
-        segments = sum(1 for _ in run(options.model, options.video, **given, progress=progress))
+        segments = sum(1 for _ in run(options.model, options.video, **rest, progress=progress))
     html = str(Path(options.out) / "timeline.html")
     say(options, f"{segments} segments; open {html}")
     return {"segments": segments, "seconds": round(time.monotonic() - began, 2), "html": html}
@@ -199,14 +203,13 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         from senticlip.explain import explain as run
 
-        result = run(options.model, options.video, options.text, options.out, options.method, options.device)
+        result = run(options.model, **given(options, "video", "text", "out", "method", "device"))
     else:
         if options.video is not None or options.text is not None:
             raise UsageError("explain takes a VIDEO and --text, or --data, not both")
         from senticlip.explain_set import explain_set
 
-        names = ("data", "out", "split", "worst", "method", "device")
-        result = explain_set(options.model, **{name: getattr(options, name) for name in names})
+        result = explain_set(options.model, **given(options, "data", "out", "split", "worst", "method", "device"))
     say(options, f"open {result['html']}")
     return result
 
@@ -217,9 +220,9 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.progress import counter
 
     began, done, failed = time.monotonic(), 0, 0
-    given = {name: getattr(options, name) for name in ("address", "workers", "device", "precision")}
+    rest = given(options, "out", "address", "workers", "device", "precision")
     with counter("rows") as progress:
-        for row in run(options.model, options.manifest, options.out, **given, progress=progress):
+        for row in run(options.model, options.manifest, **rest, progress=progress):
             done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
     say(options, f"{done} done, {failed} failed; {options.out}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
@@ -232,8 +235,8 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     def ready(url: str) -> None:
         say(options, f"open {url} (Ctrl-C ends)")
 
-    names = ("host", "port", "limit", "device", "precision")
-    return {"url": run(options.model, ready=ready, **{name: getattr(options, name) for name in names})}
+    rest = given(options, "host", "port", "limit", "device", "precision")
+    return {"url": run(options.model, ready=ready, **rest)}
 
 
 VERBS = {
