@@ -86,6 +86,8 @@ def explain(
         UsageError: nothing to read, an unknown method, or one that this model cannot have. UserError: the video cannot
             be read, the folder cannot be written.
     """
+    if method is not None and video is None:
+        raise UsageError(f"--method {method}: heat maps lie over a video, and none was given")
     predictor = load(run, device)
     clip = Clip("", Path(video) if video is not None else None, text)
     return write(explanation(predictor, clip, method), out)
@@ -128,7 +130,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         features = predictor.model.encode(batch)
         output = predictor.model.fuse(features, attention=True)
     prediction = predictor.predictions(output)[0]
-    cases = occlude(predictor, batch, clip.text)
+    cases = occlude(predictor, features, clip.text)
     pictures = _pictures(clip.video, times) if clip.video is not None and times else []
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
     attention = _looks(predictor, looks(output, features), features, clip.text, len(times))

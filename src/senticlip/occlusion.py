@@ -86,7 +86,7 @@ def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
 
     Args:
         predictor: of a RUN.
-        batch: of this one clip, as ``predictor.batch`` gives it.
+        batch: of this one clip, as ``predictor.batch`` gives it, or its features: they are not encoded again.
         text: what the batch was made of.
     """
     model = predictor.model
