@@ -332,6 +332,8 @@ def test_bad_input_is_told_in_one_line(run, video, tmp_path):
         explain(run, tmp_path / "nowhere.mp4", TEXT, tmp_path / "out")
     with pytest.raises(UsageError, match=r"--method x: unknown — choose one of ablation-cam, grad-cam, rollout"):
         explain(run, video, TEXT, tmp_path / "out", method="x")
+    with pytest.raises(UsageError, match=r"--method rollout: heat maps lie over a video, and none was given"):
+        explain(run, None, TEXT, tmp_path / "out", method="rollout")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="no folder to write to"):
         explain(run, None, TEXT, tmp_path / "file")
