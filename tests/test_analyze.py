@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from tests.data import test_subtitles
 from tests.data.test_cutaways import write_shots
-from tests.data.test_video import delayed
+from tests.data.test_video import delayed, remux
 from tests.fakes import FakePredictor, write_film
 from tests.test_export import add_sound
 
@@ -157,6 +158,23 @@ def test_lines_after_the_film(film, srt, capsys):
     assert [row["text"] for row in rows] == WORDS
     with pytest.raises(UserError, match="all lines begin after the end"):
         analyze(FakePredictor(), film, srt, shift=500)
+
+
+def test_a_film_that_was_cut_off_is_told(film, tmp_path, capsys):
+    short = tmp_path / "short.mp4"
+    short.write_bytes(
+        remux(film, tmp_path / "whole.mp4", movflags="faststart").read_bytes()[: -film.stat().st_size // 3]
+    )
+    rows = list(analyze(FakePredictor(), short))
+    assert rows[-1]["end"] < 11
+    assert re.fullmatch(r".*short\.mp4: cut off, [\d.]+ s of 12\.0 s are there — .*\n", capsys.readouterr().err)
+
+
+def test_a_shift_does_not_lose_the_films_own_lines(tmp_path):
+    path = test_subtitles.film(tmp_path / "film.mkv", [("chi", test_subtitles.SRT)])
+    assert list(analyze(FakePredictor(), path))
+    with pytest.raises(UserError, match="no line is said after 0 s, since --shift -100 moves all before it"):
+        analyze(FakePredictor(), path, shift=-100)
 
 
 def test_pictures_that_begin_after_the_sound(tmp_path):

@@ -222,6 +222,10 @@ def test_another_manifest_or_folder_is_refused(run, archive, undisturbed, tmp_pa
     other.write_text('{"text": "好"}')
     with pytest.raises(UserError, match="another manifest"):
         bulk.bulk(run, other, run.parent / "out", workers=1, rows_per_part=PART)
+    moved = tmp_path / archive.name
+    moved.write_bytes(archive.read_bytes())
+    with pytest.raises(UserError, match="another folder of the manifest"):
+        bulk.bulk(run, moved, run.parent / "out", workers=1, rows_per_part=PART)
     (tmp_path / "part-000000.parquet").write_text("")
     with pytest.raises(UserError, match="something else"):
         bulk.bulk(run, other, tmp_path)

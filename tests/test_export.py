@@ -228,12 +228,20 @@ def test_lower_precision_is_close_and_says_how_close(run, video):
         assert 0 < found["max_difference"] < 0.03
 
 
-def test_int8_leaves_the_products_that_make_the_texts_states_narrower(run, tmp_path):
-    export(run, tmp_path / "m.onnx", int8=True)
-    graph = onnx.load(str(tmp_path / "m.onnx")).graph
-    floats = {w.name: tuple(w.dims) for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
-    kept = [floats[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in floats]
-    assert kept == [(SMALL["intermediate_size"], SMALL["hidden_size"])]  # the frames' of the same shape is int8
+def products(path):
+    """The sides of the constant weights of each product in fp32, and where it comes from."""
+    graph = onnx.load(str(path)).graph
+    floats = {w.name: w.dims for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) == 2}
+    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in floats]
+    return [(tuple(sorted(floats[node.input[1]])), str(node.metadata_props)) for node in nodes]
+
+
+def test_int8_leaves_the_network_and_what_makes_the_texts_states_narrower(run, tmp_path):
+    export(run, tmp_path / "fp32.onnx")
+    export(run, tmp_path / "int8.onnx", int8=True)
+    network = [sides for sides, scopes in products(tmp_path / "fp32.onnx") if "model.network" in scopes]
+    text = (SMALL["hidden_size"], SMALL["intermediate_size"])  # the frames' encoder has one of this shape, too
+    assert sorted(sides for sides, _ in products(tmp_path / "int8.onnx")) == sorted([*network, text])
 
 
 def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video, monkeypatch):

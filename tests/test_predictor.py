@@ -110,6 +110,11 @@ def test_sound_is_heard_as_in_training(place, tmp_path, model):
     assert not torch.allclose(silent.score if silent.score is not None else silent.log_probs, one, atol=1e-4)
 
 
+def test_a_piece_has_finite_times(place):
+    with pytest.raises(UsageError, match=r"a piece from None to inf s"):
+        load(place / "run")(place / "clip.mp4", end=float("inf"))
+
+
 def test_only_the_piece_is_heard(place):
     predictor = load(place / "clip_ca_msa", "cpu")
     whole, piece, high = (

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from urllib.parse import quote, quote_plus
 
 import pytest
 import torch
@@ -145,6 +146,14 @@ def test_every_error_is_one_line():
         assert answer.status_code == status, answer.text
         assert list(answer.json()) == ["error"]
         assert "\n" not in answer.json()["error"]
+
+
+@pytest.mark.parametrize("body", [f"text={TEXT}", f"text={quote(TEXT)}", f"text={quote_plus(TEXT + ' ')}"])
+def test_a_plain_form_is_utf_8(predictor, body):
+    """curl -d sends the bytes as they are."""
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    found = TestClient(app(predictor, "run")).post("/predict", content=body.encode(), headers=kind).json()
+    assert found == predictor(text=TEXT).to_json()
 
 
 def test_half_a_character_is_read_as_a_question_mark(predictor):

@@ -99,6 +99,8 @@ def analyze(
     if not isfinite(shift):
         raise UsageError(f"--shift {shift}: must be a number of seconds")
     info = probe(video)
+    if info.problem:
+        console.print(info.problem, soft_wrap=True)
     end = info.start + info.duration
     if transcribe:
         from senticlip.speech import transcribe as listen
@@ -107,7 +109,9 @@ def analyze(
     elif subtitles is not None:
         lines = subs.read(subtitles, shift)
     else:
-        lines = subs.embedded(video, track, shift) or (shots(video) if cut == "shots" else windows(end, seconds))
+        lines = subs.embedded(video, track, shift)
+        if not lines and not (shift < 0 and subs.embedded(video, track)):
+            lines = shots(video) if cut == "shots" else windows(end, seconds)
     if not lines:
         moved = f" after 0 s, since --shift {shift:g} moves all before it" if shift < 0 else ""
         raise UserError(f"{subtitles or video}: no line is said{moved} — leave out the subtitles to cut by time")

@@ -123,6 +123,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
     key = {
         "run": answers.fingerprint(run),
         "manifest": file_key(source),
+        "folder of the manifest": str(source.parent),  # where its relative paths begin
         "rows_per_part": rows_per_part,
         "precision": precision,
     }
@@ -275,7 +276,8 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
     try:
         if own:
             local: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+            more = {"address": address} if address else {"address": "local", **local}  # not what else runs here
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
@@ -296,7 +298,9 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
         for row in made.iter_rows():
             yield int(row["id"])
     except ConnectionError as error:
-        raise UserError(f"--address {address}: no Ray cluster answers ({' '.join(str(error).split())[:120]})") from None
+        reason = " ".join(str(error).split())[:120]
+        told = f"--address {address}: no Ray cluster lets us in ({reason}) — one that asks for a token"
+        raise UserError(f"{told} needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token") from None
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, UserError):

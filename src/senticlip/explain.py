@@ -26,8 +26,8 @@ from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Usage
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
 SAID = {"text": "words", "video": "picture", "audio": "sound"}
-HEIGHT = 256
-"""Of the pictures, pixels."""
+HEIGHT, WIDEST = 256, 1024
+"""Of the pictures, pixels: so high, unless they would be wider."""
 
 
 class Looks(NamedTuple):
@@ -174,13 +174,14 @@ def _maps(
 
 
 def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
-    """The frames in their own shape, HEIGHT high, one after the other (8K frames are never together in memory)."""
+    """The frames in their own shape, one after the other (8K frames are never together in memory)."""
     pictures = []
     with VideoReader(video) as reader:
         for time in times:
             whole = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
-            width = max(1, round(whole.width * HEIGHT / whole.height))
-            pictures.append(whole.resize((width, HEIGHT), Image.Resampling.BICUBIC))
+            scale = min(HEIGHT / whole.height, WIDEST / whole.width)
+            shape = [max(1, round(side * scale)) for side in whole.size]
+            pictures.append(whole.resize((shape[0], shape[1]), Image.Resampling.BICUBIC))
     return pictures
 
 

@@ -97,6 +97,9 @@ class Predictor:
             UsageError: a clip has nothing that this model reads. UserError: a video cannot be read.
         """
         clips = [clip._replace(text=spoken(clip.text)) for clip in clips]
+        for clip in clips:
+            if not np.isfinite([clip.start or 0.0, clip.end or 0.0]).all():
+                raise UsageError(f"{clip.video}: a piece from {clip.start} to {clip.end} s — give finite times")
         stores: dict[str, Rows] = {}
         if "text" in self.model.encoders:
             ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)

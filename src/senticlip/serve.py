@@ -109,6 +109,7 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
     front = page("serve.html", name=name, reads=modalities, explains=explains)
     answers = FastAPI(title="senticlip", version=senticlip.__version__, description=__doc__ or "")
+    answers.add_middleware(PlainForm)
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
 
@@ -184,6 +185,25 @@ def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
             yield Clip(name, path, text)
         except UserError as error:
             raise type(error)(str(error).replace(str(path), name)) from None
+
+
+class PlainForm:
+    """A plain form in UTF-8, as ``curl -d`` sends it: starlette takes what is not percent-encoded for Latin-1."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, its bytes beyond ASCII percent-encoded if it is such a form."""
+        kind = dict(scope.get("headers", ())).get(b"content-type", b"")
+
+        async def encoded() -> Message:
+            message = await receive()
+            body = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], message.get("body", b""))
+            return {**message, "body": body} if "body" in message else message
+
+        plain = kind.startswith(b"application/x-www-form-urlencoded")
+        await self.app(scope, encoded if plain else receive, send)
 
 
 class Limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tracemalloc
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -128,6 +129,30 @@ def test_a_piece_of_a_program_stream_has_sound(tmp_path):
     piece = read_audio(path, 5.25, 5.75)
     assert len(piece) == RATE // 2
     assert pitch(piece) == pytest.approx(900, abs=20)
+
+
+@pytest.mark.parametrize("name", ["a.flv", "a.ts", "a.mp4"])
+def test_sound_is_there_before_the_pictures_are(tmp_path, name):
+    """A seek by the pictures finds no keyframe there, and fails or goes too far."""
+    path, codec = tmp_path / name, "libmp3lame" if name == "a.flv" else "aac"
+    rate = 22050 if name == "a.flv" else RATE
+    with av.open(str(path), "w") as file:
+        voice, video = file.add_stream(codec, rate=rate, layout="mono"), file.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for i in range(8):
+            part = (tone(400 + 100 * i, 0.5, rate) * 0.5).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(part[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = rate, i * len(part)
+            file.mux(voice.encode(frame))
+            if i >= 5:
+                image = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8), "rgb24")
+                image.pts, image.time_base = round(i * 0.5 * 25), Fraction(1, 25)
+                file.mux(video.encode(image))
+        file.mux([*voice.encode(None), *video.encode(None)])
+    with AudioReader(path) as reader:
+        for start in (0.1, 1.0, 1.5):
+            for piece in (reader.read(start, start + 0.4), read_audio(path, start, start + 0.4)):
+                assert pitch(piece) == pytest.approx(400 + 100 * int((start + 0.2) / 0.5), abs=60), start
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import av
 import numpy as np
 import pytest
+from tests.data.test_video import remux
 from tests.fakes import write_film
 
 from senticlip.data.shots import LONGEST, SHORTEST, shots, windows
@@ -80,6 +81,12 @@ def test_flashes_make_no_splinters(tmp_path):
 def test_a_clock_that_does_not_begin_at_nought(tmp_path):
     path = film(tmp_path / "late.ts", scene(0, 50) + scene(1, 50), start=2500)
     assert edges(shots(path)) == pytest.approx([0, 2, 4], abs=0.25)
+
+
+def test_pictures_without_times(tmp_path):
+    remux(film(tmp_path / "a.mp4", scene(1, 50)), tmp_path / "a.h264")
+    with pytest.raises(UserError, match="no times to cut at"):
+        shots(tmp_path / "a.h264")
 
 
 def test_a_film_that_was_cut_off(tmp_path):

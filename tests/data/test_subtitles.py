@@ -157,6 +157,16 @@ def test_shift(tmp_path):
     assert read(path, shift=-10.0) == []
 
 
+def test_times_that_are_none_of_a_film(tmp_path):
+    """pysubs2 reads 100:00:01 as 00:00:01, and what was moved to before 0 as after it."""
+    path = tmp_path / "a.srt"
+    path.write_text("1\n-00:00:02,500 --> 00:00:02,000\n你好\n\n2\n-00:00:04,000 --> -00:00:03,000\n没人听见\n")
+    assert read(path) == [Line(0.0, 2.0, "你好")]
+    path.write_text("1\n00:00:01,000 --> 00:00:02,000\n你好\n\n2\n100:00:01,000 --> 100:00:02,000\n再见\n")
+    with pytest.raises(UserError, match=r"a\.srt, row 6: 100:00:01,000 is no time of a film"):
+        read(path)
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UsageError, match="no such subtitle file"):
         read(tmp_path / "none.srt")

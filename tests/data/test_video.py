@@ -52,7 +52,7 @@ def write(
     with av.open(str(path), "w", options=container or {}) as out:
         stream = out.add_stream(codec, rate=round(1 / base) if base.numerator == 1 and base > Fraction(1, 120) else 25)
         stream.width, stream.height = size
-        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p", "apng": "rgb24"}.get(codec, "yuv420p")
         stream.codec_context.time_base = base
         stream.options = {"g": "12", **options}
         if rotation is not None:
@@ -123,6 +123,9 @@ ZOO = {
     "VP9": lambda d: write(d / "a.webm", codec="libvpx-vp9", deadline="realtime", **{"cpu-used": "8"}),
     "VP8": lambda d: write(d / "a.webm", codec="libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "10"}),
     "H.264 in AVI (wrong presentation times)": lambda d: write(d / "a.avi", bf="3"),
+    "H.264 in MPEG-PS (few presentation times)": lambda d: write(d / "a.mpg", bf="3"),
+    "H.264 in ASF (decoding times)": lambda d: write(d / "a.asf", bf="3"),
+    "animated PNG": lambda d: write(d / "a.apng", codec="apng"),
     "AV1": lambda d: write(d / "a.mp4", codec="libsvtav1", preset="11", **{"svtav1-params": "keyint=12"}),
     "motion JPEG": lambda d: write(d / "a.avi", codec="mjpeg"),
     "bare H.264": lambda d: write(d / "a.h264", bf="2"),
@@ -140,14 +143,13 @@ def animal(request, tmp_path_factory) -> tuple[Path, list[tuple[float, int]]]:
 
 
 def sequential(path: Path) -> list[tuple[float, int]]:
-    """(time, number) of every frame, decoded from the start; frames without times are counted at 25 a second."""
+    """(time, number) of every frame, decoded from the start; where one has no time, they are counted at 25 a second."""
     with av.open(str(path)) as container:
-        zero, frames = float(Fraction(container.start_time or 0, 10**6)), []
+        zero, frames, told = float(Fraction(container.start_time or 0, 10**6)), [], True
         for frame in container.decode(video=0):
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            time = len(frames) / 25 if stamp is None else float(stamp * frame.time_base) - zero
-            frames.append((time, number(rgb(frame))))
-    if any(one[0] > two[0] for one, two in pairwise(frames)):  # what falls is no presentation time
+            told = told and frame.pts is not None
+            frames.append((float((frame.pts or 0) * frame.time_base) - zero, number(rgb(frame))))
+    if not told or any(one[0] > two[0] for one, two in pairwise(frames)):  # what falls is no presentation time
         return [(i / 25, said) for i, (_, said) in enumerate(frames)]
     return frames
 
@@ -218,6 +220,21 @@ def test_the_duration_is_that_of_the_pictures(animal):
     assert info.problem is None
     assert info.duration == pytest.approx(frames[-1][0] - frames[0][0] + 0.04, abs=0.25)
     assert (info.width, info.height) in {(WIDTH, HEIGHT), (48, 128)}
+
+
+def test_a_clock_that_goes_back_is_told(tmp_path):
+    """As in recordings that were joined as they are: half of them would never be seen."""
+    one = write(tmp_path / "one.ts")
+    (tmp_path / "two.ts").write_bytes(2 * one.read_bytes())
+    assert len(read_frames(one).pixels) == 6
+    with pytest.raises(UserError, match=r"two\.ts: its clock goes back by 2\.\d s, as where files were joined"):
+        read_frames(tmp_path / "two.ts")
+
+
+def test_what_is_shown_before_the_first_picture_comes_does_not_count(tmp_path):
+    """AVI's first frame of MPEG-4 with B-frames comes one late."""
+    info = probe(write(tmp_path / "a.avi", codec="mpeg4", bf="2"))
+    assert (info.start, info.duration) == (pytest.approx(0.04), pytest.approx(60 / 25))
 
 
 def test_a_codec_without_a_decoder_is_one_line(tmp_path):

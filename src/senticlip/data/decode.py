@@ -21,7 +21,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from senticlip.data.sequential import Sequential, open_video, times_are_guessed
+from senticlip.data.sequential import Sequential, open_video, packets, times_are_guessed
 from senticlip.structures import UserError
 
 NEAR = 20
@@ -64,8 +64,10 @@ class Decoder:
         self._near = int(NEAR / self.tick)
         self._step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
+        self._joins = self.container.format.name in ("mpegts", "mpeg")
         self._slow: Sequential | None = None
-        self._trusted = not times_are_guessed(self.container, self.stream)
+        # in APNG every picture passes for a keyframe, and most only change the one before
+        self._trusted = self.container.format.name != "apng" and not times_are_guessed(self.container, self.stream)
         self._start_reading()
         if self._trusted and not self._ahead:
             self.close()
@@ -98,7 +100,7 @@ class Decoder:
 
     def _start_reading(self) -> None:
         """Forget what was read, and go on to the next keyframe."""
-        self._packets = self.container.demux(self.stream)
+        self._packets = packets(self.container, self.stream)
         self._ahead: deque[Read] = deque()  # read and not yet decoded
         self._fed: list[int] = []  # times of what went into the decoder since the keyframe
         self._key: int | None = None  # the time of that keyframe; None: the decoder begins at _ahead[0]
@@ -120,9 +122,7 @@ class Decoder:
 
     def _read(self) -> None:
         """Read one packet."""
-        packet = None
-        with suppress(FFmpegError):
-            packet = next(self._packets, None)
+        packet = next(self._packets, None)
         if packet is None or (packet.pts is None and not packet.size):
             self._finished = True
         elif packet.pts is None:
@@ -132,6 +132,10 @@ class Decoder:
             insort(self._latest, packet.pts)
             del self._latest[: -REORDERED - 1]
             until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
+            back = 0 if until is None else float((self._read_until - until) * self.tick)
+            if self._joins and back > 1 and self._read_until > -(1 << 62):
+                told = f"{self.path}: its clock goes back by {back:.1f} s, as where files were joined"
+                raise UserError(f"{told} — mend it: ffmpeg -i FILE -c copy OTHER")
             self._read_until = self._read_until if until is None else max(self._read_until, until)
             self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 
@@ -256,7 +260,8 @@ class Decoder:
 
     def _feed(self, read: Read, skip: bool) -> list[VideoFrame]:
         codec = self.stream.codec_context
-        codec.open(strict=False)  # dav1d takes skip_frame when it is opened, and then for good: so before it is set
+        with suppress(FFmpegError):  # what cannot be opened decodes nothing
+            codec.open(strict=False)  # dav1d takes skip_frame when it is opened, and then for good: so before it is set
         if self._key is None:
             codec.flush_buffers()
         if self._key is None or read.is_key:
@@ -307,5 +312,5 @@ class Decoder:
             self._slow = Sequential(self.path)
         found = self._slow.at(stamp)
         if found is None:
-            raise UserError(f"{self.path}: no frame can be decoded (damaged or cut off) — replace the file")
+            raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
         return found

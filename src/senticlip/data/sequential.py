@@ -7,11 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -64,7 +68,7 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
         if not stream.disposition & Disposition.attached_pic:  # cover art is no video
             break
     else:
-        found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        found = ", ".join(sorted({_kind(stream) for stream in container.streams})) or "nothing"
         container.close()
         raise UserError(f"{path}: no video in this file (it holds: {found}) — give a video, or leave it out")
     if stream.codec_context is None:
@@ -76,6 +80,10 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
     return container, stream
+
+
+def _kind(stream: Any) -> str:
+    return "cover art" if stream.type == "video" else stream.type
 
 
 def _open(path: Path) -> InputContainer:
@@ -92,9 +100,28 @@ def _open(path: Path) -> InputContainer:
     return open_container(path)
 
 
+def packets(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Packet]:
+    """A stream's packets from here on, and an empty one; where a damaged file ends early, those that came."""
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:  # damage looks like a stream that was not there at opening: go on behind it
+            continue
+        except FFmpegError:
+            return
+
+
+def pictures(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
+    """A stream's frames from here on (of sound, too); a damaged packet is passed over, as a player does."""
+    for packet in packets(container, stream):
+        with suppress(FFmpegError):
+            yield from packet.decode()
+
+
 def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:
     """Whether presentation times are guesses: AVI stores none, and FFmpeg guesses those of H.264's B-frames wrong."""
-    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+    return container.format.name in ("avi", "asf") and stream.codec_context.name in ("h264", "hevc")
 
 
 class Sequential:
@@ -109,28 +136,24 @@ class Sequential:
         self._shown: tuple[int, VideoFrame] | None = None
 
     def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Frames and their times; a file without times has them counted, at its frame rate.
+        """Frames and their times; one without a time follows the one before it, at the file's frame rate.
 
         Where only decoding times are true, the n-th frame is shown at the n-th of them.
         """
-        packets = self.container.demux(self.stream)
-        guessed, count = times_are_guessed(self.container, self.stream), 0
+        guessed = times_are_guessed(self.container, self.stream)
         order: deque[int] = deque()
-        while True:
-            packet = None
-            frames: list[VideoFrame] = []
-            with suppress(FFmpegError):  # the file ends early
-                packet = next(packets, None)
+        coming = Fraction(self.stream.start_time or 0)
+        for packet in chain(packets(self.container, self.stream), [None]):
             if guessed and packet is not None and packet.dts is not None:
                 order.append(packet.dts)
+            frames: list[VideoFrame] = []
             with suppress(FFmpegError):  # a damaged packet is passed over; no packet: what is left in the decoder
                 frames = self.stream.decode(packet)
             for frame in frames:
                 stamp = order.popleft() if order else frame.pts if frame.pts is not None else frame.dts
-                yield (round(count * self._step) if stamp is None else stamp), frame
-                count += 1
-            if packet is None or not (packet.size or frames):
-                return
+                stamp = round(coming) if stamp is None else stamp
+                yield stamp, frame
+                coming = stamp + self._step
 
     def passed(self, stamp: int) -> bool:
         """Whether the frame shown at ``stamp`` has gone by."""

@@ -8,11 +8,10 @@ from math import ceil, inf
 from pathlib import Path
 
 import numpy as np
-from av.error import FFmpegError
 
-from senticlip.data.sequential import clock_start, open_video
+from senticlip.data.sequential import clock_start, open_video, pictures
 from senticlip.data.subtitles import Line
-from senticlip.structures import UsageError
+from senticlip.structures import UsageError, UserError
 
 STEP, SHORTEST, LONGEST = 0.2, 0.6, 10.0
 """Seconds between the frames that are compared; no shot is shorter or longer than these."""
@@ -49,7 +48,7 @@ def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
             as large as what was usual in the seconds before, or every hand-held camera would cut.
 
     Raises:
-        UserError: not a readable video.
+        UserError: not a readable video, or one without times.
     """
     container, stream = open_video(video)
     zero = clock_start(container)
@@ -57,21 +56,20 @@ def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
     last, times, now = None, [0.0], 0.0
     stream.codec_context.skip_frame = "NONREF"
     with container:
-        try:
-            for frame in container.decode(stream):
-                time = (frame.time or 0.0) - zero
-                if last is not None and time - now < STEP:
-                    continue
-                now = time
-                small = frame.reformat(32, 18, "rgb24").to_ndarray().astype(np.float32) / 255
-                if last is not None:
-                    change = float(np.abs(small - last).mean())
-                    if change > max(threshold, 3 * float(np.median(usual))) and time - times[-1] >= SHORTEST:
-                        times.append(time)
-                    usual.append(change)
-                last = small
-        except FFmpegError:
-            pass  # what is left of a damaged film is one more shot
+        for frame in pictures(container, stream):
+            if frame.time is None:
+                raise UserError(f"{video}: its pictures have no times to cut at — leave out --cut shots")
+            time = frame.time - zero
+            if last is not None and time - now < STEP:
+                continue
+            now = time
+            small = frame.reformat(32, 18, "rgb24").to_ndarray().astype(np.float32) / 255
+            if last is not None:
+                change = float(np.abs(small - last).mean())
+                if change > max(threshold, 3 * float(np.median(usual))) and time - times[-1] >= SHORTEST:
+                    times.append(time)
+                usual.append(change)
+            last = small
         length = (container.duration or 0) / 1e6
     edges = pairwise([*times, max(now, length)])
     return [piece for start, end in edges for piece in _pieces(start, end, max(1, ceil((end - start) / LONGEST)))]

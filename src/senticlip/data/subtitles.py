@@ -65,6 +65,10 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
         return []
     if text.startswith("WEBVTT"):
         text = _timed_blocks(text)
+    elif long := re.search(r"\d{3,}:\d{1,2}:\d{1,2}[.,]\d+ *-->|--> *\d{3,}:\d{1,2}:\d{1,2}[.,]\d+", text):
+        row = text.count("\n", 0, long.start()) + 1
+        raise UserError(f"{path}, row {row}: {long[0].strip('-> ')} is no time of a film — hours have two digits")
+    text = re.sub(r"-\d{1,2}:\d{1,2}:\d{1,2}([.,])\d{1,3}", r"00:00:00\g<1>000", text)  # moved to before 0
     bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
     try:
         cues = [

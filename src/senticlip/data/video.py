@@ -30,9 +30,9 @@ class Frames(NamedTuple):
 class VideoInfo(NamedTuple):
     """What a video file says, and what is there.
 
-    The pictures begin at ``start`` on a player's clock and last for ``duration``, seconds; ``width`` and ``height`` as
-    displayed; ``subtitle_tracks`` a name each; ``problem`` is a line for the user where not all that is promised is
-    there (None: all well).
+    The pictures begin at ``start`` on a player's clock and last for ``duration``, seconds; ``width`` and ``height`` in
+    pixels, upright; ``subtitle_tracks`` a name each; ``problem`` is a line for the user where not all that is promised
+    is there (None: all well).
     """
 
     duration: float
@@ -63,7 +63,7 @@ class VideoReader:
         start = (self._decoder.stream.start_time or 0) * tick
         # the container's start is told in microseconds, the stream's in its own unit: the finer one, where they agree
         self._zero = start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
-        self._start = max(start - self._zero, Fraction(0))
+        self._start = max(max(start, self._decoder.first * tick) - self._zero, Fraction(0))
         self._end = max(self._decoder.end * tick - self._zero, self._start)
 
     def __enter__(self) -> Self:
