@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from transformers import BertConfig
 
 from senticlip.config import Config
 from senticlip.models.clip_ca_msa import ClipCaMsa, Whiten
-from senticlip.models.fusion import CrossAttentionBlock
+from senticlip.models.fusion import CrossAttentionBlock, CrossAttentionFusion
 from senticlip.models.heads import SimilarityHead
+from senticlip.models.temporal import MeanTemporal
 from senticlip.structures import Sequence
 
 SPEC = BertConfig(
@@ -53,6 +56,48 @@ class TestPaper(Switches):
         expected = votes - np.log(np.exp(votes).sum(1, keepdims=True))
         np.testing.assert_allclose(output.log_probs.detach().numpy(), expected, atol=1e-5)
 
+    def test_the_loss_by_hand(self):
+        """Focal for text alone, smoothed, weighted by class, over the rows that have the modality and a label."""
+        network = self.network(**{"train.label_smoothing": 0.3}).eval()
+        network.class_weights.copy_(torch.tensor([3.0, 1.0, 0.5]))
+        s = {"text": 0.7, "vision": -0.4}
+        with torch.no_grad():
+            for name, value in s.items():
+                network.combine.s[name].fill_(value)
+        batch = features(absent=[(1, "text"), (2, "vision")])
+        batch.labels["M"].copy_(torch.tensor([-0.4, 0.2, 0.0, 1.0, torch.nan]))
+        target = np.array([0, 2, 1, 2])
+        output = network(batch)
+        expected = {}
+        for name, gamma, rows in (("text", 2, [0, 2, 3]), ("vision", 0, [0, 1, 3])):
+            p, true = softmax(output.logits[name].detach().numpy().astype(float)[rows]), target[rows]
+            wanted = 0.7 * np.eye(3)[true] + 0.3 / 3
+            focus = (1 - p[range(3), true]) ** gamma
+            expected[name] = np.mean(np.array([3.0, 1.0, 0.5])[true] * focus * -(wanted * np.log(p)).sum(1))
+        total, parts = network.loss(output, batch)
+        assert {name: float(part) for name, part in parts.items()} == pytest.approx(
+            {f"loss_{name}": loss for name, loss in expected.items()}, rel=1e-5
+        )
+        assert total.item() == pytest.approx(
+            sum(np.exp(-s[name]) * loss + s[name] / 2 for name, loss in expected.items()), rel=1e-5
+        )
+
+    def test_s_of_a_modality_that_no_row_has_rests(self):
+        network, batch = self.network(), features(absent=[(row, "vision") for row in range(5)])
+        network.loss(network(batch), batch)[0].backward()
+        assert float(network.combine.s["vision"].grad) == 0
+        assert float(network.combine.s["text"].grad) != 0
+
+    def test_after_a_step_s_and_the_scale_are_within_their_bounds(self):
+        network = self.network()
+        s, scale = network.combine.s, network.heads["vision"].logit_scale
+        with torch.no_grad():
+            for scalar, value in ((s["text"], 9.0), (s["vision"], -9.0), (scale, 9.0)):
+                scalar.fill_(value)
+        network.step_finished()
+        assert (s["text"].item(), s["vision"].item()) == (5, -5)
+        assert scale.item() == pytest.approx(math.log(100))
+
 
 class TestLinear(Switches):
     changes = {"dropout": 0.0, "vision.frames": 8, "head": "linear"}
@@ -84,6 +129,16 @@ def test_the_order_of_frames(temporal, matters):
     answer = answers(network(batch._replace(modalities={"vision": Sequence(values, full)})))
     turned = answers(network(batch._replace(modalities={"vision": Sequence(values.flip(1), full)})))
     assert torch.allclose(answer, turned, atol=1e-6) != matters
+
+
+def test_the_mean_of_the_real_frames_comes_first():
+    values = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    found = MeanTemporal(Config())(Sequence(torch.from_numpy(values), mask))
+    expected = np.stack([values[0, [0, 2]].mean(0), values[1].mean(0)])
+    np.testing.assert_allclose(found.values[:, 0].numpy(), expected, atol=1e-6)
+    np.testing.assert_array_equal(found.values[:, 1:].numpy(), values)
+    assert found.mask.tolist() == [[True, True, False, True], [True] * 4]
 
 
 def test_whitened_sound_has_no_columns_that_go_together():
@@ -169,6 +224,20 @@ def test_equations_9_to_12():
     expected = norm(s + linear(inner.numpy(), last.weight, last.bias), block.norm2)
     np.testing.assert_allclose(found[0].detach().numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(weights[0, :, :, :3].detach().numpy(), np.stack(maps), atol=1e-6)
+
+
+def test_what_was_heard_is_joined_with_the_original_input():
+    """Linear([H_a2b ; H_a2c ; H_a])."""
+    torch.manual_seed(0)
+    names = ["text", "vision", "audio"]
+    fusion = CrossAttentionFusion(Config().override({"width": 8, "heads": 2, "dropout": 0.0}), names).eval()
+    inputs = {n: Sequence(torch.randn(2, k, 8), torch.ones(2, k, dtype=torch.bool)) for k, n in enumerate(names, 2)}
+    found, _ = fusion(inputs)
+    for a in names:
+        heard = [fusion.blocks[f"{a}_asks_{b}"](inputs[a], inputs[b])[0].detach() for b in names if a != b]
+        joined = np.concatenate([part.numpy() for part in (*heard, inputs[a].values)], -1)
+        expected = linear(joined, fusion.join[a].weight, fusion.join[a].bias)
+        np.testing.assert_allclose(found[a].values.detach().numpy(), expected, atol=1e-5)
 
 
 def test_equation_13():
