@@ -251,6 +251,17 @@ def test_runs_are_paired_by_their_seed():
     assert results.versus(ours, theirs)["accuracy"]["difference"] == pytest.approx(1 / 4)
 
 
+def test_a_clip_counts_once_over_the_seeds():
+    truth, ours, theirs = np.random.default_rng(0).integers(0, 3, (3, 60)).tolist()
+    ids = [str(i) for i in range(60)]
+    first, second = ({"predictions": {"id": ids, "truth": truth, "predicted": said}} for said in (ours, theirs))
+    once = results.versus({0: first}, {0: second})
+    twice = results.versus({0: first, 1: first}, {0: second, 1: second})
+    for metric in ("accuracy", "macro_f1"):
+        for edge in ("low", "high"):
+            assert twice[metric][edge] == pytest.approx(once[metric][edge]), (metric, edge)
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
