@@ -1,4 +1,4 @@
-"""What is done to a training batch: words and faces of the same own label change partners."""
+"""What is done to a training batch (words and faces change partners, frames and modalities go), and the average."""
 
 from __future__ import annotations
 
@@ -178,19 +178,98 @@ class Mirror(torch.nn.Module):
         return torch.zeros(()), {}
 
 
+def read(parts, labels, training=True, **switches):
+    """The modalities that a model reads of a batch where these keys of the config are changed."""
+    torch.manual_seed(0)
+    trainee = Trainee(Mirror(Config().override(switches))).train(training)
+    inputs = {name: part.values for name, part in parts.items()} | {f"{n}_mask": s.mask for n, s in parts.items()}
+    trainee(**inputs, **{f"label_{name}": score for name, score in labels.items()})
+    return trainee.model.seen.modalities
+
+
 @pytest.mark.parametrize("names", [("text", "vision"), ("text", "vision", "audio")], ids="+".join)
 def test_in_training_alone_and_where_there_is_sound_features_are_misled(sound, names):
-    parts, labels = sound
-    trainee = Trainee(Mirror(Config().override({"train.mislead": 1.0})))
-    inputs = {name: parts[name].values for name in names} | {f"{name}_mask": parts[name].mask for name in names}
+    parts, labels = {name: sound[0][name] for name in names}, sound[1]
     for training in (True, False):
-        trainee.train(training)
-        trainee(**inputs, **{f"label_{name}": score for name, score in labels.items()})
-        same = torch.equal(trainee.model.seen.modalities["text"].values, parts["text"].values)
-        assert same != (training and "audio" in names)
+        seen = read(parts, labels, training, **{"train.mislead": 1.0})
+        for name, own in (("text", "T"), ("vision", "V")):
+            rows, _ = mixture(parts[name], seen[name])
+            moved = rows != torch.arange(ROWS)
+            assert moved.any() == (training and "audio" in names)
+            assert (labels[own][rows].sign() != labels[own].sign())[moved].all()
 
 
 def test_without_another_class_nobody_is_misled(sound):
     parts, _ = sound
     same = mislead(parts, {"T": torch.ones(ROWS), "V": torch.full((ROWS,), torch.nan)}, 1.0)
     assert all(torch.equal(same[name].values, parts[name].values) for name in parts)
+
+
+@pytest.fixture
+def frames(batch):
+    """Words, and frames B×5×3×4×4 that are lighter on their right."""
+    parts, labels = batch
+    shades = torch.arange(ROWS)[:, None, None, None, None] % 100 + torch.tensor([0, 0, 50, 50])
+    pixels = shades.expand(-1, 5, 3, 4, -1).to(torch.uint8)
+    return parts | {"vision": Sequence(pixels, parts["vision"].mask)}, labels
+
+
+def test_frames_of_a_training_batch_are_augmented(frames):
+    (before, mask), seen = frames[0]["vision"], read(*frames, **{"vision.augment": 1.0})["vision"]
+    changed = (seen.values != before).flatten(2).any(2)
+    assert changed[mask].float().mean() > 0.9
+    assert not changed[~mask].any()
+    assert torch.equal(seen.mask, mask)
+
+
+def test_of_a_training_clip_as_many_frames_are_read_as_are_asked_for(frames):
+    before, seen = frames[0]["vision"], read(*frames, **{"vision.train_frames": 2})["vision"]
+    assert torch.equal(seen.mask.sum(1), before.mask.sum(1).clamp(max=2))
+    assert not (seen.mask & ~before.mask).any()
+
+
+@pytest.mark.parametrize("chance", [0.3, 1.0])
+def test_one_modality_is_left_out_now_and_then(batch, chance):
+    seen = read(*batch, **{"train.modality_dropout": chance})
+    gone = torch.stack([~seen[name].mask.any(1) for name in ("text", "vision")])
+    assert not gone.all(0).any()
+    assert gone.float().mean(1).tolist() == pytest.approx([chance / 2] * 2, abs=0.08)  # 3 standard deviations
+
+
+def test_partners_are_changed_in_a_training_batch(batch):
+    seen = read(*batch, **{"train.recombine": 1.0})
+    for name in ("text", "vision"):
+        assert (sources(seen, name) != torch.arange(ROWS)).float().mean() > 0.5
+
+
+def test_an_evaluation_reads_what_is_there(frames):
+    switches = {"vision.augment": 1.0, "vision.train_frames": 2, "train.modality_dropout": 1.0, "train.recombine": 1.0}
+    seen = read(*frames, training=False, **switches)
+    for name, part in frames[0].items():
+        assert torch.equal(seen[name].values, part.values)
+        assert torch.equal(seen[name].mask, part.mask)
+
+
+class Stubborn(Mirror):
+    """A model that says its one parameter of every row."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.said, self.network = torch.nn.Parameter(torch.zeros(3)), torch.nn.Module()
+
+    def fuse(self, batch):
+        return Output(log_probs=self.said.expand(ROWS, 3))
+
+
+def test_the_average_of_the_steps_is_what_is_evaluated(batch):
+    parts, _ = batch
+    trainee = Trainee(Stubborn(Config().override({"train.ema": 0.2})))
+    for value in (1.0, 3.0):
+        trainee.model.said.data.fill_(value)
+        trainee.step_finished()
+    # it begins at 0 and keeps 2/11 of itself, then 3/12, but no more than ema
+    wanted = {True: 3.0, False: 0.2 * 9 / 11 + 0.8 * 3.0}
+    for training, value in wanted.items():
+        trainee.train(training)
+        found = trainee(text=parts["text"].values, text_mask=parts["text"].mask)["prediction"]
+        torch.testing.assert_close(found, torch.full((ROWS, 3), value))
