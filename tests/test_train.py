@@ -21,9 +21,13 @@ from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
 
 from senticlip import config as configs
 from senticlip import train as training
+from senticlip.checkpoint import outputs
 from senticlip.data.loader import BalancedSampler
 from senticlip.data.sims import read_clips
 from senticlip.models import create_model
+from senticlip.models.base import SentimentModel
+from senticlip.models.self_mm import SelfMM
+from senticlip.sources import clip_set
 from senticlip.structures import UsageError, UserError
 from senticlip.train import newest_checkpoint, parameter_groups, stages_of, train
 from senticlip.trainee import Trainee
@@ -101,6 +105,18 @@ def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path):
     train(settings(place, stages={"text": stage}, **{"train.epochs": 1}), table, tmp_path / "run")
     learned = json.loads((tmp_path / "run" / "stages" / "text" / "metrics.json").read_text())["experiment"]
     assert (learned["target"], learned["modalities"]) == ("M", ["text"])
+
+
+def test_the_encoder_of_a_stage_is_the_one_of_the_run(place, tmp_path):
+    stage = {"modalities": ["text"], "target": "T", "text.train": "full", "text.lr": 1e-2, "train.epochs": 1}
+    train(settings(place, stages={"text": stage}, **{"train.epochs": 1}), place / "data", tmp_path / "run")
+    first, whole = (
+        {name: value for name, value in weights(run).items() if name.startswith("encoders.text.")}
+        for run in (tmp_path / "run" / "stages" / "text", tmp_path / "run")
+    )
+    assert_same(first, whole)
+    words = "embeddings.word_embeddings.weight"
+    assert not torch.equal(whole[f"encoders.text.body.{words}"], load_file(place / "text" / "model.safetensors")[words])
 
 
 def test_only_what_is_read_is_trained_first(place, tmp_path):
@@ -278,6 +294,32 @@ def test_the_best_epoch_by_the_metric_is_kept(place, tmp_path):
     assert len(curve) <= result["best_epoch"] + 2
 
 
+def test_the_average_moves_within_the_bounds_of_s_and_is_kept(place, tmp_path):
+    changes = {"train.ema": 0.9, "train.scalar_lr": 100.0, "train.lr": 0.01}
+    result = train(settings(place, **changes), place / "data", tmp_path / "run")
+    curve = losses(tmp_path / "run")[0]
+    assert len(set(curve)) == 3  # it moved
+    model = SentimentModel.from_pretrained(tmp_path / "run")
+    assert 1 < max(abs(s.item()) for s in model.network.combine.s.values()) <= 5
+    model.network.temperature.fill_(1)  # as it was while it was trained
+    clips = clip_set(read_clips(place / "data", "valid"), model, model.tokenizer, data=place / "data")
+    found = training.score(outputs(model, clips).log_probs.numpy(), clips.labels["M"])
+    assert found["nll"] == pytest.approx(result["valid"]["nll"], abs=1e-5)
+
+
+def test_self_mm_is_told_the_number_of_each_epoch(place, tmp_path, monkeypatch):
+    told = []
+    real = SelfMM.epoch_started
+
+    def noted(self, epoch):
+        told.append(epoch)
+        real(self, epoch)
+
+    monkeypatch.setattr(SelfMM, "epoch_started", noted)
+    train(settings(place, model="self_mm", modalities=["text"], prompt="none"), place / "data", tmp_path / "run")
+    assert told == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("balance", "wanted"), [("weights", [12 / 21, 12 / 9, 12 / 6]), ("none", [1, 1, 1])])
 def test_rare_classes_weigh_more(place, tmp_path, balance, wanted):
     data = relabelled(tmp_path / "data", place, "-0.4", [1, 2, 5])  # train: 7 negative, 3 neutral, 2 positive
@@ -341,6 +383,12 @@ def test_every_part_learns_at_its_own_rate(place, tmp_path):
     assert "prefix matrix" in found[1.0, 0.0]
     assert "network.fusion matrix" in found[1.0, 0.5]
     assert not any("matrix" in part for part in found[1.0, 0.0] - {"prefix matrix"})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_reaches_the_trainer(place, tmp_path, precision):
+    arguments = training._arguments(settings(place, **{"train.precision": precision}), tmp_path, torch.device("cpu"))
+    assert arguments.bf16 == (precision == "bf16")
 
 
 def test_one_process_stays_on_the_gpu_that_was_asked_for(place, tmp_path, monkeypatch):
