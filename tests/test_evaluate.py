@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, f1_score
-from tests.tiny import clip_folder, data_folder, text_folder
+from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
 
 import senticlip
 from senticlip.config import Config
@@ -118,6 +119,29 @@ def test_a_split_that_has_no_video_or_nothing_at_all(place, tmp_path):
     picture.save_pretrained(tmp_path / "v")
     with pytest.raises(UserError, match=r"own\.csv: no video in any of 2 clips"):
         evaluate(tmp_path / "v", table, device="cpu")
+
+
+def test_each_head_alone_and_all_with_equal_weights(place, tmp_path):
+    """Heads that say one class of every clip: words negative, with most of the weight, frames positive."""
+    changes = {"vision.encoder": str(timm_folder(tmp_path / "timm")), "vision.frames": 2, "vision.size": 32}
+    changes |= {"text.encoder": str(place / "text"), "text.max_length": 20, "width": 16, "heads": 2, "head": "linear"}
+    model = create_model(Config().override(changes))
+    with torch.no_grad():
+        for name, said in (("text", [3.0, 0.0, 0.0]), ("vision", [0.0, 0.0, 2.0])):
+            model.network.heads[name].classify.weight.zero_()
+            model.network.heads[name].classify.bias.copy_(torch.tensor(said))
+        model.network.combine.s["text"].fill_(-3)
+        model.network.temperature.copy_(torch.tensor([2.0, 1.0]))  # 3 / 2 is less than 2
+    model.save_pretrained(tmp_path / "run")
+    videos = [clip.video for clip in read_clips(place / "data", "test")]
+    rows = [f"{video},天气,{score},test" for video, score in zip(videos, [-1, -1, -1, 0, 0, 1, 1, 1, 1], strict=True)]
+    table = tmp_path / "own.csv"
+    table.write_text("\n".join(["path,text,label,split", *rows, ",天气,-1,valid"]), encoding="utf-8")
+    found = evaluate(tmp_path / "run", table, device="cpu")
+    assert found["accuracy"] == found["heads"]["text"]["accuracy"] == pytest.approx(3 / 9)
+    assert found["equal_weights"]["accuracy"] == found["heads"]["video"]["accuracy"] == pytest.approx(4 / 9)
+    unseen = evaluate(tmp_path / "run", table, "valid", device="cpu")
+    assert unseen["equal_weights"]["accuracy"] == 1  # without frames there are words alone
 
 
 def test_another_question_has_a_file_of_its_own(place):
