@@ -11,7 +11,7 @@ from tests.models.tester import ModelTester, answers, features
 from torch import nn
 
 from senticlip.models.lmf import LowRankFusion
-from senticlip.models.mult import attend, causal
+from senticlip.models.mult import Layer, attend, causal
 from senticlip.models.peer import LastState, drop_mask, dropout, groups, masked_mean, packed
 from senticlip.models.self_mm import SelfMM
 from senticlip.models.tfn import SlicedProduct, TensorLinear
@@ -60,6 +60,17 @@ class TestMulT(Small):
         placed.load_state_dict(plain.state_dict())
         assert not torch.allclose(answers(plain(features())), answers(placed(features())))
 
+    def test_what_is_embedded_is_scaled_by_the_root_of_the_width(self):
+        pair, x = self.network().eval().pairs["text_asks_vision"], torch.randn(2, 3, 8)
+        torch.testing.assert_close(pair.embed(x), 8**0.5 * x)
+
+    def test_the_answer_is_linear_in_the_last_steps_and_what_a_layer_adds(self):
+        network, batch = self.network().eval(), features()
+        output = network(batch)
+        joint = torch.cat(list(output.features.values()), -1)
+        added = network.proj1(joint).clamp(min=0) @ network.proj2.weight.T + network.proj2.bias
+        torch.testing.assert_close(output.score, (joint + added) @ network.out.weight[0] + network.out.bias)
+
     def test_text_shorter_than_the_kernel(self):
         batch = features()
         short = {n: Sequence(s.values[:, :2], s.mask[:, :2]) for n, s in batch.modalities.items()}
@@ -82,6 +93,16 @@ class TestSelfMM(Small):
         network, batch = self.network(**{"options.train_size": 3}), features()
         with pytest.raises(UsageError, match="row 4"):
             network.loss(network(batch), batch)
+
+    def test_a_branch_drops_its_share_in_training_alone(self):
+        network = self.network(**{"options.fused_dropout": 0.25}).eval()
+        branch, x = network.branches["fused"], torch.ones(200, 44)
+        nn.init.constant_(branch.layer1.weight, 1.0)
+        nn.init.zeros_(branch.layer1.bias)
+        assert branch(x)[0].unique().tolist() == [44]  # 12 of the text, 32 of the frames
+        kept = branch.train()(x)[0][:, 0].detach() * 0.75
+        assert len(kept.unique()) > 5
+        assert float(kept.mean()) == pytest.approx(33, abs=0.75)  # 3.7 standard errors
 
     def test_evaluation_leaves_no_trace(self):
         network, batch = self.network().eval(), features()
@@ -107,6 +128,14 @@ class TestMMAFWithUnimodalTasks(Small):
         network.weigh.s["text"].data.fill_(99.0)
         network.step_finished()
         assert float(network.weigh.s["text"].detach()) == 5.0
+
+    def test_a_task_learns_nothing_from_rows_that_lack_its_modality(self):
+        network, batch = self.network(), features(absent=[(1, "text"), (2, "vision"), (3, "vision")])
+        output = network(batch)
+        logits = [output.logits[name] for name in ("text", "vision", "fused")]
+        slopes = torch.autograd.grad(network.loss(output, batch)[0], logits)
+        taught = [slope.any(1).tolist() for slope in slopes]
+        assert taught == [[True, False, True, True, True], [True, True, False, False, True], [True] * 5]
 
 
 def test_masked_mean_and_packing_by_hand():
@@ -179,6 +208,17 @@ def test_attention_in_blocks_is_attention():
     result = attend(q, k, v, mask, 1e-3)
     scores = (q @ k.mT / 2).masked_fill(~mask, -torch.inf).softmax(-1)
     torch.testing.assert_close(result, scores @ v)
+
+
+def test_a_layer_that_asks_itself_is_torchs_pre_norm_layer():
+    torch.manual_seed(0)
+    options = dict.fromkeys(("res_dropout", "relu_dropout"), 0.0)
+    ours, theirs = Layer(8, 2, 0.0, options), nn.TransformerEncoderLayer(8, 2, 32, 0.0, "relu", 1e-5, True, True)
+    with torch.no_grad():
+        for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):  # in the same order
+            its.copy_(mine.add_(0.2 * torch.randn_like(mine)))
+    x, look = torch.randn(3, 5, 8), torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(ours(x, x, look.expand(3, 1, 5, 5)), theirs(x, src_mask=~look))
 
 
 def test_causality_by_hand():
