@@ -245,7 +245,9 @@ def test_demo_reads_the_tiny_preset_and_its_changes(say, monkeypatch):
         return {"accuracy": 1.0, "macro_f1": 1.0, "report": "r"}
 
     monkeypatch.setattr("senticlip.demo.demo", demo)
-    assert say("demo", "--seed", "7", "--set", "width=32", "--set", "stages.text.train.epochs=1", "--out", "x")[0] == 0
+    changes = ("--set", "width=32", "--set", "stages.text.train.epochs=1")
+    code, out, _ = say("demo", "--seed", "7", *changes, "--out", "x")
+    assert (code, out) == (0, "on test: accuracy 1.000, macro-F1 1.000; open r\n")
     wanted = load_preset("tiny", ["seed=7", "width=32", "stages.text.train.epochs=1"])
     assert seen == [("x", wanted, False)]
     assert (wanted.seed, wanted.width, wanted.stage("text").train.epochs) == (7, 32, 1)

@@ -42,7 +42,7 @@ def world(tmp_path, monkeypatch):
     asked: list[tuple[str, int]] = []
     broken: dict[str, Exception] = {}
 
-    def train(config, data, out, seed=None, resume=False, device=None):
+    def train(config, data, out, seed=None, resume=False, device=None, as_stage=None):
         assert resume
         if config.temporal == "lstm":
             raise UserError("no such thing")

@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,16 @@ def test_only_what_is_read_is_trained_first(place, tmp_path):
     experiment = settings(place, modalities=["vision"], stages=stages, **{"train.epochs": 1})
     train(experiment, place / "data", tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]
+
+
+@pytest.mark.parametrize("terminal", [True, False], indirect=True)
+def test_what_is_trained_and_why_it_ends_is_told(place, tmp_path, terminal):
+    stage = {"modalities": ["vision"], "target": "V", "train.epochs": 1}
+    changes = {"train.lr": 0.0, "train.scalar_lr": 0.0, "train.patience": 2, "train.epochs": 30}
+    train(settings(place, stages={"vision": stage}, **changes), place / "data", tmp_path / "run")
+    told = re.findall(r"training [\w+ ]+\(label \w\)|epoch +\d+|stopped .*epochs", terminal.getvalue())
+    last = ["epoch   1", "epoch   2", "epoch   3", "stopped early: no better for 2 epochs"]
+    assert told == ["training stage vision (label V)", "epoch   1", "training text+video (label M)", *last]
 
 
 def test_a_video_that_cannot_be_read_is_told_before_texts_are_trained(place, tmp_path):

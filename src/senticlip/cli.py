@@ -67,7 +67,8 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.demo import demo as run
 
     result = run(options.out, config, sound=options.sound)
-    say(options, f"accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f}; open {result['report']}")
+    scores = f"accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f}"
+    say(options, f"on test: {scores}; open {result['report']}")
     return result
 
 

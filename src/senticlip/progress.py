@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from senticlip.config import Config
+from senticlip.structures import SURFACE
+
 Row = TypeVar("Row")
 
 console = Console(stderr=True, markup=False)  # names of files may hold brackets
@@ -36,12 +39,21 @@ def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
 
 
 class EpochProgress(TrainerCallback):
-    """Steps as a bar, and a line for each epoch: losses and validation metrics."""
+    """What is trained, steps as a bar, a line for each epoch with its validation metrics, and why it ended early.
+
+    A stage is called as ``TrainingArguments.run_name`` says; what has none, by its modalities.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
+        """Print the heading, show the bar."""
+        read = "+".join(SURFACE[name] for name in self.config.modalities)
+        what = f"{f'stage {args.run_name}' if args.run_name else read} (label {self.config.target})"
         self.progress = bar(transient=True)
-        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.progress.console.print(f"training {what}", highlight=False)
+        self.task = self.progress.add_task(what, total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,5 +67,8 @@ class EpochProgress(TrainerCallback):
         self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {shown}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take it away."""
+        """Take it away; a bar that did not reach its end needs a word."""
         self.progress.stop()
+        if state.global_step < state.max_steps:
+            patience = self.config.train.patience
+            self.progress.console.print(f"stopped early: no better for {patience} epochs", highlight=False)

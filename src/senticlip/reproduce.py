@@ -152,7 +152,7 @@ class Runner:
                 (folder / WEIGHTS).unlink()
         return json.loads(done.read_text(encoding="utf-8")) | {"predictions": predictions(folder)}
 
-    def train(self, config: Config, seed: int) -> Path:
+    def train(self, config: Config, seed: int, as_stage: str | None = None) -> Path:
         """A complete run folder with its weights; each stage is such a folder of its own, shared by all rows."""
         from senticlip.train import stages_of, train
 
@@ -162,8 +162,8 @@ class Runner:
                 return folder
             shutil.rmtree(folder)  # finished, but its weights were not kept, and somebody needs them now
         for name, stage in stages_of(config, self.data).items():
-            share_stage(folder, name, self.train(stage, seed))
-        train(config, self.data, folder, seed=seed, resume=True, device=self.device)
+            share_stage(folder, name, self.train(stage, seed, name))
+        train(config, self.data, folder, seed=seed, resume=True, device=self.device, as_stage=as_stage)
         return folder
 
 

@@ -47,6 +47,7 @@ def train(
     seed: int | None = None,
     resume: bool = False,
     device: str | None = None,
+    as_stage: str | None = None,
 ) -> dict[str, Any]:
     """Train one experiment, its stages first; ``out`` becomes a complete checkpoint folder.
 
@@ -57,16 +58,15 @@ def train(
         data: a CH-SIMS folder, or a CSV of one's own.
         out: the RUN folder.
         seed: instead of the config's.
-        resume: go on where a killed training of the same config on the same data stopped; a finished one is left
-            alone.
+        resume: go on where a killed training of the same config on the same data stopped; a finished one stays.
         device: cpu, cuda, cuda:N; a GPU if there is one by default.
+        as_stage: of another training, what the log calls it.
 
     Returns:
         ``{"best_epoch": …, "valid": {…}, "seconds": …, "history": […]}``
 
     Raises:
-        UserError: no clip has the label; the disk is full; ``resume`` in a folder that holds another run; another
-            training is writing there.
+        UserError: no clip has the label; the disk is full; ``resume`` where another run lies; another training there.
     """
     started = time.monotonic()
     runtime.setup()
@@ -85,8 +85,8 @@ def train(
         model = create_model(config, feature_widths(config, data))  # what cannot be built is told before the stages
         # those that read videos are trained first: one that cannot be read is found at once
         for name, stage in sorted(stages.items(), key=lambda item: "vision" not in item[1].modalities):
-            train(stage, data, out / "stages" / name, resume=resume, device=device)
-        arguments = _arguments(config, out / CHECKPOINTS, chosen)
+            train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
+        arguments = _arguments(config, out / CHECKPOINTS, chosen, as_stage)
         place: Any = arguments.device
         model.to(place)
         for name in stages:
@@ -229,7 +229,7 @@ def fit(
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
     if arguments.process_index == 0:
         board = SummaryWriter(str(Path(arguments.output_dir or "").parent / TENSORBOARD))
-        callbacks += [EpochProgress(), TensorBoardCallback(board)]
+        callbacks += [EpochProgress(config), TensorBoardCallback(board)]
     trainer = Fitter(
         trainee,
         arguments,
@@ -292,12 +292,13 @@ def _summary(state: Any, config: Config) -> dict[str, Any]:
     return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep}, "history": history}
 
 
-def _arguments(config: Config, folder: Path, device: torch.device) -> TrainingArguments:
+def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str | None = None) -> TrainingArguments:
     t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
     if t.batch_size % world:
         raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
+        run_name=as_stage,
         num_train_epochs=t.epochs,
         per_device_train_batch_size=t.batch_size // world,
         per_device_eval_batch_size=max(t.batch_size // world, 32),
