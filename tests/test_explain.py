@@ -233,7 +233,13 @@ def test_conflict_is_said_in_both_languages():
     assert "irony" in english
     assert "去掉画面，答案会变成积极。" in chinese
     assert "去掉文字" not in chinese
-    assert "第 2 帧" in chinese
+    assert chinese.endswith("单独去掉第 2 帧也会改变答案。")
+    assert english.endswith("Leaving out frame 2 alone also changes the answer.")
+    small = [cases[0], cases[3], Case("character", 0, "好", said("neutral"))]
+    assert sentences(found._replace(cases=small))[-1] == (
+        "单独去掉第 2 帧、“好”会改变答案。",
+        "Leaving out frame 2 or “好” alone changes the answer.",
+    )
     found = found._replace(alone={"text": said("negative"), "video": said("negative")})
     assert sentences(found)[0][1] == "Words and picture agree: both are negative."
     found = found._replace(alone={**apart, "audio": said("negative")})

@@ -234,7 +234,13 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
     if small:
         names = [f"第 {c.shown} 帧" if c.kind == "frame" else f"“{c.shown}”" for c in small]
         english = [f"frame {c.shown}" if c.kind == "frame" else f"“{c.shown}”" for c in small]
-        said.append((f"单独去掉{'、'.join(names)}也会改变答案。", f"So would leaving out {', '.join(english)} alone."))
+        zh, en = ("也", "also ") if parts else ("", "")
+        said.append(
+            (
+                f"单独去掉{'、'.join(names)}{zh}会改变答案。",
+                f"Leaving out {' or '.join(english)} alone {en}changes the answer.",
+            )
+        )
     elif not parts and len(found.cases) > 1:
         said.append(("去掉任何一部分，答案都不变。", "No single part that is left out changes the answer."))
     return said
