@@ -255,6 +255,20 @@ def test_conflict_is_said_in_both_languages():
     )
 
 
+def test_a_character_has_one_number_on_the_whole_page():
+    def said(p):
+        return Prediction("negative", {"negative": p, "neutral": 1 - p, "positive": 0.0}, {}, {})
+
+    cases = [
+        Case("everything", 0, "", said(0.9)),
+        Case("character", 0, "差", said(0.3)),
+        Case("character", 1, "不", said(1)),
+    ]
+    page = html(Explanation("", "差不", cases[0].prediction, cases, {}, None, [], [], None, ""), [])
+    assert (page.count("−0.600"), page.count("+0.100")) == (2, 2)  # below the character, and in the table
+    assert re.findall(r"rgba\(var\(--(\w+)\),[\d.]+\)\">(.)<small>", page) == [("for", "差"), ("against", "不")]
+
+
 def test_characters_are_spans_of_the_text():
     tokenizer = tiny.tokenizer()
     text = " 好 Q天"  # Q is unknown, the spaces stand for nothing

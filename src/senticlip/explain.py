@@ -288,10 +288,10 @@ def page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def signed(number: float, digits: int = 3) -> str:
+def signed(number: float) -> str:
     """A change as it is read: +0.125, −0.030, 0 where it rounds to nothing."""
-    rounded = round(number, digits)
-    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else "0"
+    rounded = round(number, 3)
+    return f"{rounded:+.3f}".replace("-", "−") if rounded else "0"
 
 
 def write(found: Explanation, out: str | Path) -> dict[str, Any]:
@@ -324,14 +324,15 @@ def html(found: Explanation, frames: list[Image.Image]) -> str:
     label = found.prediction.label
     before = value(found.cases[0].prediction, label)
     pictures = zip(found.pictures, frames, found.times, strict=True)
+    differences = [(case, value(case.prediction, label) - before) for case in found.cases[1:]]
     return page(
         "explain.html",
         found=found,
         label=label,
         sentences=sentences(found),
         frames=[(inline(plain), inline(hot), time) for plain, hot, time in pictures],
-        differences=[(case, value(case.prediction, label) - before) for case in found.cases[1:]],
-        pieces=_pieces(found, before),
+        differences=differences,
+        pieces=[(case.shown, change) for case, change in differences if case.kind == "character"],
     )
 
 
@@ -339,12 +340,6 @@ def _later_frames(folder: Path, count: int) -> list[Path]:
     """Our pictures of a clip that was explained here before and had more frames."""
     numbers = {path: path.stem.removeprefix("frame-") for path in folder.glob("frame-*.png")}
     return [p for p, n in numbers.items() if n.isascii() and n.isdigit() and n[0] != "0" and int(n) > count]
-
-
-def _pieces(found: Explanation, before: float) -> list[tuple[str, float]]:
-    """The characters of the text and how much the value falls without each."""
-    label = found.prediction.label
-    return [(case.shown, before - value(case.prediction, label)) for case in found.cases if case.kind == "character"]
 
 
 make_callable(__name__)
