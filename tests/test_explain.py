@@ -18,7 +18,7 @@ import senticlip
 import tiny
 from senticlip import cam
 from senticlip.config import from_dict
-from senticlip.explain import Explanation, explain, explanation, html, sentences
+from senticlip.explain import Explanation, explain, explanation, heated, html, sentences
 from senticlip.explain_set import Answered, _right, explain_set, kind
 from senticlip.models import create_model
 from senticlip.occlusion import Case, alone, characters, looks, occlude, unread, value
@@ -210,6 +210,8 @@ def test_a_text_that_is_too_long_or_blank(run, video):
     assert unread(predictor, "天\udce5好") == ""  # of a text that is not UTF-8
     assert unread(predictor, "好❤\ufe0f") == ""  # the last character is no token
     blank = explanation(predictor, Clip("", video, "  "))
+    both = explanation(predictor, Clip("", video, "好"))
+    assert ["谁说了什么" in html(one, heated(one)) for one in (both, blank)] == [True, False]
     assert (blank.text, blank.unread) == (None, "")
     assert blank.prediction.probabilities == pytest.approx(predictor(video).probabilities, abs=1e-6)
 
