@@ -123,8 +123,16 @@ def test_evaluate_of_one_run_and_of_two(place, say):
     data = ("--data", place / "data", "--json", "--device", "cpu")
     one = json.loads(say("evaluate", place / "run0", *data)[1])
     assert {"accuracy", "macro_f1", "weighted_f1", "precision", "recall", "per_class", "ece", "n"} <= set(one)
-    both = json.loads(say("evaluate", place / "run0", place / "run1", *data, "--target", "V")[1])
+    two = ("evaluate", place / "run0", place / "run1", *data, "--target", "V")
+    both = json.loads(say(*two)[1])
     assert both["a"] == json.loads(say("evaluate", place / "run0", *data, "--target", "V")[1])
+    lines = say(*(word for word in two if word != "--json"))[1].splitlines()
+    for run, result, line in zip(two[1:3], (both["a"], both["b"]), lines, strict=False):
+        assert line == f"{run}  accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
+    gap = both["difference"]["accuracy"]
+    assert gap["difference"] == pytest.approx(both["a"]["accuracy"] - both["b"]["accuracy"])
+    told = [float(number) for number in re.findall(r"[-+]?\d\.\d+", lines[3])]
+    assert told == pytest.approx([gap[name] for name in ("difference", "low", "high", "p")], abs=1e-4)
 
 
 def test_wrong_use_is_one_line(place, fails):

@@ -108,7 +108,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     rest = given(options, "data", "split", "device", "target", "precision")
     if len(options.runs) == 2:
         result = room.compare(*options.runs, **rest)
-        say(options, json.dumps(result["difference"], indent=1))
+        _say_comparison(options, result)
         return result
     result = room.evaluate(options.runs[0], **rest)
     _say_disagreement(options, result.get("disagreement"))
@@ -118,6 +118,17 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     for name, row in result["per_class"].items():
         say(options, f"{name:>9}  " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     return result
+
+
+def _say_comparison(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Two runs and their difference."""
+    wide = max(map(len, options.runs))
+    for run, scores in zip(options.runs, (result["a"], result["b"]), strict=True):
+        say(options, f"{run:<{wide}}  accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}")
+    say(options, f"the first minus the second, on the same {result['a']['n']} clips, 95 % interval:")
+    for name, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1")):
+        gap = result["difference"][key]
+        say(options, "{} {difference:+.4f} ({low:+.4f} to {high:+.4f}), p {p:.4f}".format(name, **gap))
 
 
 def reproduce(options: argparse.Namespace) -> dict[str, Any]:
