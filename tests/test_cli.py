@@ -123,6 +123,8 @@ def test_evaluate_of_one_run_and_of_two(place, say):
     data = ("--data", place / "data", "--json", "--device", "cpu")
     one = json.loads(say("evaluate", place / "run0", *data)[1])
     assert {"accuracy", "macro_f1", "weighted_f1", "precision", "recall", "per_class", "ece", "n"} <= set(one)
+    said = say("evaluate", place / "run0", *(word for word in data if word != "--json"))[1]
+    assert re.findall(r"(\w+)  precision .* support (\S+)", said) == [(name, "2") for name in one["per_class"]]
     two = ("evaluate", place / "run0", place / "run1", *data, "--target", "V")
     both = json.loads(say(*two)[1])
     assert both["a"] == json.loads(say("evaluate", place / "run0", *data, "--target", "V")[1])

@@ -116,7 +116,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
     say(options, f"macro-F1 {result['macro_f1']:.4f}, weighted F1 {result['weighted_f1']:.4f}")
     for name, row in result["per_class"].items():
-        say(options, f"{name:>9}  " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        shares = "  ".join(f"{key} {row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        say(options, f"{name:>9}  {shares}  support {row['support']}")
     return result
 
 
