@@ -78,7 +78,10 @@ def test_bulk(place, say, tmp_path):
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     archive = (manifest, "--out", tmp_path / "out", "--workers", 1, "--json")
     for _ in range(2):  # the second time everything is there
-        code, found, _ = say("bulk", *archive)
+        code, found, err = say("bulk", *archive)
+        assert "2 done, 2 failed" in err
+        assert "the column error tells why, first: " in err
+        assert "none.mp4: no such video" in err
         assert (code, set(found)) == (0, {"done", "failed", "seconds"})
         assert (found["done"], found["failed"]) == (2, 2)
     told = {row["id"]: row["error"] for row in pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()}

@@ -232,12 +232,15 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.bulk import bulk as run
     from senticlip.progress import counter
 
-    began, done, failed = time.monotonic(), 0, 0
+    began, done, failed, first = time.monotonic(), 0, 0, None
     rest = given(options, "out", "address", "workers", "device", "precision")
     with counter("rows") as progress:
         for row in run(options.model, options.manifest, **rest, progress=progress):
             done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
+            first = first or row["error"]
     say(options, f"{done} done, {failed} failed; {options.out}")
+    if failed:
+        say(options, f"the column error tells why, first: {first}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
 
 
