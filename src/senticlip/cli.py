@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         _say_comparison(options, result)
         return result
     result = room.evaluate(options.runs[0], **rest)
-    _say_disagreement(options, result.get("disagreement"))
+    _say_disagreement(options, result.get("disagreement"), f"{options.precision} against fp32", "made clips")
     low, high = result["interval"]
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
     say(options, f"macro-F1 {result['macro_f1']:.4f}, weighted F1 {result['weighted_f1']:.4f}")
@@ -168,7 +168,7 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     prediction = predictor(options.video, text=options.text)
     result = prediction.to_json()
     result |= {"disagreement": predictor.disagreement} if predictor.disagreement else {}
-    _say_disagreement(options, predictor.disagreement)
+    _say_disagreement(options, predictor.disagreement, f"{options.precision} against fp32", "made clips")
     said = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
     said += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
     say(options, "  ".join([prediction.label, *said]))
@@ -186,15 +186,17 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.export import export as run
 
     result = run(options.run_folder, **given(options, "out", "int8", "data", "split"))
-    _say_disagreement(options, result.get("disagreement"))
+    pair = f"{Path(options.out).name} against {options.run_folder}"
+    _say_disagreement(options, result.get("disagreement"), pair, f"clips of {options.data}, {options.split}")
     say(options, f"{result['file']}: {result['bytes'] / 1e6:.1f} MB")
     return result
 
 
-def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None) -> None:
-    """What a reduced precision changes, if it was measured."""
+def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None, pair: str, clips: str) -> None:
+    """What a reduced precision, or an exported file, changes, if it was measured."""
     if said:
-        say(options, f"label flips {said['flips']:.4f}, largest difference {said['max_difference']:.2e}, n {said['n']}")
+        flips, most = round(said["flips"] * said["n"]), said["max_difference"]
+        say(options, f"{pair} on {said['n']} {clips}: {flips} labels change, the largest difference is {most:.2g}")
 
 
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
