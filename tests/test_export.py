@@ -244,7 +244,7 @@ def test_int8_leaves_the_network_and_what_makes_the_texts_states_narrower(run, t
     assert sorted(sides for sides, _ in products(tmp_path / "int8.onnx")) == sorted([*network, text])
 
 
-def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video, monkeypatch):
+def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video, monkeypatch, terminal):
     """By its own protocol and seed; and what cannot be read is told before anything is exported."""
     (tmp_path / "data.csv").write_text(
         "path,text,label\n" + "".join(f"{video},今天{i},{i % 3 - 1}\n" for i in range(20)), encoding="utf-8"
@@ -255,6 +255,8 @@ def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video,
     assert asked == [(tmp_path / "data.csv", "train", "tenth", 3)]
     assert found["n"] == len(read_clips(*asked[0])) == 16
     assert found["max_difference"] < 1e-5
+    assert "exporting a.onnx" in terminal.getvalue()
+    assert "comparing" in terminal.getvalue()
     monkeypatch.setattr("senticlip.export.trace", lambda model: pytest.fail("exported first"))
     with pytest.raises(UsageError, match="split 'dev'"):
         export(run, tmp_path / "b.onnx", data=tmp_path / "data.csv", split="dev")

@@ -26,6 +26,7 @@ from senticlip.config import from_dict
 from senticlip.data.sims import read_clips
 from senticlip.files import abandoned
 from senticlip.models.base import SentimentModel
+from senticlip.progress import spinner
 from senticlip.quantize import quantize, recipe
 from senticlip.sources import fingerprint, reads
 from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError
@@ -120,7 +121,8 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        made = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
+        with made as folder, spinner(f"exporting {out.name}"):
             os.replace(_made(predictor, Path(folder), int8), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None

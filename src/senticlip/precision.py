@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from senticlip.export import OnnxModel, export
 from senticlip.files import alone, write_text
 from senticlip.metrics import score_class
+from senticlip.progress import watched
 from senticlip.quantize import recipe
 from senticlip.sources import cache_root, fingerprint, hears
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
@@ -136,7 +137,8 @@ def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_siz
     """The disagreement of two predictors on clips, each decoded once."""
 
     def pairs() -> Iterable[tuple[Output, Output]]:
-        for begin in range(0, len(clips), batch_size):
+        begins = range(0, len(clips), batch_size)
+        for begin in watched(begins, "comparing", len(begins)):
             batch = reference.batch(clips[begin : begin + batch_size])
             yield reference.output(batch), other.output(batch)
 

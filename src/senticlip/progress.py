@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
 from transformers import TrainerCallback
 
 from senticlip.config import Config
@@ -36,6 +38,11 @@ def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
     """The rows, and a bar that moves with them."""
     with bar(transient=True) as progress:
         yield from progress.track(rows, total=total, description=what)
+
+
+def spinner(what: str) -> Status:
+    """For work that cannot tell how far it is."""
+    return console.status(Text(what))
 
 
 class EpochProgress(TrainerCallback):
