@@ -101,6 +101,10 @@ def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, pred
     client = TestClient(app(predictor, "run"))
     answer = client.post("/predict")
     assert (answer.status_code, "text or video" in answer.json()["error"]) == (400, True)
+    empty = client.post("/predict", data={"text": " "}).json()["error"]
+    assert empty == "clip: nothing to read — this model reads text or video"
+    answer = client.post("/predict", json={"text": TEXT})
+    assert (answer.status_code, answer.json()["error"]) == (400, f"{empty}; send a form: -F video=@clip.mp4 -F text=…")
     for where in ("/predict", "/explain"):
         answer = client.post(where, files={"video": ("片段.mp4", b"no video at all")})
         assert answer.status_code == 400

@@ -42,6 +42,8 @@ WAITING = 64
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
 
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]
 
@@ -151,7 +153,9 @@ def _tell_errors(answers: FastAPI) -> None:
 
     @answers.exception_handler(UserError)
     def mend(request: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 400)
+        form = request.headers.get("content-type", "").lower().startswith(FORMS)  # else none of its fields was read
+        advice = "" if form else "; send a form: -F video=@clip.mp4 -F text=…"
+        return JSONResponse({"error": f"{error}{advice}"}, 400)
 
     @answers.exception_handler(RequestValidationError)
     def reject(request: Request, error: RequestValidationError) -> JSONResponse:
