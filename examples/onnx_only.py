@@ -117,6 +117,8 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
         steps = log_mel(video, bands, average) if video else np.zeros((0, bands), np.float32)
         mask = np.arange(max(1, len(steps))) < len(steps)
         feed |= {"audio": np.resize(steps, (1, len(mask), bands)), "audio_mask": mask[None]}
+    if not any(mask.any() for name, mask in feed.items() if name.endswith("_mask")):
+        raise SystemExit(f"{model}: nothing to read — give it a video, --text or both")
     log_probs = session.run(["log_probs"], feed)[0][0]
     return {label: float(p) for label, p in zip(about["labels"], np.exp(log_probs), strict=True)}
 

@@ -184,6 +184,12 @@ def test_without_torch(run, file, video):
     assert json.loads(done.stdout) == pytest.approx(senticlip.load(run)(video, text="开心").probabilities, abs=2e-3)
 
 
+def test_the_example_refuses_to_answer_about_nothing(file):
+    done = subprocess.run([sys.executable, str(EXAMPLE), str(file), "--text", " "], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{file}: nothing to read — give it a video, --text or both\n"
+
+
 def test_cutaways_are_dropped_without_torch_too(file, tmp_path):
     """A file whose experiment drops them, here made from one whose experiment keeps them."""
     proto = onnx.load(str(file))
