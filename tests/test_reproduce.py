@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_the_figure_and_the_majority_count_clips():
     assert results.majority(clips) == {"label": "negative", "accuracy": 0.5, "macro_f1": pytest.approx(1 / 3), "n": 2}
     figure = results.label_figure(clips)
     assert figure.count("<rect") == 3 + 4 * 3
-    assert "M train" in figure
+    assert re.findall(r">([MT] \w+)<", figure) == ["M train", "M test", "T train", "T test"]
 
 
 def test_what_the_report_says_follows_the_intervals():
@@ -323,6 +324,11 @@ def test_what_the_report_says_follows_the_intervals():
     assert [line.split(":")[0] for line in told] == ["For", "Against", "Open"]
     assert told[0].startswith("For: ours is above a (+10.00, +20.00) in these runs (")
     assert results.verdict("ours", {**rows, "ours": {"versus": None, "random": True}}) == []
+
+
+def test_items_side_by_side_are_one_list():
+    page = results.as_html([("li", "a"), ("li", "b"), ("p", "c"), ("li", "d")], None)
+    assert "<body><ul><li>a</li><li>b</li></ul><p>c</p><ul><li>d</li></ul></body>" in page
 
 
 def test_markup_in_a_name_is_text():

@@ -12,6 +12,7 @@ import numpy as np
 
 from senticlip import metrics
 from senticlip.config import Config
+from senticlip.data.table import SPLITS
 from senticlip.files import disk, write_text
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
 from senticlip.tables import Table, digest, notes
@@ -166,7 +167,7 @@ def story(
         ("#", "The tables of CLIP-CA-MSA, run again"),
         (
             "p",
-            f"Data {Path(data).name}, preset {preset}, protocol {protocol}, {seeds} seed(s); "
+            f"Data “{Path(data).name}”, preset {preset}, protocol {protocol}, {seeds} seed(s); "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
             + f"{first}. Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on "
             "valid; the paper's number and ours minus the paper's behind it. The paper's numbers are from CH-SIMS.",
@@ -263,9 +264,10 @@ def label_figure(clips: list[Clip]) -> str:
                 counts.setdefault((target, clip.split or "all"), Counter())[polarity(clip.labels[target])] += 1
     most = max((n for counter in counts.values() for n in counter.values()), default=1)
     colors, parts = ("#b2493b", "#9a9a94", "#3b7d5e"), []
-    for row, ((target, split), counter) in enumerate(sorted(counts.items())):
-        y = 34 + row * 44
-        parts.append(f'<text x="0" y="{y + 22}">{target} {html.escape(split)}</text>')
+    order = [(target, split) for target in TARGETS for split in (*SPLITS, "all") if (target, split) in counts]
+    for row, (target, split) in enumerate(order):
+        y, counter = 34 + row * 44, counts[target, split]
+        parts.append(f'<text x="0" y="{y + 22}">{target} {split}</text>')
         for i, color in enumerate(colors):
             n, top = counter[i], y + 12 * i
             parts.append(f'<rect x="70" y="{top}" width="{420 * n / most:.1f}" height="10" fill="{color}"/>')
@@ -317,10 +319,10 @@ def as_html(blocks: list[Block], folder: Path) -> str:
             body.append(f"<figure>{picture}<figcaption>{html.escape(content[1])}</figcaption></figure>")
         else:
             tag = {"#": "h1", "##": "h2", "p": "p", "li": "li"}[kind]
-            body.append(f"<{tag}>{html.escape(content)}</{tag}>")
+            line = f"<{tag}>{html.escape(content)}</{tag}>"
+            body.append(f"<ul>{line}</ul>" if kind == "li" else line)
+    text = "".join(body).replace("</ul><ul>", "")  # items side by side are one list
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA, run again</title>'
     )
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(body)}</body></html>\n'
-    )
+    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{text}</body></html>\n'
