@@ -301,7 +301,8 @@ def as_markdown(blocks: list[Block]) -> str:
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}
 td,th{padding:.3em .7em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left;white-space:nowrap}div.wide{overflow-x:auto}"""
+td:first-child,th:first-child{text-align:left;white-space:nowrap}div.wide{overflow-x:auto}
+figure{margin:1em 0}svg{max-width:100%;height:auto}"""
 
 
 def as_html(blocks: list[Block], folder: Path) -> str:
