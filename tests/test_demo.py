@@ -1,9 +1,14 @@
 """What ``senticlip demo`` is beside its parts, which have tests of their own."""
 
-import pytest
+import csv
+import re
 
-from senticlip.demo import demo
-from senticlip.structures import UserError
+import pytest
+from tests.tiny import data_folder
+
+from senticlip.data.sims import read_clips
+from senticlip.demo import demo, page, strip
+from senticlip.structures import LABELS, UserError
 
 
 class Enough(Exception):
@@ -32,3 +37,23 @@ def test_the_making_of_clips_is_shown_to_who_watches(tmp_path, monkeypatch, term
     with pytest.raises(Enough):
         demo(tmp_path / "out")
     assert ("clips" in terminal.getvalue() and "30/1080" in terminal.getvalue()) == watched
+
+
+def test_the_report_says_in_both_languages_how_words_and_face_stand(tmp_path):
+    clips = read_clips(data_folder(tmp_path / "data", (1, 1, 3)), "test")  # words and face say the same in each
+    with (tmp_path / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text", "truth", "predicted", *LABELS])
+        writer.writerows([clip.id, clip.text, LABELS[i], "neutral", 0.1, 0.7, 0.2] for i, clip in enumerate(clips))
+    shown = strip(tmp_path / "predictions.csv", tmp_path / "data")
+    assert [(clip["kind"], clip["path"]) for clip in shown] == [
+        ("agree", clips[0].video),
+        ("agree", clips[2].video),
+        ("neutral", clips[1].video),
+    ]
+    counts = {"n": 3, "interval": [0.1, 0.9], "macro_f1": 0.3, "confusion": [[0, 1, 0]] * 3}
+    one = {**counts, "accuracy": 1 / 3, "best": 1.0, "history": [{"epoch": 1, "accuracy": 0.5}]}
+    report = page({"fused": one, "text": one, "video": one}, shown)
+    names = re.findall(r'<span class="soft">([^<]+)</span></figcaption>', report)
+    assert names == ["文字与画面一致 agree", "文字与画面一致 agree", "都是中性 neutral"]
+    assert (report.count("✓ 中性 neutral 0.70"), report.count("✗ 中性 neutral 0.70")) == (1, 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,16 @@ from PIL import Image
 from senticlip.checkpoint import read_metrics, share_stage
 from senticlip.config import Config
 from senticlip.data.made import make
+from senticlip.data.sims import read_clips
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain
 from senticlip.explain import page as template
+from senticlip.explain_set import KINDS, kind
 from senticlip.files import alone, write_text
 from senticlip.predictor import load
 from senticlip.progress import counter
+from senticlip.structures import polarity
 from senticlip.tables import load_preset
 from senticlip.train import stages_of, train
 
@@ -60,7 +62,7 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
         train(experiment, out / "data", run, resume=name != "fused")
         found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
     shown = strip(out / "run" / "predictions-test.csv", out / "data")
-    asked = next(clip for clip in shown if clip["conflict"])
+    asked = next(clip for clip in shown if clip["kind"] == "conflict")
     explain(load(out / "run"), asked["path"], asked["text"], out / "explain")
     write_text(out / "report.html", page(found, shown))
     return {name: found["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
@@ -68,15 +70,16 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
 
 def strip(predictions: Path, data: Path, per_kind: int = 2) -> list[dict[str, Any]]:
     """The first few test clips of each kind, with a thumbnail of their middle and what was predicted."""
-    truth = json.loads((data / "truth.json").read_text(encoding="utf-8"))["clips"]
+    there = {clip.id: clip for clip in read_clips(data, "test")}
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            kind = truth[row["id"]]["kind"]
-            clips = chosen.setdefault(kind, [])
+            clip = there[row["id"]]
+            how = kind(*(polarity(clip.labels[name]) for name in "TV"))
+            clips = chosen.setdefault(how, [])
             if len(clips) < per_kind:
-                path = data / "Raw" / f"{row['id']}.mp4"
-                clips.append({**row, "kind": kind, "path": path, "conflict": kind == "conflict", "image": _image(path)})
+                assert clip.video is not None
+                clips.append({**row, "kind": how, "path": clip.video, "image": _image(clip.video)})
     return [clip for clips in chosen.values() for clip in clips]
 
 
@@ -106,4 +109,4 @@ def curves(found: dict[str, dict[str, Any]]) -> str:
 
 def page(found: dict[str, dict[str, Any]], shown: list[dict[str, Any]]) -> str:
     """The report: accuracy by modality, confusion, curves, clips with their predictions."""
-    return template("report.html", found=found, shown=shown, curves=curves(found))
+    return template("report.html", found=found, shown=shown, curves=curves(found), KINDS=KINDS)
