@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -95,6 +96,60 @@ def test_a_run_that_was_moved_after_its_last_epoch_ends_in_the_same_weights(plac
     assert_same(weights(stopped[0]), weights(tmp_path / "there"))
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_that_lacks_a_file_is_none(place, tmp_path, stopped, monkeypatch, lost):
+    """Trainer would go on with fresh weights, or a fresh optimizer, and say nothing."""
+    with monkeypatch.context() as patch:
+        dies(patch, Hooks, "on_epoch_begin", 3)
+        with pytest.raises(Killed):
+            train(stopping(place), place / "data", tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").glob(f"*/{lost}"):
+        file.unlink()
+    train(stopping(place), place / "data", tmp_path / "run", resume=True)
+    assert_same(weights(stopped[0]), weights(tmp_path / "run"))
+
+
+def test_the_best_epoch_without_its_weights_is_told(place, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies(patch, Trainer, "_load_best_model", 1)
+        with pytest.raises(Killed):
+            train(stopping(place), place / "data", tmp_path / "run")
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    (best,) = {*(tmp_path / "run" / "checkpoints").glob("checkpoint-*")} - {newest}
+    (best / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="the best epoch's weights are not there"):
+        train(stopping(place), place / "data", tmp_path / "run", resume=True)
+
+
+def test_a_finished_run_stays_where_its_checkpoints_were_half_removed(place, tmp_path, stopped, monkeypatch):
+    real = shutil.rmtree
+
+    def dies_in(folder, **options):
+        if Path(folder).name == "checkpoints" and (folder.parent / "metrics.json").is_file():
+            for weights_file in folder.glob("*/model.safetensors"):
+                weights_file.unlink()
+            raise Killed
+        real(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies_in)
+        with pytest.raises(Killed):
+            train(stopping(place), place / "data", tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    train(stopping(place), place / "data", tmp_path / "run", resume=True)
+    assert_same(weights(stopped[0]), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["checkpoints/mine.pt", "tensorboard/events", "README.md", "config.json"])
+def test_somebody_elses_files_are_left_alone(place, tmp_path, name):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=rf"out: holds {name.split('/')[0]} of something else — choose another --out"):
+        train(settings(place), place / "data", tmp_path / "out")
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, finished):
     data = relabelled(tmp_path / "data", place, "0", [])
@@ -120,16 +175,18 @@ def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, fin
     assert weights(tmp_path / "run")["network.temporal.cls"].shape == (32,)
 
 
-def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch):
+def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch, capsys):
     train(settings(place), place / "data", tmp_path / "run")
     (tmp_path / "run" / "predictions-test-T.csv").write_text("id,truth,predicted", encoding="utf-8")
     kept = [tmp_path / "run" / name for name in ("model.safetensors", "experiment.yaml", "metrics.json", "README.md")]
     before = [path.read_bytes() for path in kept]
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         dies(patch, training, "calibrate", 1)
         with pytest.raises(Killed):
             train(settings(place, width=32), place / "data", tmp_path / "run")
     assert [path.read_bytes() for path in kept] == before
+    assert f"{tmp_path / 'run'}: holds a finished run, which this one will replace\n" in capsys.readouterr().err
     assert (tmp_path / "run" / "predictions-test-T.csv").exists()
     train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)  # the one that was begun last
     assert configs.load(tmp_path / "run" / "experiment.yaml").width == 32

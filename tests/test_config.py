@@ -81,6 +81,8 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("label.prompt=x", "label.prompt needs a {}"),
         ("width", "--set width: expected KEY=VALUE"),
         ("width=[", "--set width=[: the value is not YAML"),
+        ("text.encoder=2020-13-45", "--set text.encoder=2020-13-45: the value is not YAML"),
+        ("label.names=[null,x,y]", "config key label.names: None is not one of str"),
     ],
 )
 def test_what_cannot_be_is_told_at_once(change, said):

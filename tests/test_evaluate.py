@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, f1_score
 from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
 
 import senticlip
+from senticlip.checkpoint import origin
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.evaluate import compare, evaluate
@@ -59,6 +62,31 @@ def test_somebody_elses_run_is_judged_and_not_written_into(place, tmp_path, monk
     assert evaluate(tmp_path / "a", place / "data")["n"] == 9
     assert not list((tmp_path / "a").glob("*.csv"))
     assert "predictions-test.csv: not written" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_no_answer(place, tmp_path):
+    shutil.copytree(place / "a", tmp_path / "a", ignore=shutil.ignore_patterns("*.csv"))
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    next(value for name, value in state.items() if name.startswith("network.heads"))[:] = float("nan")
+    save_file(state, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="9 of 9 answers are no numbers, the first for v"):
+        evaluate(tmp_path / "a", place / "data")
+    with pytest.raises(UserError, match="the model's answer is no number"):
+        senticlip.load(tmp_path / "a")(text="好")
+
+
+def test_rows_that_have_changed_are_told(place, tmp_path, capsys):
+    """A tenth that is drawn at random is another one then."""
+    table = tmp_path / "own.csv"
+    table.write_text("text,label\n" + "".join(f"今天{i},{i % 3 - 1}\n" for i in range(30)), encoding="utf-8")
+    shutil.copytree(place / "a", tmp_path / "a", ignore=shutil.ignore_patterns("*.csv"))
+    config = senticlip.load(tmp_path / "a").config
+    (tmp_path / "a" / "metrics.json").write_text(json.dumps(origin(config, table)), encoding="utf-8")
+    evaluate(tmp_path / "a", table)
+    assert "have changed" not in capsys.readouterr().err
+    table.write_text(table.read_text(encoding="utf-8") + "再见,1\n", encoding="utf-8")
+    evaluate(tmp_path / "a", table)
+    assert f"{table}: its rows have changed since {tmp_path / 'a'} was trained" in capsys.readouterr().err
 
 
 def test_two_runs_differ_by_what_each_is(place):

@@ -102,6 +102,14 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
     assert versus["accuracy"]["difference"] == pytest.approx(0.6)
 
 
+def test_a_split_that_is_missing_is_told_before_anything_is_trained(world, tmp_path):
+    table = tmp_path / "own.csv"
+    table.write_text("text,label,split\n好,1,train\n坏,-1,train\n好,1,valid\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no clips in split 'test' — there is train, valid"):
+        room.reproduce(table, tmp_path / "out", "tiny", ["1"], 1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_run_reads_and_weights_are_not_kept(world):
     run, asked, out = world
     first = run(tables=["1", "6"])

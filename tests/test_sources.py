@@ -41,3 +41,13 @@ def test_the_number_of_frames_and_their_size_are_in_the_key(read):
     again = [features(*kind) for kind in wanted]
     assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
     assert runs == wanted  # once each
+
+
+def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
+    timm_folder(tmp_path / "vision")
+    changes = {"vision.encoder": str(tmp_path / "vision"), "vision.frames": 2, "vision.size": 32}
+    config = Config(modalities=["vision", "audio"], head="linear", width=8, heads=2).override(changes)
+    model = create_model(config, {"audio": config.audio.bands})
+    silent = [Clip("a", write_clip(tmp_path / "a.mp4", 90, 0))]
+    clip_set(silent, model, None, tmp_path / "cache", data="DIR")
+    assert "DIR: no audio in any of 1 clips: the model answers by the rest\n" in capsys.readouterr().err

@@ -219,14 +219,25 @@ def losses(run):
     return [row["nll"] for row in history if "nll" in row], [row["loss"] for row in history if "grad_norm" in row]
 
 
+def with_gaps(folder, source):
+    """The same clips, of which every third says nothing."""
+    shutil.copytree(source, folder)
+    head, *lines = (source / "label.csv").read_text(encoding="utf-8").splitlines()
+    cells = [line.split(",") for line in lines]
+    rows = [",".join([*row[:2], "" if i % 3 == 0 else row[2], *row[3:]]) for i, row in enumerate(cells)]
+    (folder / "label.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
+    return folder
+
+
 def test_two_processes_learn_what_one_does(place, tmp_path):
+    data = with_gaps(tmp_path / "data", place / "data")
     # the stage teaches the prefix only: an encoder's own dropout would draw otherwise in two processes
     stage = {"modalities": ["text"], "target": "T", "train.epochs": 1}
     experiment = settings(place, prompt="learned", stages={"text": stage}, **{"train.balance": "sampler"})
-    train(experiment, place / "data", tmp_path / "one")
+    train(experiment, data, tmp_path / "one")
     (tmp_path / "e.yaml").write_text(experiment.to_yaml(), encoding="utf-8")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "senticlip", "train"]
-    where = [tmp_path / "e.yaml", "--data", place / "data", "--out", tmp_path / "two", "--device", "cpu", "--json"]
+    where = [tmp_path / "e.yaml", "--data", data, "--out", tmp_path / "two", "--device", "cpu", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command, *where], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

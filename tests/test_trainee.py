@@ -261,6 +261,16 @@ class Stubborn(Mirror):
         return Output(log_probs=self.said.expand(ROWS, 3))
 
 
+def test_the_average_of_what_was_not_known_begins_when_it_is():
+    """Self-MM's labels are NaN until a row is seen."""
+    trainee = Trainee(Stubborn(Config().override({"train.ema": 0.9})))
+    values = [value for value in trainee.model.state_dict().values() if value.is_floating_point()]
+    means = [value for value in trainee.average.state_dict().values() if value.is_floating_point()]
+    means[0].fill_(float("nan"))
+    trainee.step_finished()
+    assert torch.equal(means[0], values[0])
+
+
 def test_the_average_of_the_steps_is_what_is_evaluated(batch):
     parts, _ = batch
     trainee = Trainee(Stubborn(Config().override({"train.ema": 0.2})))

@@ -28,6 +28,8 @@ CHECKPOINTS = "checkpoints"
 """Where a RUN keeps what a killed training goes on from; gone when it is finished."""
 TENSORBOARD = "tensorboard"
 """Where a RUN keeps its curves."""
+WRITTEN = (CHECKPOINTS, TENSORBOARD, "config.json", "model.safetensors", "README.md")
+"""What a training deletes or writes over in its folder."""
 
 
 @torch.inference_mode()
@@ -131,11 +133,19 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
-    """Say what is trained in ``out``; what another training had left to go on from is thrown away."""
+    """Say what is trained in ``out``; what another training had left to go on from is thrown away.
+
+    Raises:
+        UserError: there are files of somebody else where a run's would be.
+    """
     folder = out / CHECKPOINTS
-    begun = read_json(folder / "origin.json")
+    begun, finished = read_json(folder / "origin.json"), read_metrics(out)
+    if not begun and not finished and (foreign := [name for name in WRITTEN if os.path.lexists(out / name)]):
+        raise UserError(f"{out}: holds {foreign[0]} of something else — choose another --out")
     if not resume or not begun or _other(begun, mine):
         _tell_loss(out, begun, mine)
+        if finished and not begun:
+            console.print(f"{out}: holds a finished run, which this one will replace", soft_wrap=True)
         for old in (folder, out / TENSORBOARD):
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -143,14 +153,18 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; Trainer writes ``trainer_state.json`` last, so one without it was cut off."""
+    """The newest complete checkpoint; one that lacks a file was cut off when it was written, or copied in part."""
     complete = []
     for path in folder.glob("checkpoint-*"):
-        try:
-            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
-        except (OSError, ValueError):
-            continue
+        state, rest = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
+        if state and has_weights(path) and all(any(path.glob(name)) for name in rest):
+            complete.append((state["global_step"], path))
     return max(complete)[1] if complete else None
+
+
+def has_weights(checkpoint: Path) -> bool:
+    """Whether the weights are there; Trainer goes on without them and says nothing."""
+    return (checkpoint / "model.safetensors").is_file()
 
 
 def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -180,6 +194,7 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
             os.replace(path, target)
     shutil.rmtree(partial)
     write_text(out / "metrics.json", json.dumps({**result, **mine}, ensure_ascii=False, indent=1))
+    (out / CHECKPOINTS / "origin.json").unlink(missing_ok=True)  # first: without it nobody goes on from the rest
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 

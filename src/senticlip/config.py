@@ -302,7 +302,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {pair}: expected KEY=VALUE, as in --set train.epochs=5")
         try:
             changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a date that is none
             raise UsageError(f"--set {pair}: the value is not YAML") from None
     return changes
 
@@ -329,6 +329,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (list, dict):
         if isinstance(value, get_origin(kind)):
             inner = get_args(kind)[-1]  # the stages are dicts of dicts
+            if isinstance(value, list):
+                return [typed(inner, item, where) for item in value]
             return {k: typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
         raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {value!r}")
     for option in options or [kind]:

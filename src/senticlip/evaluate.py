@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from senticlip import metrics
-from senticlip.checkpoint import as_probabilities, outputs
+from senticlip.checkpoint import as_probabilities, outputs, read_metrics, rows_digest
+from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
 from senticlip.predictor import Predictor
@@ -49,8 +50,8 @@ def evaluate(
 
     Returns:
         accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n; ``interval`` (95 %
-        bootstrap of accuracy); ``heads`` (each head alone) and ``equal_weights``; a regression model's
-        scores, too; a reduced precision's ``disagreement``.
+        bootstrap of accuracy); ``heads`` (each head alone, on the clips that have its modality) and
+        ``equal_weights``; a regression model's scores, too; a reduced precision's ``disagreement``.
 
     Raises:
         UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
@@ -72,6 +73,8 @@ def _answers(
         raise UserError(f"{data}: no clip of {split} has a label {target}")
     rows = clip_set(clips, predictor.model, predictor.tokenizer, data=data)
     output = outputs(predictor.model, rows)
+    _are_numbers(output, clips, run)
+    _tell_changed_rows(Path(run), data, config)
     truth = np.sign(rows.labels[target]).astype(int) + 1
     result = judge(output, truth, rows.labels[target])
     if predictor.disagreement:
@@ -79,8 +82,10 @@ def _answers(
     temperature = getattr(predictor.model.network, "temperature", None)
     if temperature is not None and len(output.logits) > 1:
         heads = {name: output.logits[name] / tau for name, tau in zip(output.logits, temperature.cpu(), strict=True)}
-        result["heads"] = {SURFACE[name]: _short(truth, said.argmax(-1).numpy()) for name, said in heads.items()}
-        votes = [said * (output.weights[name] > 0)[:, None] for name, said in heads.items()]
+        there = {name: (output.weights[name] > 0).numpy() for name in heads}
+        said_by = {name: (truth[there[name]], said.argmax(-1).numpy()[there[name]]) for name, said in heads.items()}
+        result["heads"] = {SURFACE[name]: _short(*said) for name, said in said_by.items() if len(said[0])}
+        votes = [said * there[name][:, None] for name, said in heads.items()]
         result["equal_weights"] = _short(truth, sum(votes).argmax(-1).numpy())
     if Path(run).is_dir():
         other = [word for word, usual in ((target, config.target), (precision, "fp32")) if word != usual]
@@ -90,6 +95,26 @@ def _answers(
         else:  # somebody else's RUN can be judged, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, _predicted(output), result)
+
+
+def _are_numbers(output: Output, clips: list[Clip], run: str | Path) -> None:
+    """NaN would pass for the first class."""
+    said = output.score if output.score is not None else output.log_probs
+    assert said is not None
+    broken = [clip.id for clip, row in zip(clips, said, strict=True) if row.isnan().any()]
+    if broken:
+        told = f"{len(broken)} of {len(clips)} answers are no numbers, the first for {broken[0]}"
+        raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
+
+
+def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
+    """Where splits are drawn at random, one row more draws them anew."""
+    trained = read_metrics(run)
+    if not trained or Path(trained["data"]).resolve() != Path(data).resolve():
+        return
+    if trained["rows"] != rows_digest(data, read_clips(data, None, config.protocol, config.seed)):
+        told = f"{data}: its rows have changed since {run} was trained; clips of its training may be in this split"
+        console.print(f"{told}, if splits are drawn at random", soft_wrap=True)
 
 
 def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, Any]:

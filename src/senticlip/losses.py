@@ -16,7 +16,7 @@ def cross_entropy(
         target: B class indices.
         gamma: focus; (1−p)^γ uses the probability of the target class.
         smoothing: label smoothing of the cross-entropy factor.
-        weight: C class weights; rows are not renormalised by them, so that averages over processes stay exact.
+        weight: C class weights; rows are not renormalised by them.
     """
     rows = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     if gamma:
@@ -27,8 +27,21 @@ def cross_entropy(
 
 
 def mean_of(rows: Tensor, known: Tensor) -> Tensor:
-    """The mean of the known rows; 0 with a gradient path if there is none."""
-    return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
+    """The mean of the known rows; 0 with a gradient path if there is none.
+
+    Where several processes train, the mean over all of them is that of their rows together.
+    """
+    count, world = over_processes(known.sum())
+    return torch.where(known, rows, 0).sum() * world / count.clamp(min=1)
+
+
+def over_processes(count: Tensor) -> tuple[Tensor, int]:
+    """The sum of a count over the processes of a training, and how many of them there are."""
+    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count, 1
+    count = count.clone()
+    torch.distributed.all_reduce(count)
+    return count, torch.distributed.get_world_size()
 
 
 class Uncertainty(nn.Module):

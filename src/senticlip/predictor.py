@@ -19,7 +19,7 @@ from senticlip.metrics import score_class
 from senticlip.models.base import SentimentModel, run_folder
 from senticlip.precision import PRECISIONS, lowered
 from senticlip.sources import hears
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError, spoken
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError, UserError, spoken
 
 
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
@@ -158,6 +158,8 @@ class Predictor:
         weights = {name: weight.cpu().tolist() for name, weight in output.weights.items()}
         answers = []
         for i, row in enumerate(fused):
+            if np.isnan(row).any():
+                raise UserError("the model's answer is no number — its weights are broken, train or copy it again")
             present = [name for name in weights if weights[name][i] > 0]
             answers.append(
                 Prediction(

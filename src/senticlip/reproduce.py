@@ -14,6 +14,7 @@ from senticlip import results
 from senticlip.checkpoint import encoder_keys, read_json, rows_digest, share_stage
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
+from senticlip.data.table import SPLITS
 from senticlip.files import alone, disk, make_folder, write_text
 from senticlip.progress import bar, console
 from senticlip.structures import LABELS, Clip, UserError
@@ -59,6 +60,8 @@ def reproduce(
     out = Path(out)
     config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
     splits = [read_clips(data, None, protocol, seed) for seed in range(seeds)]
+    for split in SPLITS:  # said before anything is trained
+        read_clips(data, split, protocol)
     labels = {name for clip in splits[0] for name in clip.labels}
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
     with alone(out, "reproduce"):

@@ -20,6 +20,7 @@ from senticlip.data.mmsa import feature_file, read_features
 from senticlip.data.openface import WIDTH, openface_store
 from senticlip.encoders.text import tokenize
 from senticlip.models.base import SentimentModel
+from senticlip.progress import console
 from senticlip.structures import SURFACE, Clip, UsageError, UserError
 
 
@@ -124,11 +125,11 @@ def clip_set(
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
-    if not any(store.lengths.any() for store in stores.values()):
-        reads = " and no ".join(SURFACE[name] for name in stores)
-        raise UserError(
-            f"{data or 'these clips'}: no {reads} in any of {len(clips)} clips, and this model reads nothing else"
-        )
+    if missing := [SURFACE[name] for name, store in stores.items() if not store.lengths.any()]:
+        told = f"{data or 'these clips'}: no {' and no '.join(missing)} in any of {len(clips)} clips"
+        if len(missing) == len(stores):
+            raise UserError(f"{told}, and this model reads nothing else")
+        console.print(f"{told}: the model answers by the rest", soft_wrap=True)
     return ClipSet(clips, stores)
 
 

@@ -22,6 +22,7 @@ from senticlip.checkpoint import (
     TENSORBOARD,
     begin,
     calibrate,
+    has_weights,
     is_finished,
     newest_checkpoint,
     origin,
@@ -122,12 +123,10 @@ def _split(data: str | Path, config: Config, split: str, model: SentimentModel) 
 
 
 def adopt(model: SentimentModel, stage: SentimentModel) -> None:
-    """Take over the encoders that a stage has trained; what stays frozen now is frozen whole, its prompt, too."""
+    """Take over the encoders that a stage has trained."""
     for name, encoder in stage.encoders.items():
         if name in model.encoders:
             model.encoders[name].load_state_dict(encoder.state_dict())
-            if getattr(model.experiment, name).train == "frozen":
-                model.encoders[name].requires_grad_(False)
 
 
 class Fitter(Trainer):
@@ -247,8 +246,8 @@ def fit(
     else:  # it was killed after its last epoch
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         best = folder / f"checkpoint-{trainer.state.best_global_step}"  # it remembers the place where this folder lay
-        if not best.is_dir():
-            raise UserError(f"{best}: the best epoch is not there — train again without --resume")
+        if not has_weights(best):
+            raise UserError(f"{best}: the best epoch's weights are not there — train again without --resume")
         trainer.state.best_model_checkpoint = str(best)
         trainer._load_best_model()
     if trainee.average is not None:

@@ -49,7 +49,7 @@ class Trainee(nn.Module):
         decay = min(self.experiment.train.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
         for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
             if mean.is_floating_point():
-                mean.lerp_(value, 1 - decay)
+                mean.copy_(torch.where(mean.isnan(), value, mean.lerp(value, 1 - decay)))  # NaN: not known so far
             else:
                 mean.copy_(value)
 

@@ -145,7 +145,7 @@ def test_random_protocols(tmp_path_factory, rows, seed, protocol):
 def test_split_is_chosen_and_named(tmp_path):
     folder = folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今").replace("train", "test"))
     assert [clip.id for clip in read_clips(folder, "test")] == ["video_0001/0002"]
-    with pytest.raises(UsageError, match=r"no clips in split 'valid' — there is train, test"):
+    with pytest.raises(UserError, match=r"no clips in split 'valid' — there is train, test"):
         read_clips(folder, "valid")
     with pytest.raises(UsageError, match=r"split 'dev2': unknown — choose one of train, valid, test"):
         read_clips(folder, "dev2")
@@ -204,7 +204,8 @@ def test_check_lists_everything_at_once(tmp_path):
 
 
 def test_no_leak_no_warning(tmp_path):
-    assert check(folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今")), videos=False).warnings == []
+    (warning,) = check(folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今")), videos=False).warnings
+    assert warning == f"{tmp_path}/label.csv: no clip is in valid, so nothing can be trained on it"
 
 
 def test_a_video_protocol_has_no_video_leak(tmp_path):
@@ -303,7 +304,7 @@ def test_without_splits_a_tenth_is_drawn(tmp_path):
     assert [sum(counts.values()) for counts in report.splits.values()] == [24, 3, 3]
     assert [line for line in report.warnings if "no split column" in line]
     table.write_text("path,text,label\n,好,1\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="no clips in split 'test' — there is train"):
+    with pytest.raises(UserError, match="no clips in split 'test' — there is train"):
         read_clips(table, "test")
 
 

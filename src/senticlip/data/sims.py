@@ -82,8 +82,8 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
         return clips
     chosen = [clip for clip in clips if clip.split == split]
     if not chosen:
-        there = [name for name in SPLITS if any(clip.split == name for clip in clips)]
-        raise UsageError(f"{table}: no clips in split {split!r} — there is {', '.join(there) or 'no clip at all'}")
+        there = ", ".join(name for name in SPLITS if any(clip.split == name for clip in clips))
+        raise UserError(f"{table}: no clips in split {split!r} — there is {there}: give some rows that split")
     return chosen
 
 
@@ -111,12 +111,13 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
     if protocol == "official" and clips != [row.clip for row in rows]:
         warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
     warnings += leaks([row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)])
+    if lacking := {"train", "valid"} - {clip.split for clip in clips}:
+        warnings.append(f"{table}: no clip is in {' or '.join(sorted(lacking))}, so nothing can be trained on it")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for clip in clips:
         if "M" in clip.labels:
             counts[clip.split or "none"][LABELS[polarity(clip.labels["M"])]] += 1
-    order = [*SPLITS, "none"]
-    splits = {name: {label: counts[name][label] for label in LABELS} for name in order if name in counts}
+    splits = {name: {label: counts[name][label] for label in LABELS} for name in (*SPLITS, "none") if name in counts}
     return Report(len(rows), splits, problems, warnings)
 
 

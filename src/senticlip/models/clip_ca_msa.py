@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from senticlip.config import Config
 from senticlip.encoders.labels import LabelEncoder
-from senticlip.losses import LOSSES, cross_entropy, mean_of
+from senticlip.losses import LOSSES, cross_entropy, mean_of, over_processes
 from senticlip.models.fusion import FUSION
 from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
 from senticlip.models.temporal import TEMPORAL
@@ -60,7 +60,8 @@ class Whiten(nn.Module):
 
     def forward(self, features: Sequence) -> Sequence:
         """Each position by itself."""
-        return Sequence((features.values.to(self.mean) - self.mean) @ self.turn, features.mask)
+        with torch.autocast(self.mean.device.type, enabled=False):  # in bf16 small differences would be lost again
+            return Sequence((features.values.to(self.mean) - self.mean) @ self.turn, features.mask)
 
     def learn(self, parts: Iterable[Tensor]) -> None:
         """From the positions of a training set, N×d a part; a direction in which nothing happens stays small."""
@@ -163,7 +164,7 @@ class ClipCaMsa(nn.Module):
             gamma = self.config.focal_gamma if name == "text" else 0.0
             rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
             speaks = known & (output.weights[name] > 0)
-            heard[name] = speaks.any()
+            heard[name] = over_processes(speaks.sum())[0] > 0
             losses[name] = mean_of(rows, speaks)
         total = self.combine(losses, heard)
         if self.hearing is not None:

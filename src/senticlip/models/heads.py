@@ -43,8 +43,9 @@ class SimilarityHead(nn.Module):
     def forward(self, states: Sequence, labels: Tensor) -> Tensor:
         """B×L×d and C×d_label → B×C."""
         labels = labels if self.project is None else self.project(labels)
-        video = nn.functional.normalize(states.values[:, 0], dim=-1)
-        return self.logit_scale.exp() * video @ nn.functional.normalize(labels.to(video.dtype), dim=-1).T
+        with torch.autocast(labels.device.type, enabled=False):  # the scale makes bf16's rounding ties of two classes
+            video = nn.functional.normalize(states.values[:, 0].float(), dim=-1)
+            return self.logit_scale.exp() * video @ nn.functional.normalize(labels.float(), dim=-1).T
 
 
 class LinearHead(nn.Module):
