@@ -1,7 +1,7 @@
 """Sentiment of one clip from an exported file, without torch: onnxruntime, tokenizers, PyAV and numpy.
 
 senticlip export RUN --out model.onnx
-python examples/onnx_only.py model.onnx clip.mp4 --text "今天真开心"
+python examples/onnx_only.py model.onnx clip.mp4 --text "你今天心情很好"
 """
 
 import argparse
