@@ -236,6 +236,13 @@ def test_one_modality_is_left_out_now_and_then(batch, chance):
     assert gone.float().mean(1).tolist() == pytest.approx([chance / 2] * 2, abs=0.08)  # 3 standard deviations
 
 
+def test_the_only_modality_is_never_left_out(batch):
+    parts, labels = batch
+    silent = torch.zeros_like(parts["text"].mask)
+    seen = read({**parts, "text": Sequence(parts["text"].values, silent)}, labels, **{"train.modality_dropout": 1.0})
+    assert torch.equal(seen["vision"].mask, parts["vision"].mask)
+
+
 def test_partners_are_changed_in_a_training_batch(batch):
     seen = read(*batch, **{"train.recombine": 1.0})
     for name in ("text", "vision"):

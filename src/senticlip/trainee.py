@@ -87,8 +87,9 @@ class Trainee(nn.Module):
             rows = len(next(iter(parts.values())).mask)
             lost = torch.rand(rows) < config.train.modality_dropout
             which = torch.randint(len(parts), (rows,))
+            several = torch.stack([sequence.mask.any(1) for sequence in parts.values()]).sum(0) > 1
             for i, (name, sequence) in enumerate(parts.items()):
-                gone = (lost & (which == i)).to(sequence.mask.device)
+                gone = (lost & (which == i)).to(several.device) & several  # nobody loses the only one
                 parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
         return Batch(parts, batch.labels, batch.rows)
 

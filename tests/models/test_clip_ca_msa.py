@@ -43,6 +43,17 @@ class TestPaper(Switches):
         network.labels.states.copy_(network.labels.states[[2, 0, 1]].clone())
         torch.testing.assert_close(network(batch).logits["vision"], before[:, [2, 0, 1]])
 
+    def test_similarities_and_whitened_sound_stay_in_fp32_under_autocast(self):
+        """In bf16 a scaled cosine of 14 is known to 0.06, and small differences of sound are lost."""
+        head = SimilarityHead(Config(width=16, heads=2), 16)
+        states, labels = Sequence(torch.randn(8, 1, 16), torch.ones(8, 1, dtype=torch.bool)), torch.randn(3, 16)
+        whiten = Whiten(4)
+        whiten.learn([torch.randn(100, 1) + 1e-3 * torch.randn(100, 4)])
+        sound = Sequence(torch.randn(2, 5, 1) + 1e-3 * torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool))
+        before = head(states, labels), whiten(sound).values
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close((head(states, labels), whiten(sound).values), before)
+
     def test_the_prediction_rule(self):
         network, batch = self.network().eval(), features()
         network.temperature.copy_(torch.tensor([2.0, 0.5]))
