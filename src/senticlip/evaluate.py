@@ -110,7 +110,7 @@ def _are_numbers(output: Output, clips: list[Clip], run: str | Path) -> None:
 def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
     """Where splits are drawn at random, one row more draws them anew."""
     trained = read_metrics(run)
-    if not trained or Path(trained["data"]).resolve() != Path(data).resolve():
+    if "rows" not in trained or Path(trained["data"]).resolve() != Path(data).resolve():
         return
     if trained["rows"] != rows_digest(data, read_clips(data, None, config.protocol, config.seed)):
         told = f"{data}: its rows have changed since {run} was trained; clips of its training may be in this split"

@@ -63,7 +63,7 @@ class VideoReader:
         start = (self._decoder.stream.start_time or 0) * tick
         # the container's start is told in microseconds, the stream's in its own unit: the finer one, where they agree
         self._zero = start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
-        self._start = max(max(start, self._decoder.first * tick) - self._zero, Fraction(0))
+        self._start = max(start, self._decoder.first * tick, self._zero) - self._zero
         self._end = max(self._decoder.end * tick - self._zero, self._start)
 
     def __enter__(self) -> Self:
