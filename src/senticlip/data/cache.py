@@ -252,9 +252,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 def frame_spec(frames: int, size: int, cutaways: str = "keep") -> dict[str, Any]:
     """All that cached frames depend on besides their clip; ``version`` rises when the same clip gives other pixels."""
-    spec: dict[str, Any] = {"frames": frames, "size": size, "version": 2}
-    # all frames as before there was a choice: what lies in caches from then is still right
-    return spec if cutaways == "keep" else spec | {"cutaways": cutaways, "version": 3}
+    return {"frames": frames, "size": size, "cutaways": cutaways, "version": 4}
 
 
 def frame_store(
