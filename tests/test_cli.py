@@ -129,7 +129,7 @@ def test_evaluate_of_one_run_and_of_two(place, say):
     both = json.loads(say(*two)[1])
     assert both["a"] == json.loads(say("evaluate", place / "run0", *data, "--target", "V")[1])
     lines = say(*(word for word in two if word != "--json"))[1].splitlines()
-    for run, result, line in zip(two[1:3], (both["a"], both["b"]), lines, strict=False):
+    for run, result, line in zip(two[1:3], (both["a"], both["b"]), lines[:2], strict=True):
         assert line == f"{run}  accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
     gap = both["difference"]["accuracy"]
     assert gap["difference"] == pytest.approx(both["a"]["accuracy"] - both["b"]["accuracy"])

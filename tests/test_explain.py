@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tests.data.test_cutaways import write_shots
+from tests.data.test_video import write
 from tests.test_export import add_sound
 
 import senticlip
@@ -351,15 +350,8 @@ def test_kinds():
 
 
 def test_a_flat_picture_stays_small(run, tmp_path):
-    with av.open(str(tmp_path / "a.mp4"), "w") as out:
-        stream = out.add_stream("libx264", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 8000, 20, "yuv420p"
-        for i in range(2):
-            frame = av.VideoFrame.from_ndarray(np.full((20, 8000, 3), 100 * i, np.uint8), "rgb24")
-            frame.pts = i
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
-    for name in explain(run, tmp_path / "a.mp4", TEXT, tmp_path / "out")["frames"]:
+    flat = write(tmp_path / "a.mp4", stamps=[0, 1], size=(8000, 20))
+    for name in explain(run, flat, TEXT, tmp_path / "out")["frames"]:
         assert Image.open(name).size == (1024, 3)
 
 

@@ -198,13 +198,13 @@ def test_epochs_draw_different_rows_and_each_class_as_often(place, tmp_path, mon
     assert len(drawn) == len({tuple(rows) for rows in drawn}) == 3
 
 
-def relabelled(folder, place, score, rows):
-    """The same clips with another label in some rows of the table."""
+def relabelled(folder, place, cell, rows, column="label"):
+    """The same clips with another label, or something else, in some rows of the table."""
     shutil.copytree(place / "data", folder)
     with (folder / "label.csv").open(encoding="utf-8", newline="") as file:
         head, *lines = csv.reader(file)
     for i in rows:
-        lines[i][head.index("label")] = score
+        lines[i][head.index(column)] = cell
     with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([head, *lines])
     return folder
@@ -219,18 +219,8 @@ def losses(run):
     return [row["nll"] for row in history if "nll" in row], [row["loss"] for row in history if "grad_norm" in row]
 
 
-def with_gaps(folder, source):
-    """The same clips, of which every third says nothing."""
-    shutil.copytree(source, folder)
-    head, *lines = (source / "label.csv").read_text(encoding="utf-8").splitlines()
-    cells = [line.split(",") for line in lines]
-    rows = [",".join([*row[:2], "" if i % 3 == 0 else row[2], *row[3:]]) for i, row in enumerate(cells)]
-    (folder / "label.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
-    return folder
-
-
 def test_two_processes_learn_what_one_does(place, tmp_path):
-    data = with_gaps(tmp_path / "data", place / "data")
+    data = relabelled(tmp_path / "data", place, "", range(0, 24, 3), column="text")  # every third says nothing
     # the stage teaches the prefix only: an encoder's own dropout would draw otherwise in two processes
     stage = {"modalities": ["text"], "target": "T", "train.epochs": 1}
     experiment = settings(place, prompt="learned", stages={"text": stage}, **{"train.balance": "sampler"})

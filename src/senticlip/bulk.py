@@ -275,9 +275,10 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
     own = not ray.is_initialized()
     try:
         if own:
-            local: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
-            more = {"address": address} if address else {"address": "local", **local}  # not what else runs here
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
+            where: dict[str, Any] = {"address": address}
+            if not address:  # one of our own, whatever else runs here
+                where = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))

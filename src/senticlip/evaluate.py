@@ -15,7 +15,7 @@ from senticlip.checkpoint import as_probabilities, outputs, read_metrics, rows_d
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
-from senticlip.predictor import Predictor
+from senticlip.predictor import Predictor, are_numbers
 from senticlip.progress import console
 from senticlip.sources import clip_set
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError
@@ -73,7 +73,9 @@ def _answers(
         raise UserError(f"{data}: no clip of {split} has a label {target}")
     rows = clip_set(clips, predictor.model, predictor.tokenizer, data=data)
     output = outputs(predictor.model, rows)
-    _are_numbers(output, clips, run)
+    if broken := [clip.id for clip, good in zip(clips, are_numbers(output), strict=True) if not good]:
+        told = f"{len(broken)} of {len(clips)} answers are no numbers, the first for {broken[0]}"
+        raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
     _tell_changed_rows(Path(run), data, config)
     truth = np.sign(rows.labels[target]).astype(int) + 1
     result = judge(output, truth, rows.labels[target])
@@ -82,9 +84,12 @@ def _answers(
     temperature = getattr(predictor.model.network, "temperature", None)
     if temperature is not None and len(output.logits) > 1:
         heads = {name: output.logits[name] / tau for name, tau in zip(output.logits, temperature.cpu(), strict=True)}
-        there = {name: (output.weights[name] > 0).numpy() for name in heads}
-        said_by = {name: (truth[there[name]], said.argmax(-1).numpy()[there[name]]) for name, said in heads.items()}
-        result["heads"] = {SURFACE[name]: _short(*said) for name, said in said_by.items() if len(said[0])}
+        there = {name: output.weights[name] > 0 for name in heads}
+        result["heads"] = {
+            SURFACE[name]: _short(truth[there[name].numpy()], said[there[name]].argmax(-1).numpy())
+            for name, said in heads.items()
+            if there[name].any()
+        }
         votes = [said * there[name][:, None] for name, said in heads.items()]
         result["equal_weights"] = _short(truth, sum(votes).argmax(-1).numpy())
     if Path(run).is_dir():
@@ -95,16 +100,6 @@ def _answers(
         else:  # somebody else's RUN can be judged, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, _predicted(output), result)
-
-
-def _are_numbers(output: Output, clips: list[Clip], run: str | Path) -> None:
-    """NaN would pass for the first class."""
-    said = output.score if output.score is not None else output.log_probs
-    assert said is not None
-    broken = [clip.id for clip, row in zip(clips, said, strict=True) if row.isnan().any()]
-    if broken:
-        told = f"{len(broken)} of {len(clips)} answers are no numbers, the first for {broken[0]}"
-        raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
 
 
 def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:

@@ -180,8 +180,8 @@ def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
         for time in times:
             whole = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
             scale = min(HEIGHT / whole.height, WIDEST / whole.width)
-            shape = [max(1, round(side * scale)) for side in whole.size]
-            pictures.append(whole.resize((shape[0], shape[1]), Image.Resampling.BICUBIC))
+            width, height = (max(1, round(side * scale)) for side in whole.size)
+            pictures.append(whole.resize((width, height), Image.Resampling.BICUBIC))
     return pictures
 
 

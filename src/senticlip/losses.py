@@ -31,17 +31,16 @@ def mean_of(rows: Tensor, known: Tensor) -> Tensor:
 
     Where several processes train, the mean over all of them is that of their rows together.
     """
-    count, world = over_processes(known.sum())
-    return torch.where(known, rows, 0).sum() * world / count.clamp(min=1)
+    return torch.where(known, rows, 0).sum() / count_of(known).clamp(min=1e-6)
 
 
-def over_processes(count: Tensor) -> tuple[Tensor, int]:
-    """The sum of a count over the processes of a training, and how many of them there are."""
-    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return count, 1
-    count = count.clone()
-    torch.distributed.all_reduce(count)
-    return count, torch.distributed.get_world_size()
+def count_of(known: Tensor) -> Tensor:
+    """How many rows are known: of a process in the mean, where several train (whose gradients become their mean)."""
+    count = known.sum().float()
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count /= torch.distributed.get_world_size()
+    return count
 
 
 class Uncertainty(nn.Module):

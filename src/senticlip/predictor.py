@@ -22,6 +22,13 @@ from senticlip.sources import hears
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError, UserError, spoken
 
 
+def are_numbers(output: Output) -> torch.Tensor:
+    """Which rows have an answer that is a number, B: NaN would pass for the first class."""
+    said = output.score if output.score is not None else output.log_probs
+    assert said is not None
+    return ~said.isnan().reshape(len(said), -1).any(1)
+
+
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
     """The predictor of a RUN folder, a hub id, or a file that ``senticlip export`` made."""
     return Predictor(run, device, precision)
@@ -146,7 +153,13 @@ class Predictor:
         return self.model(batch, attention=attention, alone=True)
 
     def predictions(self, output: Output) -> list[Prediction]:
-        """The answers of an output, with surface names."""
+        """The answers of an output, with surface names.
+
+        Raises:
+            UserError: one of them is no number.
+        """
+        if not are_numbers(output).all():
+            raise UserError("the model's answer is no number — its weights are broken, train or copy it again")
         if output.score is not None:
             scores = output.score.float().cpu().numpy()
             return [
@@ -158,8 +171,6 @@ class Predictor:
         weights = {name: weight.cpu().tolist() for name, weight in output.weights.items()}
         answers = []
         for i, row in enumerate(fused):
-            if np.isnan(row).any():
-                raise UserError("the model's answer is no number — its weights are broken, train or copy it again")
             present = [name for name in weights if weights[name][i] > 0]
             answers.append(
                 Prediction(

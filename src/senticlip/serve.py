@@ -42,7 +42,8 @@ WAITING = 64
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
 
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+PLAIN = "application/x-www-form-urlencoded"
+FORMS = ("multipart/form-data", PLAIN)
 
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]
@@ -206,7 +207,7 @@ class PlainForm:
             body = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], message.get("body", b""))
             return {**message, "body": body} if "body" in message else message
 
-        plain = kind.startswith(b"application/x-www-form-urlencoded")
+        plain = kind.decode("latin-1").lower().startswith(PLAIN)
         await self.app(scope, encoded if plain else receive, send)
 
 

@@ -47,11 +47,14 @@ class Trainee(nn.Module):
             return
         self.steps += 1
         decay = min(self.experiment.train.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
-        for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.copy_(torch.where(mean.isnan(), value, mean.lerp(value, 1 - decay)))  # NaN: not known so far
-            else:
+        state, buffers = self.model.state_dict(), dict(self.model.named_buffers())
+        for (name, mean), value in zip(self.average.state_dict().items(), state.values(), strict=True):
+            if not mean.is_floating_point():
                 mean.copy_(value)
+            elif name in buffers:  # where it is NaN, nothing was known so far
+                mean.copy_(torch.where(mean.isnan(), value, mean.lerp(value, 1 - decay)))
+            else:  # millions of numbers: one pass over them
+                mean.lerp_(value, 1 - decay)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Loss and prediction (log-probabilities B×C, or scores B); in evaluation what ``logged`` names, B each."""

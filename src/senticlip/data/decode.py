@@ -64,7 +64,8 @@ class Decoder:
         self._near = int(NEAR / self.tick)
         self._step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
-        self._joins = self.container.format.name in ("mpegts", "mpeg")
+        joins = self.container.format.name in ("mpegts", "mpeg")
+        self._back = int(1 / self.tick) if joins else 1 << 62  # how far decoding times may go back
         self._slow: Sequential | None = None
         # in APNG every picture passes for a keyframe, and most only change the one before
         self._trusted = self.container.format.name != "apng" and not times_are_guessed(self.container, self.stream)
@@ -132,11 +133,13 @@ class Decoder:
             insort(self._latest, packet.pts)
             del self._latest[: -REORDERED - 1]
             until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
-            back = 0 if until is None else float((self._read_until - until) * self.tick)
-            if self._joins and back > 1 and self._read_until > -(1 << 62):
-                told = f"{self.path}: its clock goes back by {back:.1f} s, as where files were joined"
-                raise UserError(f"{told} — mend it: ffmpeg -i FILE -c copy OTHER")
-            self._read_until = self._read_until if until is None else max(self._read_until, until)
+            until = self._read_until if until is None else until
+            if self._read_until - until > self._back:
+                told = f"its clock goes back by {float((self._read_until - until) * self.tick):.1f} s"
+                raise UserError(
+                    f"{self.path}: {told}, as where files were joined — mend it: ffmpeg -i FILE -c copy OTHER"
+                )
+            self._read_until = max(self._read_until, until)
             self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 
     def _find_end(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from senticlip.config import Config
 from senticlip.encoders.labels import LabelEncoder
-from senticlip.losses import LOSSES, cross_entropy, mean_of, over_processes
+from senticlip.losses import LOSSES, count_of, cross_entropy, mean_of
 from senticlip.models.fusion import FUSION
 from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
 from senticlip.models.temporal import TEMPORAL
@@ -164,7 +164,7 @@ class ClipCaMsa(nn.Module):
             gamma = self.config.focal_gamma if name == "text" else 0.0
             rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
             speaks = known & (output.weights[name] > 0)
-            heard[name] = over_processes(speaks.sum())[0] > 0
+            heard[name] = count_of(speaks) > 0
             losses[name] = mean_of(rows, speaks)
         total = self.combine(losses, heard)
         if self.hearing is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.losses import LOSSES, mean_of, over_processes
+from senticlip.losses import LOSSES, count_of, mean_of
 from senticlip.models.peer import Peer, groups, masked_mean
 from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
@@ -121,7 +121,7 @@ class MMAF(Peer):
             known = ~labels.isnan()
             if name != "fused":
                 known = known & self.inputs(batch)[name].mask.any(1)
-            heard[name] = over_processes(known.sum())[0] > 0
+            heard[name] = count_of(known) > 0
             losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), known)
         logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
         return (losses["fused"] if self.weigh is None else self.weigh(losses, heard)), logs
