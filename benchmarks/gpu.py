@@ -218,7 +218,7 @@ def run(quick: bool) -> None:
     print(f"bf16 product: {top:.1f} TFLOP/s; {1e3 * flop:.0f} GFLOP a clip and training step", flush=True)
     with timing.folder() as folder:
         data = made_set(folder / "cache", 1024 if GPU else 4)
-        for size in (64, 128, 32):
+        for size in (128, 64, 32):
             whole(top, flop, data, folder / "out", size)
     if not quick:
         steps(top, flop)

@@ -170,6 +170,21 @@ def test_only_real_frames_are_computed(kind, request):
     assert seen == [6, 6]
 
 
+def test_a_training_that_never_waits_learns_the_same(clip, monkeypatch):
+    """On a GPU a CLIP tower reads padding, too: neither states nor gradients may know of it."""
+    pixels, encoder = frames(3, 4, 3, 32, 32), encoder_of(clip).train()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    found = []
+    for unwaited in (False, True):
+        monkeypatch.setattr(VisionEncoder, "_unwaited", lambda self, pixels, way=unwaited: way)
+        encoder.zero_grad()
+        states = encoder(Sequence(pixels, mask)).values
+        states.square().sum().backward()
+        found.append((states.detach(), [p.grad for p in encoder.parameters()]))
+    assert not found[1][0][~mask].any()
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_no_image_encoder_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"vision\.encoder: .* neither a Chinese-CLIP model nor a timm network"):
         vision_spec(VisionConfig(encoder=str(text_folder(tmp_path / "text"))))
