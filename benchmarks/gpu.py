@@ -159,13 +159,16 @@ def steps(top: float, flop: float) -> None:
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of step ``skip`` to the end of the last one."""
+    """Seconds a step, from the end of step ``skip`` to the end of the last one; and until the first was through."""
 
     def __init__(self, skip: int) -> None:
-        self.skip, self.begin, self.took = skip, 0.0, 0.0
+        self.skip, self.begin, self.first, self.took = skip, time.perf_counter(), 0.0, 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Both ends wait for the GPU."""
+        """All of them wait for the GPU."""
+        if state.global_step == 1:
+            wait()
+            self.first = time.perf_counter() - self.begin
         if state.global_step == self.skip:
             wait()
             self.begin = time.perf_counter()
@@ -178,14 +181,15 @@ class Clock(TrainerCallback):
 
 def whole(top: float, flop: float, data: ClipSet, folder: Path, size: int) -> None:
     """The Trainer's loop from cached frames, without its first epoch, in which it compiles."""
-    size, epochs = (size, 4) if GPU else (2, 2)
+    size = size if GPU else 2
     forget()
     trainee = trainee_of(paper.config().override({**BF16, "train.compile": True, "train.batch_size": size}))
-    arguments, clock = arguments_of(trainee, folder, DEVICE.type, epochs), Clock(len(data) // size)
+    arguments, clock = arguments_of(trainee, folder, DEVICE.type, epochs=2), Clock(len(data) // size)
     trainer = Fitter(trainee, arguments, data_collator=collate, train_dataset=data, callbacks=[Hooks(trainee), clock])
     trainer.pop_callback(PrinterCallback)
     trainer.train()
-    say(f"senticlip train, cached frames, {size} clips", size, clock.took, flop, top)
+    name, note = f"senticlip train, cached frames, {size} clips", f"first step after {clock.first:.0f} s"
+    say(name, size, clock.took, flop, top, note)
 
 
 def inference(top: float) -> None:
@@ -217,7 +221,7 @@ def run(quick: bool) -> None:
     flop = work(trainee_of(paper.config()), made_batch(2))
     print(f"bf16 product: {top:.1f} TFLOP/s; {1e3 * flop:.0f} GFLOP a clip and training step", flush=True)
     with timing.folder() as folder:
-        data = made_set(folder / "cache", 1024 if GPU else 4)
+        data = made_set(folder / "cache", 4096 if GPU else 4)
         for size in (128, 64, 32):
             whole(top, flop, data, folder / "out", size)
     if not quick:

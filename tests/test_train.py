@@ -261,7 +261,7 @@ def test_what_learns_of_an_encoder(place, tmp_path, learns, moved):
 def test_compiled_encoders_learn_the_same(place, tmp_path, monkeypatch):
     """Traced as torch.compile does it, but run by torch's own kernels: no C compiler is needed."""
     traced = []
-    parts = "encoder_modules_layer_modules_0_", "self_modules_self_attn_"  # text whole, a layer of the frames'
+    parts = "self_modules_attention_modules_self_", "self_modules_self_attn_"  # a layer of text, of the frames'
 
     def backend(graph, inputs):
         traced.append({node.target for node in graph.graph.nodes if node.op == "placeholder"})

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from senticlip.config import Config, TextConfig
 from senticlip.data.loader import ArrayRows
-from senticlip.encoders.text import TextEncoder, load_body, load_tokenizer, text_spec, tokenize
+from senticlip.encoders.text import BY_PAIRS, TextEncoder, load_body, load_tokenizer, text_spec, tokenize
 from senticlip.models import create_model
 from senticlip.sources import clip_set, fingerprint
 from senticlip.structures import Clip, Sequence, UsageError, UserError
@@ -86,6 +86,23 @@ def test_gradients_reach_the_prompt_and_no_row_without_text(folder):
     encoder.zero_grad()
     encoder(Sequence(ids, mask)).values[mask & (torch.arange(4) == 1)[:, None]].sum().backward()
     assert not encoder.prefix.grad.any()
+
+
+def test_a_training_that_never_waits_learns_the_same(folder, monkeypatch):
+    """On a GPU the body is told who looks at whom: a row without text and padding change nothing there either."""
+    encoder = encoder_of(folder, "learned").train()
+    for part in encoder.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    assert encoder.body.config.model_type in BY_PAIRS
+    found = []
+    for unwaited in (False, True):
+        monkeypatch.setattr(TextEncoder, "_unwaited", lambda self, x, way=unwaited: way)
+        encoder.zero_grad()
+        states = encoder(Sequence(*tokenize(tokenizer(), TEXTS, 20))).values
+        states.square().sum().backward()
+        found.append((states.detach(), [p.grad for p in encoder.parameters()]))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 def test_prompt_and_words_fit_the_positions(folder):

@@ -111,6 +111,10 @@ def tokenize(tokenizer: Any, texts: list[str | None], max_length: int) -> tuple[
     return encoded["input_ids"], encoded["attention_mask"].bool() & present
 
 
+BY_PAIRS = {"albert", "bert", "chinese_clip_text_model", "electra", "ernie", "roberta", "xlm-roberta"}
+"""The kinds of encoder that take a mask of who looks at whom, B×1×L×L, as it is."""
+
+
 class TextEncoder(nn.Module):
     """[CLS] + p prompt vectors + the characters → states of [CLS] and the characters.
 
@@ -151,6 +155,17 @@ class TextEncoder(nn.Module):
         elif hasattr(self, "prompt_ids"):
             self.prompt_ids.copy_(ids)
 
+    def _unwaited(self, x: Tensor) -> bool:
+        """Whether the body is told who looks at whom; else transformers asks a GPU, and waits, if all are real."""
+        config = self.body.config
+        by_pairs = config.model_type in BY_PAIRS and config._attn_implementation == "sdpa"
+        return self.training and by_pairs and x.device.type == "cuda"
+
+    def _states(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Word vectors B×L×e and which are real → states B×L×d."""
+        mask = seen[:, None, None].expand(-1, -1, seen.shape[1], -1) if self._unwaited(x) else seen.long()
+        return self.body(inputs_embeds=x, attention_mask=mask).last_hidden_state
+
     def forward(self, text: Sequence) -> Sequence:
         """Encode B×n ids; a row without text gives finite states under an all-False mask."""
         ids, mask = text
@@ -163,9 +178,9 @@ class TextEncoder(nn.Module):
             self.prefix if self.prefix is not None else words(self.prompt_ids) if hasattr(self, "prompt_ids") else None
         )
         if prompt is None:
-            return Sequence(self.body(inputs_embeds=x, attention_mask=seen.long()).last_hidden_state, mask)
+            return Sequence(self._states(x, seen), mask)
         p = len(prompt)
         x = torch.cat([x[:, :1], prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], 1)  # B×(1+p+n-1)×e
         seen = torch.cat([seen[:, :1], seen.new_ones(x.shape[0], p), seen[:, 1:]], 1)
-        states = self.body(inputs_embeds=x, attention_mask=seen.long()).last_hidden_state
+        states = self._states(x, seen)
         return Sequence(torch.cat([states[:, :1], states[:, 1 + p :]], 1), mask)  # B×n×d

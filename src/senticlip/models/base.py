@@ -221,13 +221,11 @@ class SentimentModel(PreTrainedModel):
     def compile_encoders(self) -> None:
         """Have torch.compile fuse what the encoders do, in place; the weights stay where and what they are.
 
-        Of the frames' encoder each layer: one graph serves all of a kind, which takes seconds, not a minute. Text is
-        compiled whole, for texts of any length: transformers would wait for a GPU to see whether a mask is all true.
+        Each layer: one graph serves all of a kind, which takes seconds, not a minute; those of text, for any length.
         """
         torch._dynamo.config.recompile_limit = 64  # kinds of layers × learning or not × shapes; beyond it all is slow
         for name, encoder in self.encoders.items():
-            body = encoder.get_submodule("body")
-            for part in _layers(body) if name == "vision" else [body]:
+            for part in _layers(encoder.get_submodule("body")):
                 part.compile(dynamic=True if name == "text" else None)
 
     def encode(self, batch: Batch) -> Batch:
