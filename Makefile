@@ -4,12 +4,13 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lowest lint format bench clean
 
 help:
 	@echo "make setup   .venv with everything (once; a few minutes, 7 GB)"
 	@echo "make demo    made clips -> training -> report, in demo/"
 	@echo "make test    all tests"
+	@echo "make lowest  all tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make lint    style and types"
 	@echo "make format  mend the style"
 	@echo "make bench   the benchmarks"
@@ -33,6 +34,12 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Not by pip, which knows no such choice.
+lowest:
+	test -x .venv-lowest/bin/uv || { $(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/python -m pip install --quiet uv; }
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[ray,onnx,serve,dev]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +53,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist src/*.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -98,16 +99,17 @@ def test_what_is_saved_and_pushed_has_its_tokenizer(folder, monkeypatch):
 
     pushed = []
 
-    class Hub:
-        def create_repo(self, name, **_):
-            return type("Url", (), {"repo_id": name})
+    def create_repo(name, **_):
+        return SimpleNamespace(repo_id=name)
 
-        def create_commit(self, operations, **_):
-            pushed.extend(operation.path_in_repo for operation in operations)
+    def create_commit(operations, **_):
+        pushed.extend(operation.path_in_repo for operation in operations)
 
-    card = type("Card", (), {"save": lambda self, path: None})
-    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card())
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    hub = SimpleNamespace(create_repo=create_repo, create_commit=create_commit)
+    for name, stub in {"hf_api": lambda: hub, **vars(hub)}.items():  # newer and older versions of transformers
+        monkeypatch.setattr(f"transformers.utils.hub.{name}", stub, raising=False)
     found.push_to_hub("someone/run")
     assert {"config.json", "model.safetensors", "tokenizer/tokenizer_config.json"} <= set(pushed)
 
