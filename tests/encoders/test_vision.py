@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -183,6 +185,15 @@ def test_a_training_that_never_waits_learns_the_same(clip, monkeypatch):
         found.append((states.detach(), [p.grad for p in encoder.parameters()]))
     assert not found[1][0][~mask].any()
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_who_is_waited_for(clip, network):
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert encoder_of(clip).train()._unwaited(gpu)
+    assert not encoder_of(clip).train()._unwaited(frames(1, 1, 3, 32, 32))
+    assert not encoder_of(clip)._unwaited(gpu)
+    assert not encoder_of(network).train()._unwaited(gpu)
+    assert not VisionEncoder(vision_spec(VisionConfig(encoder=str(clip)))[0], sampled=True).train()._unwaited(gpu)
 
 
 def test_what_is_no_image_encoder_is_named(tmp_path):

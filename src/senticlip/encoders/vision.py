@@ -145,6 +145,10 @@ class VisionEncoder(nn.Module):
 
     Padding can change nothing, not even a batch norm: only real frames are computed, or none sees another.
 
+    Args:
+        spec: of ``vision_spec``.
+        sampled: whether training masks most of the frames (``vision.train_frames``).
+
     Shape:
         pixels B×m×3×H×W uint8 (squashed to size×size), mask B×m → Sequence B×m×d
     """
@@ -152,9 +156,9 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], sampled: bool = False) -> None:
         super().__init__()
-        self.kind, self.size = spec["kind"], spec["size"]
+        self.kind, self.size, self.sampled = spec["kind"], spec["size"], sampled
         self.dim: int = spec["dim"]
         self.projection: nn.Module = nn.Identity()
         if self.kind == "chinese_clip":
@@ -208,9 +212,10 @@ class VisionEncoder(nn.Module):
     def _unwaited(self, pixels: Tensor) -> bool:
         """Whether all frames are computed: to ask a GPU which are real, at each step of a training, takes longer.
 
-        Only where no frame sees another: a timm network may have batch norms.
+        Only where few are masked, and no frame sees another: a timm network may have batch norms.
         """
-        return self.training and self.kind == "chinese_clip" and pixels.device.type == "cuda"
+        alone = self.kind == "chinese_clip" and not self.sampled
+        return alone and self.training and pixels.device.type == "cuda"
 
     def forward(self, vision: Sequence) -> Sequence:
         """Encode the real frames; the others are zero."""

@@ -136,7 +136,8 @@ class SentimentModel(PreTrainedModel):
             part = encoders["text"]
             self.encoders["text"] = TextEncoder(part["spec"], experiment.text, experiment.prompt, part["prompt_length"])
         if "vision" in encoders:
-            self.encoders["vision"] = VisionEncoder(encoders["vision"]["spec"])
+            sampled = experiment.vision.train_frames is not None
+            self.encoders["vision"] = VisionEncoder(encoders["vision"]["spec"], sampled)
         label = {"label": encoders["label"]} if "label" in encoders else {}
         self.network: Any = network_class(experiment.model)(experiment, dict(config.dims), **label)
         encoder: Any
