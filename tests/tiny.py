@@ -82,6 +82,18 @@ def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0) ->
     return folder
 
 
+def waited_and_not(encoder: torch.nn.Module, sequence, monkeypatch) -> list[tuple]:
+    """States and gradients of an encoder that asks a GPU what is real, and of one that does not."""
+    found = []
+    for unwaited in (False, True):
+        monkeypatch.setattr(type(encoder), "_unwaited", lambda self, x, way=unwaited: way)
+        encoder.zero_grad()
+        states = encoder(sequence).values
+        states.square().sum().backward()
+        found.append((states.detach(), [p.grad for p in encoder.parameters()]))
+    return found
+
+
 def write_clip(path: Path, shade: int, seed: int, seconds: float = 0.6, size: int = 48) -> Path:
     """A noisy clip of one shade of grey."""
     random = np.random.default_rng(seed)

@@ -46,7 +46,8 @@ class Trainee(nn.Module):
         if self.average is None:
             return
         self.steps += 1
-        decay = min(self.experiment.train.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
+        steps = int(self.steps)  # a GPU is waited for here
+        decay = min(self.experiment.train.ema, (1 + steps) / (10 + steps))
         state, buffers = self.model.state_dict(), dict(self.model.named_buffers())
         for (name, mean), value in zip(self.average.state_dict().items(), state.values(), strict=True):
             if not mean.is_floating_point():

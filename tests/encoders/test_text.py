@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tests.tiny import KINDS, WORDS, text_folder, tokenizer
+from tests.tiny import KINDS, WORDS, text_folder, tokenizer, waited_and_not
 from transformers import AutoModel
 
 from senticlip.config import Config, TextConfig
@@ -90,19 +91,19 @@ def test_gradients_reach_the_prompt_and_no_row_without_text(folder):
 
 def test_a_training_that_never_waits_learns_the_same(folder, monkeypatch):
     """On a GPU the body is told who looks at whom: a row without text and padding change nothing there either."""
-    encoder = encoder_of(folder, "learned").train()
-    for part in encoder.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
+    encoder = encoder_of(folder, "learned")
     assert encoder.body.config.model_type in BY_PAIRS
-    found = []
-    for unwaited in (False, True):
-        monkeypatch.setattr(TextEncoder, "_unwaited", lambda self, x, way=unwaited: way)
-        encoder.zero_grad()
-        states = encoder(Sequence(*tokenize(tokenizer(), TEXTS, 20))).values
-        states.square().sum().backward()
-        found.append((states.detach(), [p.grad for p in encoder.parameters()]))
+    found = waited_and_not(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_who_is_waited_for(folder):
+    gpu, encoder = SimpleNamespace(device=torch.device("cuda")), encoder_of(folder, "none")
+    assert not encoder._unwaited(gpu)
+    assert encoder.train()._unwaited(gpu)
+    assert not encoder._unwaited(torch.zeros(1))
+    encoder.body.set_attn_implementation("eager")
+    assert not encoder._unwaited(gpu)
 
 
 def test_prompt_and_words_fit_the_positions(folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tests.tiny import clip_folder, text_folder, timm_folder, tokenizer
+from tests.tiny import clip_folder, text_folder, timm_folder, tokenizer, waited_and_not
 from transformers import ChineseCLIPModel
 from transformers.activations import QuickGELUActivation
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
@@ -176,13 +176,7 @@ def test_a_training_that_never_waits_learns_the_same(clip, monkeypatch):
     """On a GPU a CLIP tower reads padding, too: neither states nor gradients may know of it."""
     pixels, encoder = frames(3, 4, 3, 32, 32), encoder_of(clip).train()
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
-    found = []
-    for unwaited in (False, True):
-        monkeypatch.setattr(VisionEncoder, "_unwaited", lambda self, pixels, way=unwaited: way)
-        encoder.zero_grad()
-        states = encoder(Sequence(pixels, mask)).values
-        states.square().sum().backward()
-        found.append((states.detach(), [p.grad for p in encoder.parameters()]))
+    found = waited_and_not(encoder, Sequence(pixels, mask), monkeypatch)
     assert not found[1][0][~mask].any()
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 

@@ -76,8 +76,7 @@ class Store:
         for row, (shard, start, length) in enumerate(places):
             if length:
                 values[row, :length] = self._map(shard)[start : start + length]
-        mask = np.arange(longest) < lengths[:, None]
-        return values, mask
+        return values, np.arange(longest) < lengths[:, None]
 
 
 def file_key(path: str | Path) -> str:
