@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -96,22 +97,24 @@ def test_a_run_that_was_moved_after_its_last_epoch_ends_in_the_same_weights(plac
     assert_same(weights(stopped[0]), weights(tmp_path / "there"))
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, file.stat().st_size // 2)])
 @pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_a_checkpoint_that_lacks_a_file_is_none(place, tmp_path, stopped, monkeypatch, lost):
-    """Trainer would go on with fresh weights, or a fresh optimizer, and say nothing."""
+def test_a_checkpoint_that_lacks_a_file_or_a_part_of_it_is_none(place, tmp_path, stopped, monkeypatch, lost, damage):
+    """Trainer would go on with fresh weights, or a fresh optimizer, and say nothing; or stop with torch's error."""
     with monkeypatch.context() as patch:
         dies(patch, Hooks, "on_epoch_begin", 3)
         with pytest.raises(Killed):
             train(stopping(place), place / "data", tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints").glob(f"*/{lost}"):
-        file.unlink()
+        damage(file)
     train(stopping(place), place / "data", tmp_path / "run", resume=True)
     assert_same(weights(stopped[0]), weights(tmp_path / "run"))
 
 
-def test_the_best_epoch_without_its_weights_is_told(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", [(Hooks, "on_epoch_begin", 7), (Trainer, "_load_best_model", 1)])
+def test_the_best_epoch_without_its_weights_is_told(place, tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patch:
-        dies(patch, Trainer, "_load_best_model", 1)
+        dies(patch, *moment)
         with pytest.raises(Killed):
             train(stopping(place), place / "data", tmp_path / "run")
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")

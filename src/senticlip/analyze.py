@@ -112,14 +112,7 @@ def analyze(
         lines = subs.embedded(video, track, shift)
         if not lines and not (shift < 0 and subs.embedded(video, track)):
             lines = shots(video) if cut == "shots" else windows(end, seconds)
-    if not lines:
-        moved = f" after 0 s, since --shift {shift:g} moves all before it" if shift < 0 else ""
-        raise UserError(f"{subtitles or video}: no line is said{moved} — leave out the subtitles to cut by time")
-    if lines[0].start >= end:
-        raise UserError(f"{subtitles or video}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
-    if late := sum(line.start >= end for line in lines):
-        told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
-        console.print(told, soft_wrap=True)
+    _check_times(lines, subtitles or video, video, end, shift)
     predictor = run
     if isinstance(run, (str, Path)):
         import senticlip
@@ -128,6 +121,19 @@ def analyze(
     key = _key(predictor, video, lines, precision)
     job = _Job(video, lines, end, info.width / info.height, None if out is None else Path(out), key)
     return _stream(job, predictor, resume, progress or (lambda done, total: None))
+
+
+def _check_times(lines: list[Line], source: str | Path, video: Path, end: float, shift: float) -> None:
+    """Refuse lines that are none of this film's; tell of those that begin after it."""
+    if not lines:
+        moved = f" after 0 s, since --shift {shift:g} moves all before it" if shift < 0 else ""
+        raise UserError(f"{source}: no line is said{moved} — leave out the subtitles to cut by time")
+    late = sum(line.start >= end for line in lines)
+    if late == len(lines):
+        raise UserError(f"{source}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
+    if late:
+        told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
+        console.print(told, soft_wrap=True)
 
 
 def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:

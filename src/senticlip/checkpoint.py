@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from senticlip.config import Config, from_dict
 from senticlip.data.cache import file_keys
@@ -153,18 +155,35 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one that lacks a file was cut off when it was written, or copied in part."""
+    """The newest whole checkpoint; one with a file missing or cut off was not written, or not copied, to its end."""
     complete = []
     for path in folder.glob("checkpoint-*"):
         state, rest = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
-        if state and has_weights(path) and all(any(path.glob(name)) for name in rest):
+        pickles = [[zipfile.is_zipfile(file) for file in path.glob(name)] for name in rest]
+        if state and _has_weights(path) and all(found and all(found) for found in pickles):
             complete.append((state["global_step"], path))
     return max(complete)[1] if complete else None
 
 
-def has_weights(checkpoint: Path) -> bool:
-    """Whether the weights are there; Trainer goes on without them and says nothing."""
-    return (checkpoint / "model.safetensors").is_file()
+def best_checkpoint(newest: Path) -> Path:
+    """The checkpoint of the best epoch so far; Trainer would end with the last epoch's weights and say nothing.
+
+    Raises:
+        UserError: its weights are missing, or not whole.
+    """
+    best = newest.parent / f"checkpoint-{read_json(newest / 'trainer_state.json')['best_global_step']}"
+    if not _has_weights(best):
+        raise UserError(f"{best}: the best epoch's weights are not there — train again without --resume")
+    return best
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    """Whether the weights are there, and whole; Trainer goes on without them and says nothing."""
+    try:
+        with safe_open(checkpoint / "model.safetensors", "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:

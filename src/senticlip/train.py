@@ -21,8 +21,8 @@ from senticlip.checkpoint import (
     CHECKPOINTS,
     TENSORBOARD,
     begin,
+    best_checkpoint,
     calibrate,
-    has_weights,
     is_finished,
     newest_checkpoint,
     origin,
@@ -241,14 +241,12 @@ def fit(
     trainer.pop_callback(PrinterCallback)
     folder = Path(arguments.output_dir or "")
     checkpoint = newest_checkpoint(folder) if resume else None
+    best = best_checkpoint(checkpoint) if checkpoint else None
     if checkpoint is None or not _stopped(checkpoint, config.train.patience):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:  # it was killed after its last epoch
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-        best = folder / f"checkpoint-{trainer.state.best_global_step}"  # it remembers the place where this folder lay
-        if not has_weights(best):
-            raise UserError(f"{best}: the best epoch's weights are not there — train again without --resume")
-        trainer.state.best_model_checkpoint = str(best)
+        trainer.state.best_model_checkpoint = str(best)  # it remembers the place where this folder lay
         trainer._load_best_model()
     if trainee.average is not None:
         model.load_state_dict(trainee.average.state_dict())
