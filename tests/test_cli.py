@@ -85,6 +85,13 @@ def test_predict_tells_what_it_did_not_read_and_takes_any_line(place, say):
     assert "not read, since this model reads 20 tokens: the last 42 characters of the text" in whole
     code, out, _ = say("predict", place / "run0", "--text", "-天气好", "--device", "cpu")
     assert (code, "not read" in out) == (0, False)
+    video = next((place / "data" / "Raw").rglob("*.mp4"))
+    for name, known, lacks in (("text", "text", "video"), ("vision", "video", "text")):
+        torch.manual_seed(0)
+        alone = create_model(load_run(place).override({"modalities": [name]}))
+        alone.save_pretrained(place / f"{name}-alone")
+        out = say("predict", place / f"{name}-alone", video, "--text", "好", "--device", "cpu")[1]
+        assert f"not read, since this model reads {known} alone: the {lacks}" in out
     torch.manual_seed(0)
     peer = {"model": "tfn", "modalities": ["text", "vision"], "text.train": "frozen", "vision.train": "frozen"}
     create_model(Config.override(load_run(place), peer)).save_pretrained(place / "peer")

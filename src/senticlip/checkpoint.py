@@ -20,10 +20,9 @@ from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
 from senticlip.models.base import SentimentModel
-from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import console
 from senticlip.sources import cache_root
-from senticlip.structures import Clip, Output, UsageError, UserError
+from senticlip.structures import Clip, Output, UsageError, UserError, polarity
 
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
 CHECKPOINTS = "checkpoints"
@@ -69,7 +68,7 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
         rows = ~scores.isnan() & (output.weights[name] > 0)
         if rows.any():
             spread = (logits[rows][None] / TEMPERATURES[:, None, None]).log_softmax(-1)  # temperatures×n×C
-            target = classes(scores[rows])[None, :, None].expand(len(TEMPERATURES), -1, 1)
+            target = polarity(scores[rows])[None, :, None].expand(len(TEMPERATURES), -1, 1)
             model.network.temperature[i] = TEMPERATURES[spread.gather(2, target).mean((1, 2)).argmax()]
 
 

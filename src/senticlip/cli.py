@@ -12,7 +12,7 @@ from typing import Any
 
 from senticlip import runtime
 from senticlip.arguments import fail, joined, parser
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import SURFACE, UsageError, UserError
 
 INTERRUPTED = {
     **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
@@ -163,6 +163,7 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip predict``."""
     import senticlip
     from senticlip.occlusion import unread
+    from senticlip.sources import reads
 
     predictor = senticlip.load(options.model, device=options.device, precision=options.precision)
     prediction = predictor(options.video, text=options.text)
@@ -172,6 +173,10 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     said = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
     said += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
     say(options, "  ".join([prediction.label, *said]))
+    known = " and ".join(SURFACE[name] for name in reads(predictor.model, predictor.config))
+    for kind, is_left in (("video", options.video and known == "text"), ("text", options.text and "text" not in known)):
+        if is_left:
+            say(options, f"not read, since this model reads {known} alone: the {kind}")
     if rest := unread(predictor, options.text):
         most = predictor.config.text.max_length
         say(options, f"not read, since this model reads {most} tokens: the last {len(rest)} characters of the text")

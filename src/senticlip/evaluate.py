@@ -18,7 +18,7 @@ from senticlip.files import write_text
 from senticlip.predictor import Predictor, are_numbers
 from senticlip.progress import console
 from senticlip.sources import clip_set
-from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError
+from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError, polarity
 
 
 class Answers(NamedTuple):
@@ -77,7 +77,7 @@ def _answers(
         told = f"{len(broken)} of {len(clips)} answers are no numbers, the first for {broken[0]}"
         raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
     _tell_changed_rows(Path(run), data, config)
-    truth = np.sign(rows.labels[target]).astype(int) + 1
+    truth = polarity(rows.labels[target])
     result = judge(output, truth, rows.labels[target])
     if predictor.disagreement:
         result["disagreement"] = predictor.disagreement

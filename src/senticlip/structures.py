@@ -42,9 +42,12 @@ class UsageError(UserError):
     code = 2
 
 
-def polarity(score: float) -> int:
-    """The class index (0 negative, 1 neutral, 2 positive) of a CH-SIMS score: its sign."""
-    return 1 + (score > 0) - (score < 0)
+def polarity(score: Any) -> Any:
+    """The class index (0 negative, 1 neutral, 2 positive) of a CH-SIMS score: its sign.
+
+    A number, or an array or tensor of them, of any shape; of NaN it is an index, too: mask it.
+    """
+    return (score >= 0) + 1 * (score > 0)
 
 
 def spoken(text: str | None) -> str | None:

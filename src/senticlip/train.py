@@ -34,10 +34,9 @@ from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
-from senticlip.models.clip_ca_msa import classes
 from senticlip.progress import EpochProgress
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import LABELS, UserError
+from senticlip.structures import LABELS, UserError, polarity
 from senticlip.trainee import Trainee
 
 
@@ -259,7 +258,7 @@ def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Validation metrics of log-probabilities n×C or scores n against label scores n; a score's nll is its MAE."""
     if np.isnan(values).any():
         raise UserError("the training diverged: its answers on valid are no numbers — lower train.lr, or set clip_norm")
-    target = np.sign(np.nan_to_num(truth)).astype(int) + 1
+    target = polarity(truth)
     predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
     found = metrics.classification(target, predicted)
     rows = np.abs(values - truth) if values.ndim == 1 else -np.take_along_axis(values, target[:, None], 1)
@@ -267,7 +266,7 @@ def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def _classes_of(data: Any, config: Config) -> np.ndarray:
-    return classes(torch.from_numpy(data.labels[config.target])).numpy()
+    return polarity(data.labels[config.target])
 
 
 def _stopped(checkpoint: Path, patience: int) -> bool:

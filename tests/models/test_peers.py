@@ -321,6 +321,9 @@ def test_options_are_typed_and_make_sense():
     ):  # fmt: skip
         with pytest.raises(UsageError, match=rf"options\.({key}|width)"):
             peers[name]().network(**{f"options.{key}": value})
+    with pytest.raises(UsageError, match=r"train\.balance: weights — tfn learns a score"):
+        peers["tfn"]().network(**{"train.balance": "weights"})
+    peers["tfn"]().network(**{"train.balance": "weights", "options.task": "classification"})
 
 
 def test_self_mm_weighs_a_modality_by_how_far_its_label_went():

@@ -18,12 +18,7 @@ from senticlip.losses import LOSSES, count_of, cross_entropy, mean_of
 from senticlip.models.fusion import FUSION
 from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
 from senticlip.models.temporal import TEMPORAL
-from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
-
-
-def classes(scores: Tensor) -> Tensor:
-    """CH-SIMS scores → class indices: their sign."""
-    return torch.sign(scores).long() + 1
+from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence, polarity
 
 
 class Entrance(nn.Module):
@@ -158,7 +153,7 @@ class ClipCaMsa(nn.Module):
         """Focal loss for text, cross-entropy for the others, each over the rows that have the modality and a label."""
         scores = batch.labels[self.config.target]
         known = ~scores.isnan()
-        target = classes(scores.nan_to_num())
+        target = polarity(scores)
         losses, heard = {}, {}
         for name, logits in output.logits.items():
             gamma = self.config.focal_gamma if name == "text" else 0.0
@@ -176,7 +171,7 @@ class ClipCaMsa(nn.Module):
         """Cross-entropy of what the sound by itself says about its own label, as in Yu et al. 2020 (CH-SIMS)."""
         scores = batch.labels[OWN_LABEL["audio"]]
         known = ~scores.isnan() & (output.weights["audio"] > 0)
-        logits, target = output.features["heard"], classes(scores.nan_to_num())
+        logits, target = output.features["heard"], polarity(scores)
         return mean_of(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), known)
 
     @torch.no_grad()

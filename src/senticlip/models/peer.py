@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from senticlip.config import Config, typed
 from senticlip.losses import cross_entropy, mean_of
-from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Sequence, UsageError
+from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Sequence, UsageError, polarity
 
 
 class Peer(nn.Module):
@@ -28,7 +28,7 @@ class Peer(nn.Module):
         dims: feature width by modality.
 
     Raises:
-        UsageError: an option this peer does not have, or not of this value.
+        UsageError: an option this peer does not have, or not of this value; weights of classes for a score.
     """
 
     class_weights: Tensor
@@ -44,6 +44,8 @@ class Peer(nn.Module):
         given = {name: typed(type(known[name]), value, f"options.{name}") for name, value in config.options.items()}
         self.options = {**known, **given}
         _check(self.options, self.TASKS)
+        if config.train.balance == "weights" and self.options["task"] == "regression":
+            raise UsageError(f"train.balance: weights — {config.model} learns a score, no classes: choose none")
         self.names = [name for name in MODALITIES if name in config.modalities]
         self.dims = {name: dims[name] for name in self.names}
         self.target = config.target
@@ -78,9 +80,8 @@ class Peer(nn.Module):
         return mean_of(rows, known), {}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of each row's class, the sign of its label, B; a row without a label counts as neutral: mask it."""
-        target = 1 + (labels > 0).long() - (labels < 0).long()
-        return cross_entropy(logits, target, smoothing=self.smoothing, weight=self.class_weights)
+        """Of each row's class, the sign of its label, B; a row without a label has a number, too: mask it."""
+        return cross_entropy(logits, polarity(labels), smoothing=self.smoothing, weight=self.class_weights)
 
 
 def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
