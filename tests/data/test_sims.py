@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from senticlip.data.sims import check, normal_id, read_clips
+from senticlip.data.table import score
 from senticlip.structures import LABELS, UsageError, UserError
 
 COLUMNS = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
@@ -420,3 +421,22 @@ def test_a_piece_does_not_begin_before_the_film(tmp_path):
     (tmp_path / "own.csv").write_text("path,text,label,start,end\nf.mp4,好,1,-5,1\n", encoding="utf-8")
     with pytest.raises(UserError, match="row 2, column start: -5 s is before the beginning"):
         read_clips(tmp_path / "own.csv")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (-1.0, "Negative neg 消极 负面"),
+        (0.0, "Neutral neu 中性"),
+        (1.0, "Positive pos 积极 正面"),
+        (-0.5, "Weakly_Negative"),
+        (0.5, "Weakly_Positive"),
+    ],
+)
+def test_every_word_has_its_score(value, words):
+    assert {score(word.replace("_", " ")) for word in words.split()} == {value}
+
+
+def test_a_stray_zero_byte_is_no_utf_16(tmp_path):
+    (tmp_path / "own.csv").write_text("path,text,label\n,你\0好,1\n", encoding="utf-8")
+    assert read_clips(tmp_path / "own.csv")[0].text == "你好"

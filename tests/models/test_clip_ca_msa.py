@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.models.tester import DIMS, ModelTester, answers, features
 from transformers import BertConfig
 
 from senticlip.config import Config
+from senticlip.data.loader import ArrayRows
 from senticlip.models.clip_ca_msa import ClipCaMsa, Whiten
 from senticlip.models.fusion import CrossAttentionBlock, CrossAttentionFusion
 from senticlip.models.heads import SimilarityHead
@@ -170,6 +172,17 @@ def test_whitened_sound_has_no_columns_that_go_together():
     assert torch.equal(whiten.turn, before)
 
 
+def test_small_differences_are_whitened_and_sets_read_in_parts():
+    random = torch.Generator().manual_seed(0)
+    rows = 3 + 0.2 * torch.randn(130, 4, 6, generator=random)
+    network = TestPaper().network(("audio",))
+    store = ArrayRows(rows.numpy(), np.ones((130, 4), dtype=bool))
+    network.prepare(SimpleNamespace(stores={"audio": store}))
+    found = network.whiten(Sequence(rows, torch.ones(130, 4, dtype=torch.bool))).values.flatten(0, 1)
+    torch.testing.assert_close(found.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.T @ found / 520, torch.eye(6), atol=0.05, rtol=0)
+
+
 def test_the_sound_by_itself_learns_its_own_label():
     names = ("text", "vision", "audio")
     network = TestPaper().network(names, **{"audio.own": 0.5}).eval()
@@ -258,3 +271,9 @@ def test_equation_13():
     v, p = states[:, 0].numpy(), labels.numpy()
     cosine = (v @ p.T) / np.linalg.norm(v, axis=1)[:, None] / np.linalg.norm(p, axis=1)
     np.testing.assert_allclose(found, cosine / 0.07, rtol=1e-4, atol=1e-4)
+
+
+def test_the_length_of_a_projected_label_says_nothing():
+    head = SimilarityHead(Config().override({"width": 8, "heads": 2}), 5)
+    states, labels = Sequence(torch.randn(2, 1, 8), torch.ones(2, 1, dtype=torch.bool)), torch.randn(3, 5)
+    torch.testing.assert_close(head(states, 7 * labels), head(states, labels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from tests.models.tester import ModelTester, answers, features
 from torch import nn
 
 from senticlip.models.lmf import LowRankFusion
-from senticlip.models.mult import Layer, attend, causal
-from senticlip.models.peer import LastState, drop_mask, dropout, groups, masked_mean, packed
-from senticlip.models.self_mm import SelfMM
+from senticlip.models.mult import Layer, attend, attention_map, causal, sinusoids
+from senticlip.models.peer import LastState, PooledNet, drop_mask, dropout, groups, masked_mean, packed
+from senticlip.models.self_mm import SelfMM, gathered
 from senticlip.models.tfn import SlicedProduct, TensorLinear
 from senticlip.structures import Sequence, UsageError
 
@@ -71,6 +72,21 @@ class TestMulT(Small):
         added = network.proj1(joint).clamp(min=0) @ network.proj2.weight.T + network.proj2.bias
         torch.testing.assert_close(output.score, (joint + added) @ network.out.weight[0] + network.out.bias)
 
+    def test_the_words_are_dropped_in_training(self):
+        still = dict.fromkeys(("attention_dropout", "embed_dropout", "res_dropout", "output_dropout"), 0.0)
+        network = self.network(options={"width": 8, "heads": 2, **still, "text_dropout": 0.9}).eval()
+        for name in ("text", "vision"):
+            x = features().modalities[name]
+            before = network.eval().embed(name, x)[0]
+            assert torch.equal(network.train().embed(name, x)[0], before) == (name == "vision")
+
+    def test_the_map_that_is_shown_is_the_attention_that_is_paid(self):
+        pair, x, y = self.network().eval().pairs["text_asks_vision"], torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+        del pair.layers[1:]
+        mask = causal(torch.tensor([5, 3]), torch.tensor([4, 2]), (5, 4))
+        q, k, v = pair.layers[0].qkv(pair.embed(x), pair.embed(y))
+        torch.testing.assert_close(attention_map(pair, x, y, mask) @ v, attend(q, k, v, mask, 0.0))
+
     def test_text_shorter_than_the_kernel(self):
         batch = features()
         short = {n: Sequence(s.values[:, :2], s.mask[:, :2]) for n, s in batch.modalities.items()}
@@ -104,6 +120,20 @@ class TestSelfMM(Small):
         assert len(kept.unique()) > 5
         assert float(kept.mean()) == pytest.approx(33, abs=0.75)  # 3.7 standard errors
 
+    def test_a_branch_by_hand(self):
+        branch, x = self.network().eval().branches["vision"], torch.randn(6, 32)
+        feature, score = branch(x)
+        expected = (x @ branch.layer1.weight.T + branch.layer1.bias).clamp(min=0)
+        torch.testing.assert_close(feature, expected)
+        hidden = (expected @ branch.layer2.weight.T + branch.layer2.bias).clamp(min=0)
+        torch.testing.assert_close(score, hidden @ branch.layer3.weight.T + branch.layer3.bias)
+
+    def test_the_centre_of_one_row_is_that_row(self):
+        network, there = self.network(), torch.ones(3, 3, dtype=torch.bool)
+        seen = torch.randn(3, 128 + 64 + 32)
+        network.remember(torch.arange(3), torch.tensor([0.8, -0.6, 0.0]), seen, there)
+        torch.testing.assert_close(network.centres_fused, seen[[1, 0], :128])
+
     def test_evaluation_leaves_no_trace(self):
         network, batch = self.network().eval(), features()
         before = copy.deepcopy(network.state_dict())
@@ -115,6 +145,13 @@ class TestSelfMM(Small):
 class TestMMAF(Small):
     model = "mmaf"
     changes = {"options.width": 16, "options.heads": 2}
+
+    def test_one_task_is_plain_cross_entropy(self):
+        network, batch = self.network().eval(), features()
+        output = network(batch)
+        expected = nn.functional.cross_entropy(output.logits["fused"], batch.labels["M"].sign().long() + 1)
+        torch.testing.assert_close(network.loss(output, batch)[0], expected)
+        assert not any(name.startswith("weigh.") for name, _ in network.named_parameters())
 
 
 class TestMMAFWithUnimodalTasks(Small):
@@ -128,6 +165,14 @@ class TestMMAFWithUnimodalTasks(Small):
         network.weigh.s["text"].data.fill_(99.0)
         network.step_finished()
         assert float(network.weigh.s["text"].detach()) == 5.0
+
+    def test_each_task_learns_its_own_label(self):
+        network, batch = self.network(**{"target": "A"}).eval(), features()
+        output = network(batch)
+        logs = network.loss(output, batch)[1]
+        for name, label in (("fused", "A"), ("text", "T"), ("vision", "V")):
+            expected = nn.functional.cross_entropy(output.logits[name], batch.labels[label].sign().long() + 1)
+            torch.testing.assert_close(logs[f"loss_{name}"], expected.detach())
 
     def test_a_task_learns_nothing_from_rows_that_lack_its_modality(self):
         network, batch = self.network(), features(absent=[(1, "text"), (2, "vision"), (3, "vision")])
@@ -173,6 +218,15 @@ def test_tensor_linear_is_the_outer_product_by_loops(sizes):
             flat = first[0] if len(first) == 1 else first[0] * sizes[1] + first[1]
             expected[row, out] += product * float(module.weight[last, out, flat].detach())
     torch.testing.assert_close(module(*factors), expected)
+
+
+def test_tensor_linear_is_the_same_where_slices_are_kept():
+    """As on a GPU: under autocast, to bf16's two or three digits."""
+    torch.manual_seed(0)
+    module, factors = TensorLinear([3, 4, 2], 5, 0.0), [torch.randn(6, size) for size in (3, 4, 2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(*factors)
+    torch.testing.assert_close(found.float(), module(*factors), rtol=0.03, atol=0.03)
 
 
 def test_the_gradients_of_the_sliced_product_are_those_of_autograd():
@@ -236,6 +290,26 @@ def test_a_key_ahead_cannot_be_heard():
     torch.testing.assert_close(attend(q, k, v, mask, 0.0)[:, :, :4], before[:, :, :4])
 
 
+@pytest.mark.parametrize("d", [7, 8])
+def test_positions_by_hand(d):
+    """Sines, then cosines, of i · 10000^(−k/3), i from 1."""
+    angles = [[i * 10000 ** (-k / 3) for k in range(4)] for i in (1, 2, 3)]
+    expected = torch.tensor([[*map(math.sin, row), *map(math.cos, row)] for row in angles])[:, :d]
+    torch.testing.assert_close(sinusoids(3, d), expected)
+
+
+def test_a_batch_is_normalised_by_its_own_statistics_in_training():
+    net, values = PooledNet(3, 4, 0.0).train(), 5 + torch.randn(8, 1, 3)
+    there = torch.ones(8, 1, dtype=torch.bool)
+    net(Sequence(values[:1], there[:1]))
+    assert net.norm.running_mean.tolist() == [0, 0, 0]  # one row has no statistics
+    seen = []
+    net.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(Sequence(values, there))
+    torch.testing.assert_close(seen[0].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(net.norm.running_mean, 0.1 * values.mean((0, 1)))
+
+
 def test_dropout_keeps_the_mean_and_its_rate():
     torch.manual_seed(0)
     x = torch.ones(1001, 103, requires_grad=True)
@@ -245,6 +319,7 @@ def test_dropout_keeps_the_mean_and_its_rate():
     y.sum().backward()
     torch.testing.assert_close(x.grad, y.detach())
     assert dropout(x, 0.4, False) is x
+    assert drop_mask(x.shape, 0.999)[1] == 256
 
 
 def test_groups_take_each_parameter_once():
@@ -293,6 +368,19 @@ def test_an_lstm_stays_in_its_own_precision_under_autocast():
         found = net(sequence)
     torch.testing.assert_close(found, net(sequence))
     assert net.double()(sequence).dtype == torch.float64
+
+
+def test_the_rows_of_two_processes_in_the_order_of_their_ranks(monkeypatch):
+    ours, theirs = torch.randn(3, 2), torch.randn(5, 2)
+
+    def all_gather(parts, mine):  # which needs one shape in all processes
+        for part, value in zip(parts, (mine, torch.tensor(5) if mine.dim() == 0 else theirs), strict=True):
+            assert part.shape == value.shape
+            part.copy_(value)
+
+    for name, stub in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_gather": all_gather}.items():
+        monkeypatch.setattr(torch.distributed, name, stub)
+    torch.testing.assert_close(gathered(ours), torch.cat([ours, theirs]))
 
 
 def test_self_mm_learns_nothing_from_what_is_not_there():
