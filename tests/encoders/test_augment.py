@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from senticlip.config import Config
-from senticlip.encoders.augment import augment, sample_frames
+from senticlip.encoders.augment import _box, _turns, augment, sample_frames
 from senticlip.models.temporal import TEMPORAL
 from senticlip.structures import Sequence
 
@@ -84,3 +84,27 @@ def test_no_strength_and_no_frames_are_no_change():
     assert augment(vision, 0.0) is vision
     nothing = Sequence(vision.values, torch.zeros_like(vision.mask))
     assert augment(nothing, 1.0) is nothing
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_box_is_in_a_third_of_the_rows_times_the_strength(strength):
+    box = _box(4000, 90, 120, strength, torch.device("cpu"))
+    assert float(box.any(2).any(1).float().mean()) == pytest.approx(strength / 3, abs=0.03)  # some are thin: no pixel
+    assert int(box.any(2).sum(1).max()) in range(28, 31)
+    assert int(box.any(1).sum(1).max()) in range(38, 41)
+
+
+def test_clips_are_turned_stretched_cropped_and_half_of_them_mirrored():
+    """The matrix is a turn of up to 15° after a scaling of both axes, and what is cropped lies within the frame."""
+    theta = _turns(2000, 1.0, lambda low, high: torch.empty(2000).uniform_(low, high))
+    matrix, shift = theta[:, :, :2], theta[:, :, 2]
+    square = matrix.mT @ matrix
+    torch.testing.assert_close(square[:, 0, 1], torch.zeros(2000), atol=1e-5, rtol=0)
+    sides = square.diagonal(dim1=1, dim2=2).sqrt()
+    scale, stretch = sides.prod(1).sqrt(), (sides[:, 0] / sides[:, 1]).log() / 2
+    for found, low, high in ((scale, 0.7, 1), (stretch, -0.15, 0.15)):
+        assert low - 1e-5 < float(found.min()) < low + 0.01 < high - 0.01 < float(found.max()) < high + 1e-5
+    angle = torch.rad2deg((-matrix[:, 0, 1] / matrix[:, 1, 1]).atan())
+    assert -15.01 < float(angle.min()) < -14.8 < 14.8 < float(angle.max()) < 15.01
+    assert float((torch.linalg.det(matrix) < 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert (shift.abs() <= (1 - sides).clamp_min(0) + 1e-6).all()
