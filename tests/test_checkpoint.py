@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import resource
 import shutil
 from pathlib import Path
@@ -97,7 +96,14 @@ def test_a_run_that_was_moved_after_its_last_epoch_ends_in_the_same_weights(plac
     assert_same(weights(stopped[0]), weights(tmp_path / "there"))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, file.stat().st_size // 2)])
+def cut_off(file):
+    """Another file of half its bytes: the old one may be mapped into memory."""
+    half = file.read_bytes()[: file.stat().st_size // 2]
+    file.unlink()
+    file.write_bytes(half)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_off])
 @pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_a_checkpoint_that_lacks_a_file_or_a_part_of_it_is_none(place, tmp_path, stopped, monkeypatch, lost, damage):
     """Trainer would go on with fresh weights, or a fresh optimizer, and say nothing; or stop with torch's error."""
@@ -141,6 +147,24 @@ def test_a_finished_run_stays_where_its_checkpoints_were_half_removed(place, tmp
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     train(stopping(place), place / "data", tmp_path / "run", resume=True)
     assert_same(weights(stopped[0]), weights(tmp_path / "run"))
+
+
+def test_a_finished_run_without_its_weights_is_trained_again_a_stage_too(place, tmp_path):
+    experiment = settings(place, stages={"text": {"modalities": ["text"], "train.epochs": 1}}, **{"train.epochs": 1})
+    train(experiment, place / "data", tmp_path / "run")
+    before = weights(tmp_path / "run")
+    for lost in (tmp_path / "run" / "model.safetensors", tmp_path / "run" / "stages" / "text" / "model.safetensors"):
+        cut_off(lost)
+    train(experiment, place / "data", tmp_path / "run", resume=True)
+    assert_same(before, weights(tmp_path / "run"))
+
+
+def test_an_empty_folder_is_nobodys(place, tmp_path):
+    """A full disk leaves one."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert (
+        train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run", resume=True)["best_epoch"] == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["checkpoints/mine.pt", "tensorboard/events", "README.md", "config.json"])

@@ -117,7 +117,7 @@ def share_stage(run: Path, name: str, stage: Path) -> None:
 
 
 def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a finished run of this origin, or None where there is none or it can be resumed.
+    """The result of a finished run of this origin, or None where there is none that is whole or it can be resumed.
 
     Raises:
         UserError: there is a run of another origin, finished or not.
@@ -127,9 +127,10 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     if begun and not _other(begun, mine):  # a finished one has none left: it is being trained anew
         return None
     if finished and not _other(finished, mine):
-        return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
-    if there := begun if any(folder.glob("checkpoint-*")) else finished:
-        raise UserError(f"{out}: holds a run of {_other(there, mine)} — choose another --out, or leave out --resume")
+        there = _has_weights(out) and (out / "config.json").is_file()
+        return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")} if there else None
+    if other := begun if any(folder.glob("checkpoint-*")) else finished:
+        raise UserError(f"{out}: holds a run of {_other(other, mine)} — choose another --out, or leave out --resume")
     return None
 
 
@@ -141,16 +142,21 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
     """
     folder = out / CHECKPOINTS
     begun, finished = read_json(folder / "origin.json"), read_metrics(out)
-    if not begun and not finished and (foreign := [name for name in WRITTEN if os.path.lexists(out / name)]):
+    if not begun and not finished and (foreign := [name for name in WRITTEN if _holds(out / name)]):
         raise UserError(f"{out}: holds {foreign[0]} of something else — choose another --out")
     if not resume or not begun or _other(begun, mine):
         _tell_loss(out, begun, mine)
         if finished and not begun:
             console.print(f"{out}: holds a finished run, which this one will replace", soft_wrap=True)
-        for old in (folder, out / TENSORBOARD):
+        for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays to say whose the rest is
             shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_text(folder / "origin.json", json.dumps(mine, ensure_ascii=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "origin.json", json.dumps(mine))
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is something; an empty folder is left where a disk was full."""
+    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -159,7 +165,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob("checkpoint-*"):
         state, rest = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
         pickles = [[zipfile.is_zipfile(file) for file in path.glob(name)] for name in rest]
-        if state and _has_weights(path) and all(found and all(found) for found in pickles):
+        if "best_global_step" in state and _has_weights(path) and all(found and all(found) for found in pickles):
             complete.append((state["global_step"], path))
     return max(complete)[1] if complete else None
 
@@ -176,10 +182,10 @@ def best_checkpoint(newest: Path) -> Path:
     return best
 
 
-def _has_weights(checkpoint: Path) -> bool:
+def _has_weights(folder: Path) -> bool:
     """Whether the weights are there, and whole; Trainer goes on without them and says nothing."""
     try:
-        with safe_open(checkpoint / "model.safetensors", "np"):
+        with safe_open(folder / "model.safetensors", "np"):
             return True
     except (OSError, SafetensorError):
         return False
@@ -224,9 +230,10 @@ def read_metrics(run: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """What a file of ours holds; empty if there is none that is whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def as_probabilities(output: Output) -> np.ndarray | None:
