@@ -297,12 +297,14 @@ def test_fewer_clips_than_a_batch_still_teach(place, tmp_path):
     assert sum("grad_norm" in row for row in result["history"]) == 3
 
 
-def test_the_best_epoch_by_the_metric_is_kept(place, tmp_path):
-    changes = {"train.lr": 0.3, "train.epochs": 6, "train.patience": 2, "train.metric": "nll"}
+@pytest.mark.parametrize(("name", "error"), [("clip_ca_msa", "nll"), ("lmf", "mae")])
+def test_the_best_epoch_by_the_metric_is_kept(place, tmp_path, capsys, name, error):
+    changes = {"train.lr": 0.3, "train.epochs": 6, "train.patience": 2, "train.metric": "nll", "model": name}
     result = train(settings(place, **changes), place / "data", tmp_path / "run")
-    curve = [row["nll"] for row in result["history"] if "nll" in row]
+    curve = [row[error] for row in result["history"] if error in row]
+    assert f"valid: {error} {curve[0]:.4f}  accuracy" in capsys.readouterr().err
     assert result["best_epoch"] == 1 + curve.index(min(curve))
-    assert result["valid"]["nll"] == pytest.approx(min(curve), abs=1e-6)
+    assert result["valid"][error] == pytest.approx(min(curve), abs=1e-6)
     assert len(curve) <= result["best_epoch"] + 2
 
 

@@ -70,7 +70,8 @@ class EpochProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the epoch's line."""
         metrics = kwargs["metrics"]
-        shown = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in ("nll", "accuracy", "macro_f1"))
+        told = [k for k in ("nll", "mae", "accuracy", "macro_f1") if f"eval_{k}" in metrics]
+        shown = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in told)
         self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {shown}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -215,6 +215,8 @@ def fit(
 
     # a rest of a batch is left out, unless it is all there is
     arguments.dataloader_drop_last = len(training) >= config.train.batch_size
+    if getattr(model.network, "outputs", len(LABELS)) == 1 and config.train.metric == "nll":
+        arguments.metric_for_best_model = "mae"  # a score has no likelihood
     trainee = Trainee(model)
     if config.train.compile:
         model.compile_encoders()
@@ -251,18 +253,19 @@ def fit(
         model.load_state_dict(trainee.average.state_dict())
     model.encoders.update(frozen)
     model.eval()
-    return _summary(trainer.state, config)
+    return _summary(trainer.state, arguments)
 
 
 def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Validation metrics of log-probabilities n×C or scores n against label scores n; a score's nll is its MAE."""
+    """Validation metrics of log-probabilities n×C, or scores n, against label scores n: with nll, or with mae."""
     if np.isnan(values).any():
         raise UserError("the training diverged: its answers on valid are no numbers — lower train.lr, or set clip_norm")
     target = polarity(truth)
     predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
     found = metrics.classification(target, predicted)
     rows = np.abs(values - truth) if values.ndim == 1 else -np.take_along_axis(values, target[:, None], 1)
-    return {name: found[name] for name in ("accuracy", "macro_f1", "weighted_f1")} | {"nll": float(rows.mean())}
+    error = {"mae" if values.ndim == 1 else "nll": float(rows.mean())}
+    return {name: found[name] for name in ("accuracy", "macro_f1", "weighted_f1")} | error
 
 
 def _classes_of(data: Any, config: Config) -> np.ndarray:
@@ -278,14 +281,14 @@ def _stopped(checkpoint: Path, patience: int) -> bool:
     return callback.get("attributes", {}).get("early_stopping_patience_counter", 0) >= patience
 
 
-def _summary(state: Any, config: Config) -> dict[str, Any]:
-    metric = f"eval_{config.train.metric}"
+def _summary(state: Any, arguments: TrainingArguments) -> dict[str, Any]:
+    metric = f"eval_{arguments.metric_for_best_model}"
     rows = [row for row in state.log_history if metric in row]
-    best = (min if config.train.metric == "nll" else max)(rows, key=lambda row: row[metric])
+    best = (max if arguments.greater_is_better else min)(rows, key=lambda row: row[metric])
     valid = {name[5:]: round(value, 6) for name, value in best.items() if name.startswith("eval_")}
-    keep = ("accuracy", "macro_f1", "weighted_f1", "nll")
+    keep = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
     history = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in state.log_history if "epoch" in row]
-    return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep}, "history": history}
+    return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep if k in valid}, "history": history}
 
 
 def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str | None = None) -> TrainingArguments:

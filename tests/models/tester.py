@@ -113,6 +113,9 @@ class ModelTester:
         torch.testing.assert_close(with_gaps, network.loss(network(fewer), fewer)[0])
         none = {t: torch.full_like(values, torch.nan) for t, values in labels.items()}
         assert network.loss(network(batch), batch._replace(labels=none))[0].isfinite()
+        network.train()
+        network.loss(network(batch), batch._replace(labels=labels))[0].backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
     def test_it_learns_a_handful_of_rows(self):
         network, batch = self.network(seed=1), features()

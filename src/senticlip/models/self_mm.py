@@ -138,11 +138,12 @@ class SelfMM(Peer):
             raise UsageError(f"self_mm: options.train_size is {self.labels.shape[1]}, but row {int(index.max())} came")
         own = self.labels[:, index]
         own = torch.where(own.isnan(), truth, own)  # heads×B: the joint label until there is a better one
+        own, joint = own.nan_to_num(), truth.nan_to_num()  # 0 · NaN would be the gradient of a row without a label
         came = {name: sequence.mask.any(1) for name, sequence in batch.modalities.items()}
         there = torch.stack([came.get(name, torch.full_like(known, name == JOINT)) for name in self.heads])  # heads×B
         total, logs = output.features[f"{JOINT}_score"].new_zeros(()), {}
         for name, labels, rows in zip(self.heads, own, known & there, strict=True):
-            weight = torch.ones_like(labels) if name == JOINT else (labels - truth).abs().tanh()
+            weight = torch.ones_like(labels) if name == JOINT else (labels - joint).abs().tanh()
             loss = mean_of(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), rows)
             total, logs[f"loss_{name}"] = total + loss, loss.detach()
         features = torch.cat([output.features[name].detach().to(self.labels) for name in self.heads], -1)
