@@ -98,6 +98,9 @@ def test_predict_tells_what_it_did_not_read_and_takes_any_line(place, say):
     code, out, _ = say("predict", place / "peer", "--text", "好", "--json", "--device", "cpu")
     score = json.loads(out)["score"]
     assert f"score {score:+.3f}" in say("predict", place / "peer", "--text", "好", "--device", "cpu")[1]
+    found = json.loads(say("evaluate", place / "peer", "--data", place / "data", "--json")[1])
+    said = say("evaluate", place / "peer", "--data", place / "data")[1]
+    assert f"of the score: MAE {found['mae']:.4f}, Corr {found['corr']:.4f}, Acc-2 {found['acc_2']:.4f}, F1-2" in said
 
 
 def load_run(place):

@@ -10,7 +10,7 @@ import yaml
 from senticlip.config import Config, TrainConfig, load
 from senticlip.models import MODELS
 from senticlip.structures import UsageError
-from senticlip.tables import EXPERIMENTS, digest, load_tables, notes, row_changes
+from senticlip.tables import EXPERIMENTS, digest, load_experiment, load_tables, notes, row_changes
 
 STAGES = {
     "text": {"modalities": ["text"], "target": "T", "text.train": "full", "train.epochs": 2},
@@ -122,3 +122,14 @@ def test_a_peer_takes_no_training_switch_of_the_preset(file):
     assert {f.name for f in dataclasses.fields(TrainConfig)} - elsewhere <= {
         key.removeprefix("train.") for key in row_changes(f"peers/{file}")
     }
+
+
+def test_a_file_on_top_of_a_preset_is_the_row_of_the_table(tmp_path):
+    small, tfn = (str(EXPERIMENTS / name) for name in ("small.yaml", "peers/tfn.yaml"))
+    made = load_experiment([small, tfn], ["train.epochs=7"])
+    row = next(row for row in tables(load(small))["1"].rows if row.name == "TFN").configs["M"]
+    assert made.to_dict() == row.override({"train.epochs": 7}).to_dict()
+    assert made.stage("text").train.epochs == load(small).stage("text").train.epochs
+    (tmp_path / "wrong.yaml").write_text("fusion: {x: 1}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"wrong\.yaml: config key fusion"):
+        load_experiment([small, str(tmp_path / "wrong.yaml")])

@@ -11,6 +11,10 @@ from typing import NoReturn
 
 from senticlip import __version__
 
+DATA = "a CH-SIMS folder, or a .csv with path, text, label (-1 to 1, or words), and optionally split"
+RUN = "a folder that senticlip train wrote, or an ONNX file that senticlip export wrote"
+MANIFEST = ".csv, .jsonl or .parquet: id, path, text or subtitles, and optionally start and end (seconds)"
+
 
 def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, and out."""
@@ -94,34 +98,43 @@ def _to_learn(verbs: Verbs) -> None:
 
     data = verbs.known.add_parser("data", help="look at data sets").add_subparsers(dest="action", required=True)
     p = data.add_parser("check", help="list all problems of a data set at once, by row", parents=[verbs.common])
-    p.add_argument("data", metavar="DIR")
+    p.add_argument("data", metavar="DIR", help=DATA)
     p.add_argument("--protocol", default="official", help="official, tenth or video")
 
     p = verbs.add("train", "train a model; its folder is a complete checkpoint")
-    p.add_argument("config", metavar="CONFIG", help="a YAML file, as in experiments/")
-    p.add_argument("--data", required=True, metavar="DIR")
-    p.add_argument("--out", type=folder, required=True, metavar="RUN")
-    p.add_argument("--seed", type=int)
+    p.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file, as in experiments/; others on top of it")
+    _data(p)
+    p.add_argument("--out", type=folder, required=True, metavar="RUN", help="folder to write")
+    p.add_argument("--seed", type=int, help="instead of the config's")
     p.add_argument("--resume", action="store_true", help="go on where a killed training stopped")
     _set(p, "change a config key")
-    p.add_argument("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+    _device(p)
 
 
 def _set(p: argparse.ArgumentParser, text: str) -> None:
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    told = f"{text} (docs/configuration.md), as in --set train.epochs=5; once for each key"
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=told)
+
+
+def _data(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--data", required=True, metavar="DIR", help=DATA)
+
+
+def _device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
 
 
 def _to_report(verbs: Verbs) -> None:
     """evaluate, reproduce, features."""
     p = verbs.add("evaluate", "metrics of a run on a split; of two runs, their difference")
-    p.add_argument("runs", metavar="RUN", nargs="+")
-    p.add_argument("--data", required=True, metavar="DIR")
-    p.add_argument("--split", default="test")
+    p.add_argument("runs", metavar="RUN", nargs="+", help="one that senticlip train wrote, or two")
+    _data(p)
+    p.add_argument("--split", default="test", help="train, valid or test (default: test)")
     p.add_argument("--target", help="compare with label M, T, A or V instead of the one trained for")
-    p.add_argument("--device")
+    _device(p)
 
     p = verbs.add("reproduce", "the paper's tables from experiments × seeds: one report beside its numbers")
-    p.add_argument("--data", required=True, metavar="DIR")
+    _data(p)
     p.add_argument(
         "--out", type=folder, required=True, metavar="DIR", help="runs, report; a killed one is gone on with"
     )
@@ -131,37 +144,37 @@ def _to_report(verbs: Verbs) -> None:
     p.add_argument("--protocol", default="official", help="official split, a random tenth, or by source video")
     p.add_argument("--keep", action="store_true", help="keep all weights, not only metrics and predictions")
     _set(p, "change a config key of the preset")
-    p.add_argument("--device")
+    _device(p)
 
     p = verbs.add("features", "clips → an MMSA-style feature file (text, audio, vision)")
-    p.add_argument("data", metavar="DIR")
-    p.add_argument("--out", type=file, required=True, metavar="F")
+    p.add_argument("data", metavar="DIR", help=DATA)
+    p.add_argument("--out", type=file, required=True, metavar="F", help="file to write, as MMSA's .pkl")
     p.add_argument("--preset", default="tiny", help="whose encoders: tiny (ships with the package), small or paper")
     p.add_argument("--run", dest="trained", metavar="RUN", help="the encoders of a trained run instead")
     p.add_argument("--protocol", default="official", help="official, tenth or video")
     _set(p, "change a config key of the preset")
-    p.add_argument("--device")
+    _device(p)
 
 
 def _to_answer(verbs: Verbs) -> None:
     """predict, bulk, export."""
     p = verbs.add("predict", "the sentiment of one clip; the video or --text may be left out")
-    p.add_argument("model", metavar="RUN")
-    p.add_argument("video", metavar="VIDEO", nargs="?")
-    p.add_argument("--text")
-    p.add_argument("--device")
+    p.add_argument("model", metavar="RUN", help=RUN)
+    p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
+    p.add_argument("--text", help="what is said in it")
+    _device(p)
 
     p = verbs.add("bulk", "an archive of videos → Parquet; the same command goes on after a kill")
-    p.add_argument("model", metavar="RUN")
-    p.add_argument("manifest", metavar="MANIFEST", help=".csv, .jsonl or .parquet: id, path, text or subtitles")
-    p.add_argument("--out", type=folder, required=True, metavar="DIR")
+    p.add_argument("model", metavar="RUN", help=RUN)
+    p.add_argument("manifest", metavar="MANIFEST", help=MANIFEST)
+    p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--address", help="of a Ray cluster (default: this machine)")
     p.add_argument("--workers", type=int, help="models at work (default: one per core or GPU)")
-    p.add_argument("--device")
+    _device(p)
 
     p = verbs.add("export", "write a run as one ONNX file")
-    p.add_argument("run_folder", metavar="RUN")
-    p.add_argument("--out", type=file, required=True, metavar="F.onnx")
+    p.add_argument("run_folder", metavar="RUN", help="a folder that senticlip train wrote")
+    p.add_argument("--out", type=file, required=True, metavar="F.onnx", help="file to write")
     p.add_argument("--int8", action="store_true", help="weights as int8")
     p.add_argument("--data", metavar="DIR", help="measure on these clips what the file answers differently")
     p.add_argument("--split", default="valid", help="the clips of --data to measure on (default: valid)")
@@ -170,10 +183,10 @@ def _to_answer(verbs: Verbs) -> None:
 def _to_show(verbs: Verbs) -> None:
     """analyze, explain, serve."""
     p = verbs.add("analyze", "the timeline of a film and its subtitles: Parquet, CSV and a page to look at")
-    p.add_argument("model", metavar="RUN")
-    p.add_argument("video", metavar="VIDEO")
+    p.add_argument("model", metavar="RUN", help=RUN)
+    p.add_argument("video", metavar="VIDEO", help="the film")
     p.add_argument("--subtitles", metavar="F", help=".srt, .ass or .vtt (default: the film's own track, else windows)")
-    p.add_argument("--out", type=folder, required=True, metavar="DIR")
+    p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--shift", type=float, default=0.0, help="seconds added to the subtitles' times")
     p.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     p.add_argument("--transcribe", action="store_true", help="let faster-whisper write the lines (extra: asr)")
@@ -181,22 +194,22 @@ def _to_show(verbs: Verbs) -> None:
     p.add_argument("--cut", default="windows", help="without any words: windows or shots")
     p.add_argument("--seconds", type=float, default=5.0, help="about how long a window is (default: 5)")
     p.add_argument("--track", type=int, help="which of the film's own subtitle tracks, from 0")
-    p.add_argument("--device")
+    _device(p)
 
     p = verbs.add("explain", "why this answer: a page with heat maps, attention and what it hangs on")
-    p.add_argument("model", metavar="RUN")
-    p.add_argument("video", metavar="VIDEO", nargs="?")
-    p.add_argument("--text")
-    p.add_argument("--out", type=folder, required=True, metavar="DIR")
+    p.add_argument("model", metavar="RUN", help=RUN)
+    p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
+    p.add_argument("--text", help="what is said in it")
+    p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--method", help="ablation-cam (default), grad-cam or rollout")
     p.add_argument("--data", metavar="DIR", help="explain the worst errors on a data set instead of one clip")
     p.add_argument("--split", default="test", help="of --data (default: test)")
     p.add_argument("--worst", type=int, default=20, help="how many errors of --data (default: 20)")
-    p.add_argument("--device")
+    _device(p)
 
     p = verbs.add("serve", "answer over HTTP, with a page to try the model on a clip")
-    p.add_argument("model", metavar="RUN")
+    p.add_argument("model", metavar="RUN", help=RUN)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     p.add_argument("--limit", type=float, default=200.0, help="largest upload, MiB (default: 200)")
-    p.add_argument("--device")
+    _device(p)

@@ -88,9 +88,9 @@ def data_check(options: argparse.Namespace) -> dict[str, Any]:
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip train``."""
-    from senticlip import config as configs
+    from senticlip.tables import load_experiment
 
-    config = configs.load(options.config, options.set)
+    config = load_experiment(options.configs, options.set)
     from senticlip.train import train as run
 
     result = run(config, **given(options, "data", "out", "seed", "resume", "device"))
@@ -115,6 +115,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     low, high = result["interval"]
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
     say(options, f"macro-F1 {result['macro_f1']:.4f}, weighted F1 {result['weighted_f1']:.4f}")
+    if "mae" in result:
+        told = {"MAE": "mae", "Corr": "corr", "Acc-2": "acc_2", "F1-2": "f1_2", "Acc-3": "acc_3", "Acc-5": "acc_5"}
+        say(options, "of the score: " + ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
     for name, row in result["per_class"].items():
         shares = "  ".join(f"{key} {row[key]:.3f}" for key in ("precision", "recall", "f1"))
         say(options, f"{name:>9}  {shares}  support {row['support']}")

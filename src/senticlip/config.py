@@ -29,41 +29,20 @@ Trainable = Literal["frozen", "full"] | int
 
 MOST = math.inf
 RANGES: dict[str, tuple[float, float]] = {
-    "width": (1, MOST),
-    "heads": (1, MOST),
-    "layers": (1, MOST),
-    "dropout": (0, 0.99),
-    "focal_gamma": (0, MOST),
+    **dict.fromkeys(("width", "heads", "layers", "text.train", "text.prefix_length", "vision.train"), (1, MOST)),
+    **dict.fromkeys(("vision.train_frames", "audio.average", "train.epochs", "train.batch_size"), (1, MOST)),
+    **dict.fromkeys(("train.accumulation", "train.patience"), (1, MOST)),
+    **dict.fromkeys(("text.lr", "vision.lr", "audio.lr", "label.lr", "train.lr", "train.scalar_lr"), (0, MOST)),
+    **dict.fromkeys(("focal_gamma", "vision.augment", "audio.own"), (0, MOST)),
+    **dict.fromkeys(("train.weight_decay", "train.clip_norm"), (0, MOST)),
+    **dict.fromkeys(("train.modality_dropout", "train.recombine", "train.mislead"), (0, 1)),
+    **dict.fromkeys(("dropout", "train.warmup", "train.label_smoothing"), (0, 0.99)),
+    "train.ema": (0, 0.99999),
     "seed": (0, 2**32 - 1),
-    "text.train": (1, MOST),
-    "text.lr": (0, MOST),
     "text.max_length": (4, MOST),
-    "text.prefix_length": (1, MOST),
-    "vision.train": (1, MOST),
-    "vision.lr": (0, MOST),
     "vision.frames": (1, 1000),
     "vision.size": (8, MOST),
-    "vision.train_frames": (1, MOST),
-    "vision.augment": (0, MOST),
     "audio.bands": (1, 128),
-    "audio.average": (1, MOST),
-    "audio.lr": (0, MOST),
-    "audio.own": (0, MOST),
-    "label.lr": (0, MOST),
-    "train.epochs": (1, MOST),
-    "train.batch_size": (1, MOST),
-    "train.accumulation": (1, MOST),
-    "train.lr": (0, MOST),
-    "train.scalar_lr": (0, MOST),
-    "train.weight_decay": (0, MOST),
-    "train.warmup": (0, 0.99),
-    "train.clip_norm": (0, MOST),
-    "train.label_smoothing": (0, 0.99),
-    "train.patience": (1, MOST),
-    "train.ema": (0, 0.99999),
-    "train.modality_dropout": (0, 1),
-    "train.recombine": (0, 1),
-    "train.mislead": (0, 1),
 }
 """What a number may be, both ends included, and finite. A key that is left open (null, a word) is not meant."""
 
@@ -272,6 +251,20 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UsageError: no such file, not YAML, an unknown key, a wrong value, parts that do not fit; in a stage, too.
     """
+    data = read(source)
+    try:
+        config = from_dict(data)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    return finish(config, overrides)
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, as they stand there.
+
+    Raises:
+        UsageError: no such file, or not YAML.
+    """
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
@@ -283,10 +276,11 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
         raise UsageError(f"{path}: not YAML — {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected keys and values")
-    try:
-        config = from_dict(data)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+    return data
+
+
+def finish(config: Config, overrides: list[str] | None = None) -> Config:
+    """Apply ``a.b=c`` overrides, and check the stages."""
     config = config.override(parse_overrides(overrides or []))
     for name in config.stages:
         config.stage(name)

@@ -44,6 +44,22 @@ def load_preset(name: str, overrides: list[str] | None = None) -> Config:
     return configs.load(path, overrides)
 
 
+def load_experiment(files: list[str], overrides: list[str] | None = None) -> Config:
+    """A YAML file, others on top of it as the rows of a table are (its stages stay), and ``a.b=c`` overrides.
+
+    Raises:
+        UsageError: as ``config.load``.
+    """
+    config = configs.load(files[0])
+    for file in files[1:]:
+        changes = configs.dotted(configs.read(file))
+        try:
+            config = changed(config, changes)
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from None
+    return configs.finish(config, overrides)
+
+
 def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], random: bool) -> list[Table]:
     """The tables of ``experiments/tables.yaml`` on top of a preset.
 
@@ -101,7 +117,7 @@ def _built(config: Config, changes: dict[str, Any], random: dict[str, dict[str, 
     """Apply a row; with ``random``, an encoder that it swaps gets random weights and loses the stage that trains it."""
     if not changes:
         return config
-    made = config.override({**changes, "stages": _pinned(config, changes)})
+    made = changed(config, changes)
     for name, more in random.items():
         swapped = getattr(made, name).encoder
         if swapped == getattr(config, name).encoder or swapped == "openface" or Path(swapped).is_dir():
@@ -109,6 +125,11 @@ def _built(config: Config, changes: dict[str, Any], random: dict[str, dict[str, 
         stages = {k: stage for k, stage in made.stages.items() if name not in stage["modalities"]}
         made = made.override({**more, "stages": stages})
     return made
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with dotted keys changed; its stages are as they were."""
+    return config.override({**changes, "stages": _pinned(config, changes)})
 
 
 def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -82,7 +82,8 @@ def test_without_a_hub_the_folder_option_is_named_at_once(snapshot, monkeypatch,
     reason = "HF_HUB_OFFLINE is set" if offline else "http://127.0.0.1:9 cannot be reached"
     assert str(error.value) == (
         f"text.encoder: nobody/nothing is not on this disk and {reason}; set a local folder instead: "
-        "--set text.encoder=FOLDER (or random weights: --set text.pretrained=false)"
+        "--set text.encoder=FOLDER (random weights: --set text.pretrained=false; "
+        "the data set's own feature file: --set text.encoder=features)"
     )
 
 

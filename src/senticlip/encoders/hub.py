@@ -92,8 +92,10 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
             return folder
     except OSError:
         pass
-    random = f"--set {key.rsplit('.')[0]}.pretrained=false"
-    advice = advice or f"set a local folder instead: --set {key}=FOLDER (or random weights: {random})"
+    part = key.rsplit(".")[0]
+    more = "" if part == "label" else f"; the data set's own feature file: --set {key}=features"
+    random = f"(random weights: --set {part}.pretrained=false{more})"
+    advice = advice or f"set a local folder instead: --set {key}=FOLDER {random}"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UsageError(f"{key}: {name} is not on this disk and HF_HUB_OFFLINE is set; {advice}")
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
