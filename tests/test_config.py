@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -33,6 +34,16 @@ def test_every_preset_loads_and_its_resolved_form_is_the_same(name, tmp_path):
     config = load_preset(name)
     (tmp_path / "resolved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert load(tmp_path / "resolved.yaml") == config
+
+
+def test_the_page_of_all_keys_is_that_of_the_code():
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| .+ \|$", page, re.MULTILINE)
+    data = Config().to_dict()
+    parts = {key: value for key, value in data.items() if isinstance(value, dict) and value}
+    flat = {key: value for key, value in data.items() if key not in parts}
+    flat |= {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items()}
+    assert {key: yaml.safe_load(value) for key, value in told} == flat
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")

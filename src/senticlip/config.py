@@ -109,7 +109,7 @@ class LabelConfig:
 
 @dataclass
 class TrainConfig:
-    """How the training runs; ``lr`` is the rate of all but pretrained encoders; ``compile`` is for a GPU."""
+    """How the training runs; ``lr`` is the rate of all that has no own; ``compile`` is for a GPU."""
 
     epochs: int = 20
     batch_size: int = 32
