@@ -108,9 +108,11 @@ def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path):
     assert (learned["target"], learned["modalities"]) == ("M", ["text"])
 
 
-def test_the_encoder_of_a_stage_is_the_one_of_the_run(place, tmp_path):
+def test_the_encoder_of_a_stage_is_the_one_of_the_run(place, tmp_path, capsys):
     stage = {"modalities": ["text"], "target": "T", "text.train": "full", "text.lr": 1e-2, "train.epochs": 1}
-    train(settings(place, stages={"text": stage}, **{"train.epochs": 1}), place / "data", tmp_path / "run")
+    train(settings(place, stages={"text": stage}, **{"train.epochs": 2}), place / "data", tmp_path / "run")
+    told = "2 trainings: text (1 epochs at most), all together (2 epochs at most)\n"
+    assert capsys.readouterr().err.count(told) == 1
     first, whole = (
         {name: value for name, value in weights(run).items() if name.startswith("encoders.text.")}
         for run in (tmp_path / "run" / "stages" / "text", tmp_path / "run")

@@ -45,6 +45,12 @@ def spinner(what: str) -> Status:
     return console.status(Text(what))
 
 
+def announce(trainings: dict[str, Config]) -> None:
+    """How many trainings there will be, in their order."""
+    told = ", ".join(f"{name} ({config.train.epochs} epochs at most)" for name, config in trainings.items())
+    console.print(f"{len(trainings)} trainings: {told}", soft_wrap=True, highlight=False)
+
+
 class EpochProgress(TrainerCallback):
     """What is trained, steps as a bar, a line for each epoch with its validation metrics, and why it ended early.
 

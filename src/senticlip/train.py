@@ -34,7 +34,7 @@ from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
-from senticlip.progress import EpochProgress
+from senticlip.progress import EpochProgress, announce
 from senticlip.sources import clip_set, feature_widths
 from senticlip.structures import LABELS, UserError, polarity
 from senticlip.trainee import Trainee
@@ -84,7 +84,10 @@ def train(
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # what cannot be built is told before the stages
         # those that read videos are trained first: one that cannot be read is found at once
-        for name, stage in sorted(stages.items(), key=lambda item: "vision" not in item[1].modalities):
+        order = sorted(stages.items(), key=lambda item: "vision" not in item[1].modalities)
+        if stages and first:
+            announce({**dict(order), "all together": config})
+        for name, stage in order:
             train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
         arguments = _arguments(config, out / CHECKPOINTS, chosen, as_stage)
         place: Any = arguments.device
