@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -147,12 +148,22 @@ def test_evaluate_of_one_run_and_of_two(place, say):
     assert told == pytest.approx([gap[name] for name in ("difference", "low", "high", "p")], abs=1e-4)
 
 
+def test_evaluate_of_several_runs_is_their_mean_and_deviation(place, say):
+    runs = (place / "run0", place / "run1", place / "run0")
+    found = json.loads(say("evaluate", *runs, "--data", place / "data", "--json")[1])
+    values = [found["runs"][str(run)]["macro_f1"] for run in runs]
+    mean, std = statistics.mean(values), statistics.stdev(values)
+    assert found["scores"]["macro_f1"] == pytest.approx({"mean": mean, "std": std})
+    said = say("evaluate", *runs, "--data", place / "data")[1]
+    assert f"of 3 runs: accuracy {statistics.mean(found['runs'][str(r)]['accuracy'] for r in runs):.4f} ± " in said
+    assert f"macro-F1 {mean:.4f} ± {std:.4f}, weighted F1" in said
+
+
 def test_wrong_use_is_one_line(place, fails):
     fails(2, "required: VERB — see senticlip --help")
     fails(2, "invalid choice: 'fly'", "fly")
     fails(2, "required: --data, --out — see senticlip train --help", "train", TINY)
     fails(2, "invalid int value: 'x'", "demo", "--seed", "x")
-    fails(2, "not 3", "evaluate", "a", "b", "c", "--data", "d")
     fails(2, "--target Q: choose one of M, T, A, V", "evaluate", place / "run0", "--data", "d", "--target", "Q")
     fails(2, "--target Q", "evaluate", place / "run0", place / "run1", "--data", "d", "--target", "Q")
     fails(2, "--seeds 0: must be at least 1", "reproduce", "--data", "d", "--out", "o", "--seeds", "0")

@@ -126,8 +126,8 @@ def _device(p: argparse.ArgumentParser) -> None:
 
 def _to_report(verbs: Verbs) -> None:
     """evaluate, reproduce, features."""
-    p = verbs.add("evaluate", "metrics of a run on a split; of two runs, their difference")
-    p.add_argument("runs", metavar="RUN", nargs="+", help="one that senticlip train wrote, or two")
+    p = verbs.add("evaluate", "metrics of a run on a split; of two runs, their difference; of more, mean ± std")
+    p.add_argument("runs", metavar="RUN", nargs="+", help="a folder that senticlip train wrote; two, or more")
     _data(p)
     p.add_argument("--split", default="test", help="train, valid or test (default: test)")
     p.add_argument("--target", help="compare with label M, T, A or V instead of the one trained for")

@@ -14,6 +14,7 @@ from senticlip import runtime
 from senticlip.arguments import fail, joined, parser
 from senticlip.structures import SURFACE, UsageError, UserError
 
+SHOWN = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
 INTERRUPTED = {
     **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
     **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
@@ -100,12 +101,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """``senticlip evaluate RUN`` and ``senticlip evaluate RUN_A RUN_B``."""
+    """``senticlip evaluate RUN``, ``senticlip evaluate RUN_A RUN_B`` and of more, as seeds of one experiment."""
     from senticlip import evaluate as room
 
-    if len(options.runs) > 2:
-        raise UsageError(f"evaluate takes one RUN or two, not {len(options.runs)}")
     rest = given(options, "data", "split", "device", "target", "precision")
+    if len(options.runs) > 2:
+        return _evaluate_several(options, [room.evaluate(run, **rest) for run in options.runs])
     if len(options.runs) == 2:
         result = room.compare(*options.runs, **rest)
         _say_comparison(options, result)
@@ -122,6 +123,19 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         shares = "  ".join(f"{key} {row[key]:.3f}" for key in ("precision", "recall", "f1"))
         say(options, f"{name:>9}  {shares}  support {row['support']}")
     return result
+
+
+def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each run, and the mean and standard deviation over them."""
+    from senticlip.results import spread
+
+    scores = spread(results)
+    wide = max(map(len, options.runs))
+    for run, result in zip(options.runs, results, strict=True):
+        say(options, f"{run:<{wide}}  accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}")
+    told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in SHOWN.items()]
+    say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(told)}")
+    return {"runs": dict(zip(options.runs, results, strict=True)), "scores": scores}
 
 
 def _say_comparison(options: argparse.Namespace, result: dict[str, Any]) -> None:
