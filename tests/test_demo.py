@@ -55,5 +55,5 @@ def test_the_report_says_in_both_languages_how_words_and_face_stand(tmp_path):
     one = {**counts, "accuracy": 1 / 3, "best": 1.0, "history": [{"epoch": 1, "accuracy": 0.5}]}
     report = page({"fused": one, "text": one, "video": one}, shown)
     names = re.findall(r'<span class="soft">([^<]+)</span></figcaption>', report)
-    assert names == ["文字与画面一致 agree", "文字与画面一致 agree", "都是中性 neutral"]
+    assert names == ["文本与视频一致 agree", "文本与视频一致 agree", "都是中性 neutral"]
     assert (report.count("✓ 中性 neutral 0.70"), report.count("✗ 中性 neutral 0.70")) == (1, 2)

@@ -229,29 +229,29 @@ def test_conflict_is_said_in_both_languages():
     apart = {"text": said("positive"), "video": said("negative")}
     found = Explanation("", "好", cases[0].prediction, cases, apart, None, [], [], None, "")
     chinese, english = map(" ".join, zip(*sentences(found), strict=True))
-    assert "文字与画面不一致：只看文字是积极，只看画面是消极；模型采信了画面，可能是反话。" in chinese
+    assert "文本与视频不一致：只看文本是积极，只看视频是消极；模型采信了视频，可能是反话。" in chinese
     assert "the words alone are positive, the picture alone is negative; the model believes the picture" in english
     assert "irony" in english
-    assert "去掉画面，答案会变成积极。" in chinese
-    assert "去掉文字" not in chinese
-    assert chinese.endswith("单独去掉第 2 帧也会改变答案。")
+    assert "去掉视频，答案会变成积极。" in chinese
+    assert "去掉文本" not in chinese
+    assert chinese.endswith("只去掉第 2 帧，答案也会改变。")
     assert english.endswith("Leaving out frame 2 alone also changes the answer.")
     small = [cases[0], cases[3], Case("character", 0, "好", said("neutral"))]
     assert sentences(found._replace(cases=small))[-1] == (
-        "单独去掉第 2 帧、“好”会改变答案。",
+        "只去掉第 2 帧或“好”，答案就会改变。",
         "Leaving out frame 2 or “好” alone changes the answer.",
     )
     found = found._replace(alone={"text": said("negative"), "video": said("negative")})
     assert sentences(found)[0][1] == "Words and picture agree: both are negative."
     found = found._replace(alone={**apart, "audio": said("negative")})
     assert sentences(found)[0] == (
-        "文字、画面与声音不一致：只看文字是积极，只看画面是消极，只听声音是消极；模型采信了画面与声音，可能是反话。",
+        "文本、视频与声音不一致：只看文本是积极，只看视频是消极，只听声音是消极；模型采信了视频与声音，可能是反话。",
         "Words, picture and sound disagree: the words alone are positive, the picture alone is negative, "
         "the sound alone is negative; the model believes the picture and sound. It may be irony.",
     )
     found = found._replace(alone={**found.alone, "text": said("negative")})
     assert sentences(found)[0] == (
-        "文字、画面与声音一致，都是消极。",
+        "文本、视频与声音一致，都是消极。",
         "Words, picture and sound agree: all are negative.",
     )
 
@@ -268,6 +268,29 @@ def test_a_character_has_one_number_on_the_whole_page():
     page = html(Explanation("", "差不", cases[0].prediction, cases, {}, None, [], [], None, ""), [])
     assert (page.count("−0.600"), page.count("+0.100")) == (2, 2)  # below the character, and in the table
     assert re.findall(r"rgba\(var\(--(\w+)\),[\d.]+\)\">(.)<small>", page) == [("for", "差"), ("against", "不")]
+
+
+def test_the_numbers_of_a_page_add_up_as_they_are_shown():
+    def said(score):
+        return Prediction("positive", {}, {}, {}, score)
+
+    scores = [0.1376, 0.13749, 0.1372, -0.0001, -0.0463]
+    cases = [Case("frame" if i else "everything", i, str(i), said(score)) for i, score in enumerate(scores)]
+    page = html(Explanation("", None, cases[0].prediction, cases, {}, None, [], [], None, ""), [])
+    rows = re.findall(r'<td class="n">([^<]*)</td>', page)
+    shown = ["0.138", "", "0.137", "−0.001", "0.137", "−0.001", "0.000", "−0.138", "−0.046", "−0.184"]
+    assert rows == shown
+
+
+@pytest.mark.parametrize(("without", "told"), [(0.805, True), (0.82, False)])
+def test_pictures_that_hardly_matter_are_told_beside_their_maps(without, told):
+    def said(p):
+        return Prediction("negative", {"negative": p, "neutral": 1 - p, "positive": 0.0}, {}, {})
+
+    cases = [Case("everything", 0, "", said(0.8)), Case("text", 0, "", said(0.8)), Case("video", 0, "", said(without))]
+    pictures = [Image.new("RGB", (4, 4))]
+    found = Explanation("", "好", said(0.8), cases, {}, None, [0.5], pictures, torch.ones(1, 2, 2).numpy(), "grad-cam")
+    assert ("画面几乎不影响答案" in html(found, heated(found))) == told
 
 
 def test_characters_are_spans_of_the_text():

@@ -190,6 +190,7 @@ def test_the_page_asks_for_what_the_model_reads(place, predictor):
     both = TestClient(app(predictor, "run"))
     assert both.get("/health").json() == {"status": "ok", "model": "run", "reads": ["text", "video"]}
     assert all(f'id="{name}"' in both.get("/").text for name in ("video", "text", "why"))
+    assert "http" not in both.get("/").text
     words = TestClient(app(load(place / "words", "cpu"), "words"))
     assert 'id="video"' not in words.get("/").text
     exported = TestClient(app(Said("neutral"), "<b>.onnx"))
@@ -197,6 +198,12 @@ def test_the_page_asks_for_what_the_model_reads(place, predictor):
     assert 'id="why"' not in page
     assert "<b>" not in page
     assert exported.post("/explain", data={"text": TEXT}).status_code == 404
+
+
+def test_the_interface_is_told_without_a_third_party():
+    client = TestClient(app(Said("neutral"), "run"))
+    assert "/predict" in client.get("/openapi.json").json()["paths"]
+    assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
 
 
 def test_one_clip_is_answered_at_a_time():

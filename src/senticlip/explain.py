@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -20,14 +19,17 @@ from senticlip import cam
 from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.files import make_folder, write_whole
-from senticlip.occlusion import Case, alone, characters, looks, occlude, unread, value
+from senticlip.occlusion import Case, alone, change, characters, looks, occlude, unread, value
+from senticlip.pages import CHINESE, page
 from senticlip.progress import counter
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, spoken
 
-CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文字", "video": "画面", "audio": "声音"}
 SAID = {"text": "words", "video": "picture", "audio": "sound"}
 HEIGHT, WIDEST = 256, 1024
 """Of the pictures, pixels: so high, unless they would be wider."""
+FAINT = 0.01
+"""Where the answer changes less without the video (occlusion.change), the page says so: the maps are scaled to their
+largest value, however little that is."""
 
 
 class Looks(NamedTuple):
@@ -234,10 +236,10 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
     if small:
         names = [f"第 {c.shown} 帧" if c.kind == "frame" else f"“{c.shown}”" for c in small]
         english = [f"frame {c.shown}" if c.kind == "frame" else f"“{c.shown}”" for c in small]
-        zh, en = ("也", "also ") if parts else ("", "")
+        zh, en = ("也", "also ") if parts else ("就", "")
         said.append(
             (
-                f"单独去掉{'、'.join(names)}{zh}会改变答案。",
+                f"只去掉{_joined(names, '、', '或')}，答案{zh}会改变。",
                 f"Leaving out {' or '.join(english)} alone {en}changes the answer.",
             )
         )
@@ -269,29 +271,15 @@ def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
 
 
 def _named(modalities: Iterable[str]) -> tuple[str, str]:
-    """文字、画面与声音; words, picture and sound."""
-
-    def joined(names: list[str], comma: str, last: str) -> str:
-        return last.join(filter(None, (comma.join(names[:-1]), names[-1])))
-
+    """文本、视频与声音; words, picture and sound."""
     names = list(modalities)
-    return joined([CHINESE[name] for name in names], "、", "与"), joined([SAID[name] for name in names], ", ", " and ")
-
-
-def page(template: str, **values: Any) -> str:
-    """A page of the package's templates, with what all of them use."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("senticlip"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    return _joined([CHINESE[name] for name in names], "、", "与"), _joined(
+        [SAID[name] for name in names], ", ", " and "
     )
-    environment.globals |= {"LABELS": LABELS, "CHINESE": CHINESE, "value": value}
-    environment.filters["signed"] = signed
-    return environment.get_template(template).render(**values)
 
 
-def signed(number: float) -> str:
-    """A change as it is read: +0.125, −0.030, 0 where it rounds to nothing."""
-    rounded = round(number, 3)
-    return f"{rounded:+.3f}".replace("-", "−") if rounded else "0"
+def _joined(names: list[str], comma: str, last: str) -> str:
+    return last.join(filter(None, (comma.join(names[:-1]), names[-1])))
 
 
 def write(found: Explanation, out: str | Path) -> dict[str, Any]:
@@ -321,18 +309,21 @@ def heated(found: Explanation) -> list[Image.Image]:
 
 def html(found: Explanation, frames: list[Image.Image]) -> str:
     """The page of an explanation, whose frames ``heated`` gives."""
-    label = found.prediction.label
-    before = value(found.cases[0].prediction, label)
+    label, whole = found.prediction.label, found.cases[0].prediction
     pictures = zip(found.pictures, frames, found.times, strict=True)
-    differences = [(case, value(case.prediction, label) - before) for case in found.cases[1:]]
+    # changes of the rounded values, so that what stands side by side adds up
+    after = [(case, round(value(case.prediction, label), 3)) for case in found.cases]
+    differences = [(case, shown, shown - after[0][1]) for case, shown in after[1:]]
     return page(
         "explain.html",
         found=found,
         label=label,
         sentences=sentences(found),
         frames=[(inline(plain), inline(hot), time) for plain, hot, time in pictures],
+        before=after[0][1],
         differences=differences,
-        pieces=[(case.shown, change) for case, change in differences if case.kind == "character"],
+        pieces=[(case.shown, moved) for case, _, moved in differences if case.kind == "character"],
+        faint=any(case.kind == "video" and change(whole, case.prediction) < FAINT for case in found.cases),
     )
 
 

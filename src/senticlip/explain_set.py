@@ -16,19 +16,20 @@ from senticlip import metrics
 from senticlip.answers import shown
 from senticlip.data.loader import to_batch
 from senticlip.data.sims import read_clips
-from senticlip.explain import explanation, inline, load, page, write
+from senticlip.explain import explanation, inline, load, write
 from senticlip.files import make_folder, write_whole
 from senticlip.models.base import only
 from senticlip.occlusion import change
+from senticlip.pages import page
 from senticlip.progress import bar
 from senticlip.sources import clip_set, reads
 from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, polarity
 
 KINDS = {
-    "agree": "文字与画面一致",
-    "text only": "只有文字有情感",
-    "video only": "只有画面有情感",
-    "conflict": "文字与画面相反",
+    "agree": "文本与视频一致",
+    "text only": "只有文本有情感",
+    "video only": "只有视频有情感",
+    "conflict": "文本与视频相反",
     "neutral": "都是中性",
 }
 """How words and face stand to each other."""
@@ -118,7 +119,8 @@ def explain_set(
             progress.advance(task)
     result = _summary(rows, kinds) | {"by": by}
     target = folder / "index.html"
-    html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=shown(data))
+    scored = rows[0].whole.score is not None
+    html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=shown(data), scored=scored)
     write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
     _sweep(folder, {Path(item.href).parent.name for item in listed if item.href})
     return {"html": str(target), **result, "worst": [str(folder / item.href) for item in listed if item.href]}

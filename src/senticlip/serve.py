@@ -2,7 +2,7 @@
 
     POST /predict   form fields ``video`` (a file) and ``text``, or one of them → what ``senticlip predict --json`` says
     POST /explain   the same fields → the page of ``senticlip explain`` (not of an exported or int8 model)
-    GET  /          the page;  GET /health → the model and what it reads
+    GET  /          the page;  GET /health → the model and what it reads;  GET /openapi.json → the interface
 
 What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413. One clip is
 answered at a time, others wait; an upload lives in a temporary folder until its answer is there.
@@ -22,7 +22,8 @@ from threading import Lock
 from typing import Annotated, Any
 
 import senticlip
-from senticlip.explain import explanation, heated, html, page
+from senticlip.explain import explanation, heated, html
+from senticlip.pages import page
 from senticlip.sources import reads
 from senticlip.structures import SURFACE, Clip, UsageError, UserError, spoken
 
@@ -111,7 +112,13 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
         raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
     front = page("serve.html", name=name, reads=modalities, explains=explains)
-    answers = FastAPI(title="senticlip", version=senticlip.__version__, description=__doc__ or "")
+    answers = FastAPI(
+        title="senticlip",
+        version=senticlip.__version__,
+        description=__doc__ or "",
+        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
+        redoc_url=None,
+    )
     answers.add_middleware(PlainForm)
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
