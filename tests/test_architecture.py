@@ -19,7 +19,7 @@ LEVELS = [
     {"predictor", "precision", "export", "quantize"},
     {"trainee", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
     | {"cut", "cam", "occlusion", "explain", "explain_set", "serve"},
-    {"results", "reproduce", "pretrain", "demo"},
+    {"layout", "results", "reproduce", "pretrain", "demo"},
     {"arguments", "cli", "__main__"},
 ]
 """Who may import whom: one's own level, and those before it (docs/architecture.md)."""

@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 
+from senticlip import layout, results
 from senticlip import reproduce as room
-from senticlip import results
 from senticlip import train as trainings
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
@@ -88,7 +88,7 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
     assert result["tables"]["5"]["LSTM"] == {"error": "no such thing"}
     text = (out / "report.md").read_text(encoding="utf-8")
     for piece in (
-        "| TFN | 40.00 ± 0.00 (64.83, -24.83)",
+        "| TFN | 40.00 ± 0.00 (64.83, −24.83)",
         "CLIP-CA-MSA is above TFN",
         "LSTM: not run — no such thing",
         "Majority baseline: always answering “negative” scores 60.00",
@@ -97,6 +97,7 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
         assert piece in text
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page
+    assert "\\textbf{100.00 $\\pm$ 0.00}" in (out / "tables.tex").read_text(encoding="utf-8")
     assert "k/228" in page
     versus = json.loads((out / "results.json").read_text())["tables"]["1"]["M"]["TFN"]["versus"]
     assert versus["accuracy"]["difference"] == pytest.approx(0.6)
@@ -292,7 +293,7 @@ def test_random_weights_are_marked_and_not_judged():
         accuracy = {"accuracy": float(classes[0] == 0), "macro_f1": 0.5}
         runs[digest(row.configs["M"]), 0] = {**accuracy, **predicted(*classes)}
     found = results.collect(tables, runs, 1)
-    text = results.as_markdown(results._table_blocks(tables[0], found["4"], 1))
+    text = layout.as_markdown(results._table_blocks(tables[0], found["4"], 1))
     for row in tables[0].rows:
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
     assert "† random weights, not pretrained: tests the path, not the paper" in text
@@ -306,7 +307,7 @@ def test_seeds_that_failed_are_counted():
     first, last = (row.configs["M"] for row in table.rows)
     good = {"accuracy": 1.0, "macro_f1": 1.0, **predicted(0, 0, 0, 0)}
     runs = {(digest(c), s): good for c in (first, last) for s in (0, 1)} | {(digest(first), 1): {"error": "no room"}}
-    text = results.as_markdown(results._table_blocks(table, results.collect([table], runs, 2)["6"], 2))
+    text = layout.as_markdown(results._table_blocks(table, results.collect([table], runs, 2)["6"], 2))
     assert f"{table.rows[0].name}: not run for 1 of 2 seeds — no room" in text
 
 
@@ -321,6 +322,8 @@ def test_the_figure_and_the_majority_count_clips():
     figure = results.label_figure(clips)
     assert figure.count("<rect") == 3 + 4 * 3
     assert re.findall(r">([MT] \w+)<", figure) == ["M train", "M test", "T train", "T test"]
+    bars = [float(width) for width in re.findall(r'width="([\d.]+)" height="10"', figure)][3:]  # behind the keys
+    assert bars == 2 * [420, 0, 210, 210, 0, 210]
 
 
 def test_what_the_report_says_follows_the_intervals():
@@ -334,11 +337,34 @@ def test_what_the_report_says_follows_the_intervals():
     assert results.verdict("ours", {**rows, "ours": {"versus": None, "random": True}}) == []
 
 
-def test_items_side_by_side_are_one_list():
-    page = results.as_html([("li", "a"), ("li", "b"), ("p", "c"), ("li", "d")], None)
-    assert "<body><ul><li>a</li><li>b</li></ul><p>c</p><ul><li>d</li></ul></body>" in page
+def entry(**scores):
+    return {
+        "scores": {name: {"mean": mean, "std": 0.01} for name, mean in scores.items()},
+        "runs": {0: {}, 1: {}},
+        "random": False,
+        "paper": {"accuracy": 70.0},
+        "versus": None,
+        "errors": {},
+    }
 
 
-def test_markup_in_a_name_is_text():
-    page = results.as_html([("#", "<b>")], None)
-    assert "<h1>&lt;b&gt;</h1>" in page
+def test_the_best_of_a_column_is_bold():
+    rows = {
+        "one": entry(accuracy=0.5, macro_f1=0.61234, mae=0.4, corr=-0.1),
+        "two": entry(accuracy=0.6, macro_f1=0.61232, mae=0.5, corr=0.2),
+        "none": entry(),
+    }
+    assert list(results.columns_of(rows).values())[-2:] == ["MAE", "Corr"]
+    assert list(results.columns_of({"a": rows["none"]}).values()) == list(results.NAMES.values())
+    # those that look the same are both the best; what one row only has is no best
+    assert results.best(rows) == {(1, 1), (0, 2), (1, 2), (0, 6), (1, 7)}
+    assert results.best({"one": rows["one"]}) == set()
+    line = results._line("one", rows["one"], results.columns_of(rows))
+    assert line[1] == "50.00 ± 1.00 (70.00, −20.00)"
+    assert line[-4:] == ["0.4000 ± 0.0100", "−0.1000 ± 0.0100", "", ""]
+
+
+def test_differences_have_a_true_minus_and_no_negative_zero():
+    gap = {"difference": -0.00004, "low": -0.1, "high": 0.1}
+    rows = {"one": entry(accuracy=0.5) | {"versus": {"accuracy": gap, "macro_f1": gap}}}
+    assert results._line("one", rows["one"], results.NAMES)[-1] == "0.00 [−10.00, +10.00]"

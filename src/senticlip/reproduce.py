@@ -34,7 +34,7 @@ def reproduce(
     overrides: list[str] | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing, then write ``report.md``, ``report.html`` and ``results.json``.
+    """Run what is missing, then write ``report.md``, ``report.html``, ``results.json`` and ``tables.tex``.
 
     Killed, it goes on where it was: a finished row is read, an unfinished one resumes at its last epoch. Rows that are
     the same model are run once; the encoders that a preset fine-tunes first are trained once per seed for all rows.

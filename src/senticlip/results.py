@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,14 +13,18 @@ from senticlip import metrics
 from senticlip.config import Config
 from senticlip.data.table import SPLITS
 from senticlip.files import disk, write_text
+from senticlip.layout import Block, as_html, as_markdown, latex_table
+from senticlip.pages import signed
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
 from senticlip.tables import Table, digest, notes
 
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
+SCORES = {"mae": "MAE", "corr": "Corr"}
+"""Of a model that gives a score; no per cent."""
 WORDS = {"M": "the joint label M", "T": "the text's own label T", "V": "the video's own label V"}
 DAGGER = "†"
-Block = tuple[str, Any]
-"""A piece of the report: ("#" | "##" | "p" | "li" | "table" | "figure", content)."""
+COLORS = ("#c8553d", "#9aa3ad", "#2a8c82")
+"""Of negative, neutral, positive on every page (templates/explain.css)."""
 
 
 def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]], seeds: int) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def write(
     protocol: str,
     data: str,
 ) -> Path:
-    """Write ``results.json``, ``report.md``, ``labels.svg`` and ``report.html``; returns the page's path.
+    """Write ``results.json``, ``report.md``, ``labels.svg``, ``tables.tex`` and ``report.html``; the page's path.
 
     ``splits``: the data set as each seed divides it.
     """
@@ -143,6 +146,7 @@ def write(
     record = {"preset": preset, "protocol": protocol, "seeds": len(splits), "data": data, "tables": kept}
     write_text(out / "results.json", json.dumps(record, ensure_ascii=False, indent=1))
     write_text(out / "labels.svg", label_figure(splits[0]))
+    write_text(out / "tables.tex", in_latex(tables, found))
     blocks = story(tables, found, splits, preset, protocol, data)
     write_text(out / "report.md", as_markdown(blocks))
     write_text(out / "report.html", as_html(blocks, out))
@@ -178,24 +182,33 @@ def story(
             f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips).",
         ),
         ("figure", ("labels.svg", f"Classes by split and label{first} (the paper's Fig. 4)")),
+        ("p", "Labels: M is the joint one of a clip; T, A and V are those of its text, sound and video by themselves."),
+        (
+            "p",
+            "Bold: the best of a column. Δ: a table's reference minus the row, in points, with the 95 % interval over "
+            "clips. For, Against, Open: the interval of accuracy lies above zero, lies below it, includes it. In "
+            "brackets behind a name: the difference of each seed, since the interval knows nothing of other seeds.",
+        ),
     ]
     for table in tables:
         blocks += _table_blocks(table, found[table.number], seeds)
     blocks += [("##", "Notes on the paper's numbers"), *[("li", note) for note in notes()]]
-    return blocks
+    return [*blocks, ("p", "The same tables in LaTeX: tables.tex, beside this report.")]
 
 
 def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[Block]:
     reads = {"+".join(SURFACE[m] for m in config.modalities) for row in table.rows for config in row.configs.values()}
     blocks: list[Block] = [
         ("##", f"Table {table.number}. {table.title}"),
-        ("p", f"The paper: {table.claim} Here the rows read {' or '.join(sorted(reads))}."),
+        ("p", f"The paper: {table.claim} Here the rows read {' or '.join(sorted(reads))}. Δ: {table.reference} − row."),
     ]
     for target, rows in by_target.items():
         if len(by_target) > 1:
             blocks.append(("p", f"Judged by {WORDS.get(target, target)}:"))
-        header = ["", *NAMES.values(), f"{table.reference} − row, Acc", "macro F1"]
-        blocks.append(("table", (header, [_line(name, entry) for name, entry in rows.items()])))
+        columns = columns_of(rows)
+        header = ["", *columns.values(), "Δ Acc", "Δ macro F1"]
+        lines = [_line(name, entry, columns) for name, entry in rows.items()]
+        blocks.append(("table", (header, lines, best(rows))))
         if any(entry["random"] for entry in rows.values()):
             blocks.append(("p", f"{DAGGER} random weights, not pretrained: tests the path, not the paper."))
         for name, entry in rows.items():
@@ -206,28 +219,58 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[B
     return blocks
 
 
-def _shown(score: dict[str, float], several: bool) -> str:
-    """A metric in per cent, with its deviation where there are several."""
-    return f"{100 * score['mean']:.2f}" + (f" ± {100 * score['std']:.2f}" if several else "")
+def columns_of(rows: dict[str, Any]) -> dict[str, str]:
+    """The metrics of a table and their names; those of scores where a row has them."""
+    return NAMES | {k: name for k, name in SCORES.items() if any(k in entry["scores"] for entry in rows.values())}
 
 
-def _line(name: str, entry: dict[str, Any]) -> list[str]:
+def best(rows: dict[str, Any]) -> set[tuple[int, int]]:
+    """The places (row, column; names are column 0) of the best of each metric that several rows have."""
+    found = set()
+    for column, metric in enumerate(columns_of(rows), 1):
+        means = {i: e["scores"][metric]["mean"] for i, e in enumerate(rows.values()) if metric in e["scores"]}
+        shown = {i: round(mean, 4) for i, mean in means.items()}  # what looks the same is the same
+        top = (min if metric == "mae" else max)(shown.values(), default=0.0)
+        found |= {(i, column) for i, mean in shown.items() if mean == top and len(shown) > 1}
+    return found
+
+
+def _shown(score: dict[str, float], several: bool, metric: str = "") -> str:
+    """A metric in per cent (MAE and Corr as they are), with its deviation where there are several."""
+    factor, digits = (1, 4) if metric in SCORES else (100, 2)
+    mean, deviation = (signed(factor * score[name], digits, plus="") for name in ("mean", "std"))
+    return f"{mean} ± {deviation}" if several else mean
+
+
+def in_latex(tables: list[Table], found: dict[str, Any]) -> str:
+    """The tables in LaTeX: mean ± std, the best of a column bold."""
+    parts = [
+        r"% \usepackage{booktabs}; names in Chinese want XeLaTeX and \usepackage{ctex}. Per cent; MAE and Corr not."
+    ]
+    for table in tables:
+        for target, rows in found[table.number].items():
+            columns = columns_of(rows)
+            plain = [_line(name, entry | {"paper": {}}, columns)[: 1 + len(columns)] for name, entry in rows.items()]
+            caption = f"{table.title}, judged by {WORDS.get(target, target)}"
+            label = f"tab:{table.number}-{target}"
+            parts.append(latex_table(caption, label, ["", *columns.values()], plain, best(rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str]:
     cells = [f"{name} {DAGGER}" if entry["random"] else name]
-    for metric in NAMES:
+    for metric in columns:
         if metric not in entry["scores"]:
             cells.append("—")
             continue
         score, paper = entry["scores"][metric], entry["paper"].get(metric)
-        told = f" ({paper:.2f}, {100 * score['mean'] - paper:+.2f})" if paper is not None else ""
-        cells.append(_shown(score, len(entry["runs"]) > 1) + told)
+        told = f" ({paper:.2f}, {signed(100 * score['mean'] - paper, 2)})" if paper is not None else ""
+        cells.append(_shown(score, len(entry["runs"]) > 1, metric) + told)
     for metric in ("accuracy", "macro_f1"):
         gap = entry["versus"][metric] if entry["versus"] else None
-        cells.append("" if gap is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*_points(gap)))
+        points = [] if gap is None else [signed(100 * gap[key], 2) for key in ("difference", "low", "high")]
+        cells.append("{} [{}, {}]".format(*points) if points else "")
     return cells
-
-
-def _points(gap: dict[str, float]) -> tuple[float, float, float]:
-    return 100 * gap["difference"], 100 * gap["low"], 100 * gap["high"]
 
 
 def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
@@ -243,7 +286,7 @@ def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
     for name, entry in rows.items():
         if not entry["random"] and (gap := (entry["versus"] or {}).get("accuracy")):
             side = above if gap["low"] > 0 else below if gap["high"] < 0 else open_
-            side.append(f"{name} ({', '.join(f'{100 * seed:+.2f}' for seed in gap['seeds'])})")
+            side.append(f"{name} ({', '.join(signed(100 * seed, 2) for seed in gap['seeds'])})")
     excludes = "in these runs (by seed; the 95 % interval over clips excludes zero)"
     told = []
     if above:
@@ -263,67 +306,20 @@ def label_figure(clips: list[Clip]) -> str:
             if target in clip.labels:
                 counts.setdefault((target, clip.split or "all"), Counter())[polarity(clip.labels[target])] += 1
     most = max((n for counter in counts.values() for n in counter.values()), default=1)
-    colors, parts = ("#b2493b", "#9a9a94", "#3b7d5e"), []
+    parts = []
     order = [(target, split) for target in TARGETS for split in (*SPLITS, "all") if (target, split) in counts]
     for row, (target, split) in enumerate(order):
         y, counter = 34 + row * 44, counts[target, split]
         parts.append(f'<text x="0" y="{y + 22}">{target} {split}</text>')
-        for i, color in enumerate(colors):
+        for i, color in enumerate(COLORS):
             n, top = counter[i], y + 12 * i
             parts.append(f'<rect x="70" y="{top}" width="{420 * n / most:.1f}" height="10" fill="{color}"/>')
             parts.append(f'<text x="{75 + 420 * n / most:.1f}" y="{top + 9}">{n}</text>')
     keys = "".join(
         f'<rect x="{70 + 90 * i}" y="6" width="10" height="10" fill="{color}"/>'
         f'<text x="{85 + 90 * i}" y="15">{label}</text>'
-        for i, (color, label) in enumerate(zip(colors, LABELS, strict=True))
+        for i, (color, label) in enumerate(zip(COLORS, LABELS, strict=True))
     )
     size = f'viewBox="0 0 560 {40 + 44 * len(counts)}" width="560"'
     style = 'font-family="sans-serif" font-size="11"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{keys}{"".join(parts)}</svg>\n'
-
-
-def as_markdown(blocks: list[Block]) -> str:
-    """Blocks → Markdown."""
-    lines: list[str] = []
-    for kind, content in blocks:
-        if kind in ("#", "##"):
-            lines += [f"{kind} {content}", ""]
-        elif kind == "table":
-            header, rows = content
-            lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)] + [""]
-        elif kind == "figure":
-            lines += [f"![{content[1]}]({content[0]})", ""]
-        else:
-            lines += [f"- {content}" if kind == "li" else content, ""]
-    return "\n".join(lines)
-
-
-STYLE = """body{font:15px/1.5 sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1em 0;font-size:13px}
-td,th{padding:.3em .7em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left;white-space:nowrap}div.wide{overflow-x:auto}
-figure{margin:1em 0}svg{max-width:100%;height:auto}"""
-
-
-def as_html(blocks: list[Block], folder: Path) -> str:
-    """Blocks → one page; figures are put into it."""
-    body: list[str] = []
-    for kind, content in blocks:
-        if kind == "table":
-            header, rows = content
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-            lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-            table = f"<tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines)
-            body.append(f'<div class="wide"><table>{table}</table></div>')
-        elif kind == "figure":
-            picture = (folder / content[0]).read_text(encoding="utf-8")
-            body.append(f"<figure>{picture}<figcaption>{html.escape(content[1])}</figcaption></figure>")
-        else:
-            tag = {"#": "h1", "##": "h2", "p": "p", "li": "li"}[kind]
-            line = f"<{tag}>{html.escape(content)}</{tag}>"
-            body.append(f"<ul>{line}</ul>" if kind == "li" else line)
-    text = "".join(body).replace("</ul><ul>", "")  # items side by side are one list
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA, run again</title>'
-    )
-    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{text}</body></html>\n'
