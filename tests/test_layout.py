@@ -18,6 +18,8 @@ def test_markup_in_a_name_is_text():
 def test_what_is_best_is_bold():
     page = as_html([("table", TABLE)], None)
     assert "<tr><td>a_b</td><td>50.00 ± 1.00</td></tr><tr><td>&lt;i&gt; †</td><td><b>−1 %</b></td></tr>" in page
+    page = as_html([("table", ([""], [["1.00 ± 2.00 (3.00, −2.00)", "+1.00 [0.00, +2.00]"]], {(0, 0)}))], None)
+    assert "<td><b>1.00 ± 2.00<br><small>(3.00, −2.00)</small></b></td><td>+1.00<br><small>[0.00, +2.00]<" in page
     assert as_markdown([("table", TABLE)]).splitlines()[2:] == ["| a_b | 50.00 ± 1.00 |", "| <i> † | **−1 %** |"]
 
 

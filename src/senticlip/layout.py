@@ -32,7 +32,8 @@ def as_markdown(blocks: list[Block]) -> str:
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}
 td,th{padding:.3em .7em;border-bottom:1px solid #ddd;text-align:right}
-td{white-space:nowrap}td:first-child,th:first-child{text-align:left}div.wide{overflow-x:auto}
+td{white-space:nowrap;line-height:1.3}td small{font-weight:400;color:#666}
+td:first-child,th:first-child{text-align:left}div.wide{overflow-x:auto}
 figure{margin:1em 0}svg{max-width:100%;height:auto}"""
 
 
@@ -45,6 +46,8 @@ def as_html(blocks: list[Block], folder: Path) -> str:
             lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
             for i, row in enumerate(rows):
                 cells = [f"<b>{html.escape(c)}</b>" if (i, j) in best else html.escape(c) for j, c in enumerate(row)]
+                # what is in brackets goes below, or no screen would be wide enough
+                cells = [re.sub(r" ([(\[].*[)\]])", r"<br><small>\1</small>", cell) for cell in cells]
                 lines.append("".join(f"<td>{cell}</td>" for cell in cells))
             body.append(f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>')
         elif kind == "figure":

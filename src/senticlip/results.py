@@ -174,7 +174,7 @@ def story(
             f"Data “{Path(data).name}”, preset {preset}, protocol {protocol}, {seeds} seed(s); "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
             + f"{first}. Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on "
-            "valid; the paper's number and ours minus the paper's behind it. The paper's numbers are from CH-SIMS.",
+            "valid; the paper's number and ours minus the paper's in brackets. The paper's numbers are from CH-SIMS.",
         ),
         (
             "p",
