@@ -332,6 +332,14 @@ def test_a_split_is_explained(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("worst-*")] == ["worst-08"]
 
 
+@pytest.mark.parametrize(("model", "told"), [("mult", ["两个分数之差的一半"]), ("clip_ca_msa", ["总变差", "融合权重"])])
+def test_how_far_an_answer_moves_is_named_for_what_it_is(tmp_path, model, told):
+    run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn", "test_resnet"), model=model, head="linear")
+    explain_set(run, tiny.data_folder(tmp_path / "data", (0, 0, 3)), tmp_path / "out", worst=0)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert [word for word in ("两个分数之差的一半", "总变差", "融合权重") if word in page] == told
+
+
 def test_a_model_that_hears_has_pages_and_kinds_too(tmp_path):
     vision = tiny.clip_folder(tmp_path / "clip")
     run = run_folder(tmp_path, vision, modalities=["text", "vision", "audio"], head="linear")
