@@ -185,7 +185,7 @@ def story(
         ("p", "Labels: M is the joint one of a clip; T, A and V are those of its text, sound and video by themselves."),
         (
             "p",
-            "Bold: the best of a column. Δ: a table's reference minus the row, in points, with the 95 % interval over "
+            "Bold: the best of a column, random weights aside. Δ: a table's reference minus the row, in points, with the 95 % interval over "
             "clips. For, Against, Open: the interval of accuracy lies above zero, lies below it, includes it. In "
             "brackets behind a name: the difference of each seed, since the interval knows nothing of other seeds.",
         ),
@@ -225,10 +225,14 @@ def columns_of(rows: dict[str, Any]) -> dict[str, str]:
 
 
 def best(rows: dict[str, Any]) -> set[tuple[int, int]]:
-    """The places (row, column; names are column 0) of the best of each metric that several rows have."""
+    """The places (row, column; names are column 0) of the best of each metric that several rows have.
+
+    Random weights are never the best: their rows test the path.
+    """
     found = set()
     for column, metric in enumerate(columns_of(rows), 1):
-        means = {i: e["scores"][metric]["mean"] for i, e in enumerate(rows.values()) if metric in e["scores"]}
+        there = {i: e["scores"] for i, e in enumerate(rows.values()) if metric in e["scores"] and not e["random"]}
+        means = {i: scores[metric]["mean"] for i, scores in there.items()}
         shown = {i: round(mean, 4) for i, mean in means.items()}  # what looks the same is the same
         top = (min if metric == "mae" else max)(shown.values(), default=0.0)
         found |= {(i, column) for i, mean in shown.items() if mean == top and len(shown) > 1}
