@@ -359,6 +359,8 @@ def test_the_best_of_a_column_is_bold():
     # those that look the same are both the best; what one row only has is no best
     assert results.best(rows) == {(1, 1), (0, 2), (1, 2), (0, 6), (1, 7)}
     assert results.best({"one": rows["one"]}) == set()
+    chance = entry(accuracy=0.9) | {"random": True}
+    assert results.best({**rows, "chance": chance}) == results.best(rows)
     line = results._line("one", rows["one"], results.columns_of(rows))
     assert line[1] == "50.00 ± 1.00 (70.00, −20.00)"
     assert line[-4:] == ["0.4000 ± 0.0100", "−0.1000 ± 0.0100", "", ""]
