@@ -185,8 +185,8 @@ def story(
         ("p", "Labels: M is the joint one of a clip; T, A and V are those of its text, sound and video by themselves."),
         (
             "p",
-            "Bold: the best of a column, random weights aside. Δ: a table's reference minus the row, in points, with the "
-            "95 % interval over clips. For, Against, Open: the interval of accuracy lies above zero, lies below it, "
+            "Bold: the best of a column, random weights aside. Δ: a table's reference minus the row, in points, with "
+            "the 95 % interval over clips. For, Against, Open: the interval of accuracy lies above zero, below it, "
             "includes it. In brackets behind a name: the difference of each seed, since the interval knows nothing of "
             "other seeds.",
         ),
