@@ -80,7 +80,7 @@ def test_bulk(place, say, tmp_path):
     for _ in range(2):  # the second time everything is there
         code, found, err = say("bulk", *archive)
         assert "2 done, 2 failed" in err
-        assert "the column error tells why, first: " in err
+        assert "--retry tries them again; the column error tells why, first: " in err
         assert "none.mp4: no such video" in err
         assert (code, set(found)) == (0, {"done", "failed", "seconds"})
         assert (found["done"], found["failed"]) == (2, 2)

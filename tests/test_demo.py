@@ -45,7 +45,7 @@ def test_the_report_says_in_both_languages_how_words_and_face_stand(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["id", "text", "truth", "predicted", *LABELS])
         writer.writerows([clip.id, clip.text, LABELS[i], "neutral", 0.1, 0.7, 0.2] for i, clip in enumerate(clips))
-    shown = strip(tmp_path / "predictions.csv", tmp_path / "data")
+    shown = strip(tmp_path / "predictions.csv", {clip.id: clip for clip in clips})
     assert [(clip["kind"], clip["path"]) for clip in shown] == [
         ("agree", clips[0].video),
         ("agree", clips[2].video),

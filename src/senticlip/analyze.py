@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from senticlip import answers
 from senticlip.answers import HEADS
@@ -152,7 +151,7 @@ def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, in
         return
     finished = job.out / "timeline.parquet"
     if resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file():
-        yield from pq.read_table(finished).to_pylist()
+        yield from answers.read_parquet(finished).to_pylist()
         return
     with alone(job.out, "analyze"):
         _start(job.out, job.parts, job.key, resume)
@@ -165,8 +164,8 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
-            if part is not None and part.is_file():
-                rows = pq.read_table(part).to_pylist()
+            if part is not None and answers.about_parquet(part):
+                rows = answers.read_parquet(part).to_pylist()
             else:
                 rows = list(_answer(job, predictor, reader, first))
                 if part is not None:
@@ -179,10 +178,8 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
 
 def _finished(path: Path) -> str | None:
     """The key of the job that wrote a timeline."""
-    try:
-        return (pq.read_schema(path).metadata or {}).get(b"job", b"").decode()
-    except (OSError, pa.ArrowInvalid):
-        return None
+    about = answers.about_parquet(path)
+    return None if about is None else (about.metadata or {}).get(b"job", b"").decode()
 
 
 def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
@@ -256,15 +253,19 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
         with path.open("w", encoding="utf-8") as file:
             file.write(before + _inert(head[:-1]) + ', "rows": [')
             for number, part in enumerate(files):
-                shown = [_shown(row) for row in pq.read_table(part).to_pylist()]
+                shown = [_shown(row) for row in answers.read_parquet(part).to_pylist()]
                 said = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in shown)
                 file.write((",\n" if number else "") + _inert(said))
             file.write("]}" + after)
 
-    table = pa.concat_tables(pq.read_table(part).drop_columns("thumbnail") for part in files)
+    def write_csv(path: Path) -> None:
+        with path.open("wb") as file:
+            pyarrow.csv.write_csv(table, file)
+
+    table = pa.concat_tables(answers.read_parquet(part).drop_columns("thumbnail") for part in files)
     table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
     write_whole(out / "timeline.html", write_page)
-    write_whole(out / "timeline.csv", lambda path: pyarrow.csv.write_csv(table, path))
+    write_whole(out / "timeline.csv", write_csv)
     answers.write_parquet(out / "timeline.parquet", table)
     shutil.rmtree(parts, ignore_errors=True)
 

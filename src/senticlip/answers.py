@@ -15,7 +15,7 @@ from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
 from senticlip.files import write_whole
-from senticlip.structures import LABELS, Clip, Prediction, UserError
+from senticlip.structures import LABELS, Clip, Prediction, UserError, whole
 
 HEADS = ("text", "video", "audio")
 """The modalities that may say something for themselves, by the name that a reader sees."""
@@ -44,7 +44,7 @@ def shown(path: str | Path) -> str:
 def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:
     """A prediction as a row with the columns FIELDS; what it does not have is None."""
     row: dict[str, Any] = {name: None for name, _ in FIELDS}
-    row["error"] = None if error is None else str(error)
+    row["error"] = None if error is None else whole(str(error))
     if prediction is None:
         return row
     row["label"] = prediction.label
@@ -133,7 +133,27 @@ def fingerprint(run: str | Path) -> str:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table whole or not at all."""
-    write_whole(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # pyarrow itself opens no path that is not UTF-8
+            pq.write_table(table, file, compression="zstd")
+
+    write_whole(path, write)
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A table that ``write_parquet`` wrote."""
+    with path.open("rb") as file:
+        return pq.read_table(file, columns=columns)
+
+
+def about_parquet(path: Path) -> pq.FileMetaData | None:
+    """What a Parquet file says of itself; None if it is not there, or not whole (a disk may lose what was written)."""
+    try:
+        with path.open("rb") as file:
+            return pq.read_metadata(file)
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 class _CallableModule(ModuleType):

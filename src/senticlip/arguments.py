@@ -170,6 +170,7 @@ def _to_answer(verbs: Verbs) -> None:
     p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--address", help="of a Ray cluster (default: this machine)")
     p.add_argument("--workers", type=int, help="models at work (default: one per core or GPU)")
+    p.add_argument("--retry", action="store_true", help="answer again the parts in which rows failed")
     _device(p)
 
     p = verbs.add("export", "write a run as one ONNX file")

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from senticlip import answers, manifest, runtime
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
-from senticlip.data.table import finite
+from senticlip.data.table import finite, located
 from senticlip.files import alone, write_text
 from senticlip.precision import PRECISIONS
 from senticlip.structures import Clip, UsageError, UserError
@@ -57,6 +57,7 @@ def bulk(
     device: str | None = None,
     rows_per_part: int = 256,
     precision: str = "fp32",
+    retry: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer every row of a manifest, as a stream of rows: id, and answers.FIELDS (``error`` where it failed).
@@ -75,6 +76,7 @@ def bulk(
         device: cpu or cuda.
         rows_per_part: what a worker answers at a time, and a kill loses.
         precision: fp32, bf16 or int8.
+        retry: make the parts again that hold a row with an error.
         progress: called with (rows done, rows in all), first for what is there and then part by part.
 
     Raises:
@@ -98,7 +100,7 @@ def bulk(
     if (workers or 1) > 1 and not distributed:
         raise UsageError(f"--workers {workers} needs Ray: pip install 'senticlip[ray]' (or leave it out: one process)")
     with alone(out, "bulk"):
-        job = _prepare(run, source, out, rows_per_part, precision) | {"device": device}
+        job = _prepare(run, source, out, rows_per_part, precision) | {"device": device, "retry": retry}
     return _stream(job, address, workers if distributed else 1, progress or (lambda done, total: None))
 
 
@@ -133,6 +135,8 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         parts.parent.mkdir(parents=True, exist_ok=True)
         if stamp.is_file():
             there = json.loads(stamp.read_text(encoding="utf-8"))
+            if not isinstance(there, dict):
+                raise ValueError("no object")
             other = [name for name, value in key.items() if there.get(name) != value]
             if other:
                 raise UserError(f"{out}: holds answers with another {' and '.join(other)} — choose another --out")
@@ -140,9 +144,11 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
             raise UserError(f"{out}: holds Parquet parts of something else — choose another --out")
         for partial in (*out.glob(".*.partial"), *parts.parent.glob(".*.partial")):
             partial.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: cannot be used — {getattr(error, 'strerror', None) or error}") from None
-    if not (stamp.is_file() and parts.is_file()):  # what was cut without a stamp may be another manifest's
+    except ValueError:
+        raise UserError(f"{stamp}: damaged, so whose answers lie there is not known — choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be used — {error.strerror or error}") from None
+    if not (stamp.is_file() and answers.about_parquet(parts)):  # what was cut without a stamp may be another manifest's
         manifest.split(source, parts, rows_per_part)
     write_text(stamp, json.dumps(key, indent=1))
     return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
@@ -152,20 +158,30 @@ def _stream(
     job: dict[str, Any], address: str | None, workers: int | None, progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
     """The rows of the parts that are there, then of the others as they come."""
-    out, cut = Path(job["out"]), pq.read_metadata(job["parts"])
+    out, cut = Path(job["out"]), answers.about_parquet(Path(job["parts"]))
+    assert cut is not None
     with alone(out, "bulk"):
         numbers = range(cut.num_row_groups)
-        there = [number for number in numbers if part_path(out, number).is_file()]
+        there = [number for number in numbers if _is_done(part_path(out, number), job["retry"])]
         todo = sorted(set(numbers) - set(there))
+        for number in todo:  # what is there is not made again
+            part_path(out, number).unlink(missing_ok=True)
         done = sum(cut.row_group(number).num_rows for number in there)
         progress(done, cut.num_rows)
         for number in there:
-            yield from pq.read_table(part_path(out, number)).to_pylist()
+            yield from answers.read_parquet(part_path(out, number)).to_pylist()
         for number in _made(job, todo, address, workers):
-            rows = pq.read_table(part_path(out, number)).to_pylist()
+            rows = answers.read_parquet(part_path(out, number)).to_pylist()
             done += len(rows)
             progress(done, cut.num_rows)
             yield from rows
+
+
+def _is_done(part: Path, retry: bool) -> bool:
+    """Whether a part is there and whole, and, where those are tried again, has no row with an error."""
+    if (about := answers.about_parquet(part)) is None:
+        return False
+    return not retry or answers.read_parquet(part, ["error"])["error"].null_count == about.num_rows
 
 
 def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
@@ -186,7 +202,7 @@ class Worker:
         self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         if threads:
             runtime.setup(threads)
-        self.parts = pq.ParquetFile(job["parts"])
+        self.parts = pq.ParquetFile(open(job["parts"], "rb"))  # noqa: SIM115 — as long as this lives
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's face: the numbers of parts in, the same out when their files are there."""
@@ -213,7 +229,7 @@ class Worker:
     def _deadly(self, rows: list[dict[str, Any]]) -> set[str]:
         """The paths whose decoding kills the process that does it (a codec that crashes, a picture beyond memory)."""
         paths = {row["path"] for row in rows if row["path"] is not None}
-        return {path for path in sorted(paths) if _kills(self.root / path)}
+        return {path for path in sorted(paths) if _kills(located(self.root, path))}
 
     def answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One batch of manifest rows; what cannot be read becomes a row with its error."""
@@ -233,7 +249,8 @@ class Worker:
         if row["error"] is not None:
             raise UserError(row["error"])
         if row.get("deadly"):
-            raise UserError(f"{self.root / row['path']}: whatever decodes it crashes or never ends — replace the file")
+            deadly = located(self.root, row["path"])
+            raise UserError(f"{deadly}: whatever decodes it crashes or never ends — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
             times[name] = None if row[name] is None else finite(row[name])
@@ -241,10 +258,10 @@ class Worker:
                 raise UserError(f"{row['id']}: {name} {row[name]!r} is no time in seconds")
         text = row["text"]
         if text is None and row["subtitles"] is not None:
-            lines = subtitles.read(self.root / row["subtitles"])
+            lines = subtitles.read(located(self.root, row["subtitles"]))
             begin, end = times["start"] or 0.0, times["end"] or float("inf")
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
-        path = None if row["path"] is None else self.root / row["path"]
+        path = None if row["path"] is None else located(self.root, row["path"])
         if path is None and text is None:
             raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
         return Clip(row["id"], path, text, start=times["start"], end=times["end"])

@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result = VERBS[options.verb](options)
         if options.json and runtime.first_process():
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            # a terminal in ASCII would be told \xNN, which is no JSON
+            spoken = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
+            print(json.dumps(result, ensure_ascii=not spoken), flush=True)
     except KeyboardInterrupt:
         fail(INTERRUPTED.get(options.verb, "interrupted"), 130)
     except BrokenPipeError:
@@ -257,14 +259,14 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.progress import counter
 
     began, done, failed, first = time.monotonic(), 0, 0, None
-    rest = given(options, "out", "address", "workers", "device", "precision")
+    rest = given(options, "out", "address", "workers", "device", "precision", "retry")
     with counter("rows") as progress:
         for row in run(options.model, options.manifest, **rest, progress=progress):
             done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
             first = first or row["error"]
     say(options, f"{done} done, {failed} failed; {options.out}")
     if failed:
-        say(options, f"the column error tells why, first: {first}")
+        say(options, f"--retry tries them again; the column error tells why, first: {first}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
 
 

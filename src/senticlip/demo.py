@@ -23,7 +23,7 @@ from senticlip.explain_set import KINDS, kind
 from senticlip.files import alone, write_text
 from senticlip.predictor import load
 from senticlip.progress import counter
-from senticlip.structures import polarity
+from senticlip.structures import Clip, UsageError, polarity
 from senticlip.tables import load_preset
 from senticlip.train import stages_of, train
 
@@ -42,10 +42,14 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
         ``{"accuracy": …, "macro_f1": …, "report": path}`` of the fused model on test.
 
     Raises:
-        UserError: another demo is writing there. UsageError: ``out``/data is something else.
+        UserError: another demo is writing there. UsageError: ``out``/data is something else, or the experiment reads no
+            text or no video.
     """
+    config = config or load_preset("tiny")
+    if not set(ALONE.values()) <= set(config.modalities):
+        raise UsageError("modalities: the demo compares text and video with both — leave them in (audio may be added)")
     with alone(Path(out), "demo"):
-        return _demo(Path(out), config or load_preset("tiny"), sound)
+        return _demo(Path(out), config, sound)
 
 
 def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
@@ -61,16 +65,16 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
                 share_stage(run, stage, out / "run" / "stages" / stage)
         train(experiment, out / "data", run, resume=name != "fused")
         found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
-    shown = strip(out / "run" / "predictions-test.csv", out / "data")
+    there = {clip.id: clip for clip in read_clips(out / "data", "test", config.protocol, config.seed)}
+    shown = strip(out / "run" / "predictions-test.csv", there)
     asked = next(clip for clip in shown if clip["kind"] == "conflict")
     explain(load(out / "run"), asked["path"], asked["text"], out / "explain")
     write_text(out / "report.html", page(found, shown))
     return {name: found["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
 
 
-def strip(predictions: Path, data: Path, per_kind: int = 2) -> list[dict[str, Any]]:
-    """The first few test clips of each kind, with a thumbnail of their middle and what was predicted."""
-    there = {clip.id: clip for clip in read_clips(data, "test")}
+def strip(predictions: Path, there: dict[str, Clip], per_kind: int = 2) -> list[dict[str, Any]]:
+    """The first few clips of each kind (``there``: by id), with a thumbnail of their middle and what was predicted."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from senticlip.config import from_dict
 from senticlip.data.sims import read_clips
-from senticlip.files import abandoned
+from senticlip.files import abandoned, disk
 from senticlip.models.base import SentimentModel
 from senticlip.progress import spinner
 from senticlip.quantize import quantize, recipe
@@ -122,7 +122,7 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
         made = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
-        with made as folder, spinner(f"exporting {out.name}"):
+        with disk(out), made as folder, spinner(f"exporting {out.name}"):
             os.replace(_made(predictor, Path(folder), int8), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
@@ -247,6 +247,8 @@ class OnnxModel:
             about = json.loads(found["senticlip"])
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, read here is {FORMAT}")
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: onnxruntime opens no path that is not UTF-8 — rename it") from None
         except Exception as error:
             reason = str(error).splitlines()[0][:120]
             raise UserError(

@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from senticlip.data.table import LONGEST_CELL
 from senticlip.files import write_whole
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import UsageError, UserError, whole
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
@@ -37,7 +38,8 @@ def split(manifest: Path, path: Path, rows: int) -> None:
     def write(partial: Path) -> None:
         records = read(manifest)
         count = 0
-        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+        # opened here: pyarrow itself opens no path that is not UTF-8
+        with partial.open("wb") as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
             while chunk := list(islice(records, rows)):
                 writer.write_table(pa.Table.from_pylist(chunk, SCHEMA), row_group_size=rows)
                 count += len(chunk)
@@ -73,11 +75,11 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
     full = {key: v for key, v in row.items() if v is not None and v is not _SHORT and v == v and str(v).strip()}
     cells = _named(full)
     said = {name: str(value) for name, value in cells.items()}
-    whole = {name: said[name].encode("utf-8", "replace").decode() for name in COLUMNS if name in said}
-    record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **whole, "error": None}
+    sound = {name: whole(said[name]) for name in COLUMNS if name in said}
+    record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **sound, "error": None}
     record["id"] = record["id"] or record["path"] or f"row {number}"
-    odd = [name for name in whole if not isinstance(cells[name], str | int | float)]
-    halves = [name for name, value in whole.items() if value != said[name]]
+    odd = [name for name in sound if not isinstance(cells[name], str | int | float)]
+    halves = [name for name, value in sound.items() if value != said[name]]
     if odd:
         record["error"] = f"{where}, column {odd[0]}: a {type(cells[odd[0]]).__name__} — expected text or a number"
     elif halves:
@@ -99,6 +101,7 @@ def _named(row: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    csv.field_size_limit(LONGEST_CELL)
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
         reader = csv.DictReader(
             file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",", strict=True, restval=_SHORT
@@ -135,10 +138,11 @@ def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        file = pq.ParquetFile(manifest)
+        opened = manifest.open("rb")
+        file = pq.ParquetFile(opened)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{manifest}: not readable as Parquet ({' '.join(str(error).split())})") from None
-    with file:
+    with opened, file:
         _known(manifest, file.schema_arrow.names)
         names = [name for name in file.schema_arrow.names if _named({name: None})]
         number = 0

@@ -40,6 +40,9 @@ except ImportError:
 WAITING = 64
 """Open connections at a time; more are turned away with 503."""
 
+GRACE = 10
+"""Seconds that an answer, or an upload, under way has when it ends."""
+
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
 
@@ -74,7 +77,7 @@ def serve(
         UsageError: an address that cannot be had, a model that reads feature files; UsageError, UserError: as
             ``senticlip.load``.
     """
-    most = int(limit * 2**20) if math.isfinite(limit) else 0
+    most = int(limit * 2**20) if math.isfinite(limit * 2**20) else 0
     if most < 1:
         raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
     if not host.strip():  # to the socket that would mean every network
@@ -82,11 +85,14 @@ def serve(
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{host}:{port}: cannot be listened at ({error}) — choose another --port or --host") from None
+        reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]  # Python tells the address again
+        raise UsageError(f"{host}:{port}: cannot be listened at ({reason}) — choose another --port or --host") from None
     with door:
         name = Path(run).resolve().name if Path(run).exists() else str(run)
         answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit)
-        server = uvicorn.Server(uvicorn.Config(answers, log_level="error", limit_concurrency=WAITING))
+        server = uvicorn.Server(
+            uvicorn.Config(answers, log_level="error", limit_concurrency=WAITING, timeout_graceful_shutdown=GRACE)
+        )
         url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
         with suppress(KeyboardInterrupt):
             ready(url)

@@ -50,10 +50,15 @@ def polarity(score: Any) -> Any:
     return (score >= 0) + 1 * (score > 0)
 
 
+def whole(text: str) -> str:
+    """A text that is UTF-8: halves of characters, as names of files and some encodings bring, are question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def spoken(text: str | None) -> str | None:
-    """A text as it can be said again (some encodings bring halves of characters); a blank one is none."""
-    whole = (text or "").encode("utf-8", "replace").decode()
-    return whole if whole.strip() else None
+    """A text as it can be said again; a blank one is none."""
+    said = whole(text or "")
+    return said if said.strip() else None
 
 
 class Clip(NamedTuple):

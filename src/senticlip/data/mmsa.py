@@ -19,6 +19,7 @@ from senticlip.data import unpickle
 from senticlip.data.cache import MISSING, Store, cached, file_key
 from senticlip.data.table import SPLITS, normal_id
 from senticlip.files import write_whole
+from senticlip.progress import console
 from senticlip.structures import Clip, UserError
 
 SUFFIXES = (".pkl", ".pickle")
@@ -145,9 +146,17 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
         keys = [f"{key}-{split}-{i}" for split, i in places]
 
         def compute(missing: list[int], name: str = name, parts: Any = parts, places: Any = places) -> Iterator[Any]:
+            silent = 0
             for place in missing:
                 split, i = places[place]
-                yield _row(path, split, name, i, *parts[split])
+                values, lengths = parts[split]
+                row = np.array(values[i, : lengths[i]], dtype=np.float32)
+                if name == "audio":  # official files have some; MMSA takes 0 for them
+                    silent += np.isneginf(row).sum()
+                    row[np.isneginf(row)] = 0
+                yield _row(path, split, name, i, row)
+            if silent:
+                console.print(f"{path}: {silent} values of audio are -inf, read as 0 (as MMSA does)", soft_wrap=True)
 
         rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute, f"converting {name}")
     return Features(Path(path), clips, rows, widths)
@@ -234,14 +243,13 @@ def _real_tokens(path: str | Path, split: str, value: Any, count: int) -> np.nda
     return value[:, 1].sum(1)
 
 
-def _row(path: str | Path, split: str, name: str, i: int, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """One row without its padding, float32."""
-    row = np.asarray(values[i, : lengths[i]], dtype=np.float32)
+def _row(path: str | Path, split: str, name: str, i: int, row: np.ndarray) -> np.ndarray:
+    """One row without its padding, if it is finite, and without frames that show no face."""
     if not np.isfinite(row).all():
         step, column = np.argwhere(~np.isfinite(row))[0]
         raise UserError(
             f"{path}, {split}, {name}, row {i}, step {step}, column {column}: {row[step, column]} — "
-            "features must be finite; replace it (MMSA takes 0 for -inf) or leave the clip out"
+            "features must be finite; replace it or leave the clip out"
         )
     return row[row.any(1)] if name == "vision" else row
 

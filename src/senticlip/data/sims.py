@@ -23,7 +23,9 @@ from senticlip.data.table import (
     Line,
     columns_of,
     finite,
+    located,
     normal_id,
+    only_0_and_1,
     read_table,
     score,
 )
@@ -78,9 +80,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
         more = f" (and {len(problems) - 1} more: senticlip data check {path})" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     clips = _split(rows, protocol, seed)
-    if split in (None, "all"):
-        return clips
-    chosen = [clip for clip in clips if clip.split == split]
+    chosen = [clip for clip in clips if split in (None, "all", clip.split)]
     if not chosen:
         there = ", ".join(name for name in SPLITS if any(clip.split == name for clip in clips))
         raise UserError(f"{table}: no clips in split {split!r} — there is {there}: give some rows that split")
@@ -212,6 +212,7 @@ def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
+    rows[0].warnings.extend(only_0_and_1(table, columns, lines))
     return table, rows
 
 
@@ -234,8 +235,7 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
     labels = {}
     for column, target in TARGET_COLUMNS.items():
         cell = cells.get(column, "")
-        value = score(cell)
-        if value is not None:
+        if (value := score(cell)) is not None:
             labels[target] = value
         elif cell or column == "label":
             problems.append(
@@ -325,7 +325,7 @@ def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str,
         name = cells.get("path", "")
         path, faults = None, []
         try:
-            path = table.parent / Path(name).expanduser() if name else None
+            path = located(table.parent, str(Path(name).expanduser())) if name else None
             if path is not None and not path.is_file():
                 faults = [f"{path} does not exist"]
         except (OSError, RuntimeError) as error:

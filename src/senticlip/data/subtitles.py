@@ -22,6 +22,7 @@ SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
 TOGETHER = 10.0
 """Lines that merely touch are merged up to this many seconds; real ones are no longer."""
 
+_COLUMNS = ("layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect", "text")
 _CHINESE = {"zh", "chi", "zho", "chs", "cht", "cmn", "yue"}
 _PICTURES = "are pictures, not text — give the lines as a file: --subtitles F.srt"
 _SOUNDS = (
@@ -60,7 +61,7 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
         raise UsageError(f"{path}: no such subtitle file")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: not a subtitle file — choose one of {', '.join(SUFFIXES)}")
-    text = guess_text(path.read_bytes(), path)
+    text = re.sub(r"\r*\n|\r", "\n", guess_text(path.read_bytes(), path))
     if not text.strip():
         return []
     if text.startswith("WEBVTT"):
@@ -73,7 +74,9 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     try:
         cues = [
             _Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
-            for event in pysubs2.SSAFile.from_string(text, "ass" if bare else None, keep_unknown_html_tags=True)
+            for event in pysubs2.SSAFile.from_string(
+                _usual_columns(text), "ass" if bare else None, keep_unknown_html_tags=True
+            )
             if not event.is_comment and not event.is_drawing
         ]
     except (pysubs2.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -84,10 +87,25 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     return merge(cues, shift)
 
 
+def _usual_columns(text: str) -> str:
+    """ASS whose lines have other columns (its Format line names them) with the usual ones, which pysubs2 takes for
+    granted."""
+    told = re.search(r"^\[Events\][^\[]*?^Format:(.*)$", text, re.MULTILINE)
+    names = [name.strip().casefold() for name in told[1].split(",")] if told else []
+    if not {"start", "end"} <= set(names) or names[-1] != "text" or (names[1:3], len(names)) == (["start", "end"], 10):
+        return text
+
+    def line(found: re.Match[str]) -> str:
+        cells = dict(zip(names, found[2].split(",", len(names) - 1), strict=False))
+        return f"{found[1]} " + ",".join(cells.get(name, "0") for name in _COLUMNS)
+
+    return re.sub(r"^(Dialogue:|Comment:)(.*)$", line, text, flags=re.MULTILINE)
+
+
 def _timed_blocks(text: str) -> str:
     """WebVTT without what is not said: names of cues, NOTE, STYLE and REGION blocks."""
     cues = []
-    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
+    for block in re.split(r"\n\s*\n", text):
         lines = block.split("\n")
         timed = next((i for i, line in enumerate(lines) if "-->" in line), None)
         cues += [] if timed is None else ["\n".join(lines[timed:])]
@@ -260,4 +278,4 @@ def _lead(character: str, encoding: str) -> int:
         code = character.encode("gb2312" if encoding == "gb18030" else encoding)
     except UnicodeEncodeError:
         return 0
-    return code[0] if len(code) == 2 else 0
+    return code[0]

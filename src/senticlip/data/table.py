@@ -6,12 +6,16 @@ import codecs
 import csv
 import io
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from senticlip.structures import UsageError, UserError
+
+LONGEST_CELL = 16 << 20
+"""Characters of a cell; csv's own bound (131,072) is less than what is said in a long film."""
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv")
 SPLITS = ("train", "valid", "test")
@@ -80,6 +84,12 @@ def surely(data: bytes) -> str | None:
     return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", errors="replace")
 
 
+def located(folder: Path, name: str) -> Path:
+    """The file that a table in ``folder`` names; Windows' a\\b.mp4 is a/b.mp4 where nothing is called so."""
+    path = folder / name
+    return path if "\\" not in name or os.path.exists(path) else folder / name.replace("\\", "/")
+
+
 def read_table(path: Path) -> list[Line]:
     """The records of a CSV file, blank ones left out, the header (if there is one) still among them.
 
@@ -95,6 +105,7 @@ def read_table(path: Path) -> list[Line]:
     text = decode(data, path).replace("\0", "")
     first = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = max(",\t;", key=first.count)
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines, start = [], 1
     try:
@@ -190,3 +201,12 @@ def finite(cell: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
+    """A warning, if the labels are the numbers 0 and 1 throughout: many write negative as 0."""
+    index = columns["label"]
+    if {finite(line.cells[index]) for line in lines if any(line.cells[index : index + 1])} != {0.0, 1.0}:
+        return []
+    told = f"{table}: labels are 0 and 1 only: 0 is neutral, 1 positive"
+    return [f"{told} — if 0 means negative, write words (negative/positive)"]

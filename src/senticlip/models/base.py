@@ -177,10 +177,17 @@ class SentimentModel(PreTrainedModel):
         try:
             model.load_state_dict(load_file(path / "model.safetensors"))
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-            file, reason = path / "model.safetensors", str(error).splitlines()[0]
+            lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+            reason = lines[:2][-1][:200]  # torch tells below a heading which keys are wrong
+            file = path / "model.safetensors"
             raise UserError(f"{file}: broken, or not its config's ({reason}) — copy it again") from None
         if "text" in model.encoders:
             model.tokenizer = load_tokenizer(path / "tokenizer")
+            encoder: Any = model.encoders["text"]
+            words = encoder.body.get_input_embeddings().num_embeddings
+            if len(model.tokenizer) > words:
+                told = f"{len(model.tokenizer)} words, the model has {words}"
+                raise UserError(f"{path}/tokenizer: {told} — copy it again, it is another model's")
         return model.eval()
 
     @classmethod
