@@ -1,6 +1,7 @@
 """A film → its timeline: right rows, one pass, resumable, a page that stands alone."""
 
 import json
+import os
 import re
 import sys
 import types
@@ -260,3 +261,17 @@ def test_transcribed_lines(film, monkeypatch, tmp_path):
     monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
     rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model=str(tmp_path)))
     assert [row["text"] for row in rows] == ["真好", "然后呢"]
+
+
+def test_a_part_that_a_disk_has_lost_is_made_again(film, srt, tmp_path):
+    out = tmp_path / os.fsdecode(b"\xb5\xe7")  # a name that is no UTF-8
+    whole = list(analyze(FakePredictor(), film, srt))
+    with pytest.raises(RuntimeError, match="killed"):
+        list(analyze(FakePredictor(fail_after=2), film, srt, out))
+    (out / ".timeline" / "000000.parquet").write_bytes(b"PAR1")
+    again = FakePredictor()
+    assert list(analyze(again, film, srt, out, resume=True)) == whole
+    assert again.batches == 2
+    assert list(analyze(again, film, srt, out, resume=True)) == whole
+    assert again.batches == 2
+    assert pyarrow.csv.read_csv((out / "timeline.csv").open("rb"))["text"].to_pylist() == WORDS

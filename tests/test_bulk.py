@@ -1,6 +1,7 @@
 """An archive → its rows: in one process and on Ray, whatever fails, and whoever is killed when."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import av
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -391,3 +393,59 @@ def test_no_cluster_answers(run, archive, tmp_path):
     pytest.importorskip("ray")
     with pytest.raises(UserError, match="no Ray cluster answers"):
         list(bulk.bulk(run, archive, tmp_path, address="127.0.0.1:1", rows_per_part=PART))
+
+
+def test_what_a_disk_has_lost_is_made_again(run, archive, undisturbed, tmp_path):
+    list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    (tmp_path / "part-000000.parquet").write_bytes(b"")
+    for damaged in (tmp_path / "part-000002.parquet", tmp_path / ".bulk" / "rows.parquet"):
+        damaged.write_bytes(damaged.read_bytes()[:-50])
+    rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert sorted(row["id"] for row in rows) == [f"{i:02}" for i in range(ROWS)]
+    assert files(tmp_path) == undisturbed
+    for wrong in ("[]", "{"):
+        (tmp_path / ".bulk" / "job.json").write_text(wrong)
+        with pytest.raises(UserError, match=r"job\.json: damaged, .* choose another --out"):
+            bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART)
+
+
+def test_retry_answers_the_parts_again_in_which_rows_failed(run, tmp_path, monkeypatch):
+    rows = [{"id": name, "text": "好"} for name in "abc"] + [{"id": "d", "path": "late.mp4"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    made = []
+    real = bulk.Worker.make
+    monkeypatch.setattr(bulk.Worker, "make", lambda self, number: made.append(number) or real(self, number))
+
+    def again(**options):
+        made.clear()
+        found = bulk.bulk(run, tmp_path / "m.jsonl", tmp_path / "out", workers=1, rows_per_part=2, **options)
+        return {row["id"]: row["error"] for row in found}
+
+    assert "no such video" in again()["d"]
+    write_clip(tmp_path / "late.mp4", 60, 0, size=32)
+    assert "no such video" in again()["d"]
+    assert made == []
+    assert again(retry=True) == dict.fromkeys("abcd")
+    assert made == [1]
+    assert again(retry=True) == dict.fromkeys("abcd")
+    assert made == []
+
+
+def test_folders_need_not_be_utf_8_and_tables_come_from_windows(run, tmp_path):
+    place = tmp_path / os.fsdecode(b"\xb5\xe7")
+    write_clip(place / "clips" / "0.mp4", 60, 0, size=32)
+    (place / "m.csv").write_text("id,path\na,clips\\0.mp4\nb,none.mp4\n")
+    found, lost = bulk.bulk(run, place / "m.csv", place / "out", workers=1)
+    assert found["error"] is None
+    assert "/??/none.mp4: no such video file" in lost["error"]
+    assert answers.read_parquet(place / "out" / "part-000000.parquet").to_pylist() == [found, lost]
+    (place / "m.parquet").write_bytes(as_parquet(place / "m.csv"))
+    assert [row["id"] for row in bulk.bulk(run, place / "m.parquet", place / "more", workers=1)] == ["a", "b"]
+
+
+def as_parquet(table: Path) -> bytes:
+    """A CSV as Parquet."""
+    sink = io.BytesIO()
+    with table.open(encoding="utf-8", newline="") as file:
+        pq.write_table(pa.Table.from_pylist(list(csv.DictReader(file))), sink)
+    return sink.getvalue()

@@ -51,8 +51,9 @@ MODELS = {
     "vit": lambda folder: build(folder, tiny.timm_folder(folder / "vit", "test_vit")),
     "resnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn", "test_resnet"), 64),
     "efficientnet": lambda folder: build(folder, tiny.timm_folder(folder / "cnn"), 64, gain=1000.0),
+    "mambaout": lambda folder: build(folder, tiny.timm_folder(folder / "nhwc", "test_mambaout"), 64),
 }
-SIZES = {"chinese_clip": 32, "vit": 32, "resnet": 64, "efficientnet": 64}
+SIZES = {"chinese_clip": 32, "vit": 32, "resnet": 64, "efficientnet": 64, "mambaout": 64}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,13 @@ def layer_of(model):
         return encoder.body.encoder.layers[-1].layer_norm1, 2, 1
     if hasattr(encoder.body, "blocks") and hasattr(encoder.body, "num_prefix_tokens"):
         return encoder.body.blocks[-1].norm1, 2, encoder.body.num_prefix_tokens
-    return encoder.body.get_submodule(cut.last_stage(encoder.body)), 1, 0
+    axis = 3 if getattr(encoder.body, "output_fmt", "") == "NHWC" else 1
+    return encoder.body.get_submodule(cut.last_stage(encoder.body)), axis, 0
+
+
+def maps_of(values, axis, prefix):
+    """N×C×h×w of what the explained layer gives."""
+    return cut.to_grid(values[:, prefix:].transpose(1, 2)) if axis == 2 else values.movedim(axis, 1)
 
 
 @torch.no_grad()
@@ -98,9 +105,7 @@ def naive(model, batch):
             handle = layer.register_forward_hook(ablate)
             weights[frame, channel] = (y - model(batch).log_probs.double().exp()[0]) / y
             handle.remove()
-    if axis == 2:
-        activations = cut.to_grid(activations[:, prefix:].transpose(1, 2))
-    return torch.einsum("ncl,nchw->lnhw", weights, activations).relu()
+    return torch.einsum("ncl,nchw->lnhw", weights, maps_of(activations, axis, prefix)).relu()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -176,10 +181,7 @@ def test_grad_cam_is_the_gradient_of_the_probability(models, name):
     model(batch).log_probs.exp()[0, index].backward()
     handle.remove()
     model.zero_grad(set_to_none=True)
-    activations, gradients = kept[0].detach(), kept[0].grad
-    if axis == 2:
-        activations = cut.to_grid(activations[:, prefix:].transpose(1, 2))
-        gradients = cut.to_grid(gradients[:, prefix:].transpose(1, 2))
+    activations, gradients = (maps_of(values, axis, prefix) for values in (kept[0].detach(), kept[0].grad))
     expected = (gradients.mean((2, 3), keepdim=True) * activations).sum(1).relu()
     found = cam.grad_cam(model, batch, index)
     assert found.max() > 0
@@ -194,6 +196,13 @@ def test_rollout_is_a_distribution_over_tokens(models, name):
     assert (found >= 0).all()
     assert (found.sum((1, 2)) < 1).all()  # the class token keeps a share
     assert (found.sum((1, 2)) > 0.1).all()
+
+
+def test_rollout_without_a_class_token_is_the_mean_of_all_patches(tmp_path):
+    model = build(tmp_path, tiny.timm_folder(tmp_path / "vit", "test_vit_relpos"), 160)
+    found = cam.rollout(model, clip(160))
+    assert found.shape == (2, 10, 10)
+    torch.testing.assert_close(found.sum((1, 2)), torch.ones(2))
 
 
 def test_rollout_multiplies_all_of_chinese_clips_attention(models):

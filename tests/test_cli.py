@@ -196,6 +196,16 @@ def test_a_config_that_cannot_be(fails):
     fails(2, "config key model: 'foo'", "demo", "--set", "model=foo")
 
 
+def test_json_is_json_where_stdout_is_not_utf_8(place, tmp_path):
+    video = tmp_path / "é电.mp4"
+    shutil.copy(next((place / "data" / "Raw").rglob("*.mp4")), video)
+    table = tmp_path / "é.csv"
+    table.write_text("path,text,label\né电.mp4,好,2\n", encoding="utf-8")
+    command = [sys.executable, "-m", "senticlip", "data", "check", str(table), "--json"]
+    found = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert "é.csv" in json.loads(found.stdout.splitlines()[-1])["problems"][0]
+
+
 def damage(place, tmp_path, name, content=None):
     run = tmp_path / "run"
     shutil.copytree(place / "run0", run)

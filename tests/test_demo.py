@@ -6,9 +6,10 @@ import re
 import pytest
 from tests.tiny import data_folder
 
+from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.demo import demo, page, strip
-from senticlip.structures import LABELS, UserError
+from senticlip.structures import LABELS, UsageError, UserError
 
 
 class Enough(Exception):
@@ -57,3 +58,42 @@ def test_the_report_says_in_both_languages_how_words_and_face_stand(tmp_path):
     names = re.findall(r'<span class="soft">([^<]+)</span></figcaption>', report)
     assert names == ["文本与视频一致 agree", "文本与视频一致 agree", "都是中性 neutral"]
     assert (report.count("✓ 中性 neutral 0.70"), report.count("✗ 中性 neutral 0.70")) == (1, 2)
+
+
+def test_it_shows_clips_of_the_split_that_was_asked_about(tmp_path, monkeypatch):
+    asked = []
+
+    def evaluated(run, data):
+        clips = read_clips(data, "test", "tenth", 3)
+        with (run.parent / "run" / "predictions-test.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "text", "truth", "predicted", *LABELS])
+            writer.writerows([clip.id, clip.text, "neutral", "neutral", 0.1, 0.7, 0.2] for clip in clips)
+        return {"accuracy": 0.5, "macro_f1": 0.4}
+
+    def explained(run, video, *rest):
+        asked.append(video)
+        raise Enough
+
+    def few(out, seed, sound, progress):
+        data_folder(out, (4, 4, 12))
+        return {"best": {"test": dict.fromkeys(("fused", "text", "video"), 1.0)}}
+
+    monkeypatch.setattr("senticlip.demo.make", few)
+    monkeypatch.setattr("senticlip.demo.train", lambda config, data, run, resume: run.mkdir())
+    monkeypatch.setattr("senticlip.demo.evaluate", evaluated)
+    monkeypatch.setattr("senticlip.demo.read_metrics", lambda run: {"history": []})
+    monkeypatch.setattr("senticlip.demo.stages_of", lambda experiment, data: [])
+    monkeypatch.setattr("senticlip.demo.kind", lambda words, face: "conflict")
+    monkeypatch.setattr("senticlip.demo.load", lambda run: None)
+    monkeypatch.setattr("senticlip.demo.explain", explained)
+    with pytest.raises(Enough):
+        demo(tmp_path / "out", Config(protocol="tenth", seed=3))
+    assert asked == [read_clips(tmp_path / "out" / "data", "test", "tenth", 3)[0].video]
+
+
+def test_it_needs_text_and_video(tmp_path):
+    for modalities in (["text"], ["vision", "audio"]):
+        with pytest.raises(UsageError, match="modalities: the demo compares text and video"):
+            demo(tmp_path / "out", Config(modalities=modalities))
+    assert not (tmp_path / "out").exists()

@@ -1,8 +1,10 @@
 """The exported file answers as the RUN does, at any number of rows, frames and characters; int8 and bf16 nearly so."""
 
+import errno
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -299,6 +301,9 @@ def test_errors(run, file, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(UserError, match="not a file that this senticlip export made"):
         senticlip.load(tmp_path / "bad.onnx")
+    shutil.copy(file, tmp_path / os.fsdecode(b"\xb5.onnx"))
+    with pytest.raises(UserError, match="onnxruntime opens no path that is not UTF-8 — rename it"):
+        senticlip.load(tmp_path / os.fsdecode(b"\xb5.onnx"))
     with pytest.raises(UsageError, match=r"none\.onnx: no such file"):
         senticlip.load(tmp_path / "none.onnx")
     with pytest.raises(UsageError, match="an exported file is read on the CPU"):
@@ -315,3 +320,12 @@ def test_errors(run, file, tmp_path):
         senticlip.load(file, precision="bf16")
     with pytest.raises(UsageError, match="attention"):
         senticlip.load(file).model(made_batch(1, 1, 1), attention=True)
+
+
+def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("senticlip.export._made", full)
+    with pytest.raises(UserError, match=r"f\.onnx: the disk is full — make room, then run the same command again$"):
+        export(run, tmp_path / "f.onnx")

@@ -16,7 +16,7 @@ from senticlip.data.mmsa import read_features
 from senticlip.encoders.text import tokenize
 from senticlip.features import features
 from senticlip.models import create_model
-from senticlip.structures import Sequence
+from senticlip.structures import Sequence, UsageError
 
 
 @pytest.fixture
@@ -103,3 +103,9 @@ def test_splits_and_modalities_that_are_not_there(tmp_path, encoder):
     assert made["test"]["regression_labels"].shape == (0,)
     assert made["train"]["vision"].shape[2] == create_model(small(encoder)).encoders["vision"].dim
     assert len(read_features(out, tmp_path / "cache", ("text", "vision")).rows["text"]) == 2
+
+
+def test_a_feature_file_is_called_as_one(tmp_path):
+    for name in ("f.npz", "f"):
+        with pytest.raises(UsageError, match=r"the name must end in \.pkl"):
+            features(tmp_path, tmp_path / name, Config())

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from senticlip import manifest
+from senticlip.data.sims import read_clips
 from senticlip.structures import UsageError, UserError
 
 ROWS = [
@@ -76,7 +77,7 @@ def test_split_cuts_it_into_groups(tmp_path):
         ("m.csv", "", "row 1: the columns are nothing"),
         ("m.csv", "path,text\n", "no rows"),
         ("m.csv", b"\x00\xff\xfe\x81\x00" * 9, "m.csv"),
-        ("m.csv", "text\n" + "x" * 200_000 + "\n", "row 2: not readable as CSV"),
+        ("m.csv", 'text\n"' + "x" * 9, "row 2: not readable as CSV"),
         ("m.jsonl", '{"path": ', "row 1: not readable as JSON"),
         ("m.jsonl", "[1]", "row 1: not readable as JSON (not an object)"),
         ("m.jsonl", b'{"path": "\xff\xfe"}', "not readable as JSON"),
@@ -180,3 +181,10 @@ def test_what_is_no_text_is_the_rows_fault(tmp_path):
     first, second = manifest.read(path)
     assert "row 2: fewer cells than columns" in first["error"]
     assert second["error"] is None
+
+
+def test_a_long_text_is_a_text(tmp_path):
+    (tmp_path / "m.csv").write_text('text,label\n"' + "好" * 200_000 + '",0.5\n', encoding="utf-8")
+    (row,) = manifest.read(tmp_path / "m.csv")
+    assert row["text"] == "好" * 200_000
+    assert read_clips(tmp_path / "m.csv")[0].text == row["text"]

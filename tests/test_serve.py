@@ -247,7 +247,8 @@ def test_who_waits_when_it_ends_is_sent_away():
 
 
 def test_an_address_that_is_taken_or_none_is_wrong_use(place):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="choose another --port"):
+    said = r"cannot be listened at \(Address already in use\) — choose another --port"
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match=said):
         serve(place / "run", port=taken.getsockname()[1])
     with pytest.raises(UsageError, match="choose another --port"):
         serve(place / "run", port=70000)
@@ -255,8 +256,9 @@ def test_an_address_that_is_taken_or_none_is_wrong_use(place):
         serve(place / "run", host=" ")
     with pytest.raises(UsageError, match="--limit 0"):
         serve(place / "run", limit=0)
-    with pytest.raises(UsageError, match="--limit inf"):
-        serve(place / "run", limit=float("inf"))
+    for limit in (float("inf"), 1e305):
+        with pytest.raises(UsageError, match=f"--limit {limit:g}".replace("+", r"\+")):
+            serve(place / "run", limit=limit)
     features = Said("neutral")
     features.model.encoders.clear()
     with pytest.raises(UsageError, match="run: reads feature files"):
@@ -277,3 +279,20 @@ def test_the_verb_answers_until_it_is_interrupted(place):
         process.kill()
     assert (process.returncode, errors) == (0, "")
     assert json.loads(out) == {"url": url}
+
+
+def test_an_unfinished_upload_does_not_hold_the_end_up(place):
+    code = "import sys; from senticlip import serve; serve.GRACE = 0.5; serve.serve(sys.argv[1], port=0)"
+    process = subprocess.Popen([sys.executable, "-c", code, place / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as upload:
+            head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            upload.sendall(f"{head}Content-Length: 99999\r\n\r\n--x\r\n".encode())
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30):
+                pass  # by now the upload is being read
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=20)
+    finally:
+        process.kill()

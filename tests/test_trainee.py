@@ -289,3 +289,8 @@ def test_the_average_of_the_steps_is_what_is_evaluated(batch):
         trainee.train(training)
         found = trainee(text=parts["text"].values, text_mask=parts["text"].mask)["prediction"]
         torch.testing.assert_close(found, torch.full((ROWS, 3), value))
+
+
+def test_the_average_does_not_learn():
+    average = Trainee(Stubborn(Config().override({"train.ema": 0.9}))).average
+    assert not any(parameter.requires_grad for parameter in average.parameters())

@@ -29,7 +29,7 @@ from senticlip.models.base import SentimentModel
 from senticlip.progress import spinner
 from senticlip.quantize import quantize, recipe
 from senticlip.sources import fingerprint, reads
-from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError
+from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError, whole
 
 if TYPE_CHECKING:
     from senticlip.predictor import Predictor
@@ -237,6 +237,8 @@ class OnnxModel:
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         if not Path(path).is_file():
             raise UsageError(f"{path}: no such file — senticlip export RUN --out F.onnx makes one")
+        if str(path) != whole(str(path)):
+            raise UserError(f"{path}: onnxruntime opens no path that is not UTF-8 — rename it")
         runtime = _need("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -247,8 +249,6 @@ class OnnxModel:
             about = json.loads(found["senticlip"])
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, read here is {FORMAT}")
-        except UnicodeEncodeError:
-            raise UserError(f"{path}: onnxruntime opens no path that is not UTF-8 — rename it") from None
         except Exception as error:
             reason = str(error).splitlines()[0][:120]
             raise UserError(

@@ -273,3 +273,15 @@ def test_texts_that_are_not_there_and_long_ones(tmp_path):
     for protocol in (3, 5):
         clips = read_features(save(tmp_path / "f.pkl", data, protocol), tmp_path / "cache", ("audio",)).clips
         assert [clip.text for clip in clips[-4:]] == [None, None, long, "a" * 70_000]
+
+
+def test_no_sound_is_0_and_said_once(tmp_path, terminal):
+    data = made(audio=(9, 3))
+    for split, i in (("train", 0), ("train", 1), ("test", 0)):
+        data[split]["audio"][i, 0, 1] = -np.inf
+    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache").rows["audio"].gather(np.arange(12))[0]
+    assert (found[[0, 1, 8], 0, 1] == 0).all()
+    np.testing.assert_allclose(found[0, 0, [0, 2]], data["train"]["audio"][0, 0, [0, 2]])
+    data["train"]["vision"][0, 0, 1] = -np.inf
+    with pytest.raises(UserError, match="train, vision, row 0, step 0, column 1: -inf"):
+        read_features(save(tmp_path / "g.pkl", data), tmp_path / "cache")

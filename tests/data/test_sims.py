@@ -440,3 +440,24 @@ def test_every_word_has_its_score(value, words):
 def test_a_stray_zero_byte_is_no_utf_16(tmp_path):
     (tmp_path / "own.csv").write_text("path,text,label\n,你\0好,1\n", encoding="utf-8")
     assert read_clips(tmp_path / "own.csv")[0].text == "你好"
+
+
+def test_a_table_from_windows(tmp_path):
+    for name in ("a/1.mp4", "b\\2.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "mine.csv").write_text("path,label\na\\1.mp4,0.5\nb\\2.mp4,-1\n")
+    assert [clip.video for clip in read_clips(tmp_path / "mine.csv")] == [
+        tmp_path / "a" / "1.mp4",
+        tmp_path / "b\\2.mp4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "warned"), [("0 1 0", True), ("0 1 -1", False), ("neutral positive 0", False), ("1 1 1", False)]
+)
+def test_labels_0_and_1_alone_may_mean_something_else(tmp_path, labels, warned):
+    rows = "".join(f"好{label},{label},train\n" for label in labels.split())
+    (tmp_path / "mine.csv").write_text("text,label,split\n" + rows, encoding="utf-8")
+    told = [line for line in check(tmp_path / "mine.csv").warnings if "0 is neutral, 1 positive" in line]
+    assert len(told) == warned

@@ -272,3 +272,22 @@ def test_tracks_without_a_decoder_are_passed_over(tmp_path):
     with pytest.raises(UserError, match="no decoder for subtitle track 0 — give a file"):
         embedded(path, track=0)
     assert probe(path).subtitle_tracks == ["chi (unknown)", "eng (srt)"]
+
+
+def test_line_ends_of_every_machine(tmp_path):
+    for end in ("\r", "\r\n", "\r\r\n"):
+        assert read(write(tmp_path, "a.srt", SRT.replace("\n", end))) == LINES
+
+
+def test_ass_with_columns_of_its_own(tmp_path, recwarn):
+    columns = "Format: Start, End, Style, Text"
+    text = HEAD.replace("Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text", columns)
+    said = "Comment: 0:00:00.00,0:00:01.00,Default,不说\nDialogue: 0:00:01.00,0:00:02.50,Default,好, 真好\n"
+    assert read(write(tmp_path, "a.ass", text + said)) == [Line(1.0, 2.5, "好, 真好")]
+    assert not recwarn.list
+
+
+def test_chinese_encodings_are_told_by_their_frequent_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr("charset_normalizer.from_bytes", None)
+    for text, encoding in (("今天我真的很高兴", "gbk"), ("今天我真的很高興", "big5")):
+        assert guess_text(text.encode(encoding), tmp_path) == text

@@ -14,6 +14,7 @@ from tests.tiny import KINDS, clip_folder, text_folder, timm_folder
 from transformers import AutoModel
 
 from senticlip.config import Config
+from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel, train_part
 from senticlip.structures import UsageError, UserError
@@ -123,6 +124,10 @@ def edit(change):
     return write
 
 
+def other_tokenizer(run):
+    load_tokenizer(None).save_pretrained(run / "tokenizer")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -131,7 +136,8 @@ def edit(change):
         (edit(lambda d: d["encoders"]["text"].pop("spec")), "config.json: describes no model (KeyError: 'spec')"),
         (edit(lambda d: d["experiment"].update(heads=0)), "config.json: config key heads: 0 — must be at least 1"),
         (edit(lambda d: d.update(format_version=9)), "config.json: format 9 of 'senticlip'; this"),
-        (edit(lambda d: d["experiment"].update(width=32)), "model.safetensors: broken, or not its config's"),
+        (edit(lambda d: d["experiment"].update(width=32)), "not its config's (size mismatch for network."),
+        (other_tokenizer, "tokenizer: 21064 words, the model has 41 — copy it again"),
         (lambda run: (run / "config.json").unlink(), "no trained model here"),
         (lambda run: (run / "model.safetensors").write_bytes(b"\x10"), "model.safetensors: broken"),
         (lambda run: (run / "tokenizer").rename(run / "away"), "tokenizer: the tokenizer's folder is missing"),
