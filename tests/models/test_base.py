@@ -136,7 +136,7 @@ def other_tokenizer(run):
         (edit(lambda d: d["encoders"]["text"].pop("spec")), "config.json: describes no model (KeyError: 'spec')"),
         (edit(lambda d: d["experiment"].update(heads=0)), "config.json: config key heads: 0 — must be at least 1"),
         (edit(lambda d: d.update(format_version=9)), "config.json: format 9 of 'senticlip'; this"),
-        (edit(lambda d: d["experiment"].update(width=32)), "not its config's (size mismatch for network."),
+        (edit(lambda d: d["experiment"].update(width=32)), "its config's (Missing key(s) in state_dict: \"network."),
         (other_tokenizer, "tokenizer: 21064 words, the model has 41 — copy it again"),
         (lambda run: (run / "config.json").unlink(), "no trained model here"),
         (lambda run: (run / "model.safetensors").write_bytes(b"\x10"), "model.safetensors: broken"),
