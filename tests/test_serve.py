@@ -283,7 +283,9 @@ def test_the_verb_answers_until_it_is_interrupted(place):
 
 def test_an_unfinished_upload_does_not_hold_the_end_up(place):
     code = "import sys; from senticlip import serve; serve.GRACE = 0.5; serve.serve(sys.argv[1], port=0)"
-    process = subprocess.Popen([sys.executable, "-c", code, place / "run"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, place / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])
@@ -293,6 +295,7 @@ def test_an_unfinished_upload_does_not_hold_the_end_up(place):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30):
                 pass  # by now the upload is being read
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=20)
+            _, errors = process.communicate(timeout=20)
     finally:
         process.kill()
+    assert "Traceback" not in errors

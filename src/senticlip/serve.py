@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -247,4 +248,7 @@ class Limit:
                 raise HTTPException(413, self.line)
             return message
 
-        await self.app(scope, counted, send)
+        try:
+            await self.app(scope, counted, send)
+        except CancelledError:  # the server ends, and this took longer than GRACE
+            await JSONResponse({"error": "the server is ending"}, 503)(scope, receive, send)
