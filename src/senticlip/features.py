@@ -11,7 +11,7 @@ from senticlip import runtime
 from senticlip.config import Config
 from senticlip.data.audio import audio_store
 from senticlip.data.loader import Rows
-from senticlip.data.mmsa import LABELS, SUFFIXES, write_features
+from senticlip.data.mmsa import LABELS, write_features
 from senticlip.data.sims import read_clips
 from senticlip.data.table import SPLITS
 from senticlip.encoders.text import tokenize
@@ -21,6 +21,7 @@ from senticlip.sources import cache_root, clip_set
 from senticlip.structures import LABELS as CLASSES
 from senticlip.structures import Clip, UsageError, UserError, polarity
 
+OTHER_FORMATS = (".npz", ".npy", ".h5", ".json", ".csv", ".parquet")
 AUDIO_STEPS = 400
 """MMSA's length of the sound on CH-SIMS; longer sounds are averaged down to it."""
 
@@ -41,7 +42,7 @@ def features(
 
     Args:
         data: a CH-SIMS folder, or a CSV of one's own.
-        out: the pickle, ``….pkl`` or ``….pickle``.
+        out: the pickle to write.
         config: which encoders.
         protocol: official, tenth or video: which clip is in which split.
         device: cpu, cuda, cuda:N.
@@ -51,10 +52,10 @@ def features(
         ``{"clips": …, "file": …}``
 
     Raises:
-        UsageError: another ending, or as ``read_clips`` and the encoders. UserError: a clip has no label or no split.
+        UsageError: the ending of another format, or as ``read_clips`` and the encoders. UserError: a clip has no label or no split.
     """
-    if Path(out).suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--out {out}: the name must end in .pkl, as a feature file is a pickle and known by that")
+    if Path(out).suffix.lower() in OTHER_FORMATS:
+        raise UsageError(f"--out {out}: a feature file is a pickle — give a name that ends in .pkl")
     model = _untrained(config) if run is None else SentimentModel.from_pretrained(run)
     config = model.experiment
     clips = read_clips(data, None, protocol, config.seed)
