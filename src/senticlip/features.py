@@ -52,7 +52,8 @@ def features(
         ``{"clips": …, "file": …}``
 
     Raises:
-        UsageError: the ending of another format, or as ``read_clips`` and the encoders. UserError: a clip has no label or no split.
+        UsageError: the ending of another format, or as ``read_clips`` and the encoders. UserError: a clip has no label
+            or no split.
     """
     if Path(out).suffix.lower() in OTHER_FORMATS:
         raise UsageError(f"--out {out}: a feature file is a pickle — give a name that ends in .pkl")
