@@ -31,13 +31,6 @@ class Trainee(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.logged = []
 
-    def train(self, mode: bool = True) -> Trainee:
-        """The average is never in training mode."""
-        super().train(mode)
-        if self.average is not None:
-            self.average.eval()
-        return self
-
     @torch.no_grad()
     def step_finished(self) -> None:
         """Let the network clamp what it must, then move the average; it follows fast at first."""

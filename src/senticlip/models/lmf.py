@@ -64,7 +64,7 @@ class LMF(Peer):
     def forward(self, batch: Batch, attention: bool = False) -> Output:
         """A score, or logits."""
         states = {name: self.nets[name](x) for name, x in self.inputs(batch).items()}  # B×h each
-        return self.answer(self.fusion(*[with_one(states[name]) for name in self.names]), features=states)
+        return self.answer(self.fusion(*[with_one(states[name]) for name in self.names]))
 
     def param_groups(self, config: Config) -> list[dict[str, Any]]:
         """The factors learn at their own rate."""

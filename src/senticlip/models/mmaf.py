@@ -90,7 +90,7 @@ class MMAF(Peer):
         gate = self.gates(states, keep)
         fused = (gate[..., None] * states).sum(1)
         logits = {name: self.heads[name](self.drop(pooled.get(name, fused))) for name in self.tasks}
-        return Output(logits, logits["fused"].log_softmax(-1), self.shares(gate), attention=maps, features=pooled)
+        return Output(logits, logits["fused"].log_softmax(-1), self.shares(gate), attention=maps)
 
     def encode(self, name: str, sequence: Sequence) -> Sequence:
         """Project and let the modality attend to itself; an absent one becomes one zero that stands for nothing."""

@@ -121,4 +121,4 @@ class TFN(Peer):
         raw = self.out(self.hidden(fused).relu())
         if self.outputs == 1:
             raw = (2 * raw.sigmoid() - 1) * self.options["score_range"]
-        return self.answer(raw, features=states)
+        return self.answer(raw)
