@@ -78,7 +78,7 @@ def test_rows_are_found_by_id_whatever_the_zeros(folder):
     np.testing.assert_array_equal(values[0, :4], made(rows=12)["test"]["text"][3, :4])
     with pytest.raises(UserError, match="has none of the clips, such as x"):
         feature_rows(config(), [Clip("x")], folder)
-    with pytest.raises(UsageError, match=r"vision\.frames: 2, but .* has clips of 7 frames"):
+    with pytest.raises(UsageError, match=r"vision\.frames: 2, but .* has clips of 7 frames — --set vision.frames=7"):
         feature_rows(config("clip_ca_msa", **{"vision.frames": 2}), [], folder)
 
 

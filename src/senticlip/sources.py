@@ -76,7 +76,8 @@ def feature_rows(
         longest = max(features.rows["vision"].lengths, default=0) if "vision" in rest else 0
         if config.model == "clip_ca_msa" and longest > config.vision.frames:
             raise UsageError(
-                f"vision.frames: {config.vision.frames}, but {features.path} has clips of {longest} frames"
+                f"vision.frames: {config.vision.frames}, but {features.path} has clips of {longest} frames "
+                f"— --set vision.frames={longest}"
             )
     return found
 
