@@ -12,7 +12,8 @@ from typing import NoReturn
 from senticlip import __version__
 
 DATA = "a CH-SIMS folder, or a .csv with path, text, label (-1 to 1, or words), and optionally split"
-RUN = "a folder that senticlip train wrote, or an ONNX file that senticlip export wrote"
+TRAINED = "a folder that senticlip train wrote"
+RUN = f"{TRAINED}, or an ONNX file that senticlip export wrote"
 MANIFEST = ".csv, .jsonl or .parquet: id, path, text or subtitles, and optionally start and end (seconds)"
 
 
@@ -127,7 +128,7 @@ def _device(p: argparse.ArgumentParser) -> None:
 def _to_report(verbs: Verbs) -> None:
     """evaluate, reproduce, features."""
     p = verbs.add("evaluate", "metrics of a run on a split; of two runs, their difference; of more, mean ± std")
-    p.add_argument("runs", metavar="RUN", nargs="+", help="a folder that senticlip train wrote; two, or more")
+    p.add_argument("runs", metavar="RUN", nargs="+", help=f"{TRAINED}; two, or more")
     _data(p)
     p.add_argument("--split", default="test", help="train, valid or test (default: test)")
     p.add_argument("--target", help="compare with label M, T, A or V instead of the one trained for")
@@ -174,7 +175,7 @@ def _to_answer(verbs: Verbs) -> None:
     _device(p)
 
     p = verbs.add("export", "write a run as one ONNX file")
-    p.add_argument("run_folder", metavar="RUN", help="a folder that senticlip train wrote")
+    p.add_argument("run_folder", metavar="RUN", help=TRAINED)
     p.add_argument("--out", type=file, required=True, metavar="F.onnx", help="file to write")
     p.add_argument("--int8", action="store_true", help="weights as int8")
     p.add_argument("--data", metavar="DIR", help="measure on these clips what the file answers differently")
@@ -198,7 +199,7 @@ def _to_show(verbs: Verbs) -> None:
     _device(p)
 
     p = verbs.add("explain", "why this answer: a page with heat maps, attention and what it hangs on")
-    p.add_argument("model", metavar="RUN", help=RUN)
+    p.add_argument("model", metavar="RUN", help=TRAINED)
     p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
     p.add_argument("--text", help="what is said in it")
     p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")

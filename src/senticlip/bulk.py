@@ -248,9 +248,9 @@ class Worker:
     def _clip(self, row: dict[str, Any]) -> Clip:
         if row["error"] is not None:
             raise UserError(row["error"])
+        path = None if row["path"] is None else located(self.root, row["path"])
         if row.get("deadly"):
-            deadly = located(self.root, row["path"])
-            raise UserError(f"{deadly}: whatever decodes it crashes or never ends — replace the file")
+            raise UserError(f"{path}: whatever decodes it crashes or never ends — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
             times[name] = None if row[name] is None else finite(row[name])
@@ -261,7 +261,6 @@ class Worker:
             lines = subtitles.read(located(self.root, row["subtitles"]))
             begin, end = times["start"] or 0.0, times["end"] or float("inf")
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
-        path = None if row["path"] is None else located(self.root, row["path"])
         if path is None and text is None:
             raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
         return Clip(row["id"], path, text, start=times["start"], end=times["end"])

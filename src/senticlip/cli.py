@@ -14,7 +14,6 @@ from senticlip import runtime
 from senticlip.arguments import fail, joined, parser
 from senticlip.structures import SURFACE, UsageError, UserError
 
-SHOWN = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
 INTERRUPTED = {
     **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
     **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
@@ -132,19 +131,23 @@ def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]
     from senticlip.results import spread
 
     scores = spread(results)
-    wide = max(map(len, options.runs))
-    for run, result in zip(options.runs, results, strict=True):
-        say(options, f"{run:<{wide}}  accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}")
-    told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in SHOWN.items()]
+    _say_runs(options, results)
+    names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
+    told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in names.items()]
     say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(told)}")
     return {"runs": dict(zip(options.runs, results, strict=True)), "scores": scores}
 
 
+def _say_runs(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """A line for each run."""
+    wide = max(map(len, options.runs))
+    for run, scores in zip(options.runs, results, strict=True):
+        say(options, f"{run:<{wide}}  accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}")
+
+
 def _say_comparison(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Two runs and their difference."""
-    wide = max(map(len, options.runs))
-    for run, scores in zip(options.runs, (result["a"], result["b"]), strict=True):
-        say(options, f"{run:<{wide}}  accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}")
+    _say_runs(options, [result["a"], result["b"]])
     say(options, f"the first minus the second, on the same {result['a']['n']} clips, 95 % interval:")
     for name, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1")):
         gap = result["difference"][key]

@@ -251,12 +251,16 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UsageError: no such file, not YAML, an unknown key, a wrong value, parts that do not fit; in a stage, too.
     """
+    return finish(from_file(source), overrides)
+
+
+def from_file(source: str | Path) -> Config:
+    """The config of a YAML file, its stages not yet checked."""
     data = read(source)
     try:
-        config = from_dict(data)
+        return from_dict(data)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
-    return finish(config, overrides)
 
 
 def read(source: str | Path) -> dict[str, Any]:

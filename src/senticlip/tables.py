@@ -50,7 +50,7 @@ def load_experiment(files: list[str], overrides: list[str] | None = None) -> Con
     Raises:
         UsageError: as ``config.load``.
     """
-    config = configs.load(files[0])
+    config = configs.from_file(files[0])
     for file in files[1:]:
         changes = configs.dotted(configs.read(file))
         try:

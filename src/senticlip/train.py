@@ -83,11 +83,9 @@ def train(
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # what cannot be built is told before the stages
-        # those that read videos are trained first: one that cannot be read is found at once
-        order = sorted(stages.items(), key=lambda item: "vision" not in item[1].modalities)
         if stages and first:
-            announce({**dict(order), "all together": config})
-        for name, stage in order:
+            announce({**stages, "all together": config})
+        for name, stage in stages.items():
             train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
         arguments = _arguments(config, out / CHECKPOINTS, chosen, as_stage)
         place: Any = arguments.device
@@ -114,7 +112,8 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
-    return needed
+    # those that read videos come first: one that cannot be read is found at once
+    return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
