@@ -35,7 +35,7 @@ def quantize(path: Path) -> Path:
 
 
 def spared(graph: Any) -> list[str]:
-    """The products that stay in fp32, which cost little and change the answers most (docs/results.md).
+    """The products that stay in fp32, which cost little and change the answers most (docs/experiments.md).
 
     The network behind the encoders; and of each layer of the text encoder the second product, which makes few numbers
     of many: some of what it reads is far larger than the rest, and one scale of 8 bits has to do for all of it.
@@ -56,7 +56,7 @@ def weight_type() -> str:
 
     That adds products of uint8 and int8 in 16 bits, which overflow; those of uint8 and uint8 it does not (onnxruntime,
     "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be faster by a fifth, but change more
-    answers (docs/results.md).
+    answers (docs/experiments.md).
     """
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
