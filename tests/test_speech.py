@@ -62,6 +62,17 @@ def test_the_model_is_missing(film, whisper, tmp_path):
         transcribe(film, str(tmp_path / "none"))
 
 
+def test_a_downloaded_model_needs_no_network(film, whisper, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--Systran--faster-whisper-small"
+    folder = place / "snapshots" / ("a" * 40)
+    for file in (place / "refs" / "main", folder / "config.json", folder / "model.bin"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a" * 40)
+    transcribe(film)
+    assert whisper.folder == str(folder)
+
+
 def test_there_is_no_sound(film, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
     with pytest.raises(UserError, match="no sound"):

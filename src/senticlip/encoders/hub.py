@@ -92,7 +92,7 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
             return folder
     except OSError:
         pass
-    part = key.rsplit(".")[0]
+    part = key.split(".")[0]
     more = "" if part == "label" else f"; the data set's own feature file: --set {key}=features"
     random = f"(random weights: --set {part}.pretrained=false{more})"
     advice = advice or f"set a local folder instead: --set {key}=FOLDER {random}"
@@ -112,7 +112,8 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
 
 def has_weights(folder: Path) -> bool:
     """Whether an encoder's weights are in a folder: one file of them, or all those that an index names."""
-    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+    # the last is CTranslate2's, which faster-whisper reads
+    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin", "model.bin")):
         return True
     for index in folder.glob("*.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
