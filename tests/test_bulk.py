@@ -20,7 +20,7 @@ from tests.fakes import FakePredictor
 from tests.tiny import write_clip
 
 import senticlip
-from senticlip import answers, bulk
+from senticlip import answers, bulk, manifest
 from senticlip.config import Config
 from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
@@ -127,6 +127,15 @@ def test_a_failing_row_is_a_row_with_its_error(run, undisturbed):
     assert "archive.csv, row 17: neither path nor text" in errors["15"]
     for row in rows:
         assert (row["label"] is None) == (row["error"] is not None)
+
+
+def test_a_piece_that_ends_at_zero_has_no_words(tmp_path):
+    (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\n真好\n", encoding="utf-8")
+    (tmp_path / "m.csv").write_text("id,path,subtitles,end\nx,a.mp4,a.srt,0\n", encoding="utf-8")
+    worker = object.__new__(bulk.Worker)
+    worker.root = tmp_path
+    (row,) = manifest.read(tmp_path / "m.csv")
+    assert worker._clip(row) == Clip("x", tmp_path / "a.mp4", None, end=0.0)
 
 
 def test_an_error_of_no_kind_that_we_know_costs_one_row(run, archive, undisturbed, tmp_path, monkeypatch):

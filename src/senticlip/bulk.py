@@ -259,7 +259,7 @@ class Worker:
         text = row["text"]
         if text is None and row["subtitles"] is not None:
             lines = subtitles.read(located(self.root, row["subtitles"]))
-            begin, end = times["start"] or 0.0, times["end"] or float("inf")
+            begin, end = times["start"] or 0.0, float("inf") if times["end"] is None else times["end"]
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
         if path is None and text is None:
             raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
