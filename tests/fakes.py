@@ -20,8 +20,8 @@ class FakePredictor:
     ``fail_after``: the number of batches after which it breaks down, as a killed process would.
     """
 
-    def __init__(self, run: str | Path = "", fail_after: int | None = None) -> None:
-        self.run, self.left, self.batches = Path(run), fail_after, 0
+    def __init__(self, run: str | Path = "", fail_after: int | None = None, precision: str = "fp32") -> None:
+        self.run, self.precision, self.left, self.batches = Path(run), precision, fail_after, 0
 
     def batch(self, clips, read=read_frames, listen=None):
         self.batches += 1

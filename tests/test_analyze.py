@@ -226,7 +226,7 @@ def test_times_that_are_none(film, wrong):
 
 def test_another_precision_is_another_job(film, srt, tmp_path):
     with pytest.raises(RuntimeError):
-        list(analyze(FakePredictor(fail_after=1), film, srt, tmp_path / "out", precision="bf16"))
+        list(analyze(FakePredictor(fail_after=1, precision="bf16"), film, srt, tmp_path / "out"))
     with pytest.raises(UsageError, match="leave out --resume"):
         list(analyze(FakePredictor(), film, srt, tmp_path / "out", resume=True))
 

@@ -117,7 +117,7 @@ def analyze(
         import senticlip
 
         predictor = senticlip.load(run, device=device, precision=precision)
-    key = _key(predictor, video, lines, precision)
+    key = _key(predictor, video, lines)
     job = _Job(video, lines, end, info.width / info.height, None if out is None else Path(out), key)
     return _stream(job, predictor, resume, progress or (lambda done, total: None))
 
@@ -135,12 +135,12 @@ def _check_times(lines: list[Line], source: str | Path, video: Path, end: float,
         console.print(told, soft_wrap=True)
 
 
-def _key(predictor: Any, video: Path, lines: list[Line], precision: str) -> str:
+def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
     """What decides the timeline: the model and its precision, the film, the lines."""
     stat = video.stat()
-    run = answers.fingerprint(predictor.run) if hasattr(predictor, "run") else ""
+    model = [answers.fingerprint(predictor.run), predictor.precision]
     film = [str(video.resolve()), stat.st_size, stat.st_mtime_ns]
-    said = json.dumps([run, precision, *film, BATCH, lines], ensure_ascii=False)
+    said = json.dumps([*model, *film, BATCH, lines], ensure_ascii=False)
     return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 

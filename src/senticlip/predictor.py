@@ -48,7 +48,7 @@ class Predictor:
         runtime.setup()
         if precision not in PRECISIONS:
             raise UsageError(f"precision: {precision!r} — choose one of {', '.join(PRECISIONS)}")
-        self.run = Path(run)
+        self.run, self.precision = Path(run), precision
         self.disagreement: dict[str, float] = {}
         self.model: Any
         self.tokenizer: Any = None
