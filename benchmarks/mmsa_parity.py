@@ -20,7 +20,7 @@ from MMSA.models.singleTask.MULT import MULT
 from MMSA.models.singleTask.TFN import TFN
 
 from senticlip.config import Config
-from senticlip.models import network_class, peer
+from senticlip.models import MODELS, peer
 from senticlip.structures import Batch, Sequence
 
 peer.MODALITIES = ("text", "audio", "vision")  # MMSA's order of concatenation
@@ -116,7 +116,7 @@ def pair(name, bert):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     config = Config().override({"model": name, "modalities": ["text", "audio", "vision"]})
-    ours = network_class(name)(config, DIMS).eval()
+    ours = MODELS[name](config, DIMS).eval()
     missing = set(ours.state_dict()) - set(translate(name, theirs.state_dict()))
     buffers = {key for key in missing if key.startswith(("seen_", "centres_", "labels", "class_weights"))}
     assert missing == buffers, missing - buffers

@@ -101,7 +101,7 @@ def our_epoch(name, path, folder):
     from senticlip.config import load
     from senticlip.data.loader import ClipSet, to_batch
     from senticlip.data.mmsa import read_features
-    from senticlip.models import network_class
+    from senticlip.models import MODELS
 
     root = Path(__file__).parent.parent / "experiments" / "peers"
     config = load(root / f"{name}.yaml", ["modalities=[text,vision,audio]"])
@@ -111,7 +111,7 @@ def our_epoch(name, path, folder):
         [features.clips[i] for i in places], {n: features.choose(n, [features.clips[i] for i in places]) for n in DIMS}
     )
     torch.manual_seed(0)
-    network = network_class(name)(config, DIMS).train()
+    network = MODELS[name](config, DIMS).train()
     if hasattr(network, "prepare"):
         network.prepare(data)
     train = config.train

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from senticlip.config import Config
-from senticlip.models import network_class
+from senticlip.models import MODELS
 from senticlip.structures import Batch, Output, Sequence
 
 DIMS = {"text": 12, "vision": 10, "audio": 6}
@@ -49,7 +49,7 @@ class ModelTester:
 
     def network(self, names=("text", "vision"), seed=0, **changes):
         torch.manual_seed(seed)
-        return network_class(self.model)(self.config(names, **changes), {n: DIMS[n] for n in names})
+        return MODELS[self.model](self.config(names, **changes), {n: DIMS[n] for n in names})
 
     @pytest.mark.parametrize("names", subsets, ids="+".join)
     def test_any_subset_of_modalities_gives_an_answer(self, names):

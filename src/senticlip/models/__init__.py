@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ from senticlip.models.self_mm import SelfMM
 from senticlip.models.tfn import TFN
 from senticlip.structures import UsageError
 
-if TYPE_CHECKING:
-    from torch import nn
-
 MODELS: dict[str, Any] = {
     "clip_ca_msa": ClipCaMsa,
     "tfn": TFN,
@@ -29,11 +26,7 @@ MODELS: dict[str, Any] = {
     "self_mm": SelfMM,
     "mmaf": MMAF,
 }
-
-
-def network_class(name: str) -> type[nn.Module]:
-    """The network of a name; config.py knows the names, too, and refuses another."""
-    return MODELS[name]
+"""The network of each name; ``config.Model`` lists the names, too, and refuses others."""
 
 
 def create_model(config: Config, dims: dict[str, int] | None = None) -> SentimentModel:

@@ -126,7 +126,7 @@ class SentimentModel(PreTrainedModel):
 
     def __init__(self, config: SenticlipConfig) -> None:
         super().__init__(config)
-        from senticlip.models import network_class
+        from senticlip.models import MODELS
 
         self.tokenizer: Any = None
         self.experiment = experiment = from_dict(config.experiment)
@@ -139,7 +139,7 @@ class SentimentModel(PreTrainedModel):
             sampled = experiment.vision.train_frames is not None
             self.encoders["vision"] = VisionEncoder(encoders["vision"]["spec"], sampled)
         label = {"label": encoders["label"]} if "label" in encoders else {}
-        self.network: Any = network_class(experiment.model)(experiment, dict(config.dims), **label)
+        self.network: Any = MODELS[experiment.model](experiment, dict(config.dims), **label)
         encoder: Any
         for name, encoder in self.encoders.items():
             how = getattr(experiment, name).train

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.models.peer import Peer, PooledNet, RecurrentNet, groups, with_one
+from senticlip.models.peer import Peer, branches, groups, with_one
 from senticlip.structures import Batch, Output
 
 
@@ -51,15 +51,8 @@ class LMF(Peer):
     def __init__(self, config: Config, dims: dict[str, int]) -> None:
         super().__init__(config, dims)
         o = self.options
-        nets: dict[str, nn.Module] = {}
-        for name in self.names:
-            text, hidden = name == "text", o[f"{name}_hidden"]
-            nets[name] = (
-                RecurrentNet(dims[name], hidden, hidden // 2) if text else PooledNet(dims[name], hidden, o["dropout"])
-            )
-        self.nets = nn.ModuleDict(nets)
-        sizes = [1 + o[f"{name}_hidden"] // (2 if name == "text" else 1) for name in self.names]
-        self.fusion = LowRankFusion(sizes, self.outputs, o["rank"])
+        self.nets, widths = branches(self.names, dims, o, o["text_hidden"] // 2)
+        self.fusion = LowRankFusion([1 + width for width in widths], self.outputs, o["rank"])
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
         """A score, or logits."""

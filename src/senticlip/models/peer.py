@@ -163,7 +163,7 @@ class PooledNet(nn.Module):
 
 
 class RecurrentNet(nn.Module):
-    """The text branch of TFN and LMF: Linear of an LSTM's last state; B×L×d → B×out."""
+    """TFN's and LMF's branch for text, Self-MM's for audio and vision: Linear(last LSTM state); B×L×d → B×out."""
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -171,8 +171,20 @@ class RecurrentNet(nn.Module):
         self.out = nn.Linear(hidden, out)
 
     def forward(self, sequence: Sequence) -> Tensor:
-        """B×L×d → B×out, zeros where the text is absent."""
+        """B×L×d → B×out, zeros where the modality is absent."""
         return self.out(self.last(sequence)) * present(sequence)
+
+
+def branches(
+    names: list[str], dims: dict[str, int], options: dict[str, Any], text_out: int
+) -> tuple[nn.ModuleDict, list[int]]:
+    """The branch of each modality in TFN and LMF, and the widths of their outputs."""
+    nets: dict[str, nn.Module] = {}
+    for name in names:
+        dim, hidden = dims[name], options[f"{name}_hidden"]
+        text = name == "text"
+        nets[name] = RecurrentNet(dim, hidden, text_out) if text else PooledNet(dim, hidden, options["dropout"])
+    return nn.ModuleDict(nets), [text_out if name == "text" else options[f"{name}_hidden"] for name in names]
 
 
 def with_one(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from senticlip.config import Config
 from senticlip.losses import mean_of
-from senticlip.models.peer import LastState, Peer, groups, masked_mean, packed, present
+from senticlip.models.peer import Peer, RecurrentNet, groups, masked_mean, packed, present
 from senticlip.structures import Batch, Output, Sequence, UsageError
 
 JOINT = "fused"
@@ -34,18 +34,6 @@ class Branch(nn.Module):
         """B×d → feature B×h, score B×1."""
         feature = self.layer1(self.drop(x)).relu()
         return feature, self.layer3(self.layer2(feature).relu())
-
-
-class SequenceNet(nn.Module):
-    """Linear of an LSTM's last state, for audio and vision."""
-
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
-        super().__init__()
-        self.last, self.out = LastState(dim, hidden), nn.Linear(hidden, out)
-
-    def forward(self, sequence: Sequence) -> Tensor:
-        """B×L×d → B×out, zeros where absent."""
-        return self.out(self.last(sequence)) * present(sequence)
 
 
 class SelfMM(Peer):
@@ -83,7 +71,7 @@ class SelfMM(Peer):
         super().__init__(config, dims)
         o = self.options
         sequences = [name for name in self.names if name != "text"]
-        self.nets = nn.ModuleDict({n: SequenceNet(dims[n], o[f"{n}_hidden"], o[f"{n}_out"]) for n in sequences})
+        self.nets = nn.ModuleDict({n: RecurrentNet(dims[n], o[f"{n}_hidden"], o[f"{n}_out"]) for n in sequences})
         sizes = {name: dims[name] if name == "text" else o[f"{name}_out"] for name in self.names}
         self.heads = [JOINT, *self.names]
         widths = {JOINT: sum(sizes.values()), **sizes}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.models.peer import Peer, PooledNet, RecurrentNet, drop_mask, dropout, with_one
+from senticlip.models.peer import Peer, branches, drop_mask, dropout, with_one
 from senticlip.structures import Batch, Output
 
 
@@ -102,15 +102,8 @@ class TFN(Peer):
     def __init__(self, config: Config, dims: dict[str, int]) -> None:
         super().__init__(config, dims)
         o = self.options
-        nets: dict[str, nn.Module] = {}
-        for name in self.names:
-            text, hidden = name == "text", o[f"{name}_hidden"]
-            nets[name] = (
-                RecurrentNet(dims[name], hidden, o["text_out"]) if text else PooledNet(dims[name], hidden, o["dropout"])
-            )
-        self.nets = nn.ModuleDict(nets)
-        sizes = [1 + (o["text_out"] if name == "text" else o[f"{name}_hidden"]) for name in self.names]
-        self.fusion = TensorLinear(sizes, o["post_fusion"], o["dropout"])
+        self.nets, widths = branches(self.names, dims, o, o["text_out"])
+        self.fusion = TensorLinear([1 + width for width in widths], o["post_fusion"], o["dropout"])
         self.hidden = nn.Linear(o["post_fusion"], o["post_fusion"])
         self.out = nn.Linear(o["post_fusion"], self.outputs)
 
