@@ -15,10 +15,10 @@ from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
 from senticlip.files import write_whole
-from senticlip.structures import LABELS, Clip, Prediction, UserError, whole
+from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, whole
 
-HEADS = ("text", "video", "audio")
-"""The modalities that may say something for themselves, by the name that a reader sees."""
+HEADS = tuple(SURFACE.values())
+"""The modalities by the names that a user reads: text, video, audio."""
 
 _WEIGHTS = ("config.json", "model.safetensors")
 
@@ -51,9 +51,8 @@ def record(prediction: Prediction | None, error: UserError | None = None) -> dic
     row |= prediction.probabilities
     row["sentiment"] = _sentiment(prediction.probabilities) if prediction.score is None else prediction.score
     for head, probabilities in prediction.modalities.items():
-        if head in HEADS:
-            row |= {f"{head}_{name}": value for name, value in probabilities.items()}
-            row[f"weight_{head}"] = prediction.weights.get(head)
+        row |= {f"{head}_{name}": value for name, value in probabilities.items()}
+        row[f"weight_{head}"] = prediction.weights.get(head)
     text, video = (prediction.modalities.get(head) for head in ("text", "video"))
     if text and video:
         row["conflict"] = abs(_sentiment(text) - _sentiment(video)) / 2

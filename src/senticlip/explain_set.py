@@ -175,11 +175,10 @@ def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
     for name in KINDS:
         here = names == name
         if here.any():
-            confusion = metrics.classification(truth[here], found[here])["confusion"]
             tables[name] = {
                 "n": int(here.sum()),
                 "accuracy": float((truth[here] == found[here]).mean()),
-                "confusion": np.asarray(confusion).tolist(),
+                "confusion": metrics.confusion(truth[here], found[here]).tolist(),
             }
     modalities: dict[str, dict[str, float]] = {}
     for name in sorted({name for row in rows for name in row.without}, key=list(SURFACE.values()).index):

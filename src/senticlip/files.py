@@ -30,19 +30,22 @@ def disk(place: Path, then: str = "run the same command again") -> Iterator[None
     try:
         yield
     except Exception as error:
-        if _is_full(error):
+        if is_full(error):
             raise UserError(f"{place}: the disk is full — make room, then {then}") from error
         raise
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Python says it by number, safetensors (Rust) by a number in words, and torch that bytes are missing."""
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error means a full disk.
+
+    Python gives the errno, safetensors (Rust) a message with its number, torch a message that bytes are missing.
+    """
     if error is None:
         return False
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
     short = isinstance(error, RuntimeError) and re.search(r"unexpected pos \d+ vs \d+|file write failed", str(error))
-    return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _is_full(error.__cause__)
+    return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_full(error.__cause__)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from senticlip.checkpoint import read_json
 from senticlip.export import OnnxModel, export
 from senticlip.files import alone, write_text
 from senticlip.metrics import score_class
@@ -61,13 +62,8 @@ def _answer(model: Any, batch: Batch) -> Output:
 
 def _measured(place: Path, weights: str) -> dict[str, Any]:
     """What was measured for these weights."""
-    try:
-        known: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        return (
-            {name: value for name, value in known.items() if name != "weights"} if known["weights"] == weights else {}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    known = read_json(place)
+    return known if known.pop("weights", None) == weights else {}
 
 
 def _int8_twin(run: Path, weights: str) -> Any:

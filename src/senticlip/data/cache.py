@@ -7,7 +7,6 @@ leaves nothing that is read, and two writers only do some work twice.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -24,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from senticlip import runtime
 from senticlip.data.video import Frames, read_frames
-from senticlip.files import abandoned
+from senticlip.files import abandoned, is_full
 from senticlip.progress import watched
 from senticlip.structures import Clip, UserError
 
@@ -172,8 +172,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full" if full else f"cannot be written ({error.strerror})"
+        reason = "the disk is full" if is_full(error) else f"cannot be written ({error.strerror})"
         raise UserError(f"cache {folder}: {reason} — make room or set SENTICLIP_CACHE to another folder") from None
 
 
@@ -303,8 +302,7 @@ def decoded(
     Raises:
         UserError: a video that cannot be read.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count, threads = workers or cores, torch.get_num_threads()
+    count, threads = workers or runtime.cores(), torch.get_num_threads()
     # each worker resizes alone: workers and torch's threads together are never more than the cores
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Frames]] = deque()

@@ -70,11 +70,9 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Raises:
         UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
     if split not in (None, "all", *SPLITS):
         raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
-    table, rows = _read(Path(path), official=protocol == "official")
+    table, rows = _read(Path(path), protocol)
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         more = f" (and {len(problems) - 1} more: senticlip data check {path})" if len(problems) > 1 else ""
@@ -98,9 +96,7 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
     Raises:
         UsageError, UserError: there is no table, or it cannot be read as one.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
-    table, rows = _read(Path(path), official=protocol == "official")
+    table, rows = _read(Path(path), protocol)
     problems, warnings = [], []
     for row in rows:
         problems += row.problems
@@ -177,8 +173,10 @@ def _content(clip: Clip) -> str:
 # ---- the table
 
 
-def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
+def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
     """The label file that was found and its rows."""
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
     if path.is_dir():
         tables = [path / name for name in ("label.csv", "meta.csv") if (path / name).is_file()]
         if not tables and (path / "Processed").is_dir():
@@ -202,11 +200,11 @@ def _read(path: Path, official: bool) -> tuple[Path, list[_Row]]:
     rows = []
     seen: dict[str, int] = {}
     for line in lines:
-        row = _row(table, columns, line, find, official)
+        row = _row(table, columns, line, find, protocol == "official")
         if named and any(line.cells[width:]):
             row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
         # rows of one's own may repeat a file; a CH-SIMS clip stands in the table once
-        if row.clip.id in seen and isinstance(getattr(find, "__self__", None), _Raw):
+        if row.clip.id in seen and ids:
             row.problems.append(f"{table}, row {line.row}: {row.clip.id} was in row {seen[row.clip.id]} already")
         elif row.clip.id in seen:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))

@@ -34,8 +34,8 @@ class DType:
         self.order: Any = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, order, *rest = state
-        if rest[:3] != [None, None, None] and rest[0] is not None:
+        _, order, *parts = state
+        if parts[:3] != [None, None, None]:  # a type within, names of fields, their types
             raise Refused("an array of records")
         self.order = order
 
