@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,6 @@ from senticlip.structures import MODALITIES, TARGETS, Batch, Clip, Sequence
 class Rows(Protocol):
     """N rows of ragged sequences: what a cache's Store and ArrayRows have in common."""
 
-    keys: list[str]
     lengths: np.ndarray
 
     def __len__(self) -> int:
@@ -35,9 +35,13 @@ class ArrayRows:
     def __init__(self, values: np.ndarray, mask: np.ndarray) -> None:
         self.values, self.mask = values, mask
         self.lengths = mask.sum(1)
-        self.keys = [
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """A hash of the content of each row; empty for an empty row."""
+        return [
             hashlib.blake2b(row[:n].tobytes(), digest_size=16).hexdigest() if n else ""
-            for row, n in zip(values, self.lengths, strict=True)
+            for row, n in zip(self.values, self.lengths, strict=True)
         ]
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from senticlip.data import unpickle
-from senticlip.data.cache import MISSING, Store, cached, file_key
+from senticlip.data.cache import Store, cached, file_keys
 from senticlip.data.table import SPLITS, normal_id
 from senticlip.files import write_whole
 from senticlip.progress import console
@@ -66,7 +66,6 @@ class Chosen:
 
     def __init__(self, store: Store, places: np.ndarray) -> None:
         self.store, self.places = store, places
-        self.keys = [store.keys[place] if place >= 0 else MISSING for place in places]
         self.lengths = np.array([store.lengths[place] if place >= 0 else 0 for place in places], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -132,9 +131,10 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
     Raises:
         UserError: no plain pickle, a key that is missing, an array of the wrong shape, a value that is not finite.
     """
+    path = Path(path)
     data = _splits(path)
     clips = _all_clips(path, data)
-    key = file_key(path)
+    key = file_keys([path], root)[path]
     rows, widths = {}, {}
     for name in modalities:
         parts = {split: _part(path, split, name, data[split]) for split in SPLITS}
@@ -159,7 +159,7 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
                 console.print(f"{path}: {silent} values of audio are -inf, read as 0 (as MMSA does)", soft_wrap=True)
 
         rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute, f"converting {name}")
-    return Features(Path(path), clips, rows, widths)
+    return Features(path, clips, rows, widths)
 
 
 def _get(path: str | Path, split: str, part: dict[str, Any], key: str) -> Any:
