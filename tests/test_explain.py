@@ -20,7 +20,7 @@ from senticlip.config import from_dict
 from senticlip.explain import Explanation, explain, explanation, heated, html, sentences
 from senticlip.explain_set import Answered, _right, explain_set, kind
 from senticlip.models import create_model
-from senticlip.occlusion import Case, alone, characters, looks, occlude, unread, value
+from senticlip.occlusion import Case, alone, characters, cross_attention, occlude, unread, value
 from senticlip.predictor import Predictor
 from senticlip.structures import LABELS, Batch, Clip, Output, Prediction, Sequence, UsageError, UserError
 
@@ -106,7 +106,7 @@ def test_attention_rows_sum_to_one_over_what_is_there(run, video):
     first.modalities["vision"] = Sequence(vision.values[:1], mask[:1])
     with torch.no_grad():
         features = predictor.model.encode(first)
-        found = looks(predictor.model.fuse(features, attention=True), features)
+        found = cross_attention(predictor.model.fuse(features, attention=True), features)
     words, frames = len(TEXT) + 2, 1 + M - 1  # [CLS] and [SEP]; the whole clip and what is left of its frames
     assert found["text_asks_vision"].shape == (words, frames)
     assert found["vision_asks_text"].shape == (frames, words)

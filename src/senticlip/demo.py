@@ -18,9 +18,9 @@ from senticlip.data.sims import read_clips
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain
-from senticlip.explain import page as template
 from senticlip.explain_set import KINDS, kind
 from senticlip.files import alone, write_text
+from senticlip.pages import page as template
 from senticlip.predictor import load
 from senticlip.progress import counter
 from senticlip.structures import Clip, UsageError, polarity

@@ -19,7 +19,7 @@ from senticlip import cam
 from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.files import make_folder, write_whole
-from senticlip.occlusion import Case, alone, change, characters, looks, occlude, unread, value
+from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.pages import CHINESE, page
 from senticlip.progress import counter
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, spoken
@@ -32,8 +32,8 @@ FAINT = 0.01
 largest value, however little that is."""
 
 
-class Looks(NamedTuple):
-    """Cross-attention for the page: a row for each word or frame, the shares of what it looked at."""
+class Attention(NamedTuple):
+    """Cross-attention weights for the page: words×frames, and frames×words; each row sums to 1."""
 
     words: list[str]
     frames: list[str]
@@ -53,7 +53,7 @@ class Explanation(NamedTuple):
     prediction: Prediction
     cases: list[Case]
     alone: dict[str, Prediction]
-    looks: Looks | None
+    attention: Attention | None
     times: list[float]
     pictures: list[Image.Image]
     maps: np.ndarray | None
@@ -135,7 +135,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     cases = occlude(predictor, features, clip.text)
     pictures = _pictures(clip.video, times) if clip.video is not None and times else []
     maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
-    attention = _looks(predictor, looks(output, features), features, clip.text, len(times))
+    weights = cross_attention(output, features)
     name = shown(clip.video) if clip.video is not None else ""
     return Explanation(
         name,
@@ -143,7 +143,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         prediction,
         cases,
         alone(predictor, features),
-        attention,
+        _attention(predictor, weights, features, clip.text, len(times)),
         times,
         pictures,
         maps,
@@ -187,11 +187,11 @@ def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
     return pictures
 
 
-def _looks(
-    predictor: Any, found: dict[str, torch.Tensor], features: Batch, text: str | None, frames: int
-) -> Looks | None:
-    """Attention with its words and frames; None where the model has none or the clip lacks one side."""
-    maps = [found.get("text_asks_vision"), found.get("vision_asks_text")]
+def _attention(
+    predictor: Any, weights: dict[str, torch.Tensor], features: Batch, text: str | None, frames: int
+) -> Attention | None:
+    """The weights with their words and frames; None where the model has none or the clip lacks text or video."""
+    maps = [weights.get("text_asks_vision"), weights.get("vision_asks_text")]
     present = all(bool(features.modalities[n].mask.any()) for n in ("text", "vision") if n in features.modalities)
     if maps[0] is None or maps[1] is None or not present or predictor.tokenizer is None or not text:
         return None
@@ -202,7 +202,7 @@ def _looks(
     columns = [*["全片 all"] * (maps[0].shape[1] - frames), *(str(i + 1) for i in range(frames))]
     if maps[0].shape != (len(words), len(columns)) or maps[1].shape != (len(columns), len(words)):
         return None
-    return Looks(words, columns, maps[0].tolist(), maps[1].tolist())
+    return Attention(words, columns, maps[0].tolist(), maps[1].tolist())
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:

@@ -138,10 +138,10 @@ def _present(features: Batch) -> list[str]:
     return [name for name, sequence in features.modalities.items() if sequence.mask.any()]
 
 
-def looks(output: Output, features: Batch) -> dict[str, torch.Tensor]:
-    """Cross-attention of one clip, the mean over its heads: ``text_asks_vision`` → queries×keys, the real ones only.
+def cross_attention(output: Output, features: Batch) -> dict[str, torch.Tensor]:
+    """Cross-attention weights of one clip, averaged over heads: ``text_asks_vision`` → queries×keys, real ones only.
 
-    Where a video's first position stands for the whole clip, it is the first row or column. Each row sums to 1.
+    Where the vision sequence begins with a state of the whole clip, that is the first row or column. Rows sum to 1.
     """
     found = {}
     for name, maps in output.attention.items():
