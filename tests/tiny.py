@@ -83,10 +83,10 @@ def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0) ->
 
 
 def waited_and_not(encoder: torch.nn.Module, sequence, monkeypatch) -> list[tuple]:
-    """States and gradients of an encoder that asks a GPU what is real, and of one that does not."""
+    """States and gradients of an encoder that synchronises with a GPU to know the mask, and of one that does not."""
     found = []
-    for unwaited in (False, True):
-        monkeypatch.setattr(type(encoder), "_unwaited", lambda self, x, way=unwaited: way)
+    for avoids in (False, True):
+        monkeypatch.setattr(type(encoder), "_avoids_sync", lambda self, x, way=avoids: way)
         encoder.zero_grad()
         states = encoder(sequence).values
         states.square().sum().backward()

@@ -76,7 +76,7 @@ def ablation_cam(
 ) -> Tensor:
     """Maps k×h×w (not negative, not scaled) of the k real frames of one clip, for class ``index``.
 
-    ``advance`` hears how many channels are done, and how many there are.
+    ``advance`` is called with (channels done, channels in all).
     """
     split = Split(_encoder(model))
     images, places = seen_frames(model, batch)
@@ -156,7 +156,7 @@ def _watched(encoder: VisionEncoder) -> Iterator[list[Tensor]]:
             layer.self_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
             for layer in layers
         ]
-        handles.append(last.looks.register_forward_hook(lambda module, inputs, output: maps.append(output)))
+        handles.append(last.attention_weights.register_forward_hook(lambda m, inputs, output: maps.append(output)))
     else:
         parts = [block.attn for block in encoder.body.blocks]
         fused = [part.fused_attn for part in parts]

@@ -130,10 +130,10 @@ class Split(nn.Module):
         k = attention.k_proj(x).view(-1, heads, width)  # T×H×w
         v = attention.v_proj(x).view(-1, heads, width)
         scores = torch.einsum("khw,thw->kht", q, k) - gone[:, None] * (q * column(attention.k_proj)).sum(-1)[..., None]
-        looks = (scores * attention.scale).softmax(-1)  # K×H×T
-        heard = torch.einsum("kht,thw->khw", looks, v)
-        heard = heard - (looks * gone[:, None]).sum(-1)[..., None] * column(attention.v_proj)
-        token = residual[0] + attention.out_proj(heard.flatten(1))  # K×D
+        weights = (scores * attention.scale).softmax(-1)  # K×H×T
+        context = torch.einsum("kht,thw->khw", weights, v)
+        context = context - (weights * gone[:, None]).sum(-1)[..., None] * column(attention.v_proj)
+        token = residual[0] + attention.out_proj(context.flatten(1))  # K×D
         return self._project(token + self.block.mlp(self.block.layer_norm2(token)))
 
 

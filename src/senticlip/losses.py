@@ -27,15 +27,15 @@ def cross_entropy(
 
 
 def mean_of(rows: Tensor, known: Tensor) -> Tensor:
-    """The mean of the known rows; 0 with a gradient path if there is none.
+    """The mean of ``rows`` B over the known ones; 0, with a gradient path, if there is none.
 
-    Where several processes train, the mean over all of them is that of their rows together.
+    With several processes, the average of their results is the mean over the rows of all of them.
     """
     return torch.where(known, rows, 0).sum() / count_of(known).clamp(min=1e-6)
 
 
 def count_of(known: Tensor) -> Tensor:
-    """How many rows are known: of a process in the mean, where several train (whose gradients become their mean)."""
+    """How many rows are known; with several processes the mean over them, since their gradients are averaged, too."""
     count = known.sum().float()
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
@@ -46,8 +46,8 @@ def count_of(known: Tensor) -> Tensor:
 class Uncertainty(nn.Module):
     """Σ exp(−s_i) L_i + s_i / 2, s_i = log σ_i² (eq. 17; Kendall, Gal & Cipolla 2018, classification form).
 
-    The minimum over s_i is at s_i = ln 2 L_i. ``clamp`` runs after each step: a clamp in the forward pass would leave s
-    without a gradient outside of it.
+    The minimum over s_i is at s_i = ln 2 L_i. ``clamp`` is called after each optimizer step: clamped in the forward
+    pass, s would have no gradient beyond the limit.
     """
 
     LIMIT = 5.0
@@ -56,14 +56,14 @@ class Uncertainty(nn.Module):
         super().__init__()
         self.s = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
 
-    def forward(self, losses: dict[str, Tensor], heard: dict[str, Tensor] | None = None) -> Tensor:
-        """Scalar losses by name, and whether any row of the batch spoke for each (by default yes) → scalar.
+    def forward(self, losses: dict[str, Tensor], observed: dict[str, Tensor] | None = None) -> Tensor:
+        """Scalar losses by name, and whether the batch has any row for each (default: yes) → scalar.
 
-        Where none did, s rests, too: pulled by s / 2 alone, what is rare would weigh more and more.
+        Without a row the term s / 2 is left out: it alone would lower s, and a rare task would weigh more and more.
         """
         parts = []
         for name, loss in losses.items():
-            bound = self.s[name] / 2 if heard is None else self.s[name] / 2 * heard[name].to(loss.dtype)
+            bound = self.s[name] / 2 if observed is None else self.s[name] / 2 * observed[name].to(loss.dtype)
             parts.append(torch.exp(-self.s[name]) * loss + bound)
         return torch.stack(parts).sum()
 
@@ -85,7 +85,7 @@ class WeightedSum(nn.Module):
         super().__init__()
         self.names = names
 
-    def forward(self, losses: dict[str, Tensor], heard: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, losses: dict[str, Tensor], observed: dict[str, Tensor] | None = None) -> Tensor:
         """Scalar losses by name → scalar."""
         return torch.stack(list(losses.values())).sum()
 

@@ -90,7 +90,7 @@ def test_gradients_reach_the_prompt_and_no_row_without_text(folder):
 
 
 def test_a_training_that_never_waits_learns_the_same(folder, monkeypatch):
-    """On a GPU the body is told who looks at whom: a row without text and padding change nothing there either."""
+    """On a GPU the body gets a mask of pairs: a row without text and padding change nothing there either."""
     encoder = encoder_of(folder, "learned")
     assert encoder.body.config.model_type in BY_PAIRS
     found = waited_and_not(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
@@ -99,11 +99,11 @@ def test_a_training_that_never_waits_learns_the_same(folder, monkeypatch):
 
 def test_who_is_waited_for(folder):
     gpu, encoder = SimpleNamespace(device=torch.device("cuda")), encoder_of(folder, "none")
-    assert not encoder._unwaited(gpu)
-    assert encoder.train()._unwaited(gpu)
-    assert not encoder._unwaited(torch.zeros(1))
+    assert not encoder._avoids_sync(gpu)
+    assert encoder.train()._avoids_sync(gpu)
+    assert not encoder._avoids_sync(torch.zeros(1))
     encoder.body.set_attn_implementation("eager")
-    assert not encoder._unwaited(gpu)
+    assert not encoder._avoids_sync(gpu)
 
 
 def test_prompt_and_words_fit_the_positions(folder):

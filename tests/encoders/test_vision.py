@@ -183,11 +183,11 @@ def test_a_training_that_never_waits_learns_the_same(clip, monkeypatch):
 
 def test_who_is_waited_for(clip, network):
     gpu = SimpleNamespace(device=torch.device("cuda"))
-    assert encoder_of(clip).train()._unwaited(gpu)
-    assert not encoder_of(clip).train()._unwaited(frames(1, 1, 3, 32, 32))
-    assert not encoder_of(clip)._unwaited(gpu)
-    assert not encoder_of(network).train()._unwaited(gpu)
-    assert not VisionEncoder(vision_spec(VisionConfig(encoder=str(clip)))[0], sampled=True).train()._unwaited(gpu)
+    assert encoder_of(clip).train()._avoids_sync(gpu)
+    assert not encoder_of(clip).train()._avoids_sync(frames(1, 1, 3, 32, 32))
+    assert not encoder_of(clip)._avoids_sync(gpu)
+    assert not encoder_of(network).train()._avoids_sync(gpu)
+    assert not VisionEncoder(vision_spec(VisionConfig(encoder=str(clip)))[0], sampled=True).train()._avoids_sync(gpu)
 
 
 def test_what_is_no_image_encoder_is_named(tmp_path):

@@ -189,7 +189,7 @@ def test_the_sound_by_itself_learns_its_own_label():
     batch = features(names=names, absent=[(1, "audio")])
     batch.labels["A"][2] = torch.nan
     output = network(batch)
-    logits, target = output.features["heard"].detach().numpy(), np.sign(batch.labels["A"].numpy())
+    logits, target = output.features["audio_own"].detach().numpy(), np.sign(batch.labels["A"].numpy())
     heard = [0, 3, 4]  # row 1 has no sound, of row 2 the label is not known
     chances = softmax(logits[heard])[range(3), [int(target[row]) + 1 for row in heard]]
     loss, parts = network.loss(output, batch)

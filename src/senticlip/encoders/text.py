@@ -112,14 +112,14 @@ def tokenize(tokenizer: Any, texts: list[str | None], max_length: int) -> tuple[
 
 
 BY_PAIRS = {"albert", "bert", "chinese_clip_text_model", "electra", "ernie", "roberta", "xlm-roberta"}
-"""The kinds of encoder that take a mask of who looks at whom, B×1×L×L, as it is."""
+"""Model types that take a 4-D attention mask B×1×L×L as it is."""
 
 
 class TextEncoder(nn.Module):
     """[CLS] + p prompt vectors + the characters → states of [CLS] and the characters.
 
-    The prompt is learned (a p×e parameter that starts from the word vectors of ``prefix_text``), discrete (those words
-    themselves) or none. Its states are dropped, so the characters keep their offsets.
+    The prompt is learned (a p×e parameter, initialised with the word vectors of ``prefix_text``), discrete (those words
+    themselves) or none. Its output states are dropped, so the characters keep their positions.
 
     Shape:
         ids B×n, mask B×n → Sequence B×n×d
@@ -147,7 +147,7 @@ class TextEncoder(nn.Module):
             )
 
     def start_prompt(self, ids: Tensor) -> None:
-        """Give the prompt its words: ``ids`` p (learned: repeated to the length of the prefix)."""
+        """Start the prompt from the words ``ids`` p (a learned one repeats them to the length of the prefix)."""
         if self.prefix is not None:
             words = self.body.get_input_embeddings().weight.detach()
             with torch.no_grad():
@@ -155,15 +155,15 @@ class TextEncoder(nn.Module):
         elif hasattr(self, "prompt_ids"):
             self.prompt_ids.copy_(ids)
 
-    def _unwaited(self, x: Tensor) -> bool:
-        """Whether the body is told who looks at whom; else transformers asks a GPU, and waits, if all are real."""
+    def _avoids_sync(self, x: Tensor) -> bool:
+        """Whether the body gets a 4-D mask: for a 2-D one transformers checks whether all is real, and a GPU syncs."""
         config = self.body.config
         by_pairs = config.model_type in BY_PAIRS and config._attn_implementation == "sdpa"
         return self.training and by_pairs and x.device.type == "cuda"
 
     def _states(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Word vectors B×L×e and which are real → states B×L×d."""
-        mask = seen[:, None, None].expand(-1, -1, seen.shape[1], -1) if self._unwaited(x) else seen.long()
+        """Word vectors B×L×e and their mask B×L → states B×L×d."""
+        mask = seen[:, None, None].expand(-1, -1, seen.shape[1], -1) if self._avoids_sync(x) else seen.long()
         return self.body(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
     def forward(self, text: Sequence) -> Sequence:

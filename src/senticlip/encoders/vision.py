@@ -75,8 +75,8 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
 
 
 TOGETHER = 6
-"""Frames that go through a network together on a CPU where nothing learns: what more of them compute does not fit into
-its caches (EfficientNet-Lite0 at 160 pixels: 9 ms a frame, 20 ms where 192 go together)."""
+"""Frames in one forward pass on a CPU in inference: the activations of more do not fit into its caches
+(EfficientNet-Lite0 at 160 pixels: 9 ms a frame, 20 ms a frame in passes of 192)."""
 
 
 QUICK_GELU = 1.702
@@ -85,8 +85,8 @@ QUICK_GELU = 1.702
 class QuickGelu(nn.Module):
     """x · sigmoid(1.702 x), CLIP's activation.
 
-    In inference it is computed where its input lies, which nothing reads again: a tenth of a CPU's forward pass went
-    into four passes over memory.
+    In inference it works in place, since nothing reads its input again: the plain formula's four passes over memory are
+    a tenth of a CPU's forward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,16 +97,16 @@ class QuickGelu(nn.Module):
 
 
 class Patches(nn.Conv2d):
-    """A CLIP tower's patch embedding as the one matrix product that it is, each patch read once.
+    """A CLIP tower's patch embedding as one matrix product instead of a convolution.
 
-    A GPU's training step is 4 % shorter than with the convolution.
+    A training step on a GPU is 4 % shorter.
 
     Shape:
         N×3×H×W → N×D×H/P×W/P
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The same numbers, up to rounding; a rest at the right or below is left out, as a convolution does."""
+        """Equal to the convolution up to rounding; pixels at the right and bottom that fill no patch are left out."""
         p = self.kernel_size[0]
         h, w = (side // p * p for side in input.shape[-2:])
         rows = input[..., :h, :w].unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # N×h×w×3×P×P
@@ -114,12 +114,12 @@ class Patches(nn.Conv2d):
 
 
 class ClassTokenLayer(nn.Module):
-    """A CLIP tower's last layer, for the class token alone: of the others only keys and values are read after it.
+    """A CLIP tower's last layer, computed for the class token only: nothing reads the layer's other outputs.
 
-    It spares ten twelfths of the layer; the parameters are the layer's own, under their own names.
+    This saves ten twelfths of the layer's time. The parameters are the layer's own, under the same names.
 
     Shape:
-        N×T×D → N×1×D; ``looks`` gives N×heads×1×T
+        N×T×D → N×1×D; the submodule ``attention_weights`` returns N×heads×1×T (heat maps hook it)
     """
 
     def __init__(self, layer: Any) -> None:
@@ -127,26 +127,27 @@ class ClassTokenLayer(nn.Module):
         # in the layer's order: an optimizer's saved state knows parameters by their place
         self.self_attn, self.layer_norm1 = layer.self_attn, layer.layer_norm1
         self.mlp, self.layer_norm2 = layer.mlp, layer.layer_norm2
-        self.looks = nn.Softmax(-1)
+        self.attention_weights = nn.Softmax(-1)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the layer gives for the first token."""
+        """The layer's output for the first token."""
         attention, x = self.self_attn, self.layer_norm1(hidden_states)
         projected = (attention.q_proj(x[:, :1]), attention.k_proj(x), attention.v_proj(x))
         q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
-        looks = self.looks(attention.scale * q @ k.transpose(-1, -2))
-        heard = nn.functional.dropout(looks, attention.dropout, self.training) @ v
-        token = hidden_states[:, :1] + attention.out_proj(heard.transpose(1, 2).flatten(2))
+        weights = self.attention_weights(attention.scale * q @ k.transpose(-1, -2))
+        context = nn.functional.dropout(weights, attention.dropout, self.training) @ v
+        token = hidden_states[:, :1] + attention.out_proj(context.transpose(1, 2).flatten(2))
         return token + self.mlp(self.layer_norm2(token))
 
 
 class VisionEncoder(nn.Module):
     """One state per frame.
 
-    Padding can change nothing, not even a batch norm: only real frames are computed, or none sees another.
+    Padding changes nothing, not even in a batch norm: either only the real frames are encoded, or no frame influences
+    another.
 
     Args:
-        spec: of ``vision_spec``.
+        spec: as ``vision_spec`` returns it.
         sampled: whether training masks most of the frames (``vision.train_frames``).
 
     Shape:
@@ -209,21 +210,21 @@ class VisionEncoder(nn.Module):
         # twice as fast for convolutions on the CPU, and no slower elsewhere
         return self.body(pixels.contiguous(memory_format=torch.channels_last))
 
-    def _unwaited(self, pixels: Tensor) -> bool:
-        """Whether all frames are computed: to ask a GPU which are real, at each step of a training, takes longer.
+    def _avoids_sync(self, pixels: Tensor) -> bool:
+        """Whether masked frames are encoded, too: in training on a GPU that is faster than waiting to know the mask.
 
-        Only where few are masked, and no frame sees another: a timm network may have batch norms.
+        Only where few frames are masked, and no frame influences another (a timm network may have batch norms).
         """
-        alone = self.kind == "chinese_clip" and not self.sampled
-        return alone and self.training and pixels.device.type == "cuda"
+        independent = self.kind == "chinese_clip" and not self.sampled
+        return independent and self.training and pixels.device.type == "cuda"
 
     def forward(self, vision: Sequence) -> Sequence:
         """Encode the real frames; the others are zero."""
         pixels, mask = vision
-        if self._unwaited(pixels):
+        if self._avoids_sync(pixels):
             states = self.images(self.normalize(pixels.flatten(0, 1))).unflatten(0, mask.shape)
             return Sequence(states.masked_fill(~mask[..., None], 0.0), mask)
-        rows = mask.flatten().nonzero()[:, 0]  # a GPU is waited for here
+        rows = mask.flatten().nonzero()[:, 0]  # synchronises with a GPU
         if not len(rows):
             return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
         real = pixels.flatten(0, 1)[rows]

@@ -39,10 +39,10 @@ class Entrance(nn.Module):
 
 
 class Whiten(nn.Module):
-    """Sound, decorrelated: its columns less their mean, turned and scaled to a covariance of about 1, B×L×d → B×L×d.
+    """PCA whitening of the audio features: mean 0, covariance about the identity, B×L×d → B×L×d.
 
-    The bands of a log-mel all but repeat each other, and what tells voices apart is their small differences, which a
-    gradient finds late. (Cepstra, its cosine transform, do the half of it, for log-mels only.)
+    Neighbouring log-mel bands are highly correlated; voices differ in small residuals, which gradient descent learns
+    late. (Cepstra, the cosine transform of a log-mel, decorrelate in part.)
     """
 
     mean: Tensor
@@ -54,12 +54,12 @@ class Whiten(nn.Module):
         self.register_buffer("turn", torch.eye(dim))
 
     def forward(self, features: Sequence) -> Sequence:
-        """Each position by itself."""
+        """Whiten each position."""
         with torch.autocast(self.mean.device.type, enabled=False):  # in bf16 small differences would be lost again
             return Sequence((features.values.to(self.mean) - self.mean) @ self.turn, features.mask)
 
     def learn(self, parts: Iterable[Tensor]) -> None:
-        """From the positions of a training set, N×d a part; a direction in which nothing happens stays small."""
+        """Set mean and transform from a training set's positions, N×d a part; directions of no variance stay small."""
         count, width = 0, len(self.mean)
         total, squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
         for part in parts:
@@ -83,7 +83,7 @@ class ClipCaMsa(nn.Module):
     Shape:
         features B×n×d_t (text), B×m×d_v (vision), B×L×d_a (audio) → Output with logits B×C per modality
 
-    With one modality there is nothing to fuse: the head reads the (temporal) states.
+    With one modality there is no fusion: the head reads the (temporal) states.
     """
 
     temperature: Tensor
@@ -99,8 +99,8 @@ class ClipCaMsa(nn.Module):
         self.labels = LabelEncoder(label["spec"], tuple(label["shape"]), config.label.train) if label else None
         self.heads = nn.ModuleDict({name: self._head(name) for name in self.names})
         self.combine: Any = LOSSES[config.loss](self.names)
-        hears = self.fusion is not None and "audio" in self.names and config.audio.own
-        self.hearing = PooledHead(config) if hears else None
+        own = self.fusion is not None and "audio" in self.names and config.audio.own
+        self.hearing = PooledHead(config) if own else None  # logits of the audio alone, for its own label
         self.register_buffer("temperature", torch.ones(len(self.names)))
         self.register_buffer("class_weights", torch.ones(len(LABELS)))
 
@@ -121,7 +121,7 @@ class ClipCaMsa(nn.Module):
             states[name] = self.entrances[name](features, present[name])  # B×L×d
         if self.temporal is not None:
             states["vision"] = self.temporal(states["vision"])  # eq. 8, B×(1+m)×d
-        own = {"heard": self.hearing(states["audio"]).float()} if self.hearing is not None else {}
+        own = {"audio_own": self.hearing(states["audio"]).float()} if self.hearing is not None else {}
         maps: dict[str, Tensor] = {}
         if self.fusion is not None:
             states, maps = self.fusion(states, attention)  # eq. 9-12
@@ -154,29 +154,29 @@ class ClipCaMsa(nn.Module):
         scores = batch.labels[self.config.target]
         known = ~scores.isnan()
         target = polarity(scores)
-        losses, heard = {}, {}
+        losses, observed = {}, {}
         for name, logits in output.logits.items():
             gamma = self.config.focal_gamma if name == "text" else 0.0
             rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
-            speaks = known & (output.weights[name] > 0)
-            heard[name] = count_of(speaks) > 0
-            losses[name] = mean_of(rows, speaks)
-        total = self.combine(losses, heard)
+            counts = known & (output.weights[name] > 0)
+            observed[name] = count_of(counts) > 0
+            losses[name] = mean_of(rows, counts)
+        total = self.combine(losses, observed)
         if self.hearing is not None:
             losses["own"] = self._own_loss(output, batch)
             total = total + self.config.audio.own * losses["own"]
         return total, {f"loss_{name}": loss.detach() for name, loss in losses.items()}
 
     def _own_loss(self, output: Output, batch: Batch) -> Tensor:
-        """Cross-entropy of what the sound by itself says about its own label, as in Yu et al. 2020 (CH-SIMS)."""
+        """Cross-entropy of the logits of the audio alone against its own label A, as in Yu et al. 2020 (CH-SIMS)."""
         scores = batch.labels[OWN_LABEL["audio"]]
         known = ~scores.isnan() & (output.weights["audio"] > 0)
-        logits, target = output.features["heard"], polarity(scores)
+        logits, target = output.features["audio_own"], polarity(scores)
         return mean_of(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), known)
 
     @torch.no_grad()
     def prepare(self, training: Any) -> None:
-        """Read through the sound of the training set (a ClipSet), whose statistics whiten it."""
+        """Compute the whitening of the audio from the training set (a ClipSet)."""
         if self.whiten is not None:
             store = training.stores["audio"]
             parts = map(store.gather, np.array_split(np.arange(len(store)), 1 + len(store) // 64))

@@ -1,6 +1,6 @@
-"""Modalities → modalities that have seen each other (eq. 9 to 12 and Table 6): cross-attention | concat.
+"""Fusion of the modalities' sequences (eq. 9 to 12 and Table 6): cross-attention | concat.
 
-Both read and write Sequences of one width by name; rows must have at least one real position in each.
+Both map Sequences of one width, by modality, to the same; each row needs at least one real position in each modality.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from senticlip.structures import Sequence
 
 
 class CrossAttentionBlock(nn.Module):
-    """Eq. 9 to 12: one sequence asks, another answers; then add & norm, feed-forward, add & norm.
+    """Eq. 9 to 12: cross-attention from one sequence to another; then add & norm, feed-forward, add & norm.
 
     Shape:
-        query B×q×d, context B×k×d → B×q×d and the attention B×heads×q×k (None unless asked for)
+        query B×q×d, context B×k×d → B×q×d and the attention weights B×heads×q×k (None unless asked for)
     """
 
     def __init__(self, config: Config) -> None:
@@ -31,7 +31,7 @@ class CrossAttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(d)
 
     def forward(self, query: Sequence, context: Sequence, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Let ``query`` look at ``context``."""
+        """``query`` gives the queries, ``context`` keys and values."""
         s, weights = self.attention(
             query.values,
             context.values,
@@ -45,7 +45,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionFusion(nn.Module):
-    """Each modality asks each other one; what it heard is joined with what it was: Linear([H_a2b …; H_a])."""
+    """Each modality attends to each other one; the results are joined with its own states: Linear([H_a2b …; H_a])."""
 
     def __init__(self, config: Config, names: list[str]) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class CrossAttentionFusion(nn.Module):
         """Fuse; the attention maps are named ``text_asks_vision`` and so on."""
         outputs, maps = {}, {}
         for a in self.names:
-            heard = []
+            contexts = []
             for b in self.names:
                 if a != b:
                     values, weights = self.blocks[f"{a}_asks_{b}"](inputs[a], inputs[b], attention)
-                    heard.append(values)
+                    contexts.append(values)
                     if weights is not None:
                         maps[f"{a}_asks_{b}"] = weights
-            outputs[a] = Sequence(self.join[a](torch.cat([*heard, inputs[a].values], -1)), inputs[a].mask)
+            outputs[a] = Sequence(self.join[a](torch.cat([*contexts, inputs[a].values], -1)), inputs[a].mask)
         return outputs, maps
 
 

@@ -21,7 +21,7 @@ from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
 
 class Perception(nn.Module):
-    """Two modalities ask each other; what both heard is one vector.
+    """Two modalities attend to each other; the two results become one vector.
 
     Shape:
         a B×d with B×L_a×d, b B×d with B×L_b×d → B×d and two maps B×heads×1×L
@@ -33,16 +33,16 @@ class Perception(nn.Module):
         self.join = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.LayerNorm(d))
 
     def forward(self, a: tuple[Tensor, Sequence], b: tuple[Tensor, Sequence]) -> tuple[Tensor, list[Tensor]]:
-        """Each pooled vector asks the other's sequence."""
-        heard, maps = [], []
+        """Each pooled vector is the query, the other modality's sequence keys and values."""
+        contexts, maps = [], []
         for attention, (query, _), (_, context) in zip(self.attention, (a, b), (b, a), strict=True):
             keys = ~context.mask
             values, weights = attention(
                 query[:, None], context.values, context.values, key_padding_mask=keys, average_attn_weights=False
             )
-            heard.append(values[:, 0])
+            contexts.append(values[:, 0])
             maps.append(weights)
-        return self.join(torch.cat(heard, -1)), maps
+        return self.join(torch.cat(contexts, -1)), maps
 
 
 class MMAF(Peer):
@@ -115,16 +115,16 @@ class MMAF(Peer):
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of each task over the rows that have its label and its modality."""
-        losses, heard = {}, {}
+        losses, observed = {}, {}
         for name, task in self.tasks.items():
             labels = batch.labels[self.target if name == "fused" else task]
             known = ~labels.isnan()
             if name != "fused":
                 known = known & self.inputs(batch)[name].mask.any(1)
-            heard[name] = count_of(known) > 0
+            observed[name] = count_of(known) > 0
             losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), known)
         logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
-        return (losses["fused"] if self.weigh is None else self.weigh(losses, heard)), logs
+        return (losses["fused"] if self.weigh is None else self.weigh(losses, observed)), logs
 
     def step_finished(self) -> None:
         """Keep the log variances in bounds."""

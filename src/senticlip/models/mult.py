@@ -1,4 +1,4 @@
-"""MulT: each modality asks each other one along time, in causal cross-modal Transformers.
+"""MulT: each modality attends to each other one along time, in causal cross-modal Transformers.
 
 Tsai et al. 2019, Multimodal Transformer for Unaligned Multimodal Language Sequences (arXiv 1906.00295). SIMS
 hyperparameters: MMSA, which leaves the positions out (``options.positions`` puts them back). Deviations from MMSA: it
@@ -18,23 +18,23 @@ from senticlip.models.peer import Peer, dropout, packed
 from senticlip.structures import Batch, Output, Sequence
 
 BLOCK = 64
-"""Queries per block: a block sees only the keys that causality lets it see, and its scores stay in the cache."""
+"""Queries per block: a block computes scores for the keys it may attend to only, and they fit into the CPU's cache."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
-    """Scaled dot-product attention with a dropout of the weights; B×heads×L×d, mask B×1×queries×keys (True: looks)."""
+    """Scaled dot-product attention with dropout of the weights; B×heads×L×d, mask B×1×queries×keys (True: attends)."""
     if not p or q.is_cuda:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     q, parts = q / math.sqrt(q.shape[-1]), []
-    for rows, look in zip(q.split(BLOCK, 2), mask.split(BLOCK, 2), strict=True):
-        end = int(look.flatten(0, 2).any(0).nonzero()[-1]) + 1  # nobody in this block may look further
-        weights = (rows @ k[:, :, :end].mT).masked_fill(~look[..., :end], -torch.inf).softmax(-1)
+    for rows, seen in zip(q.split(BLOCK, 2), mask.split(BLOCK, 2), strict=True):
+        end = int(seen.flatten(0, 2).any(0).nonzero()[-1]) + 1  # no query of this block attends beyond it
+        weights = (rows @ k[:, :, :end].mT).masked_fill(~seen[..., :end], -torch.inf).softmax(-1)
         parts.append(dropout(weights, p, True) @ v[:, :, :end])
     return torch.cat(parts, 2)
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward: x B×q×d looks at memory B×k×d."""
+    """Pre-norm attention and feed-forward: queries x B×q×d attend to memory B×k×d."""
 
     def __init__(self, d: int, heads: int, attention_dropout: float, options: dict) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Layer(nn.Module):
         """B×q×d → B×q×d."""
         o, training = self.options, self.training
         q, k, v = self.qkv(x, memory)
-        heard = attend(q, k, v, mask, self.p if training else 0.0)
-        x = x + dropout(self.out(heard.transpose(1, 2).flatten(2)), o["res_dropout"], training)
+        context = attend(q, k, v, mask, self.p if training else 0.0)
+        x = x + dropout(self.out(context.transpose(1, 2).flatten(2)), o["res_dropout"], training)
         h = dropout(self.fc1(self.norm2(x)).relu(), o["relu_dropout"], training)
         return x + dropout(self.fc2(h), o["res_dropout"], training)
 
@@ -83,14 +83,14 @@ class Encoder(nn.Module):
         return dropout(x, self.options["embed_dropout"], self.training)
 
     def cross(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Every layer looks at the same memory; B×q×d → B×q×d."""
+        """Every layer attends to the same memory; B×q×d → B×q×d."""
         x, memory = self.embed(x), self.embed(memory)
         for layer in self.layers:
             x = layer(x, memory, mask)
         return self.norm(x)
 
     def last(self, x: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        """Self-attention, and of its result the last real step, B×d: the last layer is asked for that step only."""
+        """The output of self-attention at each row's last real step, B×d; the last layer computes that step only."""
         x = self.embed(x)
         for layer in self.layers[:-1]:
             x = layer(x, x, mask)
@@ -108,9 +108,9 @@ def sinusoids(length: int, d: int) -> Tensor:
 
 
 def causal(queries: Tensor, keys: Tensor, size: tuple[int, int]) -> Tensor:
-    """Lengths B of both sides → mask B×1×q×k: query i looks at key j ≤ i + |L_k − L_q|, j real.
+    """Lengths B of both sides → mask B×1×q×k: query i attends to the real keys j ≤ i + |L_k − L_q|.
 
-    Padded queries look at what they like (nobody reads them) but at something, so that no row is empty.
+    Padded queries attend to something, too, so that no row of the mask is empty; nothing reads their outputs.
     """
     i, j = (torch.arange(n, device=queries.device) for n in size)
     shift = (keys - queries).abs()[:, None, None]
@@ -145,7 +145,7 @@ class MulT(Peer):
         others = max(len(self.names) - 1, 1)
         drop = {name: o["attention_dropout" if name == "text" else f"{name}_attention_dropout"] for name in self.names}
         self.project = nn.ModuleDict({n: nn.Conv1d(dims[n], d, o[f"{n}_kernel"], bias=False) for n in self.names})
-        # as in the authors' code, the drop-out of a pair is that of the modality that answers
+        # as in the authors' code, a pair's attention dropout is that of the modality attended to
         pairs = {f"{a}_asks_{b}": Encoder(d, o["layers"], drop[b], o) for a in self.names for b in self.names if a != b}
         self.pairs: Any = nn.ModuleDict(pairs)
         mem_layers, mem_drop = max(o["layers"], o["memory_layers"]), o["attention_dropout"]
@@ -168,14 +168,14 @@ class MulT(Peer):
         inputs = {name: self.embed(name, x) for name, x in self.inputs(batch).items()}
         maps, last = {}, {}
         for a, (x, length) in inputs.items():
-            heard = []
+            contexts = []
             for b, (y, keys) in inputs.items():
                 if a != b:
                     pair, mask = self.pairs[f"{a}_asks_{b}"], causal(length, keys, (x.shape[1], y.shape[1]))
-                    heard.append(pair.cross(x, y, mask))
+                    contexts.append(pair.cross(x, y, mask))
                     if attention:
                         maps[f"{a}_asks_{b}"] = attention_map(pair, x, y, mask)
-            states = torch.cat(heard, -1) if heard else x
+            states = torch.cat(contexts, -1) if contexts else x
             mask = causal(length, length, (x.shape[1], x.shape[1]))
             last[a] = self.memory[a].last(states, length, mask)  # B×(M−1)d
         joint = torch.cat(list(last.values()), -1)
