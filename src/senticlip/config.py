@@ -19,10 +19,10 @@ Model = Literal["clip_ca_msa", "tfn", "lmf", "mult", "self_mm", "mmaf"]
 """The names of ``models.MODELS``, told here without torch."""
 
 FROM_FILE = ("features", "openface")
-"""Names of encoders that are none: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
+"""In place of an encoder's name: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
 
 SHAPES = {"text": ("text.encoder", "prompt", "text.prefix_length", "text.prefix_text"), "vision": ("vision.encoder",)}
-"""What an encoder that is taken over from a stage must have in common with it."""
+"""Keys in which the main training must agree with a stage whose encoder it takes over, by modality."""
 
 Trainable = Literal["frozen", "full"] | int
 """How much of an encoder learns: nothing, everything, or its top k layers."""
@@ -44,7 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "vision.size": (8, MOST),
     "audio.bands": (1, 128),
 }
-"""What a number may be, both ends included, and finite. A key that is left open (null, a word) is not meant."""
+"""The range of each number, both ends included; all must be finite. Null and words (``frozen``) are not checked."""
 
 
 @dataclass
@@ -64,8 +64,8 @@ class TextConfig:
 class VisionConfig:
     """Frames and the network that reads them (a Chinese-CLIP model or any timm network).
 
-    ``cutaways: drop`` reads the frames of a clip's main shot only, if it fills more than half of the clip: for a moment
-    a listener may be shown, or a place. The others are left out, and do not count as time.
+    ``cutaways: drop`` keeps the frames of a clip's main shot only, if it fills more than half of the clip; a cutaway
+    shows a listener or a place for a moment. The frames that are left out take no temporal position.
     """
 
     encoder: str = "OFA-Sys/chinese-clip-vit-base-patch16"
@@ -81,9 +81,9 @@ class VisionConfig:
 
 @dataclass
 class AudioConfig:
-    """Log-mel frames of 20 ms, the mean of ``average`` a step; ``lr`` is the rate of the layer that takes them in.
+    """Log-mel frames of 20 ms; a step is the mean of ``average`` frames; ``lr`` is the rate of the input projection.
 
-    ``own``: how much it counts in clip_ca_msa's loss what the sound by itself says about its own label (A).
+    ``own``: the weight, in clip_ca_msa's loss, of classifying the audio alone by its own label (A).
     """
 
     bands: int = 33
@@ -94,9 +94,9 @@ class AudioConfig:
 
 @dataclass
 class LabelConfig:
-    """The prompted class names (eq. 3) and the encoder that reads them.
+    """The prompted class names (eq. 3) and their encoder.
 
-    No encoder: CLIP's text tower if the frames are read by CLIP, else the text encoder.
+    Without an ``encoder``: CLIP's text tower if the vision encoder is a CLIP model, else the text encoder.
     """
 
     encoder: str | None = None
@@ -109,7 +109,7 @@ class LabelConfig:
 
 @dataclass
 class TrainConfig:
-    """How the training runs; ``lr`` is the rate of all that has no own; ``compile`` is for a GPU."""
+    """How the training runs; ``lr`` is the rate of all parameters without one of their own; ``compile``: for a GPU."""
 
     epochs: int = 20
     batch_size: int = 32
@@ -215,7 +215,7 @@ class Config:
         return from_dict(data)
 
     def stage(self, name: str) -> Config:
-        """The config of one preceding training; what is wrong with it is told by its name."""
+        """The config of a stage; the message of an error in it begins with ``stages.NAME``."""
         try:
             stage = self.override({"stages": {}, **self.stages[name]})
         except UsageError as error:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, one writer at a time in a folder, and a full disk told in one line."""
+"""Atomic writes, one writer at a time in a folder, and a full disk as a one-line error."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from senticlip.structures import UsageError, UserError
 
 ABANDONED = 3600
-"""Seconds after which something unfinished is taken to be that of a killed writer."""
+"""Seconds after which an unfinished file or folder is taken for that of a killed process."""
 
 
 @contextmanager
 def disk(place: Path, then: str = "run the same command again") -> Iterator[None]:
-    """A full disk is one line for the user, whichever library has met it.
+    """Turn the error of a full disk, whichever library raises it, into one line for the user.
 
     Raises:
         UserError: instead of the error of a full disk; other errors pass.
@@ -50,15 +50,15 @@ def is_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def alone(folder: Path, what: str, patience: float = 0) -> Iterator[None]:
-    """One writer at a time in a folder, made if it is not there; the lock of a killed one is the kernel's to open.
+    """Hold the lock of a folder, which is made if it is missing; the kernel frees the lock of a killed process.
 
     Args:
-        folder: where one writes.
-        what: one does there, for the message.
-        patience: seconds for which another is waited for.
+        folder: where this process will write.
+        what: the work, for the message: "another ``what`` is writing here".
+        patience: seconds to wait for another process.
 
     Raises:
-        UserError: another process does ``what`` there; nothing can be written there.
+        UserError: another process holds the lock, or the folder cannot be written to.
     """
     lock = FileLock(make_folder(folder) / ".lock")
     with suppress(NotImplementedError):  # some network file systems have no locks
@@ -75,12 +75,16 @@ def alone(folder: Path, what: str, patience: float = 0) -> Iterator[None]:
 
 
 def abandoned(path: Path) -> bool:
-    """Whether an unfinished file or folder has been left by a killed writer."""
+    """Whether an unfinished file or folder is so old that its writer must have been killed."""
     return time.time() - path.stat().st_mtime > ABANDONED
 
 
 def make_folder(out: str | Path) -> Path:
-    """The folder to write to, made if it is not there."""
+    """The folder to write to, made if it is missing.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,18 +94,18 @@ def make_folder(out: str | Path) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make a file beside ``path`` and put it there: the file is whole, or is not there.
+    """Write a file atomically: ``write`` gets a temporary path in the same folder, which is then renamed to ``path``.
 
     Raises:
         UserError: it cannot be written (no space, no permission).
     """
-    # a name of its own for every writer: two may make the same file at once
+    # a unique name, since two processes may write the same file at once
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         with disk(path):
             write(partial)
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # or a loss of power may leave the name without its content
+                os.fsync(file.fileno())  # else a power loss may leave an empty file under the new name
             os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written — {error.strerror or error}") from None
@@ -111,5 +115,5 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, in UTF-8; raises as ``write_whole``."""
+    """Write a UTF-8 text file atomically; raises as ``write_whole``."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

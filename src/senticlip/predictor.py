@@ -23,25 +23,31 @@ from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Predictio
 
 
 def are_numbers(output: Output) -> torch.Tensor:
-    """Which rows have an answer that is a number, B: NaN would pass for the first class."""
+    """Which rows of an output are free of NaN, B bool (argmax would take a row of NaN for the first class)."""
     said = output.score if output.score is not None else output.log_probs
     assert said is not None
     return ~said.isnan().reshape(len(said), -1).any(1)
 
 
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
-    """The predictor of a RUN folder, a hub id, or a file that ``senticlip export`` made."""
+    """The Predictor of a RUN folder, a hub id, or an ONNX file that ``senticlip export`` wrote.
+
+    Args:
+        run: the folder, hub id or file.
+        device: cpu, cuda, cuda:N; a GPU if there is one by default.
+        precision: fp32, bf16 or int8 (of the encoders; an ONNX file keeps its own).
+
+    Raises:
+        UsageError: no such RUN, device or precision. UserError: a file of the RUN is broken or missing.
+    """
     return Predictor(run, device, precision)
 
 
 class Predictor:
-    """``predictor("clip.mp4", text="…")`` → Prediction; video or text may be left out.
+    """``predictor("clip.mp4", text="…")`` → Prediction; video or text may be left out. Made by :func:`load`.
 
-    ``precision``: fp32, bf16 or int8; ``disagreement`` says what the reduced ones change on made input (senticlip
-    export RUN --data DIR says what on yours). ``run`` is the folder (of a hub id: its snapshot) or the ONNX file.
-
-    Raises:
-        UsageError: no such RUN, device or precision. UserError: a file of the RUN is broken or missing.
+    ``run`` is the folder (of a hub id: its snapshot) or the ONNX file. ``disagreement`` tells what a reduced precision
+    changes on synthetic input (``senticlip export RUN --data DIR`` measures it on your data); empty for fp32.
     """
 
     def __init__(self, run: str | Path, device: str | None = None, precision: str = "fp32") -> None:
@@ -77,7 +83,7 @@ class Predictor:
         start: float | None = None,
         end: float | None = None,
     ) -> Prediction:
-        """One clip, or the piece of it from ``start`` to ``end`` seconds; a blank text is none.
+        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text counts as missing.
 
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.
@@ -85,7 +91,7 @@ class Predictor:
         return next(self.predict([Clip("", None if video is None else Path(video), text, start=start, end=end)]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
-        """Stream predictions, a batch at a time."""
+        """Yield the prediction of each clip, in order, computed ``batch_size`` at a time; raises as a call does."""
         clips = iter(clips)
         while chunk := list(islice(clips, batch_size)):
             yield from self.predictions(self.output(self.batch(chunk)))
@@ -96,9 +102,12 @@ class Predictor:
         read: Callable[..., Frames] = read_frames,
         listen: Callable[..., np.ndarray] = read_audio,
     ) -> Batch:
-        """Decode, resize, listen to and tokenise clips.
+        """Read clips (frames, log-mel, token ids) into one batch on the model's device.
 
-        ``read`` gets the frames of one, ``listen`` its sound (an open film has its own).
+        Args:
+            clips: as many as fit into memory together.
+            read: as ``data.video.read_frames``; an already open film brings its own.
+            listen: as ``data.audio.read_audio``; likewise.
 
         Raises:
             UsageError: a clip has nothing that this model reads. UserError: a video cannot be read.
@@ -138,7 +147,7 @@ class Predictor:
         return ArrayRows(values, mask)
 
     def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> ArrayRows:
-        """The log-mel of each piece; one without a video, or without a sound, is an empty row."""
+        """The log-mel of each clip; a clip without a video, or whose video has no audio, is an empty row."""
         bands, average = self.config.audio.bands, self.config.audio.average
         sounds = [np.zeros(0) if c.video is None else listen(c.video, c.start, c.end) for c in clips]
         rows = [log_mel(sound, bands, average) for sound in sounds]
@@ -149,14 +158,14 @@ class Predictor:
 
     @torch.inference_mode()
     def output(self, batch: Batch, attention: bool = False) -> Output:
-        """The model's output for a batch, with what each modality says alone."""
+        """The model's output for a batch, with ``alone`` filled in."""
         return self.model(batch, attention=attention, alone=True)
 
     def predictions(self, output: Output) -> list[Prediction]:
-        """The answers of an output, with surface names.
+        """An output as a Prediction for each row, modalities by their surface names.
 
         Raises:
-            UserError: one of them is no number.
+            UserError: the output has NaN.
         """
         if not are_numbers(output).all():
             raise UserError("the model's answer is no number — its weights are broken, train or copy it again")

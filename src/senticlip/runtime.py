@@ -1,4 +1,4 @@
-"""The one place that sets threads, matmul precision, memory, device and the libraries' chatter."""
+"""The one place that sets threads, matmul precision, memory, device and the libraries' log levels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from senticlip.structures import UsageError
 
-# Asked for before torch starts: a missing hub must not be a 90-second wait.
+# Set before torch is imported. Without a network, the hub would be waited for 90 seconds.
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Kernels kept for shapes seen before: texts of all lengths make so many that a film's memory grew (oneDNN keeps 1024).
+# oneDNN caches 1024 kernels, one for each shape: with texts of all lengths, memory grew during a film.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-# Threads wait for each other by spinning, GCC's for milliseconds, which beside another busy process takes long.
+# OpenMP threads wait by spinning, GCC's for milliseconds, which is slow beside another busy process.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -26,27 +26,27 @@ def cores() -> int:
 
 
 def first_process() -> bool:
-    """Whether this process speaks and writes for all that torchrun has started; true where there is only one."""
+    """Whether this process prints and writes for all that torchrun has started (rank 0); true without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def setup(threads: int | None = None) -> None:
-    """Set torch's threads (default: OMP_NUM_THREADS, else the cores), fast fp32 products and memory; be quiet."""
+    """Set torch's threads (default: OMP_NUM_THREADS, else the cores), fp32 matmul precision, malloc and log levels."""
     import torch
     import transformers
 
-    torch.set_num_threads(threads or _asked() or cores())
-    _choose_products()
+    torch.set_num_threads(threads or _requested_threads() or cores())
+    _set_matmul_precision()
     _keep_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def _choose_products() -> None:
-    """Multiply fp32 matrices at "medium" (oneDNN, up to twice as fast) where that is still fp32, else at "high".
+def _set_matmul_precision() -> None:
+    """Set fp32 matmuls to "medium" (oneDNN, up to twice as fast) where that still computes in fp32, else to "high".
 
-    Processors that multiply bfloat16 fast (AMX) would round the factors to it, which a product by one shows.
+    Processors with fast bfloat16 (AMX) would round the factors to it, which a product with the identity shows.
     """
     import torch
 
@@ -59,8 +59,8 @@ def _choose_products() -> None:
 def _keep_memory() -> None:
     """Let glibc keep up to 32 MiB of freed memory, and take blocks below 16 MiB from there.
 
-    It would give a layer's activations back to the kernel and fault the same pages in again for the next layer: 12 % of
-    a forward pass of the paper's size. Who has set MALLOC_… is left alone.
+    By default it returns a layer's activations to the kernel and page-faults them in again for the next layer: 12 % of
+    a forward pass of the paper's size. If a MALLOC_… variable is set, nothing is changed.
     """
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -69,8 +69,8 @@ def _keep_memory() -> None:
             mallopt(-1, 32 << 20)  # M_TRIM_THRESHOLD
 
 
-def _asked() -> int:
-    """OMP_NUM_THREADS, which may be empty or a list with a number for each level; 0: not said."""
+def _requested_threads() -> int:
+    """OMP_NUM_THREADS (its first number, of a list for nested levels); 0 if it is not set."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() else 0
 
@@ -87,7 +87,7 @@ def device(name: str | None = None) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.zeros(1, device=found).tolist()  # a name may be well formed and nothing be behind it
+        torch.zeros(1, device=found).tolist()  # a valid name does not mean that there is such a device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise UsageError(f"--device {name}: cannot be used here ({reason}) — choose cpu, cuda or cuda:N") from None
@@ -95,10 +95,10 @@ def device(name: str | None = None) -> Any:
 
 
 def check_compiler(place: Any) -> None:
-    """Whether torch.compile works on a device: it needs a C compiler, which not every machine has.
+    """Try torch.compile on a device: it needs a C compiler, which not every machine has.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not work.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The five forms that data takes on its way through the house; nothing else crosses a room.
+"""The five forms that data takes from file to answer; modules pass nothing else to each other.
 
 ``Clip`` (what a person has) → ``Sequence`` (what an encoder reads or writes) → ``Batch`` → ``Output`` → ``Prediction``.
 """
@@ -28,7 +28,7 @@ SURFACE = {"text": "text", "vision": "video", "audio": "audio"}
 
 
 class UserError(Exception):
-    """Something the user can mend, told in one line: what is wrong, where, what to do.
+    """An error that the user can fix; its message is one line: what is wrong, where, what to do.
 
     The command line prints it without a traceback and exits with ``code``: 1 for bad data, 2 for wrong use.
     """
@@ -45,20 +45,20 @@ class UsageError(UserError):
 def polarity(score: Any) -> Any:
     """The class index (0 negative, 1 neutral, 2 positive) of a CH-SIMS score: its sign.
 
-    A number, or an array or tensor of them, of any shape; of NaN it is an index, too: mask it.
+    ``score``: a number, array or tensor of any shape; the result has its shape. NaN gives an index, too: mask it.
     """
     return (score >= 0) + 1 * (score > 0)
 
 
 def whole(text: str) -> str:
-    """A text that is UTF-8: halves of characters, as names of files and some encodings bring, are question marks."""
+    """A text as valid UTF-8: lone surrogates, as file names and some encodings have them, become question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
 def spoken(text: str | None) -> str | None:
-    """A text as it can be said again; a blank one is none."""
-    said = whole(text or "")
-    return said if said.strip() else None
+    """A text as valid UTF-8, or None if it is blank."""
+    text = whole(text or "")
+    return text if text.strip() else None
 
 
 class Clip(NamedTuple):
@@ -107,8 +107,8 @@ class Output(NamedTuple):
     Classification: ``logits`` per head B×C (keys are modalities, or ``fused``), ``log_probs`` B×C fused and
     normalised, ``weights`` per head B (they sum to 1 over the heads that are present). Regression: ``score`` B, in
     label units. ``attention`` only if asked for: name → B×heads×queries×keys. ``features``: name → B×d, what the
-    losses of some models need. ``alone`` only if asked for, and of classification: modality → B×C log-probabilities of
-    the model that is given this modality and no other (a head is no such answer: it has seen the others).
+    losses of some models need. ``alone`` only if asked for, classification only: modality → B×C log-probabilities of
+    the model given that modality and no other (unlike a head's logits, which depend on the others through fusion).
     """
 
     logits: dict[str, Tensor] = {}
@@ -123,7 +123,8 @@ class Output(NamedTuple):
 class Prediction(NamedTuple):
     """The answer for one clip, as ``senticlip predict --json`` prints it (surface names: text, video, audio).
 
-    ``modalities``: what the model answers if it is given this one alone.
+    ``probabilities``: by label; ``modalities``: modality → the probabilities of the model given that one alone;
+    ``weights``: of each modality's head, they sum to 1. A regression model fills ``label`` and ``score`` only.
     """
 
     label: str
@@ -133,5 +134,5 @@ class Prediction(NamedTuple):
     score: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that there are."""
+        """The fields that are not None, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}

@@ -51,22 +51,23 @@ def train(
 ) -> dict[str, Any]:
     """Train one experiment, its stages first; ``out`` becomes a complete checkpoint folder.
 
-    Threads and products are set for the whole process (``runtime.setup``), as the command does.
+    Sets threads and matmul precision of the whole process (``runtime.setup``), as the command line does.
 
     Args:
         config: the experiment.
         data: a CH-SIMS folder, or a CSV of one's own.
         out: the RUN folder.
         seed: instead of the config's.
-        resume: go on where a killed training of the same config on the same data stopped; a finished one stays.
+        resume: continue a killed training of the same config on the same data; a finished one is left as it is.
         device: cpu, cuda, cuda:N; a GPU if there is one by default.
-        as_stage: of another training, what the log calls it.
+        as_stage: the stage's name in the log, if this is a stage of another training.
 
     Returns:
         ``{"best_epoch": …, "valid": {…}, "seconds": …, "history": […]}``
 
     Raises:
-        UserError: no clip has the label; the disk is full; ``resume`` where another run lies; another training there.
+        UsageError: no such data, device or encoder. UserError: no clip has the label; the disk is full; ``out`` holds
+            another run (with ``resume``); another process trains there.
     """
     started = time.monotonic()
     runtime.setup()
@@ -82,7 +83,7 @@ def train(
             begin(out, mine, resume)
         stages = stages_of(config, data)
         set_seed(config.seed)
-        model = create_model(config, feature_widths(config, data))  # what cannot be built is told before the stages
+        model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
         if stages and first:
             announce({**stages, "all together": config})
         for name, stage in stages.items():
@@ -97,14 +98,17 @@ def train(
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
         calibrate(model, sets["valid"])
         result["seconds"] = round(time.monotonic() - started, 1)
-        with arguments.main_process_first():  # the others wait: they may want to read it, as a stage
+        with arguments.main_process_first():  # the others wait: they may read it as a stage next
             if arguments.process_index == 0:
                 save_run(out, model, config, mine, result)
     return result
 
 
 def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
-    """The trainings that come first, of what the main one reads; where ``data`` lacks their label, on the joint one."""
+    """The stages that share a modality with the main training, by name, in the order in which they are trained.
+
+    Where ``data`` lacks a stage's label, it is trained on the main training's.
+    """
     clips = read_clips(data, None, config.protocol, config.seed)
     there = {label for clip in clips for label in clip.labels}
     needed = {}
@@ -112,7 +116,7 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
-    # those that read videos come first: one that cannot be read is found at once
+    # those that read videos come first, so that an unreadable video is found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
 
@@ -141,7 +145,7 @@ class Fitter(Trainer):
         return self.optimizer
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Every row of valid: ``dataloader_drop_last`` is meant for training batches, but reaches these, too."""
+        """A loader of every row of valid: Trainer applies ``dataloader_drop_last`` to it, too."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         loader = super().get_eval_dataloader(*args, **kwargs)
         self.args.dataloader_drop_last = drop
@@ -156,9 +160,10 @@ class Fitter(Trainer):
 
 
 def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
-    """Groups of learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay.
+    """Optimizer groups by learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay.
 
-    A peer brings the groups of its published code."""
+    A peer brings the groups of its published code.
+    """
     config: Config = trainee.experiment
     if hasattr(trainee.model.network, "param_groups"):
         return trainee.model.network.param_groups(config) + _groups(trainee, config, encoders_only=True)
@@ -177,7 +182,7 @@ def _groups(trainee: Any, config: Config, encoders_only: bool) -> list[dict[str,
 
 
 def _rate(name: str, config: Config) -> float:
-    """The learning rate of a parameter: a pretrained encoder's own, the scalars', the sound's, or ``train.lr``."""
+    """The learning rate of a parameter: its encoder's, the audio projection's, ``train.scalar_lr`` or ``train.lr``."""
     if name.startswith("encoders.") and not name.endswith(".prefix"):
         return getattr(config, name.split(".")[1]).lr
     if name.startswith("network.labels."):
@@ -188,7 +193,7 @@ def _rate(name: str, config: Config) -> float:
 
 
 class Hooks(TrainerCallback):
-    """What networks want to be told: the epoch's number, the end of a step."""
+    """Tells the network the number of each epoch and the end of each step."""
 
     def __init__(self, trainee: Trainee) -> None:
         self.trainee, self.network = trainee, trainee.model.network
@@ -215,10 +220,10 @@ def fit(
         counts = np.bincount(_classes_of(training, config), minlength=len(LABELS))
         model.network.class_weights.copy_(torch.tensor(counts.sum() / len(LABELS) / counts.clip(1)))
 
-    # a rest of a batch is left out, unless it is all there is
+    # an incomplete last batch is left out, unless it is the only one
     arguments.dataloader_drop_last = len(training) >= config.train.batch_size
     if getattr(model.network, "outputs", len(LABELS)) == 1 and config.train.metric == "nll":
-        arguments.metric_for_best_model = "mae"  # a score has no likelihood
+        arguments.metric_for_best_model = "mae"  # a regression model has no likelihood
     trainee = Trainee(model)
     if config.train.compile:
         model.compile_encoders()
@@ -249,7 +254,7 @@ def fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:  # it was killed after its last epoch
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer.state.best_model_checkpoint = str(best)  # it remembers the place where this folder lay
+        trainer.state.best_model_checkpoint = str(best)  # its path is stale if the folder was moved
         trainer._load_best_model()
     if trainee.average is not None:
         model.load_state_dict(trainee.average.state_dict())
@@ -298,7 +303,7 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
     if t.batch_size % world:
         raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
     arguments = TrainingArguments(
-        output_dir=str(folder.resolve()),  # the best epoch's place is remembered, and a resumed run may stand elsewhere
+        output_dir=str(folder.resolve()),  # its path is saved, and a resumed run may have another working directory
         run_name=as_stage,
         num_train_epochs=t.epochs,
         per_device_train_batch_size=t.batch_size // world,
@@ -330,7 +335,7 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
         report_to=[],
         disable_tqdm=True,
         log_level="error",
-        logging_nan_inf_filter=False,  # it would wait for the GPU at each step, and hide what went wrong
+        logging_nan_inf_filter=False,  # it would synchronise with the GPU at each step, and hide NaN
     )
     if device.type == "cuda" and world == 1:
         _stay_on(arguments, torch.device("cuda", device.index or 0))
@@ -338,8 +343,8 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
 
 
 def _stay_on(arguments: TrainingArguments, device: torch.device) -> None:
-    """One process, one GPU: TrainingArguments takes the first, whatever was asked for, and DataParallel over all."""
-    _ = arguments.device  # found once, and kept in three places
+    """Use this one GPU: TrainingArguments would take the first, and DataParallel over all."""
+    _ = arguments.device  # computed once, and stored in three places
     torch.cuda.set_device(device)
     arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
     arguments.distributed_state.device = device

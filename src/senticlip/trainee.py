@@ -1,4 +1,4 @@
-"""What the Trainer trains: the model and its moving average, what is done to a training batch, what is logged."""
+"""The module that the Trainer trains: the model, its moving average (EMA), batch augmentation, what is logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from senticlip.structures import OWN_LABEL, Batch, Sequence
 
 
 class Trainee(nn.Module):
-    """What the Trainer trains and saves: the model, and a moving average of it if one is wanted, which is evaluated.
+    """The model and, with ``train.ema``, an exponential moving average of it, which is what gets evaluated.
 
     Args:
         model: without its frozen encoders: their output comes from the cache, and checkpoints need not hold them.
@@ -33,21 +33,21 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def step_finished(self) -> None:
-        """Let the network clamp what it must, then move the average; it follows fast at first."""
+        """Let the network clamp its parameters, then update the average; its decay grows to ``train.ema``."""
         if hasattr(self.model.network, "step_finished"):
             self.model.network.step_finished()
         if self.average is None:
             return
         self.steps += 1
-        steps = int(self.steps)  # a GPU is waited for here
+        steps = int(self.steps)  # synchronises with a GPU
         decay = min(self.experiment.train.ema, (1 + steps) / (10 + steps))
         state, buffers = self.model.state_dict(), dict(self.model.named_buffers())
         for (name, mean), value in zip(self.average.state_dict().items(), state.values(), strict=True):
             if not mean.is_floating_point():
                 mean.copy_(value)
-            elif name in buffers:  # where it is NaN, nothing was known so far
+            elif name in buffers:  # NaN: not known so far (Self-MM's labels)
                 mean.copy_(torch.where(mean.isnan(), value, mean.lerp(value, 1 - decay)))
-            else:  # millions of numbers: one pass over them
+            else:  # parameters: one pass over memory
                 mean.lerp_(value, 1 - decay)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class Trainee(nn.Module):
         return {"loss": loss, "prediction": prediction, **log}
 
     def disturb(self, batch: Batch) -> Batch:
-        """Augment and choose frames, exchange words and faces, and leave out a modality now and then."""
+        """Augment a training batch: sample and augment frames, recombine modalities, drop modalities at random."""
         parts = dict(batch.modalities)
         vision, config = parts.get("vision"), self.experiment
         if vision is not None and vision.values.dtype == torch.uint8:
@@ -92,9 +92,9 @@ class Trainee(nn.Module):
 
 
 def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """New pairs of words and faces: a modality is now and then another row's whose own label has the same sign.
+    """Exchange modalities between rows: with probability ``chance``, with a row whose own label has the same sign.
 
-    What the modalities say stays the same, and so does the joint label, as far as it hangs on that alone.
+    The sign of each modality's own label stays as it was, and so does the joint label.
 
     Args:
         parts: the modalities of a batch, B rows each.
@@ -116,17 +116,17 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
 
 
 def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """Where there is sound, features of words or faces are now and then mixed with those of another own label.
+    """Mix text or vision features of rows with audio with those of a row whose own label has another sign.
 
-    Encoders know the clips that they were trained on; of others they are less sure, and err. A network that sees only
-    the former learns to listen to nothing else; sound has no such encoder, and stays as it is. The joint label stays.
+    Fine-tuned encoders are surer on their training clips than on new ones. A fusion network that sees only the former
+    learns to ignore the audio, which has no such encoder and stays as it is. The joint label stays, too.
 
     Args:
-        parts: the features of a batch by modality, B×L×d; a row's positions meet the other row's in proportion.
+        parts: the features of a batch by modality, B×L×d; the other row's positions are stretched to the row's length.
         labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays as it is.
-        chance: the share of rows in which a modality is mixed: anything from nothing to all of it is the other row's.
+        chance: the probability that a row's modality is mixed; the other row's share is drawn from [0, 1].
     """
-    misled, heard = dict(parts), parts["audio"].mask.any(1).cpu()
+    misled, has_audio = dict(parts), parts["audio"].mask.any(1).cpu()
     for name, sequence in parts.items():
         if name == "audio" or (own := labels.get(OWN_LABEL[name])) is None:
             continue
@@ -134,7 +134,7 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
         other = own.sign()[:, None] != own.sign()[None, :]  # B×B
         there = sequence.mask.any(1).cpu() & ~own.isnan()
         other &= there[:, None] & there[None, :]
-        chosen = (torch.rand(len(own)) < chance) & heard & other.any(1)
+        chosen = (torch.rand(len(own)) < chance) & has_audio & other.any(1)
         rows = torch.arange(len(own))
         if chosen.any():
             rows[chosen] = torch.multinomial(other[chosen].float(), 1)[:, 0]
@@ -145,7 +145,7 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
 
 
 def _stretched(sequence: Sequence, rows: Tensor) -> Tensor:
-    """The values of ``rows``, their real positions stretched over those of each row in turn, B×L×d."""
+    """The values of ``rows`` B, their real positions stretched to each row's number of real positions, B×L×d."""
     real = sequence.mask.sum(1, keepdim=True)  # B×1
     places = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[rows]  # the other's real ones first
     rank = (sequence.mask.cumsum(1) - 1).clamp_min(0)  # a real position's number in its row

@@ -1,4 +1,4 @@
-"""The models by name, each of the same face: ``Batch → Output``."""
+"""The models by name; all have the same interface, ``Batch → Output``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
         dims: feature widths of the modalities that come as features (feature files, audio): they get no encoder.
 
     Raises:
-        UsageError: an encoder that cannot be had, parts that do not fit.
+        UsageError: an encoder that cannot be found, parts that do not fit together.
     """
     widths = {name: width for name, width in (dims or {}).items() if name in config.modalities}
     parts: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
 def _start(
     model: SentimentModel, parts: dict[str, Any], folders: dict[str, Any], tokens: dict[str, torch.Tensor]
 ) -> None:
-    """Load the pretrained weights, give the prompt its words and read the labels."""
+    """Load the pretrained weights, initialise the prompt and encode the label prompts."""
     if "text" in parts:
         encoder: Any = model.encoders["text"]
         if folders["text"] is not None and model.experiment.text.pretrained:

@@ -1,4 +1,4 @@
-"""Encoders + network in one PreTrainedModel: save_pretrained, from_pretrained and push_to_hub work on any of them."""
+"""Encoders + network in one PreTrainedModel, so that save_pretrained, from_pretrained and push_to_hub work."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class SenticlipConfig(PreTrainedConfig):
 
 
 def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
-    """Let nothing, everything or the top k layers of an encoder learn, with what comes after them.
+    """Set which parameters of an encoder learn: "frozen" none, "full" all, k its top k layers and what follows them.
 
     Raises:
-        UsageError: it has fewer layers.
+        UsageError: the encoder has fewer than k layers.
     """
     for parameter in module.parameters():
         parameter.requires_grad_(how == "full")
@@ -63,14 +63,13 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder: the stack of several that holds most of the parameters; ALBERT has one layer only."""
+    """The layers of an encoder: its largest stack of modules by parameters; of several layers, if there is one."""
     stacks = [stack for part in module.modules() if (stack := _stack(part))]
     return max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
 
 
 def _stack(module: nn.Module) -> list[nn.Module]:
-    """The layers of a module, one after the other: a list's items, or lists of a kind side by side (ResNet's layer1 …
-    layer4, but not its stem)."""
+    """The layers of one module: the items of a list, or sibling lists of one kind (ResNet's layer1 … layer4)."""
     lists = nn.ModuleList | nn.Sequential
     parts = [part for part in module.children() if _size(part)]  # an activation is no layer
     if isinstance(module, lists):
@@ -82,14 +81,14 @@ def _stack(module: nn.Module) -> list[nn.Module]:
     return max(kinds.values(), key=lambda kind: sum(map(_size, kind)), default=[])
 
 
-def _rest(module: nn.Module) -> None:
-    """Put the parts in which nothing learns into eval mode."""
+def _eval_frozen(module: nn.Module) -> None:
+    """Put the submodules in which nothing learns into eval mode."""
     learning = {parameter.requires_grad for parameter in module.parameters()}
     if learning == {False}:
         module.eval()
     elif False in learning:
         for child in module.children():
-            _rest(child)
+            _eval_frozen(child)
 
 
 def _size(module: nn.Module) -> int:
@@ -108,7 +107,7 @@ def run_folder(run: str | Path) -> Path:
 
 
 def only(features: Batch, kept: Collection[str]) -> Batch:
-    """The same rows with some modalities, the others masked."""
+    """The same rows with only the modalities ``kept``; the others are masked, not removed."""
     parts = features.modalities.items()
     masked = {name: s if name in kept else Sequence(s.values, torch.zeros_like(s.mask)) for name, s in parts}
     return Batch(masked, features.labels, features.rows)
@@ -117,8 +116,8 @@ def only(features: Batch, kept: Collection[str]) -> Batch:
 class SentimentModel(PreTrainedModel):
     """``encode`` (token ids, pixels → features), then ``fuse`` (features → Output); ``forward`` does both.
 
-    What is features already (float) passes the encoders, so cached features and raw input take one path.
-    ``tokenizer`` is what its text encoder reads with (None without one); it is saved, loaded and pushed with the model.
+    Features (float) skip the encoders, so cached features and raw input take one path. ``tokenizer`` is the text
+    encoder's (None without one); it is saved, loaded and pushed with the model.
     """
 
     config_class = SenticlipConfig
@@ -144,24 +143,24 @@ class SentimentModel(PreTrainedModel):
         for name, encoder in self.encoders.items():
             how = getattr(experiment, name).train
             train_part(encoder.body, how, f"{name}.train")
-            if how == "frozen" and (name == "vision" or self._settled(name)):
+            if how == "frozen" and (name == "vision" or self._prompt_is_frozen(name)):
                 encoder.requires_grad_(False)
         self.post_init()
 
-    def _settled(self, name: str) -> bool:
-        """Whether a frozen text encoder's prompt rests, too: a stage has taught it, or the network is a peer."""
+    def _prompt_is_frozen(self, name: str) -> bool:
+        """Whether a frozen text encoder's prompt is frozen, too: a stage has trained it, or the network is a peer."""
         experiment = self.experiment
         staged = any(name in experiment.stage(stage).modalities for stage in experiment.stages)
         return staged or experiment.model != "clip_ca_msa"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Every part has set its own weights when it was built."""
+        """Do nothing: every part initialises its own weights."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> SentimentModel:  # type: ignore[override]
         """Load a saved model from a folder or a hub id, exactly: every parameter and buffer, or an error.
 
-        transformers' own loader builds on ``meta`` and leaves what a file lacks as uninitialised memory.
+        (transformers' own loader builds on ``meta`` and leaves what a file lacks uninitialised.)
 
         Raises:
             UsageError: no such folder or hub id, no model in it. UserError: a file of it is broken or missing.
@@ -178,7 +177,7 @@ class SentimentModel(PreTrainedModel):
             model.load_state_dict(load_file(path / "model.safetensors"))
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-            reason = lines[:2][-1][:200]  # torch tells below a heading which keys are wrong
+            reason = lines[:2][-1][:200]  # torch lists the wrong keys below a heading
             file = path / "model.safetensors"
             raise UserError(f"{file}: broken, or not its config's ({reason}) — copy it again") from None
         if "text" in model.encoders:
@@ -192,7 +191,7 @@ class SentimentModel(PreTrainedModel):
 
     @classmethod
     def _described(cls, path: Path) -> SentimentModel:
-        """The architecture that a folder's config.json describes."""
+        """The model that a folder's config.json describes, its weights not loaded."""
         try:
             config = SenticlipConfig.from_pretrained(path)
             if config.model_type != "senticlip" or config.format_version > FORMAT:
@@ -210,16 +209,16 @@ class SentimentModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config, weights and, in ``tokenizer/``, the tokenizer; ``push_to_hub`` sends what this writes."""
         super().save_pretrained(save_directory, **kwargs)
-        for weights in Path(save_directory).glob("*.safetensors"):  # which safetensors lets nobody else read
+        for weights in Path(save_directory).glob("*.safetensors"):  # safetensors makes them readable to the owner only
             weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
 
     def train(self, mode: bool = True) -> SentimentModel:
-        """What does not learn stays in eval mode: its dropout and its batch norms must not move."""
+        """As in torch, but frozen parts stay in eval mode, without dropout and with fixed batch-norm statistics."""
         super().train(mode)
         for encoder in self.encoders.values():
-            _rest(encoder)
+            _eval_frozen(encoder)
         return self
 
     def frozen(self, name: str) -> bool:
@@ -227,19 +226,23 @@ class SentimentModel(PreTrainedModel):
         return name in self.encoders and not any(p.requires_grad for p in self.encoders[name].parameters())
 
     def compile_encoders(self) -> None:
-        """Have torch.compile fuse what the encoders do, in place; the weights stay where and what they are.
+        """Compile the encoders in place with torch.compile, layer by layer; parameters and their names stay.
 
-        Each layer: one graph serves all of a kind, which takes seconds, not a minute; those of text, for any length.
+        One graph serves all layers of a kind, which takes seconds, not a minute. Text layers take any length.
         """
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers × learning or not × shapes; beyond it all is slow
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers × frozen or not × shapes; beyond it, no graph
         for name, encoder in self.encoders.items():
             for part in _layers(encoder.get_submodule("body")):
                 part.compile(dynamic=True if name == "text" else None)
 
     def encode(self, batch: Batch) -> Batch:
-        """Token ids and pixels → features by modality; modalities that the model does not use are dropped."""
+        """Token ids and pixels → features by modality; modalities that the model does not use are dropped.
+
+        Raises:
+            UsageError: raw input of a modality for which the model has no encoder.
+        """
         features = {}
-        # frames first: a GPU is busy with them while it is told the rest
+        # frames first: they keep a GPU busy while the CPU launches the rest
         for name in sorted(self.experiment.modalities, key=lambda name: name != "vision"):
             if (sequence := batch.modalities.get(name)) is None:
                 continue
@@ -267,9 +270,9 @@ class SentimentModel(PreTrainedModel):
         return output._replace(alone=said)
 
     def alone(self, features: Batch) -> dict[str, Output]:
-        """What is answered with all modalities but one taken away, by that one; encoded once, fused for each."""
+        """The output given one modality only, for each modality of ``features``."""
         return {name: self.fuse(only(features, [name])) for name in features.modalities}
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The network's loss and its parts for the log."""
+        """The network's loss, and its parts by name for the log."""
         return self.network.loss(output, batch)

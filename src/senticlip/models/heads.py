@@ -18,7 +18,7 @@ class PooledHead(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        # no bias: before a softmax it changes nothing and would have no gradient
+        # no bias: the softmax cancels it, and its gradient would be zero
         self.query = nn.Linear(config.width, 1, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.classify = nn.Linear(config.width, len(LABELS))
@@ -43,7 +43,7 @@ class SimilarityHead(nn.Module):
     def forward(self, states: Sequence, labels: Tensor) -> Tensor:
         """B×L×d and C×d_label → B×C."""
         labels = labels if self.project is None else self.project(labels)
-        with torch.autocast(labels.device.type, enabled=False):  # the scale makes bf16's rounding ties of two classes
+        with torch.autocast(labels.device.type, enabled=False):  # rounded to bf16, two scaled logits may be equal
             video = nn.functional.normalize(states.values[:, 0].float(), dim=-1)
             return self.logit_scale.exp() * video @ nn.functional.normalize(labels.float(), dim=-1).T
 

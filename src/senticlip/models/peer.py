@@ -1,8 +1,8 @@
-"""What the peers share: published defaults, masked pooling, one kind of answer, one kind of loss.
+"""What the peers share: options over published defaults, masked pooling, the output and its loss.
 
 A peer reads a Batch of float features and returns an Output. It differs from MMSA's code (github.com/thuiar/MMSA) in
-what padding does: here nothing. A row that lacks a modality is read as zeros there, so that what lies in its place
-cannot matter; the biases behind it learn what absence means.
+that padding has no effect. A missing modality is read as zeros, whatever the values under its mask are; the biases of
+later layers learn what absence means.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Seq
 
 
 class Peer(nn.Module):
-    """Base of the peers: ``options`` over ``DEFAULTS``, the modalities' order, the answer and its loss.
+    """Base class of the peers: ``options`` over ``DEFAULTS``, the order of modalities, the output and its loss.
 
     Args:
         config: ``modalities``, ``target``, ``options``; ``options.task`` is regression (a score; classes by Acc-3
@@ -54,7 +54,7 @@ class Peer(nn.Module):
         self.register_buffer("class_weights", torch.ones(len(LABELS)))
 
     def inputs(self, batch: Batch) -> dict[str, Sequence]:
-        """The features by modality, in this peer's order and precision; one that did not come is absent in all rows."""
+        """The features by modality, in this peer's order and dtype; one that the batch lacks is absent in all rows."""
         kind = next(p.dtype for p in self.parameters() if p.is_floating_point())
         rows = next(iter(batch.modalities.values())).mask
         nothing = {
@@ -80,12 +80,12 @@ class Peer(nn.Module):
         return mean_of(rows, known), {}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of each row's class, the sign of its label, B; a row without a label has a number, too: mask it."""
+        """Cross-entropy of each row, B; the class is the sign of the label. Mask the rows without a label (NaN)."""
         return cross_entropy(logits, polarity(labels), smoothing=self.smoothing, weight=self.class_weights)
 
 
 def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
-    """Refuse values that no network can be made of, or that mean nothing."""
+    """Refuse option values out of their range."""
     words = {"task": tasks, "tasks": TARGETS, "text_pool": ("first", "mean")}
     for name, value in options.items():
         if name in words:
@@ -93,7 +93,7 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
                 raise UsageError(f"options.{name}: {wrong[0]!r} — there is {', '.join(words[name])}")
         elif name.endswith("dropout") and not 0 <= value < 1:
             raise UsageError(f"options.{name}: {value} — must be at least 0 and below 1")
-        else:  # of everything that is counted, but the rows of a training set, there is one at least
+        else:  # counts are at least 1 (but train_size), other numbers at least 0
             least = 1 if type(value) is int and name != "train_size" else 0
             if not least <= value < math.inf:
                 raise UsageError(f"options.{name}: {value} — must be at least {least}")
@@ -136,7 +136,7 @@ class LastState(nn.Module):
         """Only real steps are computed; an absent row counts as one step of zeros, and its state is dropped."""
         values, lengths = packed(sequence)
         steps = lengths.clamp(min=1).cpu()
-        with torch.autocast(values.device.type, enabled=False):  # a processor without bf16 has no such LSTM
+        with torch.autocast(values.device.type, enabled=False):  # not every CPU has a bf16 LSTM
             values = values.to(next(self.lstm.parameters()).dtype)
             _, (last, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(values, steps, True, enforce_sorted=False))
         return last[0] * present(sequence)
@@ -193,9 +193,9 @@ def with_one(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout whose mask costs a byte of randomness an element on the CPU (p is rounded to 1/256 there).
+    """Dropout that draws one random byte, not a float, for each element on the CPU; there p is rounded to 1/256.
 
-    Most of TFN's and MulT's time in training goes into drawing one float for each element of a very large tensor.
+    With floats, most of the training time of TFN and MulT would go into random numbers.
     """
     if not (training and p):
         return x
@@ -206,7 +206,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def drop_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """Which elements stay (bool, on the CPU), and what they are multiplied by."""
+    """Which elements are kept (bool, on the CPU), and the factor for them, about 1 / (1 − p)."""
     drop = min(round(p * 256), 255)
     words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     return (words.view(torch.uint8)[: shape.numel()] >= drop).view(shape), 256 / (256 - drop)

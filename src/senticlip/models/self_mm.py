@@ -1,4 +1,4 @@
-"""Self-MM: the joint label teaches the fusion, labels it makes itself teach each modality.
+"""Self-MM: the fusion learns from the joint label, each modality from labels that the model generates itself.
 
 Yu et al. 2021, Learning Modality-Specific Representations with Self-Supervised Multi-Task Learning for Multimodal
 Sentiment Analysis (arXiv 2102.04830). SIMS hyperparameters and update: MMSA. Regression by nature. Deviations from
@@ -37,11 +37,11 @@ class Branch(nn.Module):
 
 
 class SelfMM(Peer):
-    """The network, and in its buffers what the training knows of each training row.
+    """The network, and buffers that hold the generated labels and features of each training row.
 
-    ``labels`` heads×N (NaN: not seen yet), ``seen_<head>`` N×h features, ``centres_<head>`` 2×h (negative, positive):
-    in the checkpoint, not needed to predict. N is ``options.train_size``; :meth:`prepare` changes it. The trainer
-    gives each row's place in the training set as ``batch.rows`` and calls :meth:`epoch_started`.
+    ``labels`` heads×N (NaN: not seen yet), ``seen_<head>`` N×h features, ``centres_<head>`` 2×h (negative, positive)
+    are in the checkpoint, but not needed to predict. N is ``options.train_size``; :meth:`prepare` changes it. The
+    trainer gives each row's index in the training set as ``batch.rows`` and calls :meth:`epoch_started`.
     """
 
     labels: Tensor
@@ -79,13 +79,13 @@ class SelfMM(Peer):
             {n: Branch(widths[n], o[f"{n}_post"], o[f"{n}_dropout"]) for n in self.heads}
         )
         self.epoch = 1
-        self._make_room(o["train_size"])
+        self._resize_buffers(o["train_size"])
 
     def prepare(self, training: Sized) -> None:
-        """Forget all rows, and make room for those of the training set."""
-        self._make_room(len(training))
+        """Reset the buffers to the size of the training set."""
+        self._resize_buffers(len(training))
 
-    def _make_room(self, size: int) -> None:
+    def _resize_buffers(self, size: int) -> None:
         place = self.branches[JOINT].layer1.weight
         self.register_buffer("labels", place.new_full((len(self.heads), size), torch.nan))
         for name in self.heads:
@@ -94,9 +94,9 @@ class SelfMM(Peer):
             self.register_buffer(f"centres_{name}", place.new_zeros(2, width))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """The room is that of the training set which the checkpoint knows."""
+        """Resize the buffers to those of the checkpoint first."""
         if (labels := state_dict.get(prefix + "labels")) is not None:
-            self._make_room(labels.shape[1])
+            self._resize_buffers(labels.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def epoch_started(self, epoch: int) -> None:
@@ -140,9 +140,9 @@ class SelfMM(Peer):
 
     @torch.no_grad()
     def remember(self, index: Tensor, truth: Tensor, features: Tensor, there: Tensor) -> None:
-        """Move these rows' labels, keep their features (B×Σh) and find the centres anew, over all processes.
+        """Update these rows' labels and stored features (B×Σh), then the centres, over all processes.
 
-        ``there`` (heads×B): a modality that a row lacks has no label, and is in no centre.
+        ``there`` (heads×B): which rows have the modality; without it a row has no label, and counts in no centre.
         """
         index, truth, features, came = (gathered(values) for values in (index, truth, features, there.T.contiguous()))
         known = ~truth.isnan()

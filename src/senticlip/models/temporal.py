@@ -1,6 +1,6 @@
 """Frames → clip (eq. 8 and Table 5): transformer | lstm | mean.
 
-Each gives B×(1+m)×d: position 0 stands for the whole clip, the rest for its frames. Rows must have a frame.
+Each maps B×m×d to B×(1+m)×d: position 0 stands for the whole clip, the others for its frames. Each row needs a frame.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def transformer_layers(config: Config, layers: int) -> nn.TransformerEncoder:
 
 
 def prepend(first: Tensor, frames: Sequence, values: Tensor) -> Sequence:
-    """Put B×d before B×m×d; position 0 is always real."""
+    """Put ``first`` B×d before ``values`` B×m×d; position 0 is real in every row."""
     return Sequence(torch.cat([first[:, None], values], 1), nn.functional.pad(frames.mask, (1, 0), value=True))
 
 
@@ -49,9 +49,9 @@ class LSTMTemporal(nn.Module):
         self.lstm = nn.LSTM(config.width, config.width, config.layers, batch_first=True)
 
     def forward(self, frames: Sequence) -> Sequence:
-        """B×m×d → B×(1+m)×d; frames left out in the middle are skipped, as if they had not been there."""
+        """B×m×d → B×(1+m)×d; masked frames between real ones are skipped."""
         real = frames.mask.long()
-        # where each frame goes: the real ones first, in their order (a sort that keeps it has no ONNX form)
+        # where each frame goes: the real ones first, in their order (a stable sort has no ONNX operator)
         place = torch.where(frames.mask, real.cumsum(1) - 1, real.sum(1, keepdim=True) + (1 - real).cumsum(1) - 1)
         places = place[..., None].expand_as(frames.values)
         states, _ = self.lstm(torch.zeros_like(frames.values).scatter(1, places, frames.values))  # B×m×d
