@@ -26,16 +26,16 @@ from senticlip.structures import Clip, Output, UsageError, UserError, polarity
 
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
 CHECKPOINTS = "checkpoints"
-"""Where a RUN keeps what a killed training goes on from; gone when it is finished."""
+"""The folder in a RUN from which a killed training can be resumed; removed when the training is finished."""
 TENSORBOARD = "tensorboard"
-"""Where a RUN keeps its curves."""
+"""The folder of a RUN's training curves."""
 WRITTEN = (CHECKPOINTS, TENSORBOARD, "config.json", "model.safetensors", "README.md")
-"""What a training deletes or writes over in its folder."""
+"""What a training deletes or overwrites in its folder."""
 
 
 @torch.inference_mode()
 def outputs(model: SentimentModel, data: ClipSet, batch_size: int = 64) -> Output:
-    """The model's output for a whole split, in its order, on the CPU."""
+    """The model's output for a whole split, rows in the split's order, on the CPU."""
     model.eval()
     parts = []
     for begin in range(0, len(data), batch_size):
@@ -56,9 +56,9 @@ def outputs(model: SentimentModel, data: ClipSet, batch_size: int = 64) -> Outpu
 
 
 def calibrate(model: SentimentModel, valid: ClipSet) -> None:
-    """Fit each head's τ on valid: the temperature with the least cross-entropy (Guo et al. 2017).
+    """Set each head's temperature τ to the one with the least cross-entropy on valid (Guo et al. 2017).
 
-    Models without a ``temperature`` are left as they are.
+    Models without a ``temperature`` stay as they are.
     """
     if not hasattr(model.network, "temperature"):
         return
@@ -73,41 +73,41 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
 
 
 def rows_digest(data: str | Path, clips: list[Clip]) -> str:
-    """A hash of a data set's place and of all its clips: ids, videos, words, labels, splits (not of the pictures)."""
+    """A hash of a data set's path and of its clips: ids, video paths, texts, labels, splits (no video contents)."""
     root = Path(data).resolve()
     rows = [(clip.video and os.path.relpath(clip.video, root), clip._replace(video=None)) for clip in clips]
     return hashlib.blake2b(json.dumps([str(root), rows]).encode(), digest_size=16).hexdigest()
 
 
 def origin(config: Config, data: str | Path) -> dict[str, Any]:
-    """What a training comes from: the experiment, its encoders' weights, and the data by its place and its rows."""
+    """What identifies a training: the experiment, its encoders' weights, the data's path and rows. As JSON."""
     rows = rows_digest(data, read_clips(data, None, config.protocol, config.seed))
     return {"experiment": config.to_dict(), "encoders": encoder_keys(config), "data": str(data), "rows": rows}
 
 
 def encoder_keys(config: Config) -> dict[str, list[str]]:
-    """Hashes of the weights in the folders that the encoders come from (a hub's are not ours to tell apart)."""
+    """Hashes of the weight files in the encoders' folders, by folder; encoders from a hub have none."""
     folders = {part.encoder for part in (config.text, config.vision, config.label) if part.encoder}
     files = {name: [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")] for name in sorted(folders)}
     keys = file_keys((path for found in files.values() for path in found), cache_root())
     return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
 
 
-def _other(record: dict[str, Any], mine: dict[str, Any]) -> str:
-    """What a run was made of that is not mine: its config, its data, or nothing."""
+def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
+    """In what a run's origin differs from ``mine``, in words for a message; empty if in nothing."""
     try:
         same = from_dict(record["experiment"]) == from_dict(mine["experiment"])
     except (KeyError, UsageError):
         same = False
     if not same:
         return "another config"
-    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # an older run does not tell
+    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # older runs do not record them
         return "other encoders (the weights in a folder have changed)"
     return "" if record.get("rows") == mine["rows"] else f"other data ({record['data']}, or its labels have changed)"
 
 
 def share_stage(run: Path, name: str, stage: Path) -> None:
-    """Let ``run`` take the finished ``stage`` of another run as its own: ``train`` with ``resume`` then finds it."""
+    """Link the finished ``stage`` of another run into ``run``, so that ``train`` with ``resume`` finds it finished."""
     link = run / "stages" / name
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():  # or it points to nothing
@@ -117,50 +117,52 @@ def share_stage(run: Path, name: str, stage: Path) -> None:
 
 
 def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a finished run of this origin, or None where there is none that is whole or it can be resumed.
+    """The result of a finished run of this origin; None if there is none, it is incomplete, or is being trained again.
 
     Raises:
         UserError: there is a run of another origin, finished or not.
     """
     folder = out / CHECKPOINTS
     finished, begun = read_metrics(out), read_json(folder / "origin.json")
-    if begun and not _other(begun, mine):  # a finished one has none left: it is being trained anew
+    if begun and not _difference(begun, mine):  # a finished run has no origin.json: this one is trained again
         return None
-    if finished and not _other(finished, mine):
+    if finished and not _difference(finished, mine):
         there = _has_weights(out) and (out / "config.json").is_file()
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")} if there else None
     if other := begun if any(folder.glob("checkpoint-*")) else finished:
-        raise UserError(f"{out}: holds a run of {_other(other, mine)} — choose another --out, or leave out --resume")
+        raise UserError(
+            f"{out}: holds a run of {_difference(other, mine)} — choose another --out, or leave out --resume"
+        )
     return None
 
 
 def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
-    """Say what is trained in ``out``; what another training had left to go on from is thrown away.
+    """Record in ``out`` what is trained there, and delete the checkpoints of another training.
 
     Raises:
-        UserError: there are files of somebody else where a run's would be.
+        UserError: files that are no run's are where a run's would be.
     """
     folder = out / CHECKPOINTS
     begun, finished = read_json(folder / "origin.json"), read_metrics(out)
     if not begun and not finished and (foreign := [name for name in WRITTEN if _holds(out / name)]):
         raise UserError(f"{out}: holds {foreign[0]} of something else — choose another --out")
-    if not resume or not begun or _other(begun, mine):
+    if not resume or not begun or _difference(begun, mine):
         _tell_loss(out, begun, mine)
         if finished and not begun:
             console.print(f"{out}: holds a finished run, which this one will replace", soft_wrap=True)
-        for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays to say whose the rest is
+        for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays: it marks a run
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "origin.json", json.dumps(mine))
 
 
 def _holds(path: Path) -> bool:
-    """Whether there is something; an empty folder is left where a disk was full."""
+    """Whether a path exists and is no empty folder, which a full disk may have left."""
     return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one with a file missing or cut off was not written, or not copied, to its end."""
+    """The newest complete checkpoint: one with a missing or truncated file was not fully written or copied."""
     complete = []
     for path in folder.glob("checkpoint-*"):
         state, rest = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
@@ -171,7 +173,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def best_checkpoint(newest: Path) -> Path:
-    """The checkpoint of the best epoch so far; Trainer would end with the last epoch's weights and say nothing.
+    """The checkpoint of the best epoch so far. (Without it, Trainer would silently end with the last epoch's weights.)
 
     Raises:
         UserError: its weights are missing, or not whole.
@@ -183,7 +185,7 @@ def best_checkpoint(newest: Path) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether the weights are there, and whole; Trainer goes on without them and says nothing."""
+    """Whether a folder has complete weights. (Trainer silently goes on without them.)"""
     try:
         with safe_open(folder / "model.safetensors", "np"):
             return True
@@ -192,16 +194,16 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Say that a training which could have been gone on with is thrown away, if there is one."""
+    """Tell the user if a training that could have been resumed is deleted."""
     newest = newest_checkpoint(out / CHECKPOINTS)
     if newest is not None:
-        step, other = newest.name.rpartition("-")[2], _other(begun, mine)
+        step, other = newest.name.rpartition("-")[2], _difference(begun, mine)
         then = f"; it was of {other}" if other else " — train --resume would have gone on"
         console.print(f"{out}: begins anew; what was left at step {step} is thrown away{then}", soft_wrap=True)
 
 
 def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write the RUN beside its place, then move file by file; ``metrics.json`` comes last and says: finished."""
+    """Write the RUN into a temporary folder, then move each file; ``metrics.json`` comes last: the run is finished."""
     from senticlip.card import model_card
 
     partial = out / ".partial"
@@ -218,17 +220,17 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
             os.replace(path, target)
     shutil.rmtree(partial)
     write_text(out / "metrics.json", json.dumps({**result, **mine}, ensure_ascii=False, indent=1))
-    (out / CHECKPOINTS / "origin.json").unlink(missing_ok=True)  # first: without it nobody goes on from the rest
+    (out / CHECKPOINTS / "origin.json").unlink(missing_ok=True)  # first: without it, the checkpoints are not resumed
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """What training wrote about a run; empty if nothing."""
+    """The ``metrics.json`` of a run; empty if there is none."""
     return read_json(run / "metrics.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of ours holds; empty if there is none that is whole."""
+    """The object in a JSON file; empty if there is no such file, or no object in it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -237,5 +239,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def as_probabilities(output: Output) -> np.ndarray | None:
-    """n×C, or None for a regression model."""
+    """The probabilities n×C; None for a regression model."""
     return None if output.log_probs is None else output.log_probs.exp().numpy()

@@ -22,7 +22,7 @@ from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageEr
 
 
 class Answers(NamedTuple):
-    """What a run says about each clip of a split, beside what is true: class indices, in the order of the clips."""
+    """A run's answers on a split: true and predicted class indices, n each, in the order of ``clips``."""
 
     clips: list[Clip]
     truth: np.ndarray
@@ -103,7 +103,7 @@ def _answers(
 
 
 def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
-    """Where splits are drawn at random, one row more draws them anew."""
+    """Warn if the data's rows have changed since the training: random splits may then have changed, too."""
     trained = read_metrics(run)
     if "rows" not in trained or Path(trained["data"]).resolve() != Path(data).resolve():
         return

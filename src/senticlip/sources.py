@@ -1,4 +1,4 @@
-"""Clips → the stores that a model reads: token ids, cached frames, cached features of its frozen encoders."""
+"""Clips → what a model reads of them: token ids, cached frames, cached features of its frozen encoders."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ def cache_root() -> Path:
 
 
 BATCH = 32
-"""Rows that a frozen encoder reads at once."""
+"""Rows that a frozen encoder encodes at once."""
 
 
 def ready_made(config: Config) -> list[str]:
-    """The modalities that come as features: sound always does, text and vision if the config says so."""
+    """The modalities that need no encoder: audio always, text and vision if their ``encoder`` is one of FROM_FILE."""
     named = {"text": config.text.encoder, "vision": config.vision.encoder, "audio": FROM_FILE[0]}
     return [name for name in config.modalities if named[name] in FROM_FILE]
 
 
 def hears(config: Config) -> bool:
-    """Whether the model reads the log-mel of the clips: sound comes from a feature file only where text or video do."""
+    """Whether the model reads the clips' log-mel: audio comes from a feature file only if text or vision does, too."""
     others = [getattr(config, name).encoder for name in config.modalities if name != "audio"]
     return "audio" in config.modalities and FROM_FILE[0] not in others
 
 
 def reads(model: Any, config: Config) -> list[str]:
-    """The modalities that a model (or an exported one) reads from clips; none where all comes from feature files."""
+    """The modalities that a model (also an exported one) reads from clips, not from feature files."""
     return [*model.encoders, *(["audio"] if hears(config) else [])]
 
 
 def feature_rows(
     config: Config, clips: list[Clip], data: str | Path, root: Path | None = None
 ) -> dict[str, tuple[Rows, int]]:
-    """Rows and width of each ready-made modality, for clips of ``data``.
+    """Rows and feature width of each modality without an encoder, for clips of the data set ``data``.
 
-    Sound is the feature file's where text or vision are, else the log-mel of the clips; OpenFace's columns come from
-    ``DATA/OpenFace/`` if there is such a folder, else from the feature file.
+    Audio comes from the feature file if text or vision does, else it is the log-mel of the clips. OpenFace's columns
+    come from ``DATA/OpenFace/`` if there is such a folder, else from the feature file.
 
     Raises:
-        UserError: no feature file, or none of the clips in it.
+        UserError: no feature file, or none of the clips in it. UsageError: clips of more than ``vision.frames`` frames.
     """
     root, names = root or cache_root(), ready_made(config)
     found: dict[str, tuple[Rows, int]] = {}
@@ -83,21 +83,21 @@ def feature_rows(
 
 
 def feature_widths(config: Config, data: str | Path) -> dict[str, int]:
-    """Width of each ready-made modality of a data set."""
+    """Feature width of each modality without an encoder."""
     return {name: width for name, (_, width) in feature_rows(config, [], data).items()}
 
 
 def clip_set(
     clips: list[Clip], model: SentimentModel, tokenizer: Any, root: Path | None = None, data: str | Path | None = None
 ) -> ClipSet:
-    """One split as the model reads it; what a frozen encoder makes of it comes from the cache.
+    """One split as the model reads it; the features of frozen encoders come from the cache.
 
     Args:
         clips: the split.
-        model: on its device; an encoder in which nothing learns is run here, once for each new content.
+        model: on its device; its frozen encoders are run here on clips that are not in the cache.
         tokenizer: of the text encoder (None without text).
         root: of the caches.
-        data: the data set, for the modalities that come ready-made.
+        data: the data set, for the modalities without an encoder.
 
     Raises:
         UserError: none of the clips has anything that the model reads.
@@ -122,7 +122,7 @@ def clip_set(
         def frames(places: list[int]) -> Iterator[np.ndarray]:
             return cache.decoded([clips[place] for place in places], m, size, ahead=BATCH, cutaways=cutaways)
 
-        if model.frozen("vision"):  # decoding and encoding go on side by side, and no frame goes through the disk
+        if model.frozen("vision"):  # frames are decoded while others are encoded, and not written to disk
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
@@ -135,7 +135,7 @@ def clip_set(
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """A hash of everything in a module's state: another weight, prompt or buffer is another encoder."""
+    """A hash of a module's state dict: another weight, prompt or buffer gives another hash."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -146,13 +146,13 @@ def fingerprint(module: torch.nn.Module) -> str:
 def encoded(
     keys: list[str], rows: Callable[[list[int]], Iterable[np.ndarray]], model: SentimentModel, name: str, root: Path
 ) -> Rows:
-    """The features (fp16) that a frozen encoder gives for each row, from the cache or computed now.
+    """The features (fp16, L×d) of each row by a frozen encoder, from the cache or computed now.
 
     Args:
-        keys: of the content of each row; empty for an empty row.
-        rows: given places in ``keys``, yields what the encoder reads there, L×… each, as the encoder comes to it.
-        model: whose encoder it is.
-        name: of the modality.
+        keys: a content key for each row; empty for an empty row.
+        rows: given indices into ``keys``, yields the encoder's input for each, L×…, one after the other.
+        model: the model that has the encoder.
+        name: the modality.
         root: of the caches.
     """
     encoder: Any = model.encoders[name].eval()
@@ -173,7 +173,7 @@ def encoded(
         while chunk := list(islice(coming, BATCH)):
             yield from features(chunk)
 
-    # words are told apart by their ids, which are the rows' keys; a clip's key does not say which frames were taken
+    # a text's key is of its token ids; a clip's key is of its file, so the frames that were read are in the spec
     vision = model.experiment.vision
     read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
     spec = {"encoder": fingerprint(encoder), "modality": name, "of": read, "version": 1}

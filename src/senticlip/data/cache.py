@@ -1,4 +1,4 @@
-"""What was computed once stays on disk, keyed by content: frames of a clip, features of a frozen encoder.
+"""A cache on disk, keyed by content: the frames of a clip, the features of a frozen encoder.
 
 A cache is a folder of shards. A shard is two files, ``NAME.npy`` (rows of ragged length one after the other) and
 ``NAME.json`` (their keys and lengths), each written under another name and renamed, the JSON last: a killed writer
@@ -31,10 +31,10 @@ from senticlip.structures import Clip, UserError
 
 SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
 SETTLED = 2
-"""Seconds after which the next change of a file gives it other times, on any file system."""
+"""Seconds after which another change of a file is sure to change its modification time, on any file system."""
 
 MISSING = ""
-"""The key of a row that has nothing: its sequence is empty."""
+"""The key of an empty row: its sequence has length 0."""
 
 
 class Store:
@@ -65,7 +65,7 @@ class Store:
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values k×Lmax×… (zero where masked) and mask k×Lmax of some rows.
 
-        Row by row: an index for each shard at once takes 1.3 to 1.7 times as long, since it copies twice.
+        Row by row: fancy indexing of each shard takes 1.3 to 1.7 times as long, since it copies twice.
         """
         indices = np.asarray(indices)
         lengths, shards = self.lengths[indices], self.shard[indices]
@@ -89,10 +89,10 @@ def file_key(path: str | Path) -> str:
 
 
 def file_keys(paths: Iterable[Path], root: Path) -> dict[Path, str]:
-    """``file_key`` of files, read only where they are new or changed since a memo in ``root`` was written.
+    """``file_key`` of files, computed only for those that are new or changed since they were recorded in ``root``.
 
-    The times of a file that was changed just now do not tell it from one that is changed again within the same tick of
-    the clock: it is not remembered. Of two writers one may lose what the other adds: then that is hashed again.
+    A file changed just now is not recorded: another change within the same clock tick would not change its times. If
+    two processes record at once, one's entries may be lost; those files are then hashed again.
     """
     place = root / "files.json"
     memo, keys, new = _memo(place), {}, {}
@@ -104,7 +104,7 @@ def file_keys(paths: Iterable[Path], root: Path) -> dict[Path, str]:
             if before and before == _state(path) and time.time() - max(before[1:3]) / 1e9 > SETTLED:
                 new[name] = (before, keys[path])
     if new:
-        with suppress(OSError):  # a folder that cannot be written is told where it matters
+        with suppress(OSError):  # a folder that cannot be written is reported when rows are cached
             root.mkdir(parents=True, exist_ok=True)
             _sweep(root)
             _write(place, [json.dumps({**_memo(place), **new}).encode()])
@@ -120,12 +120,12 @@ def _memo(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> list[int] | None:
-    """What changes with a file's content: the last but one also where somebody sets the modification time back."""
+    """What changes with a file's content; ctime also if its modification time is set back."""
     try:
-        there = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return [there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def cached(
@@ -135,14 +135,14 @@ def cached(
     compute: Callable[[list[int]], Iterable[np.ndarray]],
     what: str = "caching",
 ) -> Store:
-    """The rows of ``keys``, from the cache of ``spec`` or, where they are not there, computed now and kept.
+    """The rows of ``keys`` from the cache of ``spec``; those that are missing are computed now and added to it.
 
     Args:
         root: the folder of all caches.
         spec: all that the rows depend on besides their own content (encoder, preprocessing), as JSON.
         keys: a content key for each row; an empty key is an empty row.
-        compute: given the places (in ``keys``) of the missing rows, yields an L×… array for each in this order.
-        what: is being done, beside the progress bar.
+        compute: given the indices (into ``keys``) of the missing rows, yields an L×… array for each, in this order.
+        what: the label of the progress bar.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -168,7 +168,7 @@ def cached(
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A failure to write becomes one line for the user."""
+    """Turn a failure to write into one line for the user."""
     try:
         yield
     except OSError as error:
@@ -177,7 +177,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed writers left: unfinished files, and values whose keys never came."""
+    """Remove what killed processes left: unfinished files, and values without their keys."""
     for path in [*folder.glob("partial-*"), *folder.glob("shard-*.npy")]:
         with suppress(FileNotFoundError):  # another writer has just renamed it
             if not path.with_suffix(".json").exists() and abandoned(path):
@@ -185,7 +185,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _open(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
-    """The complete shards of a cache: path, keys, lengths. One that is damaged is as good as absent."""
+    """The complete shards of a cache: path, keys, lengths; damaged ones are ignored."""
     shards = []
     for path in sorted(folder.glob("shard-*.json")):
         values = path.with_suffix(".npy")
@@ -199,9 +199,9 @@ def _open(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
 
 
 def _portions(names: list[str], rows: Iterable[np.ndarray]) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Rows in portions of at most SHARD_ROWS and about SHARD_BYTES, so that memory stays flat.
+    """Rows in portions of at most SHARD_ROWS and about SHARD_BYTES, so that memory stays bounded.
 
-    Where ``rows`` fails, the rows that came before are handed on first: they need not be computed again.
+    If ``rows`` raises, the rows before the error are yielded first, so that they need not be computed again.
     """
     chunk: list[np.ndarray] = []
     done = size = 0
@@ -218,7 +218,7 @@ def _portions(names: list[str], rows: Iterable[np.ndarray]) -> Iterator[tuple[li
         if chunk and (row is None or len(chunk) == SHARD_ROWS or size >= SHARD_BYTES):
             yield names[done : done + len(chunk)], chunk
             done, size = done + len(chunk), 0
-            chunk.clear()  # the asker has written them, and must not hold them while the next ones come
+            chunk.clear()  # the caller has written them: free them before the next ones are computed
         if row is None:
             break
     if failure is not None:
@@ -232,7 +232,7 @@ def _write_shard(folder: Path, names: list[str], rows: list[np.ndarray]) -> None
     header = io.BytesIO()
     described = np.lib.format.header_data_from_array_1_0(rows[0])
     np.lib.format.write_array_header_1_0(header, {**described, "shape": (sum(lengths), *rows[0].shape[1:])})
-    # not np.save, which does not say why it cannot write
+    # not np.save, whose errors do not say why it cannot write
     _write(stem.with_suffix(".npy"), [header.getvalue(), *(row.data for row in rows if row.size)])
     _write(stem.with_suffix(".json"), [json.dumps({"keys": names, "lengths": lengths}).encode()])
 
@@ -251,7 +251,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def frame_spec(frames: int, size: int, cutaways: str = "keep") -> dict[str, Any]:
-    """All that cached frames depend on besides their clip; ``version`` rises when the same clip gives other pixels."""
+    """All that cached frames depend on besides their clip; raise ``version`` when decoding gives other pixels."""
     return {"frames": frames, "size": size, "cutaways": cutaways, "version": 4}
 
 
@@ -271,13 +271,13 @@ def frame_store(
 
 
 def clip_keys(clips: list[Clip], root: Path) -> list[str]:
-    """A key for each clip, of what its video holds and which piece of it is meant; none for a clip without a video."""
+    """A key for each clip: of its video's content and the piece of it; MISSING for a clip without a video."""
     contents = file_keys((clip.video for clip in clips if clip.video is not None), root)
     return [MISSING if clip.video is None else piece_key(contents[clip.video], clip) for clip in clips]
 
 
 def piece_key(content: str, clip: Clip) -> str:
-    """The key of a file's content, and of the piece of it that is meant."""
+    """The key of a clip that is all of a file, or a piece of it; ``content`` is the file's key."""
     return content if clip.start is None and clip.end is None else f"{content}-{clip.start}-{clip.end}"
 
 
@@ -289,21 +289,21 @@ def decoded(
     ahead: int | None = None,
     cutaways: str = "keep",
 ) -> Iterator[np.ndarray]:
-    """The frames of each clip that has a video, in order, decoded by threads while the asker works on what it has.
+    """The frames of each clip, in order, decoded by threads while the caller works on earlier ones.
 
     Args:
-        clips: what to decode.
+        clips: what to decode; each has a video.
         frames: m, see read_frames.
         size: of the squashed frames.
-        workers: threads (default: the cores; FFmpeg and torch let each other run).
-        ahead: decoded clips that may wait, so that memory stays flat (default: two for each worker).
+        workers: threads (default: the number of cores; FFmpeg and torch release the GIL).
+        ahead: decoded clips that may wait for the caller, which bounds memory (default: two for each worker).
         cutaways: see read_frames.
 
     Raises:
         UserError: a video that cannot be read.
     """
     count, threads = workers or runtime.cores(), torch.get_num_threads()
-    # each worker resizes alone: workers and torch's threads together are never more than the cores
+    # each worker resizes with one torch thread, so that there are never more threads than cores
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Frames]] = deque()
     try:
@@ -317,6 +317,6 @@ def decoded(
             yield waiting.popleft().result().pixels
         pool.shutdown()
     finally:
-        # not waiting: what is abandoned may be closed by the garbage collector in one of the pool's own threads
+        # wait=False: an abandoned generator may be closed by the garbage collector in one of the pool's own threads
         pool.shutdown(wait=False, cancel_futures=True)
         torch.set_num_threads(threads)

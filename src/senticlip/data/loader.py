@@ -16,7 +16,7 @@ from senticlip.structures import MODALITIES, TARGETS, Batch, Clip, Sequence
 
 
 class Rows(Protocol):
-    """N rows of ragged sequences: what a cache's Store and ArrayRows have in common."""
+    """N rows of sequences of different lengths: the interface of a cache's Store and of ArrayRows."""
 
     lengths: np.ndarray
 
@@ -75,7 +75,7 @@ class ClipSet(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A batch; a modality that none of its rows has is left out, if they have another."""
+        """A batch as tensors by name; a modality that none of its rows has is left out, unless none has any."""
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)
@@ -88,10 +88,10 @@ class ClipSet(Dataset[dict[str, Tensor]]):
 
 
 class BalancedSampler(Sampler[int]):
-    """Rows drawn with replacement, each class as often as the others.
+    """Rows drawn with replacement, all classes with the same probability.
 
-    What is drawn hangs on the seed and the epoch's number alone, which the Trainer tells: a resumed training draws what
-    the uninterrupted one would have drawn, and so does every process of several.
+    The draw depends on the seed and the epoch's number only, so a resumed training draws what the uninterrupted one
+    would have drawn, and all processes of one training draw the same.
 
     Args:
         classes: N class indices.
@@ -103,7 +103,7 @@ class BalancedSampler(Sampler[int]):
         self.chances, self.seed, self.epoch = weights / weights.sum(), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The number of the epoch to draw for, from 0."""
+        """Set the number of the epoch, from 0; the Trainer calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -115,12 +115,12 @@ class BalancedSampler(Sampler[int]):
 
 
 def collate(batch: Any) -> Any:
-    """ClipSet gives batches already."""
+    """The batch itself: ClipSet returns whole batches."""
     return batch
 
 
 def to_batch(inputs: Mapping[str, Any]) -> Batch:
-    """The tensors by name of ClipSet → a Batch; half-precision features become float32."""
+    """ClipSet's tensors by name → a Batch; half-precision features become float32."""
     modalities = {}
     for name in MODALITIES:
         if name in inputs:
