@@ -18,7 +18,7 @@ INTERRUPTED = {
     **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
     **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
 }
-"""What Ctrl-C leaves to be gone on with, by verb."""
+"""What to tell at Ctrl-C, by verb, where the work can be continued."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,12 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Options that a function takes under their own names."""
+    """Some options as keyword arguments."""
     return {name: getattr(options, name) for name in names}
 
 
 def say(options: argparse.Namespace, text: str) -> None:
-    """Tell a person; with ``--json`` stdout stays the object's."""
+    """Print for a person: to stderr with ``--json``, since stdout is then for the object alone."""
     if runtime.first_process():
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
@@ -103,16 +103,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip evaluate RUN``, ``senticlip evaluate RUN_A RUN_B`` and of more, as seeds of one experiment."""
-    from senticlip import evaluate as room
+    from senticlip.evaluate import compare
+    from senticlip.evaluate import evaluate as run
 
     rest = given(options, "data", "split", "device", "target", "precision")
     if len(options.runs) > 2:
-        return _evaluate_several(options, [room.evaluate(run, **rest) for run in options.runs])
+        return _evaluate_several(options, [run(folder, **rest) for folder in options.runs])
     if len(options.runs) == 2:
-        result = room.compare(*options.runs, **rest)
+        result = compare(*options.runs, **rest)
         _say_comparison(options, result)
         return result
-    result = room.evaluate(options.runs[0], **rest)
+    result = run(options.runs[0], **rest)
     _say_disagreement(options, result.get("disagreement"), f"{options.precision} against fp32", "made clips")
     low, high = result["interval"]
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")

@@ -31,20 +31,17 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int = len(LABELS)
     return np.bincount(cells.ravel(), minlength=classes * classes).reshape(classes, classes)
 
 
-def classification(
-    truth: ArrayLike, predicted: ArrayLike, probabilities: ArrayLike | None = None, labels: tuple[str, ...] = LABELS
-) -> dict[str, Any]:
+def classification(truth: ArrayLike, predicted: ArrayLike, probabilities: ArrayLike | None = None) -> dict[str, Any]:
     """Accuracy, macro and weighted P, R, F1, per class, the confusion matrix, ECE (None without ``probabilities``).
 
     Args:
         truth: n class indices.
         predicted: n class indices.
         probabilities: n×C, each row sums to 1.
-        labels: the names of the C classes.
 
     Macro means run over the classes that occur in truth or prediction; 0/0 counts as 0 (both as scikit-learn does).
     """
-    counts = confusion(truth, predicted, len(labels))
+    counts = confusion(truth, predicted)
     scores = from_confusion(counts)
     support = counts.sum(1)
     per_class = {
@@ -54,7 +51,7 @@ def classification(
             "f1": float(scores["class_f1"][i]),
             "support": int(support[i]),
         }
-        for i, label in enumerate(labels)
+        for i, label in enumerate(LABELS)
     }
     names = ("accuracy", "macro_f1", "weighted_f1", "precision", "recall", "weighted_precision", "weighted_recall")
     return {
@@ -139,16 +136,16 @@ def paired_bootstrap(
         truth: n class indices.
         first: n class indices, one system's answers.
         second: n class indices, the other's.
-        groups: n ids. Rows of one id are drawn together: give the clip's id where the answers of several seeds are
-            given, so that k answers about one clip do not count as k clips.
-        runs: n indices from 0, of the seed that a row is an answer of: the difference is the mean of the seeds'.
-        samples: how many resamplings.
+        groups: n ids; rows of one id are resampled together. With the answers of several seeds give the clips' ids, so
+            that k answers about one clip do not count as k clips.
+        runs: n indices from 0, the seed of each row; the difference is then the mean of the seeds' differences.
+        samples: the number of resamplings.
         level: of the percentile interval.
         seed: of the resampling.
 
     Returns:
-        For ``accuracy`` and ``macro_f1``: ``difference``, ``low``, ``high`` and ``p`` (two-sided: twice the smaller
-        share of resamplings on either side of zero, the sample itself counted as one more; at most 1).
+        For ``accuracy`` and ``macro_f1``: ``difference`` (first − second), ``low``, ``high`` and the two-sided ``p``:
+        twice the smaller share of resampled differences ≤ 0 or ≥ 0, with one added to count and total; at most 1.
     """
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))

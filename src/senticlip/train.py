@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from senticlip.checkpoint import (
     is_finished,
     newest_checkpoint,
     origin,
+    read_json,
     save_run,
 )
 from senticlip.config import Config
@@ -116,7 +116,7 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
-    # those that read videos come first, so that an unreadable video is found early
+    # those that read videos first: an unreadable video is then found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
 
@@ -281,7 +281,7 @@ def _classes_of(data: Any, config: Config) -> np.ndarray:
 
 def _stopped(checkpoint: Path, patience: int) -> bool:
     """Whether the training had ended, by its last epoch or by early stopping, when this checkpoint was written."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state = read_json(checkpoint / "trainer_state.json")
     if state["global_step"] >= state["max_steps"]:
         return True
     callback = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})

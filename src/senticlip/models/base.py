@@ -250,7 +250,7 @@ class SentimentModel(PreTrainedModel):
                 features[name] = sequence
             elif name in self.encoders:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen(name)):
-                    features[name] = self.encoders[name](Sequence(*sequence))
+                    features[name] = self.encoders[name](sequence)
             else:
                 raise UsageError(f"{name}: this model was trained on feature files and cannot read raw {name}")
         ordered = {name: features[name] for name in self.experiment.modalities if name in features}
