@@ -28,7 +28,7 @@ from senticlip.progress import console
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 BATCH = 8
-"""Lines that are answered together, and lost together by a kill."""
+"""Lines in a batch; a kill loses one batch at most."""
 
 THUMBNAIL = 96
 """Height of a thumbnail, pixels."""
@@ -40,7 +40,7 @@ _PART = SCHEMA.append(pa.field("thumbnail", pa.binary()))
 
 
 class _Job(NamedTuple):
-    """One film to go through: its lines, where they go, and what tells this job from another."""
+    """One film to analyze: its lines, its end (seconds), where the timeline is written, and the job's key."""
 
     video: Path
     lines: list[Line]
@@ -51,7 +51,7 @@ class _Job(NamedTuple):
 
     @property
     def parts(self) -> Path | None:
-        """The folder of what is done while the rest is not."""
+        """The folder of finished batches, until all are finished."""
         return None if self.out is None else self.out / ".timeline"
 
 
@@ -79,9 +79,9 @@ def analyze(
         subtitles: .srt, .ass or .vtt; without one, the film's own subtitle track; without that, see the next three.
         out: a folder for timeline.parquet, timeline.csv and timeline.html; None writes nothing.
         shift: seconds added to every subtitle's times.
-        resume: go on where a killed run stopped.
-        transcribe: have faster-whisper (extra ``asr``) write the lines; subtitles are then not looked for.
-        cut: what to do without any words: ``windows`` of about ``seconds`` each, or ``shots``.
+        resume: continue where a killed run stopped.
+        transcribe: have faster-whisper (extra ``asr``) write the lines, and ignore all subtitles.
+        cut: the lines of a film without any text: ``windows`` of about ``seconds`` each, or ``shots``.
         track: which of the film's own subtitle tracks.
         asr_model: size or folder of the speech model.
         device: cpu, cuda, cuda:N.
@@ -123,7 +123,7 @@ def analyze(
 
 
 def _check_times(lines: list[Line], source: str | Path, video: Path, end: float, shift: float) -> None:
-    """Refuse lines that are none of this film's; tell of those that begin after it."""
+    """Refuse lines that cannot belong to this film; tell the user of those that begin after its end."""
     if not lines:
         moved = f" after 0 s, since --shift {shift:g} moves all before it" if shift < 0 else ""
         raise UserError(f"{source}: no line is said{moved} — leave out the subtitles to cut by time")
@@ -136,7 +136,7 @@ def _check_times(lines: list[Line], source: str | Path, video: Path, end: float,
 
 
 def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
-    """What decides the timeline: the model and its precision, the film, the lines."""
+    """A hash of what the timeline depends on: the model and its precision, the film, the lines."""
     stat = video.stat()
     model = [answers.fingerprint(predictor.run), predictor.precision]
     film = [str(video.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -145,7 +145,7 @@ def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
 
 
 def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-    """The rows; where there is a folder, its files at the end."""
+    """The rows; with an ``out`` folder, its files are written at the end."""
     if job.out is None or job.parts is None:
         yield from _rows(job, predictor, progress)
         return
@@ -160,7 +160,7 @@ def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, in
 
 
 def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-    """Rows from the parts that are done, then from the model."""
+    """The rows, batch by batch: from its part if that exists, else from the model."""
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
@@ -183,7 +183,7 @@ def _finished(path: Path) -> str | None:
 
 
 def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
-    """Make the folder of parts, or find it as it was left."""
+    """Make the folder of parts; with ``resume``, keep one of the same job."""
     stamp = parts / "job"
     try:
         if resume and stamp.is_file() and stamp.read_text() != key:
@@ -197,7 +197,7 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
 
 
 def _of(reader: VideoReader | AudioReader) -> Callable[..., Any]:
-    """What reads a piece of the one open film, whatever its path."""
+    """A function like ``read_frames`` or ``read_audio`` that reads from the open film and ignores the path."""
     return lambda _, *piece, **options: reader.read(*piece, **options)
 
 
@@ -205,7 +205,7 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
     """The rows of one batch of lines."""
     chosen = job.lines[first : first + BATCH]
     clips = [
-        # what is said after the last picture has words only
+        # a line after the last frame has text only
         Clip(
             f"line {number}",
             job.video if line.start < job.end else None,
@@ -216,20 +216,20 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
         for number, line in enumerate(chosen, first + 1)
     ]
 
-    # opened for each batch: what AAC makes of noise hangs on all that was heard before, and a resumed run begins anew
+    # opened for each batch: decoded AAC noise depends on all that was decoded before, and a resumed run starts there
     with AudioReader(job.video) as sound:
         found = list(answers.answer(predictor, clips, read=_of(reader), listen=_of(sound)))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
         if job.parts is not None:
             shutil.rmtree(job.parts, ignore_errors=True)  # there is nothing to go on from
-        raise UsageError(f"{job.video}: {found[0][1]}")  # the model reads nothing that this film has
+        raise UsageError(f"{job.video}: {found[0][1]}")  # the film has nothing that the model reads
     for line, (prediction, error, frames) in zip(chosen, found, strict=True):
         row = {"start": line.start, "end": line.end, "text": line.text, **answers.record(prediction, error)}
         yield row | {"thumbnail": None if frames is None else _thumbnail(frames[len(frames) // 2], job.aspect)}
 
 
 def _thumbnail(pixels: Any, aspect: float) -> bytes:
-    """A frame as the model saw it, squashed to S×S → a JPEG of the film's shape."""
+    """A frame as the model read it, 3×S×S uint8 → a JPEG in the film's aspect ratio."""
     from PIL import Image
 
     picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
@@ -240,7 +240,7 @@ def _thumbnail(pixels: Any, aspect: float) -> bytes:
 
 
 def _finish(out: Path, parts: Path, job: _Job) -> None:
-    """Parts → the three files; the parquet comes last and says: finished."""
+    """Write the three files from the parts; timeline.parquet comes last, so that it marks a finished job."""
     files = sorted(parts.glob("[0-9]*.parquet"))
     page = resources.files("senticlip").joinpath("templates", "timeline.html").read_text(encoding="utf-8")
     before, after = page.split("/*DATA*/")
@@ -271,12 +271,12 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
 
 
 def _inert(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON without "<", so that it cannot end the script element around it."""
     return text.replace("<", "\\u003c")
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the page reads it: short names, few digits (more where rows are put in order by them)."""
+    """A row as the page reads it: short names, few digits (more for the values that rows are sorted by)."""
 
     def short(value: float | None, digits: int = 3) -> float | None:
         return None if value is None else round(value, digits)

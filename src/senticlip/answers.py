@@ -1,4 +1,4 @@
-"""Predictions as rows of a table, and clips answered a batch at a time where one that fails takes no other with it."""
+"""Predictions as rows of a table; and batches of clips in which a clip that fails does not cost the others."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ FIELDS = [
     ("conflict", pa.float64()),
     ("error", pa.string()),
 ]
-"""The columns of every answer. ``sentiment`` is positive − negative (or the score of a regression model), in [-1, 1];
-``conflict`` is how far apart the sentiments of text and video are, halved: 0 agree, 1 opposite; empty if one is
-absent."""
+"""The columns of every answer. ``sentiment`` is P(positive) − P(negative) in [-1, 1], or a regression model's score;
+``conflict`` is half the distance of the sentiments of text and video: 0 equal, 1 opposite, empty if one is absent."""
 
 
 def shown(path: str | Path) -> str:
-    """A file's name for a page, which is UTF-8; on disk it need not be."""
+    """A file's name as valid UTF-8, for a page."""
     return os.fsencode(Path(path).name).decode("utf-8", "replace")
 
 
 def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:
-    """A prediction as a row with the columns FIELDS; what it does not have is None."""
+    """A prediction, or the error instead of it, as a row with the columns FIELDS; missing values are None."""
     row: dict[str, Any] = {name: None for name, _ in FIELDS}
     row["error"] = None if error is None else whole(str(error))
     if prediction is None:
@@ -64,20 +63,20 @@ def _sentiment(probabilities: dict[str, float]) -> float:
 
 
 Answer = tuple[Prediction | None, UserError | None, Any]
-"""A prediction, or why there is none, and the frames k×3×S×S that were seen (None: none were)."""
+"""A prediction or else an error, and the frames k×3×S×S uint8 that the model read (None without any)."""
 
 
 def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer]:
     """The Answer of each clip.
 
-    All clips go as one batch; where that fails, each goes alone, so that only the bad one is lost. What torch raises
-    (RuntimeError) and a lack of memory may be the machine's fault: such a clip is tried once more, and where several
-    clips end so and none is answered, the work ends, which can then go on elsewhere.
+    All clips are one batch; if that fails, each is tried alone, so that only the bad one is lost. A RuntimeError (of
+    torch) or MemoryError may be the machine's fault: such a clip is tried once more. If several clips end so and none
+    is answered, the error is raised: the work can then be continued elsewhere.
 
     Args:
         predictor: senticlip.load(RUN).
         clips: few enough to be one batch.
-        options: handed on to ``predictor.batch``.
+        options: passed on to ``predictor.batch``.
     """
     together = _together(predictor, clips, options)
     if not isinstance(together, Exception):
@@ -85,10 +84,10 @@ def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer
         return
     found = [together] if len(clips) == 1 else [_together(predictor, [clip], options) for clip in clips]
     found = [
-        _together(predictor, [clip], options) if _is_machines(one) else one
+        _together(predictor, [clip], options) if _may_be_machine(one) else one
         for clip, one in zip(clips, found, strict=True)
     ]
-    broken = [one for one in found if isinstance(one, Exception) and _is_machines(one)]
+    broken = [one for one in found if isinstance(one, Exception) and _may_be_machine(one)]
     if len(broken) > 1 and all(isinstance(one, Exception) for one in found):
         raise broken[0]
     for clip, one in zip(clips, found, strict=True):
@@ -99,7 +98,7 @@ def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer
 
 
 def _together(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> list[Answer] | Exception:
-    """The Answers of clips that go as one batch, or what went wrong."""
+    """The Answers of clips in one batch, or the error."""
     try:
         batch = predictor.batch(clips, **options)
         predictions = predictor.predictions(predictor.output(batch))
@@ -112,26 +111,26 @@ def _together(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> lis
     ]
 
 
-def _is_machines(found: Any) -> bool:
-    """Whether it may be the machine that failed (FFmpeg's errors, some of them of these kinds, are about a file)."""
+def _may_be_machine(found: Any) -> bool:
+    """Whether an error may be the machine's fault (FFmpeg's, some of which are of these types, are about a file)."""
     return isinstance(found, (RuntimeError, MemoryError)) and not isinstance(found, FFmpegError)
 
 
 def as_user_error(name: str, error: Exception) -> UserError:
-    """Any error as one line about what has this name."""
+    """Any error as a UserError of one line; ``name`` says what it is about."""
     if isinstance(error, UserError):
         return error
     return UserError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def fingerprint(run: str | Path) -> str:
-    """What tells one RUN, or exported file, from another: a hash of its config and weights."""
+    """A hash of the config and weights of a RUN, or of an exported file."""
     paths = [Path(run), *(Path(run) / name for name in _WEIGHTS)]
     return "-".join(file_key(path) for path in paths if path.is_file())
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table whole or not at all."""
+    """Write a table atomically."""
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:  # pyarrow itself opens no path that is not UTF-8
@@ -147,7 +146,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def about_parquet(path: Path) -> pq.FileMetaData | None:
-    """What a Parquet file says of itself; None if it is not there, or not whole (a disk may lose what was written)."""
+    """The metadata of a Parquet file; None if it is missing or damaged (a disk may lose what was written)."""
     try:
         with path.open("rb") as file:
             return pq.read_metadata(file)
@@ -163,5 +162,5 @@ class _CallableModule(ModuleType):
 
 
 def make_callable(module: str) -> None:
-    """Let the module of this name be called (importing it would else hide the function behind it)."""
+    """Make the module of this name callable: importing it hides the function of the same name in ``senticlip``."""
     sys.modules[module].__class__ = _CallableModule

@@ -1,8 +1,8 @@
 """An archive of videos → Parquet: on Ray Data (extra ``ray``), or in one process.
 
-The manifest is cut into parts. A part is the unit of everything: a worker answers one and writes its file whole or not
-at all, always in the same batches, so a part made twice is the same file. What is there is done; what is not is done
-next time. That is all that a kill at any moment needs.
+The manifest is cut into parts, the unit of all work: a worker answers a part and writes its file atomically, always in
+the same batches, so that a part answered twice gives the same file. After a kill, the parts that exist are done, and
+the same call answers the others.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from senticlip.precision import PRECISIONS
 from senticlip.structures import Clip, UsageError, UserError
 
 BATCH = 16
-"""Clips that are answered together: always the same ones, so that a part made again is the same to the last bit."""
+"""Clips in a batch: always the same ones, so that a part that is answered again is the same to the last bit."""
 
 RETRIES = 8
-"""How often a part is begun again whose worker died: a clip that kills them all must not keep them at it for ever."""
+"""How often a part is tried again after its worker died: a clip that kills every worker must not be tried for ever."""
 
 PATIENCE = 3
-"""How often a part may be begun in vain before each of its videos is first opened in a process of its own."""
+"""Failed attempts at a part after which each of its videos is first decoded in a process of its own."""
 
 DEADLINE = 300.0
-"""Seconds that this process has: a video that takes longer is one of those."""
+"""Seconds that this process may take: a video that takes longer counts as one that kills its worker."""
 
 _OPEN = """import sys
 from senticlip.data.audio import read_audio
@@ -119,7 +119,7 @@ def part_path(out: Path, number: int) -> Path:
 
 
 def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: str) -> dict[str, Any]:
-    """Make ``out``, or find that it belongs to this job; cut the manifest; sweep up what a kill left."""
+    """Make ``out``, or check that it belongs to this job; cut the manifest; remove what a killed process left."""
     if not source.is_file():
         raise UsageError(f"{source}: no such manifest")
     key = {
@@ -129,7 +129,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         "rows_per_part": rows_per_part,
         "precision": precision,
     }
-    # readers of a folder of Parquet files leave out what begins with a dot: for them there are the answers only
+    # readers of a folder of Parquet files skip names that begin with a dot, and so see the answers only
     stamp, parts = out / ".bulk" / "job.json", out / ".bulk" / "rows.parquet"
     try:
         parts.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
 def _stream(
     job: dict[str, Any], address: str | None, workers: int | None, progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the parts that are there, then of the others as they come."""
+    """The rows of the parts that exist, then of the others as they are written."""
     out, cut = Path(job["out"]), answers.about_parquet(Path(job["parts"]))
     assert cut is not None
     with alone(out, "bulk"):
@@ -178,14 +178,14 @@ def _stream(
 
 
 def _is_done(part: Path, retry: bool) -> bool:
-    """Whether a part is there and whole, and, where those are tried again, has no row with an error."""
+    """Whether a part exists and is complete, and, with ``retry``, has no row with an error."""
     if (about := answers.about_parquet(part)) is None:
         return False
     return not retry or answers.read_parquet(part, ["error"])["error"].null_count == about.num_rows
 
 
 def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
-    """The numbers of parts, each when its file is there."""
+    """The number of each part in ``todo``, when its file is written."""
     if todo and (workers != 1 or address):
         yield from _on_ray(job, todo, address, workers)
     elif todo:
@@ -193,7 +193,7 @@ def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: in
 
 
 class Worker:
-    """Holds a model and makes parts; Ray Data keeps one in each of its actors."""
+    """Holds a model and answers parts; each Ray Data actor has one."""
 
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
         from senticlip.predictor import load
@@ -205,13 +205,13 @@ class Worker:
         self.parts = pq.ParquetFile(open(job["parts"], "rb"))  # noqa: SIM115 — as long as this lives
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's face: the numbers of parts in, the same out when their files are there."""
+        """The interface for Ray Data: numbers of parts → the same, when their files are written."""
         for number in batch["id"]:
             self.make(int(number))
         return {"id": batch["id"]}
 
     def make(self, number: int) -> int:
-        """Answer a part and write its file, unless it is there."""
+        """Answer a part and write its file, unless it exists."""
         path = part_path(self.out, number)
         if not path.is_file():
             rows = self.parts.read_row_group(number).to_pylist()
@@ -227,7 +227,7 @@ class Worker:
         return number
 
     def _deadly(self, rows: list[dict[str, Any]]) -> set[str]:
-        """The paths whose decoding kills the process that does it (a codec that crashes, a picture beyond memory)."""
+        """The paths whose decoding kills the process (a codec that crashes, a picture larger than memory)."""
         paths = {row["path"] for row in rows if row["path"] is not None}
         return {path for path in sorted(paths) if _kills(located(self.root, path))}
 
@@ -267,7 +267,7 @@ class Worker:
 
 
 def _kills(video: Path) -> bool:
-    """Whether a process that decodes a video is killed by it, or never comes to its end."""
+    """Whether decoding a video kills the process, or takes longer than DEADLINE."""
     command = [sys.executable, "-c", _OPEN, str(video)]
     try:
         return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=DEADLINE).returncode < 0
@@ -276,7 +276,7 @@ def _kills(video: Path) -> bool:
 
 
 def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
-    """The same parts on Ray Data: actors that hold the model, few parts under way, a lost worker's part done again."""
+    """The same on Ray Data: actors hold the model, few parts are in flight, a dead worker's part is tried again."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import logging
     import warnings
@@ -284,7 +284,7 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
     import ray
     import ray.data
 
-    # there is no other way yet to tell how often a part is tried again
+    # there is no other way yet to set how often a part is tried again
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if address:
         _reach(address)
@@ -298,7 +298,7 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-        # a core is left to nobody: reading parts' numbers costs nothing
+        # all cores are for workers: the read task, which yields the parts' numbers, costs nothing
         pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
         made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
             Worker,
@@ -310,7 +310,7 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-        # it has set up its own logging by now; what goes wrong is raised
+        # Ray has set up its own logging by now; errors are raised
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         for row in made.iter_rows():
             yield int(row["id"])
@@ -329,7 +329,7 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
 
 
 def _reach(address: str) -> None:
-    """See that somebody listens: Ray itself would wait for minutes."""
+    """Check that something listens at the address: Ray itself would wait for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto", "local"

@@ -1,4 +1,4 @@
-"""Why this answer? One clip explained on a page: heat maps, attention, and what is answered without each part."""
+"""One clip's prediction explained on a page: heat maps, cross-attention, and the prediction without each part."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Usage
 
 SAID = {"text": "words", "video": "picture", "audio": "sound"}
 HEIGHT, WIDEST = 256, 1024
-"""Of the pictures, pixels: so high, unless they would be wider."""
+"""Height of the page's pictures, and their largest width, pixels."""
 FAINT = 0.01
-"""Where the answer changes less without the video (occlusion.change), the page says so: the maps are scaled to their
-largest value, however little that is."""
+"""If the prediction changes by less without the video (occlusion.change), the page says so: heat maps are scaled to
+their largest value, however small that is."""
 
 
 class Attention(NamedTuple):
@@ -42,10 +42,10 @@ class Attention(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None where no map can be drawn.
+    """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None if the model has no heat maps.
 
-    ``dropped``: the model reads the main shot only, so that ``times`` may leave out a cutaway. ``unread``: the end of
-    the text, where that is longer than what the model reads.
+    ``dropped``: the model reads the main shot only, so cutaways are missing from ``times``. ``unread``: the end of the
+    text that the model does not read.
     """
 
     name: str
@@ -77,8 +77,8 @@ def explain(
         video: the clip, or None.
         text: what is said in it, or None.
         out: the folder to write to.
-        method: of the heat maps: ablation-cam, grad-cam or rollout; None takes Ablation-CAM, and none where the model
-            reads its frames by no network that has maps.
+        method: of the heat maps: ablation-cam, grad-cam or rollout; None: Ablation-CAM, or no heat maps if the model
+            has none.
         device: cpu, cuda, cuda:N.
 
     Returns:
@@ -96,7 +96,7 @@ def explain(
 
 
 def load(run: Any, device: str | None = None) -> Any:
-    """A Predictor whose model can be taken apart.
+    """The Predictor of a RUN, or ``run`` itself if it is one; its model must be a torch model.
 
     Raises:
         UsageError: an exported file.
@@ -108,7 +108,7 @@ def load(run: Any, device: str | None = None) -> Any:
 
 
 def batch_of(predictor: Any, clip: Clip) -> tuple[Batch, list[float]]:
-    """One clip as the model reads it, and the times of the frames in it (none without a video)."""
+    """One clip as a batch, and the times (seconds) of its frames; no times without a video."""
     seen: list[Frames] = []
 
     def read(*args: Any, **options: Any) -> Frames:
@@ -176,7 +176,7 @@ def _maps(
 
 
 def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
-    """The frames in their own shape, one after the other (8K frames are never together in memory)."""
+    """The frames in their own aspect ratio, read one at a time: many 8K frames would not fit into memory."""
     pictures = []
     with VideoReader(video) as reader:
         for time in times:
@@ -206,7 +206,7 @@ def _attention(
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A frame under its map h×w in 0 … 1; where the map is 0 the frame stays as it is."""
+    """A frame blended with its heat map h×w in 0 … 1; where the map is 0, the frame is unchanged."""
     strength = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC))
     strength = strength.clip(0, 1)
     share = 0.7 * strength[..., None] ** 0.7
@@ -222,7 +222,7 @@ def inline(picture: Image.Image) -> str:
 
 
 def sentences(found: Explanation) -> list[tuple[str, str]]:
-    """The answer in a sentence or two, Chinese and English: a conflict, and what the answer hangs on."""
+    """The explanation in sentences, each Chinese and English: do the modalities agree, and what changes the label."""
     said = _agreement({name: one.label for name, one in found.alone.items()}, found.prediction.label)
     before = found.cases[0].prediction
     flips = [case for case in found.cases[1:] if case.prediction.label != before.label]
@@ -249,7 +249,7 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
 
 
 def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
-    """Whether the modalities say the same by themselves, and which of them the answer follows."""
+    """Whether the modalities alone give the same label, and which of them the answer follows."""
     if not alone:
         return []
     chinese, english = _named(alone)
@@ -301,17 +301,17 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
 
 
 def heated(found: Explanation) -> list[Image.Image]:
-    """Its frames under their heat maps; as they are where it has none."""
+    """Its frames blended with their heat maps; unchanged if it has none."""
     if found.maps is None:
         return found.pictures
     return [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
 
 
 def html(found: Explanation, frames: list[Image.Image]) -> str:
-    """The page of an explanation, whose frames ``heated`` gives."""
+    """The page of an explanation; ``frames``: as ``heated`` returns them."""
     label, whole = found.prediction.label, found.cases[0].prediction
     pictures = zip(found.pictures, frames, found.times, strict=True)
-    # changes of the rounded values, so that what stands side by side adds up
+    # differences of rounded values, so that the numbers on the page add up
     after = [(case, round(value(case.prediction, label), 3)) for case in found.cases]
     differences = [(case, shown, shown - after[0][1]) for case, shown in after[1:]]
     return page(
@@ -328,7 +328,7 @@ def html(found: Explanation, frames: list[Image.Image]) -> str:
 
 
 def _later_frames(folder: Path, count: int) -> list[Path]:
-    """Our pictures of a clip that was explained here before and had more frames."""
+    """The pictures of an earlier explanation in this folder, of a clip with more frames."""
     numbers = {path: path.stem.removeprefix("frame-") for path in folder.glob("frame-*.png")}
     return [p for p, n in numbers.items() if n.isascii() and n.isdigit() and n[0] != "0" and int(n) > count]
 

@@ -1,4 +1,4 @@
-"""A whole split explained: where the model errs, how conflicts come out, what it listens to; one index page."""
+"""A whole split explained on one page: the worst errors, accuracy by kind of clip, the effect of each modality."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ KINDS = {
     "conflict": "文本与视频相反",
     "neutral": "都是中性",
 }
-"""How words and face stand to each other."""
+"""How the sentiments of text and video relate."""
 
 
 class Answered(NamedTuple):
-    """A clip, its label in [-1, 1], the answer with everything, and by surface name without and of each modality alone.
+    """A clip, its label in [-1, 1], and its predictions: of the whole clip, without each modality, given each alone.
 
-    Of a clip that has one modality only, the last two are empty.
+    The last two are by surface name, and empty for a clip that has one modality only.
     """
 
     clip: Clip
@@ -54,7 +54,7 @@ class Answered(NamedTuple):
 
 
 class Worst(NamedTuple):
-    """One error of the list: what was asked, what it should be, where its page lies."""
+    """One error of the list: the clip, its true label, the prediction, and where its page is."""
 
     clip: Clip
     truth: str
@@ -65,7 +65,7 @@ class Worst(NamedTuple):
 
 
 def kind(text: int, face: int) -> str:
-    """Of two class indices: agree, text only, video only, conflict or neutral."""
+    """The kind of a clip by the class indices of text and video: agree, text only, video only, conflict, neutral."""
     if text != 1 and face != 1:
         return "agree" if text == face else "conflict"
     return "text only" if text != 1 else "video only" if face != 1 else "neutral"
@@ -80,15 +80,15 @@ def explain_set(
     method: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Explain the worst errors of a split and say what the model listens to; writes ``OUT/index.html``.
+    """Explain the worst errors of a split and the effect of each modality; writes ``OUT/index.html``.
 
     Args:
         run: a RUN folder or a Predictor.
         data: a CH-SIMS folder or a CSV of one's own.
         out: the folder to write to; each error has a folder of its own in it.
         split: train, valid, test or all.
-        worst: how many errors, those first to whose right class the least probability was given (of a regression
-            model: whose score is farthest from the label).
+        worst: how many errors, those with the least probability of the true class first (for a regression model, with
+            the largest error of the score).
         method: of the heat maps.
         device: cpu, cuda, cuda:N.
 
@@ -130,7 +130,7 @@ def explain_set(
 def answered(
     predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None], size: int = 32
 ) -> list[Answered]:
-    """Answer each clip with everything it has and without each modality; what is encoded once stays in the cache."""
+    """Predict each clip as it is, without each modality and given each alone; features come from the cache."""
     model, target = predictor.model, predictor.config.target
     rows = clip_set(clips, model, predictor.tokenizer, data=data)
     found = []
@@ -151,14 +151,14 @@ def answered(
 
 
 def _right(row: Answered) -> float:
-    """How right an answer is: the probability of the truth, or minus the distance from the label."""
+    """The probability of the true class, or minus the absolute error of a score."""
     if row.whole.score is not None:
         return -abs(row.whole.score - row.label)
     return row.whole.probabilities[LABELS[row.truth]]
 
 
 def _kinds(rows: list[Answered]) -> tuple[str, dict[int, str]]:
-    """The kind of each clip (by id of its row): by its labels T and V, else by what text and video alone say."""
+    """By what, and the kind of each row (by ``id(row)``): by labels T and V, else by predictions given one alone."""
     if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
         return "labels", {id(r): kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows}
     both = [row for row in rows if {"text", "video"} <= row.alone.keys()]
@@ -167,7 +167,7 @@ def _kinds(rows: list[Answered]) -> tuple[str, dict[int, str]]:
 
 
 def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
-    """Confusion by kind, and what each modality weighs: how far its absence moves the answer."""
+    """Confusion by kind, and the effect of each modality: the mean change of the prediction without it."""
     truth = np.array([row.truth for row in rows])
     found = np.array([LABELS.index(row.whole.label) for row in rows])
     names = np.array([kinds[id(row)] for row in rows])
@@ -207,7 +207,7 @@ def _sweep(folder: Path, kept: set[str]) -> None:
 
 
 def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
-    """The page of one error; none where the model reads features, which no picture shows."""
+    """Write the page of one error; a model that reads feature files has none, since features cannot be shown."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
     if not set(predictor.config.modalities) <= set(reads(predictor.model, predictor.config)):
         return entry

@@ -1,4 +1,4 @@
-"""What is answered without the text, the video, a frame, a character: each left out, and the model asked again."""
+"""Occlusion: the model's prediction without the text, the video, the audio, one frame or one character."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Seq
 
 
 class Case(NamedTuple):
-    """``kind``: everything, text, video, audio, frame or character; ``place`` counts frames and characters from 0."""
+    """The prediction without one part.
+
+    ``kind`` of part: everything (nothing is left out), text, video, audio, frame or character; ``place``: the number of
+    the frame or character, from 0; ``shown``: what the page calls it.
+    """
 
     kind: str
     place: int
@@ -29,7 +33,7 @@ class Character(NamedTuple):
 
 
 def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Character]:
-    """The tokens that stand for something in the text, in its order; those of one span count once."""
+    """The tokens that stand for characters of the text, in order; of several with the same span, the first."""
     if not text:
         return []
     encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
@@ -41,32 +45,32 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
 
 
 def unread(predictor: Any, text: str | None) -> str:
-    """The end of a text that is longer than what the model reads."""
+    """The end of a text that the model does not read, since the text has too many tokens; empty if it reads all."""
     text = spoken(text)
     most = predictor.config.text.max_length
     if text is None or predictor.tokenizer is None or len(predictor.tokenizer(text)["input_ids"]) <= most:
-        return ""  # its last characters may still stand for no token
+        return ""  # even so, its last characters may belong to no token
     read = characters(predictor.tokenizer, text, most)
     return text[max((one.end for one in read), default=len(text)) :].strip()
 
 
 def value(prediction: Prediction, label: str) -> float:
-    """What is followed: the probability of ``label``; of a regression model's score s what speaks for it, as in heat
-    maps: −s, −|s|, s for negative, neutral, positive."""
+    """The probability of ``label``; for a regression model's score s, as in heat maps, −s, −|s|, s for negative,
+    neutral, positive."""
     if prediction.score is None:
         return prediction.probabilities[label]
     return {"negative": -prediction.score, "neutral": -abs(prediction.score), "positive": prediction.score}[label]
 
 
 def change(before: Prediction, after: Prediction) -> float:
-    """How far apart two answers are, 0 … 1: total variation of the probabilities, half the distance of two scores."""
+    """The distance of two predictions, 0 … 1: total variation of their probabilities, or half that of their scores."""
     if before.score is not None and after.score is not None:
         return abs(before.score - after.score) / 2
     return sum(abs(before.probabilities[name] - after.probabilities[name]) for name in LABELS) / 2
 
 
 def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
-    """One clip's features, a row for each case: a modality (place −1) or one position of it taken away."""
+    """One clip's features with a row for each case (modality, place): that position masked, or all of it (−1)."""
     rows = cam.repeat(features, len(cases))
     for name, sequence in rows.modalities.items():
         mask = sequence.mask.clone()
@@ -79,15 +83,15 @@ def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
 
 @torch.no_grad()
 def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
-    """All cases of one clip, "everything" first; nothing is left out that is all there is.
+    """All cases of one clip, "everything" first; the only modality, frame or character is never left out.
 
-    A frame that is left out leaves its place in time empty; a character is cut out of the text. The frames are encoded
-    once, since an encoder sees each by itself.
+    A frame is masked (the others keep their temporal positions), a character is cut out of the text. Frames are encoded
+    once, since the encoder reads each by itself.
 
     Args:
         predictor: of a RUN.
-        batch: of this one clip, as ``predictor.batch`` gives it, or its features: they are not encoded again.
-        text: what the batch was made of.
+        batch: of this one clip, as ``predictor.batch`` returns it, or its features (not encoded again).
+        text: the clip's text.
     """
     model = predictor.model
     features = model.encode(batch)
@@ -127,14 +131,14 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
 
 @torch.no_grad()
 def alone(predictor: Any, features: Batch) -> dict[str, Prediction]:
-    """What each modality of one clip says without the others (surface names); nothing where there is but one."""
+    """The prediction given each modality of one clip alone, by surface name; empty if it has one modality only."""
     there = _present(features)
     answers = predictor.model.alone(features) if len(there) > 1 else {}
     return {SURFACE[name]: predictor.predictions(answers[name])[0] for name in there if name in answers}
 
 
 def _present(features: Batch) -> list[str]:
-    """The modalities that one clip has."""
+    """The modalities that a batch of one clip has."""
     return [name for name, sequence in features.modalities.items() if sequence.mask.any()]
 
 
