@@ -28,10 +28,10 @@ CHUNK = 128
 
 
 def log_odds(network: Any, output: Output) -> Tensor:
-    """What is explained, B×3 float64: ln p / (1 − p) of each class, p its fused probability.
+    """The value that heat maps explain, B×3 float64: ln p / (1 − p) of each class, p its fused probability.
 
-    From the logits and in float64: where p is all but 1, differences of p itself would be rounding errors. A regression
-    model has a score s instead: −s, −|s|, s speak for negative, neutral, positive.
+    Computed from the logits in float64: for p near 1, differences of p itself would be rounding errors. For the score s
+    of a regression model: −s, −|s|, s for negative, neutral, positive.
     """
     if output.score is not None:
         score = output.score.double()
@@ -46,14 +46,14 @@ def log_odds(network: Any, output: Output) -> Tensor:
 
 
 def drop(output: Output, y: Tensor, without: Tensor) -> Tensor:
-    """How much went, from log-odds: (p − p_k) / p of a probability, y − y_k of a score."""
+    """The loss by an ablation, from log-odds ``y`` and ``without``: (p − p_k) / p; for a score, y − y_k."""
     if output.score is not None:
         return y - without
     return -torch.expm1(nn.functional.softplus(-y) - nn.functional.softplus(-without))
 
 
 def repeat(features: Batch, rows: int) -> Batch:
-    """A batch of one clip, ``rows`` times (no copy)."""
+    """A batch of one clip repeated to ``rows`` rows, without a copy."""
     return Batch(
         {
             name: Sequence(s.values.expand(rows, *s.values.shape[1:]), s.mask.expand(rows, -1))
@@ -64,7 +64,7 @@ def repeat(features: Batch, rows: int) -> Batch:
 
 
 def seen_frames(model: SentimentModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The real frames of a batch of one clip, normalised (k×3×S×S), and where they stand (k)."""
+    """The real frames of a batch of one clip, normalised (k×3×S×S), and their indices among all frames (k)."""
     pixels, mask = batch.modalities["vision"]
     encoder: Any = model.encoders["vision"]
     return encoder.normalize(pixels[0][mask[0]]), mask[0].nonzero()[:, 0]
@@ -105,7 +105,7 @@ def ablation_cam(
 
 
 class _Answer(nn.Module):
-    """Images k×3×S×S → what is explained, with the other modalities kept: the model that grad-cam sees."""
+    """Images k×3×S×S → the explained value, the other modalities kept: the model that grad-cam gets."""
 
     def __init__(self, model: SentimentModel, batch: Batch, index: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
 
 @contextmanager
 def _watched(encoder: VisionEncoder) -> Iterator[list[Tensor]]:
-    """Collect every layer's attention N×heads×T×T while the encoder runs (a CLIP's last: N×heads×1×T)."""
+    """Collect the attention weights of each layer, N×heads×T×T (of a CLIP's last: N×heads×1×T), as the encoder runs."""
     maps: list[Tensor] = []
     if encoder.kind == "chinese_clip":
         was = encoder.body.config._attn_implementation
@@ -181,7 +181,7 @@ def _watched(encoder: VisionEncoder) -> Iterator[list[Tensor]]:
 def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
     """Attention rollout (Abnar & Zuidema 2020) of a ViT: Π (½ mean heads + ½ I), the class token's row; k×h×w.
 
-    It knows neither the class nor the other frames.
+    It depends neither on the class nor on the other frames.
 
     Raises:
         UsageError: no ViT.
@@ -207,7 +207,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {"ablation-cam": ablation_cam, "grad
 
 
 def methods_for(model: SentimentModel) -> list[str]:
-    """The heat maps that this model can give; none where no network of ours reads frames."""
+    """The heat maps that a model has; none without a vision encoder."""
     if "vision" not in model.encoders:
         return []
     encoder = _encoder(model)

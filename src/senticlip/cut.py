@@ -1,4 +1,4 @@
-"""A frame encoder cut in two at the layer whose channels a heat map weighs: what is before it, what is after it."""
+"""A frame encoder split at the layer whose channels a heat map weighs, into what is before it and what is after it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from senticlip.structures import UsageError
 
 
 class Split(nn.Module):
-    """A frame encoder cut at the layer that is explained: ``before`` it, ``after`` it.
+    """A frame encoder split at the explained layer: ``before`` gives its activations, ``after`` reads them.
 
-    ``layer`` is an Identity where the activations pass, N×C×h×w or N×tokens×C: what grad-cam hooks.
+    ``layer`` is an Identity that the activations N×C×h×w or N×tokens×C pass through, for grad-cam's hooks.
 
     Raises:
         UsageError: a network that is neither a plain ViT nor one that ends with feature maps.
@@ -41,7 +41,7 @@ class Split(nn.Module):
         self.stage = None if self.block is not None else last_stage(self.body)
 
     def before(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised images N×3×S×S → the activations, and what passes by them (a ViT's residual stream)."""
+        """Normalised images N×3×S×S → the activations, and a ViT's residual stream, which bypasses them (else None)."""
         if self.block is None:
             found = self._feature_map(images.contiguous(memory_format=torch.channels_last))
             if found.ndim != 4:
@@ -56,7 +56,7 @@ class Split(nn.Module):
         return seen[0], seen[1]
 
     def _feature_map(self, images: Tensor) -> Tensor:
-        """The map of ``stage``; the network's last, where what follows the stage is no plain chain."""
+        """The feature map of ``stage``; the network's last one, if the modules after the stage are no plain chain."""
         if self.stage is None:
             return self.body.forward_features(images)
         seen: list[Tensor] = []
@@ -99,13 +99,13 @@ class Split(nn.Module):
         return self.after(self.layer(activations), residual)
 
     def grid(self, activations: Tensor) -> Tensor:
-        """Activations → N×C×h×w; the class token has no place in it."""
+        """Activations → N×C×h×w, without the class token."""
         if self.block is None:
             return activations.permute(0, 3, 1, 2) if self.last_map == "NHWC" else activations
         return to_grid(activations[:, self.prefix :].transpose(1, 2))
 
     def channels(self, activations: Tensor) -> int:
-        """How many there are."""
+        """The number of channels."""
         return self.grid(activations).shape[1]
 
     def ablated(self, activations: Tensor, residual: Tensor | None, channels: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Split(nn.Module):
         return self.after(rows, None if residual is None else residual.expand(len(channels), -1, -1))
 
     def _ablated_clip(self, x: Tensor, residual: Tensor, channels: Tensor) -> Tensor:
-        """Chinese-CLIP's last block for its class token: x T×D; q, k and v each lose one column of their matrix."""
+        """Chinese-CLIP's last block for its class token, x T×D: without a channel, q, k, v change by a column each."""
         attention = self.block.self_attn
         heads, width = attention.num_heads, attention.head_dim
 
@@ -138,7 +138,7 @@ class Split(nn.Module):
 
 
 def last_stage(body: Any) -> str | None:
-    """The first stage of a timm CNN that has its final resolution; None where timm does not name the stages."""
+    """The name of the first stage with the final resolution of a timm CNN; None if timm does not list its stages."""
     stages = [dict(stage) for stage in getattr(body, "feature_info", None) or []]
     names = dict(body.named_modules())
     found = [s["module"] for s in stages if s["reduction"] == stages[-1]["reduction"]]
@@ -147,7 +147,7 @@ def last_stage(body: Any) -> str | None:
 
 @contextmanager
 def passing(body: Any, stage: str) -> Iterator[None]:
-    """Let the modules up to ``stage`` pass their input on, so that ``body(activations)`` is what follows the stage."""
+    """Make the modules up to ``stage`` return their input, so that ``body(activations)`` computes what follows it."""
     before, owner = [], body
     for name in stage.split("."):
         for child, module in owner.named_children():

@@ -1,4 +1,4 @@
-"""A RUN → one ONNX file with everything in it (graph, tokenizer, labels, sizes), and the model face of such a file.
+"""A RUN → one ONNX file with everything in it (graph, tokenizer, labels, sizes), and such a file as a model.
 
 ``senticlip.load("F.onnx")`` answers as the RUN does; examples/onnx_only.py reads the file without torch.
 """
@@ -40,7 +40,7 @@ LONGEST = 1 << 18
 
 
 class Graph(nn.Module):
-    """What is exported: tensors in, tensors out, and no step that depends on what is in them.
+    """The exported graph: tensors in, tensors out, no control flow that depends on their values.
 
     Shape:
         text, text_mask B×n; vision B×m×3×S×S uint8, vision_mask B×m; audio B×L×bands, audio_mask B×L, a log-mel (those
@@ -54,7 +54,7 @@ class Graph(nn.Module):
         self.names = reads(model, model.experiment)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Encode every frame, the padded ones too: the network reads none of them."""
+        """Encode every frame, also padded ones, which the fusion network ignores."""
         features = {}
         for name, values, mask in zip(self.names, inputs[::2], inputs[1::2], strict=True):
             if name == "audio":
@@ -75,8 +75,8 @@ class Graph(nn.Module):
 
 
 def _and_alone(features: dict[str, Sequence], heads: list[str]) -> Batch:
-    """The rows, then for each head the rows without all other modalities: one pass through the network is a smaller
-    graph than 1 + len(heads), and traced in a third of the time."""
+    """The rows, then for each head the rows with its modality alone: one pass through the network gives a smaller graph
+    than 1 + len(heads) passes, in a third of the time."""
     stacked = {}
     for name, (values, mask) in features.items():
         masks = [mask, *(mask if name == head else torch.zeros_like(mask) for head in heads)]
@@ -92,7 +92,7 @@ def export(
     Args:
         run: the RUN folder.
         out: the file, ``….onnx``.
-        int8: weights as int8, activations quantised as they come (matrix products only).
+        int8: weights as int8, activations quantised dynamically (matrix products only).
         data: a data set on which the file is compared with the RUN.
         split: of this data set, as the RUN was trained on it; None for all of it.
 
@@ -100,7 +100,7 @@ def export(
         ``file``, ``int8``, ``bytes``; with ``data`` ``disagreement`` (see ``precision.disagreement``).
 
     Raises:
-        UsageError: another ending, onnx is not installed, or a model that reads feature files or gives a score.
+        UsageError: another ending than .onnx, no onnx installed, a model that reads feature files or is no CLIP-CA-MSA.
         UserError: the RUN, the data or the file cannot be read or written.
     """
     out = Path(out)
@@ -114,7 +114,7 @@ def export(
         raise UsageError(f"{run}: is exported already — name the RUN that it was made from")
     predictor = Predictor(run, "cpu")
     config = predictor.config
-    # data that cannot be read is told before the minutes of an export
+    # read first: an export takes minutes
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
     if set(config.modalities) != set(reads(predictor.model, config)) or config.model != "clip_ca_msa":
         raise UsageError(f"{run}: only CLIP-CA-MSA that reads clips has an ONNX form (and int8), not this one")
@@ -131,7 +131,7 @@ def export(
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed exports of this file have left."""
+    """Remove the temporary folders of killed exports of this file."""
     for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"):
         with suppress(OSError):  # gone meanwhile, or not ours
             if abandoned(left):
@@ -139,7 +139,7 @@ def _sweep(out: Path) -> None:
 
 
 def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
-    """The whole file, in a folder that goes away."""
+    """Make the ONNX file in a temporary folder."""
     import onnx
 
     model, config = predictor.model, predictor.config
@@ -194,7 +194,7 @@ def trace(model: SentimentModel) -> Any:
 
 @contextmanager
 def _exportable() -> Iterator[None]:
-    """torch's fused Transformer layers have no ONNX form; and the exporter's chatter is not for users."""
+    """Turn off torch's fused Transformer layers, which cannot be exported, and the exporter's messages."""
     before = torch.backends.mha.get_fastpath_enabled()
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
     torch.backends.mha.set_fastpath_enabled(False)
@@ -211,7 +211,7 @@ def _exportable() -> Iterator[None]:
 
 
 def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
-    """The input of a modality for a mask of that shape, zeros."""
+    """Zeros as the input of a modality, for a mask of this shape."""
     if name == "text":
         return torch.zeros(shape, dtype=torch.long)
     if name == "audio":
@@ -228,7 +228,7 @@ def _need(name: str) -> Any:
 
 
 class OnnxModel:
-    """An exported file with the face that the Predictor knows: ``model(batch)`` → Output, ``encoders``, ``experiment``.
+    """An exported file with the interface that Predictor uses: ``model(batch)`` → Output, ``encoders``, ``experiment``.
 
     Raises:
         UsageError: no such file. UserError: none that ``senticlip export`` made.
@@ -263,15 +263,15 @@ class OnnxModel:
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 
     def frozen(self, name: str) -> bool:
-        """The file takes ids and frames: no part of it can be run apart and cached."""
+        """Never: the file takes ids and frames, and its encoders cannot be run by themselves."""
         return False
 
     def eval(self) -> OnnxModel:
-        """It is never in training."""
+        """Do nothing: it is always in eval mode."""
         return self
 
     def tokenizer(self) -> Any:
-        """The tokenizer that lies in the file, or None."""
+        """The tokenizer in the file, or None."""
         if not self._tokenizer:
             return None
         from tokenizers import Tokenizer
@@ -281,7 +281,7 @@ class OnnxModel:
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
 
     def __call__(self, batch: Batch, attention: bool = False, alone: bool = True) -> Output:
-        """Run the graph, which says in any case what each modality says alone."""
+        """Run the graph, which computes ``alone`` in any case."""
         if attention:
             raise UsageError("attention maps come from the RUN folder, an ONNX file has none")
         feed: dict[str, np.ndarray] = {}
@@ -298,7 +298,7 @@ class OnnxModel:
         return Output(logits, found["log_probs"], weights, alone=said)
 
     def _filled(self, name: str, batch: Batch) -> Sequence:
-        """A modality of the batch; one that no row has is a position that is masked."""
+        """A modality of the batch; one that the batch lacks becomes one masked position."""
         if name in batch.modalities:
             return batch.modalities[name]
         mask = torch.zeros(len(next(iter(batch.modalities.values())).mask), 1, dtype=torch.bool)

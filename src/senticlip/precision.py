@@ -1,4 +1,4 @@
-"""fp32, bf16 or int8 for inference, and what the reduced ones change: label flips, differences of probabilities."""
+"""Inference in fp32, bf16 or int8, and what a reduced precision changes: label flips, differences of probabilities."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "int8")
 
 PATIENCE = 1800.0
-"""Seconds that one waits for another who makes the same file: an export of the paper's size takes a minute."""
+"""Seconds to wait for another process that makes the same file: an export of the paper's size takes a minute."""
 
 
 def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
-    """A model of a RUN in bf16 (its encoders) or int8, and its ``disagreement`` with what it was, on made input.
+    """The model of a RUN in bf16 (its encoders) or int8, and its ``disagreement`` with fp32 on synthetic input.
 
-    That is measured once for these weights, and kept in ``RUN/precision.json``; so is the ONNX file that is int8.
+    It is measured once for these weights, and kept in ``RUN/precision.json``; the int8 ONNX file is kept, too.
 
     Raises:
         UsageError: a model without an encoder; int8 without onnxruntime, or of a model that cannot be exported.
@@ -49,7 +49,7 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     model = _to_bf16(model) if precision == "bf16" else _int8_twin(run, weights)
     if before is not None:
         known[name] = disagreement([(before, _answer(model, batch))])
-        with suppress(UserError, OSError):  # a RUN that cannot be written is measured again
+        with suppress(UserError, OSError):  # a read-only RUN is measured each time
             write_text(place, json.dumps({"weights": weights, **known}, indent=1))
     return model, known[name]
 
@@ -61,13 +61,13 @@ def _answer(model: Any, batch: Batch) -> Output:
 
 
 def _measured(place: Path, weights: str) -> dict[str, Any]:
-    """What was measured for these weights."""
+    """The disagreements that were measured for these weights, by precision and device."""
     known = read_json(place)
     return known if known.pop("weights", None) == weights else {}
 
 
 def _int8_twin(run: Path, weights: str) -> Any:
-    """The ONNX file of a RUN, made once for these weights and kept in it, or in the cache if it is read-only."""
+    """The int8 ONNX file of a RUN, made once for these weights and kept in it, or in the cache if it is read-only."""
     folder = run if os.access(run, os.W_OK) else cache_root() / "int8" / weights
     file = folder / "model-int8.onnx"
     with alone(folder, "export", PATIENCE):  # the workers of bulk come at once
@@ -80,7 +80,7 @@ def _int8_twin(run: Path, weights: str) -> Any:
 
 
 def _to_bf16(model: Any) -> Any:
-    """The encoders computed in bf16, what enters normalised in fp32 first; the network stays fp32."""
+    """Compute the encoders in bf16, pixels normalised in fp32 before; the fusion network stays in fp32."""
     for name, encoder in model.encoders.items():
         if name == "text":
             encoder.bfloat16()
@@ -102,7 +102,7 @@ def _cast(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
-    """What changes between two models' outputs for the same rows.
+    """How the outputs of two models differ on the same rows.
 
     Returns:
         ``n`` rows, ``flips`` (share of other labels), ``max_difference`` and ``mean_difference`` of a probability (of
@@ -113,7 +113,7 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
         (p, label), (q, other) = _answers(one), _answers(two)
         rows += len(p)
         flips += int(((label != other) | (p - q).isnan().any(-1)).sum())
-        gap = float((p - q).abs().nan_to_num(torch.inf).max())  # no number is as far off as can be
+        gap = float((p - q).abs().nan_to_num(torch.inf).max())  # NaN counts as infinitely far
         most = max(most, gap)
         total += float((p - q).abs().mean(-1).sum())
     return {"n": rows, "flips": flips / max(rows, 1), "max_difference": most, "mean_difference": total / max(rows, 1)}
@@ -142,9 +142,9 @@ def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_siz
 
 
 def probe(model: Any, config: Any, rows: int = 4) -> Batch:
-    """Made input for a model, always the same, on its device: smooth random pictures and random characters.
+    """Synthetic input for a model, always the same, on its device: smooth random pictures and random characters.
 
-    It tells whether a precision works at all on this machine; what it costs on your clips, ``compare`` tells.
+    It shows whether a precision works on this machine; ``compare`` measures what it changes on your clips.
     """
     random = torch.Generator().manual_seed(0)
     modalities = {}

@@ -9,9 +9,9 @@ from typing import Any
 
 
 def quantize(path: Path) -> Path:
-    """Write ``int8.onnx`` beside a file: its matrix products with weights of 8 bits, what they read as it comes.
+    """Write ``int8.onnx`` beside a file: dynamic quantisation of its matrix products, weights in 8 bits.
 
-    Convolutions stay, they would get slower, and so do the ``spared`` products.
+    Convolutions, which would get slower, and the ``spared`` products stay in fp32.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -35,10 +35,10 @@ def quantize(path: Path) -> Path:
 
 
 def spared(graph: Any) -> list[str]:
-    """The products that stay in fp32, which cost little and change the answers most (docs/experiments.md).
+    """The names of the products that stay in fp32: they cost little and change the answers most (docs/experiments.md).
 
-    The network behind the encoders; and of each layer of the text encoder the second product, which makes few numbers
-    of many: some of what it reads is far larger than the rest, and one scale of 8 bits has to do for all of it.
+    These are the network after the encoders, and the second product of each feed-forward layer of the text encoder: its
+    input has outliers far larger than the rest, and one 8-bit scale has to serve all of it.
     """
     widths = {weight.name: tuple(weight.dims) for weight in graph.initializer if len(weight.dims) == 2}
 
@@ -48,15 +48,15 @@ def spared(graph: Any) -> list[str]:
         return "'model.encoders." not in scopes or ("'model.encoders.text'" in scopes and wide > narrow)
 
     names = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and spare(node)]
-    return [*names, *(f"{name}_MatMul" for name in names)]  # which onnxruntime makes of a Gemm first
+    return [*names, *(f"{name}_MatMul" for name in names)]  # onnxruntime turns a Gemm into a MatMul first
 
 
 def weight_type() -> str:
-    """The type of int8's weights on this processor: QInt8, or QUInt8 on x86 without VNNI.
+    """The type of int8 weights on this processor: QInt8, or QUInt8 on x86 without VNNI.
 
-    That adds products of uint8 and int8 in 16 bits, which overflow; those of uint8 and uint8 it does not (onnxruntime,
-    "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be faster by a fifth, but change more
-    answers (docs/experiments.md).
+    Without VNNI, x86 adds products of uint8 and int8 in 16 bits, which overflow; products of uint8 and uint8 do not
+    (onnxruntime, "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be a fifth faster, but would
+    change more answers (docs/experiments.md).
     """
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -64,5 +64,5 @@ def weight_type() -> str:
 
 
 def recipe() -> str:
-    """How int8 is made here; the number rises when it is made otherwise: older files of a RUN are then made again."""
+    """What identifies our quantisation; raise the number when it changes, so that a RUN's int8 file is made anew."""
     return f"{weight_type()} 3"

@@ -1,6 +1,6 @@
-"""Where pretrained encoders come from: a folder, a hub id, or (random weights) the sizes of the encoders we know.
+"""Where encoders come from: a folder, a hub id, or, with random weights, the known sizes of the paper's encoders.
 
-Everything past this file sees a local folder or a plain ``spec`` (a JSON dict that rebuilds the architecture offline).
+All other files get a local folder, or a ``spec``: a JSON dict that rebuilds the architecture offline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from senticlip.structures import UsageError, UserError
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SHIPPED = "senticlip/"
-"""What an encoder's name begins with if it lies in this package: senticlip/towers/vision, the demo's."""
+"""The prefix of the names of encoders in this package: senticlip/towers/vision, the demo's."""
 BERT_BASE = {"model_type": "bert", "vocab_size": 21128}
 CLIP_TEXT = {"model_type": "chinese_clip_text_model", "vocab_size": 21128}
 
@@ -69,10 +69,10 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
     Args:
         name: a folder or a hub id.
         key: the config key it came from, for the message.
-        advice: what to do where there is none; by default, how to set ``key``.
+        advice: what the error says to do; by default, how to set ``key``.
 
     Raises:
-        UsageError: no such folder or hub id, or no network (at once: the hub's own retries take minutes).
+        UsageError: no such folder or hub id, or no network (after seconds; the hub's own retries take minutes).
     """
     if name.startswith(SHIPPED):
         return Path(__file__).parents[1] / name.removeprefix(SHIPPED)
@@ -123,9 +123,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def reachable(url: str, seconds: float = 5.0) -> bool:
-    """Whether anything listens at a URL (at the proxy before it, if there is one), known after so many seconds.
+    """Whether a URL's host (or the proxy for it) accepts connections within so many seconds.
 
-    In a thread that may be left behind: looking up a name has no time limit, and each address of a name has its own.
+    In a daemon thread, which may be left behind: name resolution has no time limit, and each address has its own.
     """
     scheme = urllib.parse.urlparse(url).scheme
     place = urllib.parse.urlparse(urllib.request.getproxies().get(scheme, url))
@@ -148,7 +148,7 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
 
 @contextmanager
 def loading(folder: Path, key: str) -> Iterator[None]:
-    """What the libraries raise over weights that are missing or broken, as one line."""
+    """Turn what libraries raise for missing or broken weights into one line for the user."""
     try:
         yield
     except UserError:
@@ -168,7 +168,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
 
 
 def hf_config(data: dict[str, Any]) -> Any:
-    """A transformers config from plain data (its ``model_type`` says which); everything is built in float32."""
+    """The transformers config of a dict with ``model_type``; its models are built in float32."""
     from transformers import AutoConfig
 
     rest = {name: value for name, value in _without_dtype(data).items() if name not in ("model_type", "architectures")}
@@ -176,25 +176,25 @@ def hf_config(data: dict[str, Any]) -> Any:
 
 
 def _without_dtype(data: dict[str, Any]) -> dict[str, Any]:
-    """``dtype``, and its older name, would have the architecture built in half precision; its parts have one, too."""
+    """A config dict without ``dtype`` (older name: torch_dtype), which would build models in half precision; nested."""
     kept = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype")}
     return {name: _without_dtype(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def read_weights(kind: Any, folder: Path, **kwargs: Any) -> dict[str, Any]:
-    """The tensors that a folder holds for a transformers class, in float32.
+    """The state dict of a transformers class from a folder, in float32.
 
-    What the folder lacks transformers makes up at random; it is left out here.
+    Without the tensors that the folder lacks, which transformers initialises at random.
     """
     model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True, **kwargs)
     return {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
 
 
 def load_pretrained(module: Any, weights: dict[str, Any], key: str, part: str = "") -> None:
-    """Load those ``weights`` whose names begin with ``part`` into ``module``, exactly; it may have no use for some.
+    """Load all tensors of ``module`` from ``weights``, whose names have the prefix ``part``; others are ignored.
 
     Raises:
-        UsageError: one that it needs is missing.
+        UsageError: a tensor is missing.
     """
     own = list(module.state_dict())
     missing = sorted(name for name in own if part + name not in weights)

@@ -1,6 +1,6 @@
 """Prompted class names → C×d (eq. 3 and 5): CLIP's text tower, or another text encoder.
 
-Frozen, they are computed once and only the result is kept; trained, the tower stays and reads them at each step.
+Frozen, they are computed once, and the model keeps only the result; trained, the tower encodes them at each step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class LabelEncoder(nn.Module):
     """The C label vectors.
 
     CLIP: the [CLS] state × the text projection, no pooler, as its own ``get_text_features``. Other encoders: the mean
-    of the states, less the mean of the C vectors (a reading of ours): sentence encoders put prompts that differ in one
-    word almost on one spot (e5: cosine 0.95), and what they share tells no class from another.
+    of the states minus the mean of the C vectors (our choice): sentence encoders give prompts that differ in one word
+    nearly the same vector (e5: cosine 0.95), and their common part does not separate classes.
 
     Args:
-        spec: of the encoder; ``clip`` is true for a Chinese-CLIP model.
+        spec: of the encoder, see ``hub``.
         shape: C×n of the prompts' ids.
-        train: keep the tower and compute the vectors at each step.
+        train: keep the tower, and encode the prompts at each step.
     """
 
     ids: Tensor
@@ -46,7 +46,7 @@ class LabelEncoder(nn.Module):
             self.register_buffer("states", torch.zeros(shape[0], self.dim))
 
     def start(self, spec: dict[str, Any], folder: Path | None, ids: Tensor, mask: Tensor) -> None:
-        """Load the tower and read the prompts; ids and mask C×n."""
+        """Load the tower's weights (random ones without a folder) and encode the prompts; ids and mask C×n."""
         tower = self.tower if self.trained else LabelTower(spec)
         if folder is not None:
             tower.load_folder(folder)
@@ -63,7 +63,7 @@ class LabelEncoder(nn.Module):
 
 
 class LabelTower(nn.Module):
-    """Ids and mask C×n → C×d."""
+    """A text encoder with its pooling: ids and mask C×n → C×d."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
