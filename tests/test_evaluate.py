@@ -69,9 +69,9 @@ def test_what_is_no_number_is_no_answer(place, tmp_path):
     state = load_file(tmp_path / "a" / "model.safetensors")
     next(value for name, value in state.items() if name.startswith("network.heads"))[:] = float("nan")
     save_file(state, tmp_path / "a" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="9 of 9 answers are no numbers, the first for v"):
+    with pytest.raises(UserError, match="9 of 9 answers are NaN, the first for v"):
         evaluate(tmp_path / "a", place / "data")
-    with pytest.raises(UserError, match="the model's answer is no number"):
+    with pytest.raises(UserError, match="the model's answer is NaN"):
         senticlip.load(tmp_path / "a")(text="好")
 
 

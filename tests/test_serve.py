@@ -247,7 +247,7 @@ def test_who_waits_when_it_ends_is_sent_away():
 
 
 def test_an_address_that_is_taken_or_none_is_wrong_use(place):
-    said = r"cannot be listened at \(Address already in use\) — choose another --port"
+    said = r"cannot listen there \(Address already in use\) — choose another --port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match=said):
         serve(place / "run", port=taken.getsockname()[1])
     with pytest.raises(UsageError, match="choose another --port"):

@@ -9,7 +9,7 @@ __all__ = ["LABELS", "analyze", "bulk", "explain", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on use: ``import senticlip`` stays fast, and the command line answers at once."""
+    """Import lazily, so that ``import senticlip`` and the command line start fast."""
     if name == "load":
         from senticlip.predictor import load
 

@@ -137,7 +137,7 @@ def _to_report(verbs: Verbs) -> None:
     p = verbs.add("reproduce", "the paper's tables from experiments × seeds: one report beside its numbers")
     _data(p)
     p.add_argument(
-        "--out", type=folder, required=True, metavar="DIR", help="runs, report; a killed one is gone on with"
+        "--out", type=folder, required=True, metavar="DIR", help="runs, report; the same command continues a killed one"
     )
     p.add_argument("--preset", default="paper", help="size of the encoders: tiny, small or paper")
     p.add_argument("--tables", metavar="1,5", help="which of the eight (default: all)")
@@ -198,7 +198,7 @@ def _to_show(verbs: Verbs) -> None:
     p.add_argument("--track", type=int, help="which of the film's own subtitle tracks, from 0")
     _device(p)
 
-    p = verbs.add("explain", "why this answer: a page with heat maps, attention and what it hangs on")
+    p = verbs.add("explain", "why this answer: a page with heat maps, attention, and the answer without each part")
     p.add_argument("model", metavar="RUN", help=TRAINED)
     p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
     p.add_argument("--text", help="what is said in it")

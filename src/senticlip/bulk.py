@@ -316,7 +316,7 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
             yield int(row["id"])
     except ConnectionError as error:
         reason = " ".join(str(error).split())[:120]
-        told = f"--address {address}: no Ray cluster lets us in ({reason}) — one that asks for a token"
+        told = f"--address {address}: the Ray cluster refuses the connection ({reason}) — one that asks for a token"
         raise UserError(f"{told} needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token") from None
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)

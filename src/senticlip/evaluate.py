@@ -74,7 +74,7 @@ def _answers(
     rows = clip_set(clips, predictor.model, predictor.tokenizer, data=data)
     output = outputs(predictor.model, rows)
     if broken := [clip.id for clip, good in zip(clips, are_numbers(output), strict=True) if not good]:
-        told = f"{len(broken)} of {len(clips)} answers are no numbers, the first for {broken[0]}"
+        told = f"{len(broken)} of {len(clips)} answers are NaN, the first for {broken[0]}"
         raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
     _tell_changed_rows(Path(run), data, config)
     truth = polarity(rows.labels[target])
@@ -97,7 +97,7 @@ def _answers(
         file = Path(run) / f"predictions-{'-'.join([split, *other])}.csv"
         if os.access(run, os.W_OK):
             write_text(file, _table(clips, output, truth))
-        else:  # somebody else's RUN can be judged, too
+        else:  # a RUN without write permission can be evaluated, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, _predicted(output), result)
 

@@ -168,7 +168,7 @@ class Predictor:
             UserError: the output has NaN.
         """
         if not are_numbers(output).all():
-            raise UserError("the model's answer is no number — its weights are broken, train or copy it again")
+            raise UserError("the model's answer is NaN — its weights are broken: train it, or copy it again")
         if output.score is not None:
             scores = output.score.float().cpu().numpy()
             return [

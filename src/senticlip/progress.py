@@ -1,4 +1,4 @@
-"""Progress bars: one look for all long work, silent where nobody watches."""
+"""Progress bars in one style for all long work; none where stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def bar(**options: Any) -> Progress:
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that tells as it goes on: (done, in all)."""
+    """A bar for work that calls back with (done, in all)."""
     with bar(transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
-    """The rows, and a bar that moves with them."""
+    """Yield the rows, with a bar that counts them."""
     with bar(transient=True) as progress:
         yield from progress.track(rows, total=total, description=what)
 
 
 def spinner(what: str) -> Status:
-    """For work that cannot tell how far it is."""
+    """For work whose progress is not known."""
     return console.status(Text(what))
 
 
@@ -52,9 +52,9 @@ def announce(trainings: dict[str, Config]) -> None:
 
 
 class EpochProgress(TrainerCallback):
-    """What is trained, steps as a bar, a line for each epoch with its validation metrics, and why it ended early.
+    """Prints what is trained, steps as a bar, a line with the metrics of each epoch, and why it stopped early.
 
-    A stage is called as ``TrainingArguments.run_name`` says; what has none, by its modalities.
+    A stage is called by ``TrainingArguments.run_name``; a training without one by its modalities.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,7 +70,7 @@ class EpochProgress(TrainerCallback):
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move it."""
+        """Move the bar."""
         self.progress.update(self.task, completed=state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class EpochProgress(TrainerCallback):
         self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {shown}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take it away; a bar that did not reach its end needs a word."""
+        """Remove the bar; say so if training stopped early."""
         self.progress.stop()
         if state.global_step < state.max_steps:
             patience = self.config.train.patience

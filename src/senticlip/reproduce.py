@@ -36,8 +36,8 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run what is missing, then write ``report.md``, ``report.html``, ``results.json`` and ``tables.tex``.
 
-    Killed, it goes on where it was: a finished row is read, an unfinished one resumes at its last epoch. Rows that are
-    the same model are run once; the encoders that a preset fine-tunes first are trained once per seed for all rows.
+    After a kill, the same call continues: finished rows are read, an unfinished one resumes at its last epoch. Rows of
+    the same config are run once; the stages of a preset are trained once per seed for all rows.
 
     Args:
         data: a CH-SIMS folder, or a CSV of one's own.
@@ -60,7 +60,7 @@ def reproduce(
     out = Path(out)
     config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
     splits = [read_clips(data, None, protocol, seed) for seed in range(seeds)]
-    for split in SPLITS:  # said before anything is trained
+    for split in SPLITS:  # an empty split is an error before anything is trained
         read_clips(data, split, protocol)
     labels = {name for clip in splits[0] for name in clip.labels}
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
@@ -77,7 +77,7 @@ def reproduce(
 
 
 def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> None:
-    """Keep to one data set, one protocol and the same encoders: a row that is done is read again, not run again."""
+    """Refuse another data set, protocol or encoders than those of the finished rows, which are not run again."""
     there = read_json(runs / "data.json")
     encoders = there.get("encoders", {}) | encoder_keys(config)
     mine = {"data": str(data), "rows": rows_digest(data, clips), "encoders": encoders}
@@ -96,7 +96,8 @@ def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> N
 class Runner:
     """Trains and evaluates each experiment once; ``results`` holds what came out, or why nothing did.
 
-    Weights go as soon as nobody needs them: a row's after its evaluation, a stage's when the seed is done.
+    Without ``keep``, weights are deleted when they are no longer needed: a row's after its evaluation, a stage's after
+    the last row of the seed.
     """
 
     def __init__(self, data: str | Path, root: Path, keep: bool, device: str | None) -> None:
@@ -105,7 +106,7 @@ class Runner:
         self.results: dict[tuple[str, int], dict[str, Any]] = {}
 
     def run_all(self, tables: list[Table], seeds: int) -> None:
-        """Seed by seed, so that a first full set of rows comes early."""
+        """Run all rows, seed by seed, so that a first full set of rows comes early."""
         experiments: dict[str, tuple[str, Config]] = {}
         for table in tables:
             for row in table.rows:
@@ -138,7 +139,7 @@ class Runner:
         console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
 
     def folder(self, config: Config, seed: int) -> Path:
-        """Where an experiment's run lies."""
+        """The RUN folder of an experiment."""
         return self.root / f"seed{seed}" / f"{config.model}-{'+'.join(config.modalities)}-{digest(config)}"
 
     def result(self, config: Config, seed: int) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class Runner:
         if (folder / "metrics.json").is_file():
             if (folder / WEIGHTS).is_file():
                 return folder
-            shutil.rmtree(folder)  # finished, but its weights were not kept, and somebody needs them now
+            shutil.rmtree(folder)  # finished, but its weights were deleted and are needed again
         for name, stage in stages_of(config, self.data).items():
             share_stage(folder, name, self.train(stage, seed, name))
         train(config, self.data, folder, seed=seed, resume=True, device=self.device, as_stage=as_stage)

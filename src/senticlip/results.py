@@ -1,4 +1,4 @@
-"""The report of ``reproduce``: our mean ± std beside the paper's number, the differences, what speaks for a claim."""
+"""The report of ``reproduce``: our mean ± std beside the paper's numbers, differences, and evidence for its claims."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def numbers(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
-    """What always answering the training set's most frequent class scores on test."""
+    """The scores on test of always answering the training set's most frequent class."""
     classes = {
         split: np.array([polarity(c.labels[target]) for c in clips if c.split == split and target in c.labels], int)
         for split in ("train", "test")
@@ -279,9 +279,9 @@ def _line(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str
 
 
 def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
-    """What the intervals say of these runs, and no more; random weights speak neither for nor against anything.
+    """What the intervals say about these runs, in sentences; rows with random weights are left out.
 
-    Behind each row's name the difference of each seed: the intervals draw clips, so they know nothing of other seeds.
+    Each row's name is followed by the difference of each seed: the intervals resample clips, not seeds.
     """
     if rows[reference]["random"]:
         return []

@@ -42,7 +42,7 @@ WAITING = 64
 """Open connections at a time; more are turned away with 503."""
 
 GRACE = 10
-"""Seconds that an answer, or an upload, under way has when it ends."""
+"""Seconds that running answers and uploads have at shutdown."""
 
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
@@ -63,31 +63,31 @@ def serve(
     precision: str = "fp32",
     ready: Callable[[str], None] = print,
 ) -> str:
-    """Answer until interrupted (Ctrl-C); then the address that was listened at.
+    """Serve a model until interrupted (Ctrl-C); return the address.
 
     Args:
         run: a RUN folder, a hub id or an exported file.
-        host: 127.0.0.1 is this machine alone; nobody is asked for a password, so put a proxy before anything else.
+        host: 127.0.0.1 is for this machine alone; there is no password, so put a proxy before any other address.
         port: 0 takes a free one.
         limit: of an upload, MiB.
         device: cpu, cuda, cuda:N.
         precision: fp32, bf16 or int8.
-        ready: hears the address once it can be opened.
+        ready: called with the address once it can be opened.
 
     Raises:
-        UsageError: an address that cannot be had, a model that reads feature files; UsageError, UserError: as
+        UsageError: an address that cannot be used, a model that reads feature files; UsageError, UserError: as
             ``senticlip.load``.
     """
     most = int(limit * 2**20) if math.isfinite(limit * 2**20) else 0
     if most < 1:
         raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
-    if not host.strip():  # to the socket that would mean every network
+    if not host.strip():  # a socket would listen on all networks
         raise UsageError("--host: no address was given — is a variable of the shell unset?")
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]  # Python tells the address again
-        raise UsageError(f"{host}:{port}: cannot be listened at ({reason}) — choose another --port or --host") from None
+        raise UsageError(f"{host}:{port}: cannot listen there ({reason}) — choose another --port or --host") from None
     with door:
         name = Path(run).resolve().name if Path(run).exists() else str(run)
         answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit)
@@ -107,8 +107,8 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     Args:
         predictor: senticlip.load(RUN).
         name: of the model, as the page shows it.
-        most: bytes of a body.
-        ending: whether those who still wait are to be sent away.
+        most: the largest body, bytes.
+        ending: whether the server is shutting down, so that waiting requests are refused.
 
     Raises:
         UsageError: a model that reads feature files.
@@ -134,10 +134,10 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     def turn() -> Iterator[None]:
         with one:
             if ending():
-                raise HTTPException(503, "the server is ending")
+                raise HTTPException(503, "the server is shutting down")
             yield
 
-    # not in the threads in which clips wait for their turn
+    # async: not in the thread pool, whose threads may all be waiting for their turn
     @answers.get("/", response_class=HTMLResponse)
     async def home() -> str:
         return front
@@ -164,7 +164,7 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
 
 
 def _tell_errors(answers: FastAPI) -> None:
-    """Every error is one line of JSON."""
+    """Answer every error with one line of JSON."""
 
     @answers.exception_handler(UserError)
     def mend(request: Request, error: UserError) -> JSONResponse:
@@ -187,7 +187,7 @@ def _tell_errors(answers: FastAPI) -> None:
 
 @contextmanager
 def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
-    """What was sent, the video as a file under a name of ours with its ending; ``id`` is the sender's name for it."""
+    """The request as a Clip: the video in a temporary file with the same suffix, ``id`` its name at the sender."""
     text = spoken(text)
     if text is not None and len(text) > LONGEST:
         raise UsageError(f"text: {len(text)} characters — send {LONGEST} at most")
@@ -207,13 +207,13 @@ def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
 
 
 class PlainForm:
-    """A plain form in UTF-8, as ``curl -d`` sends it: starlette takes what is not percent-encoded for Latin-1."""
+    """Middleware for plain forms in UTF-8, as ``curl -d`` sends them: starlette would decode raw bytes as Latin-1."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, its bytes beyond ASCII percent-encoded if it is such a form."""
+        """Handle a request; of a plain form, percent-encode all bytes beyond ASCII."""
         kind = dict(scope.get("headers", ())).get(b"content-type", b"")
 
         async def encoded() -> Message:
@@ -226,14 +226,14 @@ class PlainForm:
 
 
 class Limit:
-    """Turns away a body over ``most`` bytes before all of it lies on the disk."""
+    """Middleware that refuses a body over ``most`` bytes before all of it is written to disk."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
         self.line = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or start with --limit"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request: what its header tells, and what comes."""
+        """Handle a request: check its Content-Length, and the bytes received."""
         told = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
         if told > self.most:
             await JSONResponse({"error": self.line}, 413)(scope, receive, send)
@@ -250,5 +250,5 @@ class Limit:
 
         try:
             await self.app(scope, counted, send)
-        except CancelledError:  # the server ends, and this took longer than GRACE
-            await JSONResponse({"error": "the server is ending"}, 503)(scope, receive, send)
+        except CancelledError:  # at shutdown, after GRACE seconds
+            await JSONResponse({"error": "the server is shutting down"}, 503)(scope, receive, send)

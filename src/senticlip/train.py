@@ -266,7 +266,7 @@ def fit(
 def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Validation metrics of log-probabilities n×C, or scores n, against label scores n: with nll, or with mae."""
     if np.isnan(values).any():
-        raise UserError("the training diverged: its answers on valid are no numbers — lower train.lr, or set clip_norm")
+        raise UserError("the training diverged: its answers on valid are NaN — lower train.lr, or set train.clip_norm")
     target = polarity(truth)
     predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
     found = metrics.classification(target, predicted)
