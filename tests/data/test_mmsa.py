@@ -194,6 +194,12 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
+def test_a_file_without_clips(tmp_path):
+    write_features(tmp_path / "f.pkl", made(rows=0))
+    with pytest.raises(UserError, match=r"f\.pkl: has no clips"):
+        read_features(tmp_path / "f.pkl", tmp_path)
+
+
 def test_what_we_write_we_read(tmp_path):
     data = made()
     write_features(tmp_path / "ours.pkl", data)

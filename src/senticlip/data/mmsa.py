@@ -36,10 +36,10 @@ class Features(NamedTuple):
     widths: dict[str, int]
 
     def choose(self, name: str, clips: list[Clip]) -> Chosen:
-        """The rows of a modality for other clips, found by id; a clip that the file does not have is an empty row.
+        """The rows of a modality for ``clips``, found by id; a clip that the file does not have is an empty row.
 
         Raises:
-            UserError: the file has none of them; an id with other zeros or capitals is that of several.
+            UserError: the file has none of them; an id matches several, if leading zeros and case are ignored.
         """
         exact = {clip.id: i for i, clip in enumerate(self.clips)}
         loose = defaultdict(list)
@@ -107,8 +107,10 @@ def feature_clips(path: str | Path) -> list[Clip]:
 
 
 def _all_clips(path: str | Path, data: dict[str, dict[str, Any]]) -> list[Clip]:
-    """The clips of all splits; an id that several have (each split may count from 0) gets the split and row to it."""
+    """The clips of all splits; to an id that is not unique (each split may count from 0) split and row are added."""
     clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+    if not clips:
+        raise UserError(f"{path}: has no clips, all its lists of ids are empty")
     count = Counter(clip.id for clip in clips)
     return [clip if count[clip.id] == 1 else clip._replace(id=f"{clip.id}#{clip.split}{clip.row}") for clip in clips]
 
