@@ -116,6 +116,13 @@ def test_prompt_and_words_fit_the_positions(folder):
     assert encoder(Sequence(ids, mask)).values.shape == (1, 30, 16)
 
 
+def test_relative_positions_have_no_limit():
+    spec = {"model_type": "xlnet", "vocab_size": 50, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    encoder = TextEncoder(spec, TextConfig(max_length=64, prefix_length=6), "learned", 0).eval()
+    ids, mask = torch.full((1, 64), 5), torch.ones(1, 64, dtype=torch.bool)
+    assert encoder(Sequence(ids, mask)).values.isfinite().all()
+
+
 def test_robertas_positions_begin_behind_its_padding():
     spec = {**KINDS["bert"].to_dict(), "model_type": "xlm-roberta", "pad_token_id": 1, "max_position_embeddings": 20}
     with pytest.raises(UsageError, match=r"allow \(12\)"):

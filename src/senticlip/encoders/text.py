@@ -140,8 +140,9 @@ class TextEncoder(nn.Module):
         places = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
         padding = getattr(places, "padding_idx", None)
         unused = 0 if padding is None else padding + 1  # RoBERTa's positions begin behind it
-        limit = getattr(self.body.config, "max_position_embeddings", 0) - length - unused
-        if config.max_length > limit:
+        positions = getattr(self.body.config, "max_position_embeddings", -1)  # -1: relative ones, without a limit
+        limit = positions - length - unused
+        if positions > 0 and config.max_length > limit:
             raise UsageError(
                 f"text.max_length: {config.max_length} is more than the encoder's positions allow ({limit})"
             )
