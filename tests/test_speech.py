@@ -73,6 +73,11 @@ def test_a_downloaded_model_needs_no_network(film, whisper, tmp_path, monkeypatc
     assert whisper.folder == str(folder)
 
 
+def test_a_device_that_is_none(film, whisper, tmp_path):
+    with pytest.raises(UsageError, match="--device cuda:x: unknown"):
+        transcribe(film, str(tmp_path), "cuda:x")
+
+
 def test_there_is_no_sound(film, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
     with pytest.raises(UserError, match="no sound"):

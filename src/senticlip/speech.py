@@ -1,4 +1,4 @@
-"""What is said in a video, written down by faster-whisper (extra ``asr``)."""
+"""Transcripts of videos by faster-whisper (extra ``asr``)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from senticlip.structures import UsageError, UserError
 
 
 def transcribe(video: str | Path, model: str = "small", device: str | None = None) -> list[Line]:
-    """The lines of a video's sound, in Chinese.
+    """The transcript of a video's speech, in Chinese, as timed lines.
 
     Args:
         video: any file with sound.
         model: a size that faster-whisper knows (tiny, base, small, medium, large-v3), or a folder with a model.
-        device: cpu or cuda; None chooses.
+        device: cpu, cuda or cuda:N; None chooses.
 
     Raises:
-        UsageError: the extra or the model is missing. UserError: the file has no sound that can be read.
+        UsageError: the extra or the model is missing, or no such device. UserError: no sound that can be read.
     """
     try:
         from faster_whisper import WhisperModel
@@ -29,7 +29,9 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
     if not probe(video).has_audio:
         raise UserError(f"{video}: no sound in it — nothing can be transcribed")
     folder = model if Path(model).is_dir() else _fetch(model)
-    kind, _, number = (device or "auto").partition(":")
+    kind, colon, number = (device or "auto").partition(":")
+    if colon and not number.isdecimal():
+        raise UsageError(f"--device {device}: unknown — choose cpu, cuda or cuda:N")
     options: dict[str, Any] = {"device": kind, "device_index": int(number or 0), "compute_type": "default"}
     try:
         whisper = WhisperModel(folder, **options)
