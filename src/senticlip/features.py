@@ -84,7 +84,7 @@ def features(
 
 
 def _untrained(config: Config) -> SentimentModel:
-    """The encoders of a config as they come, below a small network that is not used."""
+    """A model with the pretrained encoders of a config; its small network is not used."""
     prompt = "none" if config.prompt == "none" else "discrete"
     frozen = {"text.train": "frozen", "vision.train": "frozen"}
     lmf = {"model": "lmf", "modalities": ["text", "vision"], "stages": {}, "options": {}}
@@ -107,7 +107,7 @@ def _padded(name: str, store: Rows, places: np.ndarray, width: int, most: int | 
 
 
 def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.ndarray]:
-    """Ids, mask and token types, N×3×n: what MMSA gives to its own BERT; nothing where no text is read."""
+    """Ids, mask and token types N×3×n, the input of MMSA's BERT; empty without a tokenizer."""
     if tokenizer is None:
         return {}
     if not clips:
@@ -117,7 +117,7 @@ def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.
 
 
 def _labels(clips: list[Clip]) -> dict[str, Any]:
-    """Scores; a label but M that no clip of the split has is left out, one that a single clip lacks is its M."""
+    """Label scores; T, A or V that no clip of the split has is left out, and a clip that lacks one gets its M."""
     scores = {}
     for target, key in LABELS.items():
         if target == "M" or any(target in clip.labels for clip in clips):

@@ -20,20 +20,19 @@ from senticlip.structures import Clip, UserError
 RATE, WINDOW, HOP = 16000, 640, 320
 FLOOR = 1e-6
 TOGETHER = 2048
-"""Frames that are transformed at once: a spectrum is forty times as large as its sound."""
+"""Frames in one Fourier transform: a spectrum is forty times as large as its sound."""
 
 MOST = 600.0
-"""Seconds of a piece that are heard at most: a whole film given as one clip, or silence packed small, fits memory."""
+"""Seconds of a clip that are read at most: a whole film as one clip, or highly compressed silence, must fit memory."""
 
 WARM = 0.1
-"""Seconds that are decoded before a piece, and thrown away."""
+"""Seconds that are decoded before a piece and discarded."""
 
 
 class AudioReader:
-    """A file, opened for the first piece of its sound (to open a film takes longer than to hear a line of it).
+    """One open file that serves many pieces of its sound (opening a film takes longer than reading a line of it).
 
-    A piece hangs a little on those that were read before it where noise is filled in at random (AAC), and by 7 ms in
-    Opus.
+    A piece depends slightly on the pieces read before it: AAC decoders fill in random noise, and Opus differs by 7 ms.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,7 +71,7 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
     Args:
         path: a video or sound file.
         start: seconds; the file's beginning by default.
-        end: seconds; the file's end by default. Behind MOST seconds nothing is heard.
+        end: seconds; the file's end by default. At most MOST seconds are read.
         rate: samples per second.
 
     Raises:
@@ -83,7 +82,7 @@ def read_audio(path: str | Path, start: float | None = None, end: float | None =
 
 
 def _seek(container: InputContainer, time: float) -> None:
-    """To a little before a piece: a codec's first frame lacks what it shares with the one before."""
+    """Seek to ``time``, a little before the piece: a codec's first frame after a seek is incomplete."""
     sound = container.streams.audio[0]  # its own packets: the pictures' keyframes may lie behind
     unit = float(sound.time_base or 1 / av.time_base)
     try:
@@ -93,13 +92,13 @@ def _seek(container: InputContainer, time: float) -> None:
 
 
 def _until(container: InputContainer, end: float, rate: int) -> tuple[float, list[np.ndarray]]:
-    """The file's clock at the first sound from here on, and what there is of it until the clock says ``end``."""
+    """The file's clock (seconds) at the first samples from here on, and the samples until the clock reaches ``end``."""
     parts, first, now, resampler, kind = [], None, clock_start(container), None, None
     for frame in pictures(container, container.streams.audio[0]):
         now = now if frame.time is None else frame.time
         first = now if first is None else first
         if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
-            # within a recording the channels may change, and a resampler takes one kind of frame only
+            # the channel layout may change within a recording, and a resampler takes one kind of frame only
             parts += _pieces(resampler, None)
             resampler = av.AudioResampler("flt", "mono", rate)
         parts += _pieces(resampler, frame)
@@ -110,7 +109,7 @@ def _until(container: InputContainer, end: float, rate: int) -> tuple[float, lis
 
 
 def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
-    """A frame's samples at the wanted rate; of no frame, what the resampler still holds."""
+    """A frame's samples, resampled; for None, the rest in the resampler."""
     return [piece.to_ndarray()[0] for piece in resampler.resample(frame)] if resampler else []
 
 
@@ -128,8 +127,8 @@ def mel_filters(bands: int) -> np.ndarray:
 def log_mel(sound: np.ndarray, bands: int = 33, average: int = 1) -> np.ndarray:
     """Waveform n at RATE → log-mel L×bands float32, L = ⌈(1 + (n − WINDOW) // HOP) / average⌉.
 
-    A step is the mean of ``average`` frames of 20 ms, the last of those that are left. A sound shorter than a window is
-    padded to one; no sound is no frame.
+    A step is the mean of ``average`` frames of 20 ms, the last one of those that remain. A sound shorter than a window
+    is padded to one; an empty one has no frames.
     """
     if len(sound) == 0:
         return np.zeros((0, bands), np.float32)

@@ -8,21 +8,21 @@ GRID = 16
 """Pixels a side of the small pictures that are compared."""
 
 SHIFT, ALIKE = 2, 0.67
-"""Two pictures are of one shot if they correlate by more than ALIKE, rolled by up to SHIFT pixels down and across.
+"""Two pictures are of one shot if their correlation is above ALIKE, after a shift by up to SHIFT pixels each way.
 
-On weibofaces' valid split (faces under zoom, pan and changing light, and other faces for a moment) the same frames stay
-in 98 % of the clips as by the features of a network that was trained on faces.
+On weibofaces' valid split (faces under zoom, pan and changing light, with short cutaways to other faces) this keeps the
+same frames as the features of a face network do in 98 % of the clips.
 """
 
 BLACK = 24
-"""A line of pixels none of which is brighter in any frame, of 255, is of a black bar."""
+"""A row or column of pixels that are never brighter than this, of 255, belongs to a black bar."""
 
 PLAIN = 4.0
-"""A picture none of whose colours deviates by more, of 255, shows nothing that it could share with another."""
+"""A picture whose colour channels all have a standard deviation below this, of 255, is like no other."""
 
 
 def without_bars(frames: np.ndarray) -> np.ndarray:
-    """The part of frames k×3×H×W that is not black in all of them: bars, which all share, make all shots alike."""
+    """Frames k×3×H×W without the bars that are black in all of them, since common bars make all shots alike."""
     bright = frames.max((0, 1), initial=0) > BLACK
     if not bright.any():
         return frames
@@ -31,9 +31,9 @@ def without_bars(frames: np.ndarray) -> np.ndarray:
 
 
 def main_shot(small: np.ndarray) -> np.ndarray:
-    """The frames of the largest group that looks alike; all of them, unless it is more than half of the clip.
+    """The frames of the largest group of similar frames, if it has more than half of them; else all frames.
 
-    A frame belongs to a group if it is like any frame of it: a camera may move on slowly.
+    A frame belongs to a group if it is similar to any frame of it, since a camera may move slowly.
 
     Args:
         small: k×3×GRID×GRID, 0 … 255, without bars.

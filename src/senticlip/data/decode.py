@@ -25,7 +25,7 @@ from senticlip.data.sequential import Sequential, open_video, packets, times_are
 from senticlip.structures import UserError
 
 NEAR = 20
-"""Seconds that are rather read than sought over: reading packets is cheap, and a seek may land behind."""
+"""Up to so many seconds ahead, packets are read and no seek is made: reading is cheap, and a seek may go too far."""
 
 SEEKABLE = ("mp4", "matroska", "mpegts", "flv")
 """Formats whose frames have the same times after a seek as before it (in MPEG program streams they differ)."""
@@ -37,7 +37,7 @@ REORDERED = 16
 """Frames that may be read before one that is shown before them: the most that H.264 and H.265 allow."""
 
 SHORT = 16 << 20
-"""Bytes of a file that is read as a whole at once, and not once for its end and again for its frames."""
+"""Up to so many bytes, a file's packets are all read on opening, not once for its end and again for its frames."""
 
 
 class Read(NamedTuple):
@@ -53,7 +53,7 @@ class Decoder:
     """One open video file that is asked for the frames shown at increasing times (going back costs a seek).
 
     ``first`` and ``end`` are the times of the first keyframe and of the end of the video in units of ``tick`` seconds.
-    ``alone``: no question will follow the next one, so that the decoder need not be kept able to go on.
+    ``alone``: set if the next call of ``frames`` is the only one, so that the decoder may be drained.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,7 +67,7 @@ class Decoder:
         joins = self.container.format.name in ("mpegts", "mpeg")
         self._back = int(1 / self.tick) if joins else 1 << 62  # how far decoding times may go back
         self._slow: Sequential | None = None
-        # in APNG every picture passes for a keyframe, and most only change the one before
+        # APNG marks every frame as a keyframe, but most depend on the one before
         self._trusted = self.container.format.name != "apng" and not times_are_guessed(self.container, self.stream)
         self._start_reading()
         if self._trusted and not self._ahead:
@@ -93,14 +93,14 @@ class Decoder:
                 while done < stop and shown[done - start] == frame.pts:
                     yield shown[done - start], frame
                     done += 1
-            for stamp in stamps[done:stop]:  # what the fast way did not bring
+            for stamp in stamps[done:stop]:  # frames that did not come out
                 yield self._sequential(stamp)
             done = stop
 
     # --- reading packets
 
     def _start_reading(self) -> None:
-        """Forget what was read, and go on to the next keyframe."""
+        """Reset the state, and read up to the next keyframe."""
         self._packets = packets(self.container, self.stream)
         self._ahead: deque[Read] = deque()  # read and not yet decoded
         self._fed: list[int] = []  # times of what went into the decoder since the keyframe
@@ -129,7 +129,7 @@ class Decoder:
         elif packet.pts is None:
             self._trusted, self._finished = False, True
         else:
-            # where decoding times are not told: of the frames read, all but the last REORDERED ones have come
+            # without decoding times: what is still to come is shown after all but the last REORDERED frames read
             insort(self._latest, packet.pts)
             del self._latest[: -REORDERED - 1]
             until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
@@ -215,7 +215,7 @@ class Decoder:
             known = self._fed + [read.pts for read in self._ahead if read.is_shown]
             time = max((pts for pts in known if pts <= stamp), default=min(known, default=stamp))
             if time in self._fed and not (self._held and self._held.pts == time):
-                # it went through the decoder when nobody wanted it
+                # it was decoded, or skipped, before it was wanted
                 if shown or again:
                     return shown or [time], False
                 self._seek_before(stamp)
@@ -224,7 +224,7 @@ class Decoder:
         return shown, self.alone
 
     def _approach(self, stamp: int) -> None:
-        """Be where a keyframe at or before ``stamp`` is the decoder's, or is still to come."""
+        """Seek, if needed, so that the decoder's keyframe, or the next one, is at or before ``stamp``."""
         begin = self._key if self._key is not None else self._ahead[0].pts if self._ahead else stamp + 1
         far = self._seekable and not self._finished and stamp - self._read_until > self._near
         if stamp < begin or (far and not self._same(stamp)):
@@ -237,7 +237,7 @@ class Decoder:
         return self._key is not None and at >= 0 and entries[at].timestamp <= self._key
 
     def _read_past(self, stamp: int, fresh: bool) -> bool:
-        """Read until nothing can come that is shown at ``stamp`` or before; begin anew at keyframes on the way.
+        """Read until all that is shown at ``stamp`` or before has been read; restart at keyframes on the way.
 
         Without ``fresh``, such a keyframe is left in ``_ahead``, and the answer is False.
         """
@@ -263,8 +263,8 @@ class Decoder:
 
     def _feed(self, read: Read, skip: bool) -> list[VideoFrame]:
         codec = self.stream.codec_context
-        with suppress(FFmpegError):  # what cannot be opened decodes nothing
-            codec.open(strict=False)  # dav1d takes skip_frame when it is opened, and then for good: so before it is set
+        with suppress(FFmpegError):  # decoding then fails below
+            codec.open(strict=False)  # before skip_frame is set: dav1d reads it once, on opening
         if self._key is None:
             codec.flush_buffers()
         if self._key is None or read.is_key:
@@ -277,7 +277,7 @@ class Decoder:
             return []
 
     def _decode(self, wanted: list[int], drain: bool) -> Iterator[VideoFrame]:
-        """The frames with the ``wanted`` times, in order; ends early where one does not come out."""
+        """The frames with the ``wanted`` times, in order; stops at the first that does not come out."""
         left, unfed = deque(wanted), set(wanted)
         if self._held and left and self._held.pts == left[0]:
             unfed.discard(left.popleft())

@@ -1,4 +1,4 @@
-"""A video file opened, and read in the plain way: every frame decoded from the start."""
+"""Opening video files, and decoding every frame from the start."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FORMATS = (
     "h261,h263,h264,hevc,vvc,m4v,vc1,dirac,cavsvideo,mjpeg,yuv4mpegpipe,image2,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,"
     "wav,w64,mp3,aac,ac3,eac3,flac,amr,aiff,caf,au,ape,wv,tta,dts,truehd"
 )
-"""What is opened: files that hold what they show. Playlists (HLS, concat, DASH …) would have FFmpeg read any file that
-they name on this machine, or wait for ever."""
+"""The formats that may be opened: they contain their streams. A playlist (HLS, concat, DASH …) could make FFmpeg read
+any file on this machine, or wait for ever."""
 
 
 def open_container(path: str | Path, **options: str) -> InputContainer:
@@ -87,10 +87,10 @@ def _kind(stream: Any) -> str:
 
 
 def _open(path: Path) -> InputContainer:
-    """The container, its first frames decoded only where they must tell what the header does not.
+    """The container; its first frames are decoded only if the header lacks something.
 
-    For a short clip that decoding costs as much as a tenth of all the rest. An MP4 with an index tells all but the
-    pixel format, which each frame tells again.
+    For a short clip that decoding is a tenth of all work. The header of an MP4 with an index has all but the pixel
+    format, which each frame has, too.
     """
     if path.suffix.lower() in (".mp4", ".m4v", ".mov"):
         container = open_container(path, skip_frame="all")
@@ -125,7 +125,7 @@ def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:
 
 
 class Sequential:
-    """The plain way, for increasing times: decode every frame from the start."""
+    """Decodes every frame from the start, for increasing times."""
 
     def __init__(self, path: str | Path) -> None:
         self.container, self.stream = open_video(path)
@@ -147,7 +147,7 @@ class Sequential:
             if guessed and packet is not None and packet.dts is not None:
                 order.append(packet.dts)
             frames: list[VideoFrame] = []
-            with suppress(FFmpegError):  # a damaged packet is passed over; no packet: what is left in the decoder
+            with suppress(FFmpegError):  # skip a damaged packet; None drains the decoder
                 frames = self.stream.decode(packet)
             for frame in frames:
                 stamp = order.popleft() if order else frame.pts if frame.pts is not None else frame.dts
@@ -156,7 +156,7 @@ class Sequential:
                 coming = stamp + self._step
 
     def passed(self, stamp: int) -> bool:
-        """Whether the frame shown at ``stamp`` has gone by."""
+        """Whether the frame shown at ``stamp`` lies behind: it cannot be returned any more."""
         return self._shown is not None and self._shown[0] > stamp
 
     def at(self, stamp: int) -> tuple[int, VideoFrame] | None:

@@ -38,9 +38,9 @@ def _pieces(start: float, end: float, count: int) -> list[Line]:
 
 
 def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
-    """The shots of a film: it is cut where the picture changes at once, and long shots into equal pieces.
+    """The shots of a film: it is cut where the picture changes abruptly; long shots are cut into equal pieces.
 
-    One decoding of the whole file without the frames that no other refers to; frames of 32×18 pixels are compared.
+    Decodes the file once, without non-reference frames, and compares frames at 32×18 pixels.
 
     Args:
         video: any file that FFmpeg reads.

@@ -140,7 +140,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
     if protocol == "official" and any(row.clip.split for row in rows):
         return [row.clip for row in rows]
     tenth = round(len(rows) / 10)
-    # sorted first: the split hangs on the clips and the seed, not on the order of the file
+    # sorted first: the split depends on the clips and the seed, not on the order of the file
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         groups[row.source if protocol == "video" else _content(row.clip)].append(index)
@@ -164,8 +164,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
 
 
 def _content(clip: Clip) -> str:
-    """What a row says, wherever it stands: of a file that several rows are about, and of a text that has no id, the id
-    ends with the row's number."""
+    """A row's content without its number, with which the id ends if several rows have the same file, or none an id."""
     name = clip.id.removesuffix(f"#{clip.row}").removesuffix(f"row {clip.row}")
     return "\n".join(map(str, (name, clip.start, clip.end, clip.text, sorted(clip.labels.items()))))
 

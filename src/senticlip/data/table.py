@@ -49,7 +49,7 @@ class Line(NamedTuple):
 
 
 def decode(data: bytes, path: Path) -> str:
-    """The text of a file whose encoding nobody wrote down.
+    """The text of a file of unknown encoding.
 
     A byte order mark decides; then UTF-16, whose ASCII has zero bytes (a table has commas and line breaks); then UTF-8,
     which is hardly ever right by accident; then GB18030, the superset of GBK.
@@ -70,7 +70,7 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def surely(data: bytes) -> str | None:
-    """What a byte order mark tells, or the zero halves that UTF-16's ASCII has (digits, commas, arrows); else None."""
+    """The text if a byte order mark, or the zero bytes of ASCII in UTF-16, tell the encoding; else None."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF16_LE, "utf-16"),

@@ -1,4 +1,4 @@
-"""A clip, or a piece of a film → frames evenly spaced in time; and what there is to know about a video file."""
+"""A clip, or a piece of a film → frames evenly spaced in time; and the properties of a video file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Frames(NamedTuple):
 
 
 class VideoInfo(NamedTuple):
-    """What a video file says, and what is there.
+    """The properties of a video file.
 
-    The pictures begin at ``start`` on a player's clock and last for ``duration``, seconds; ``width`` and ``height`` in
-    pixels, upright; ``subtitle_tracks`` a name each; ``problem`` is a line for the user where not all that is promised
-    is there (None: all well).
+    The first frame is at ``start`` on a player's clock, and all last for ``duration`` (both seconds); ``width`` and
+    ``height`` in pixels, after rotation; ``subtitle_tracks``: a name for each; ``problem``: a line for the user if the
+    file is shorter than its header says, else None.
     """
 
     duration: float
@@ -61,7 +61,7 @@ class VideoReader:
         self._decoder = Decoder(self.path)
         tick, zero = self._decoder.tick, self._decoder.container.start_time
         start = (self._decoder.stream.start_time or 0) * tick
-        # the container's start is told in microseconds, the stream's in its own unit: the finer one, where they agree
+        # the container's start is in microseconds, the stream's in its own unit: the exact one, where they agree
         self._zero = start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
         self._start = max(start, self._decoder.first * tick, self._zero) - self._zero
         self._end = max(self._decoder.end * tick - self._zero, self._start)
@@ -93,7 +93,7 @@ class VideoReader:
         """See :func:`read_frames`."""
         wanted = list(times) if times is not None else self._spaced(frames, start, end)
         order = sorted(range(len(wanted)), key=wanted.__getitem__)
-        # a hair more than nothing, or a time that was rounded down misses the frame that begins there
+        # plus a thousandth of a tick, or a time that was rounded down would miss the frame that begins there
         stamps = [floor((Fraction(wanted[i]) + self._zero) / self._decoder.tick + Fraction(1, 1000)) for i in order]
         pixels: dict[int, np.ndarray] = {}
         shown: list[int] = [0] * len(wanted)
