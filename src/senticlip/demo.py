@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import shutil
@@ -17,7 +16,7 @@ from senticlip.data.made import make
 from senticlip.data.sims import read_clips
 from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
-from senticlip.explain import explain
+from senticlip.explain import explain, inline
 from senticlip.explain_set import KINDS, kind
 from senticlip.files import alone, write_text
 from senticlip.pages import page as template
@@ -83,14 +82,9 @@ def strip(predictions: Path, there: dict[str, Clip], per_kind: int = 2) -> list[
             clips = chosen.setdefault(how, [])
             if len(clips) < per_kind:
                 assert clip.video is not None
-                clips.append({**row, "kind": how, "path": clip.video, "image": _image(clip.video)})
+                middle = Image.fromarray(read_frames(clip.video, 1).pixels[0].transpose(1, 2, 0))
+                clips.append({**row, "kind": how, "path": clip.video, "image": inline(middle)})
     return [clip for clips in chosen.values() for clip in clips]
-
-
-def _image(path: Path) -> str:
-    file = io.BytesIO()
-    Image.fromarray(read_frames(path, 1).pixels[0].transpose(1, 2, 0)).save(file, "JPEG", quality=88)
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def curves(found: dict[str, dict[str, Any]]) -> str:
