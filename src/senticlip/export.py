@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -270,6 +271,7 @@ class OnnxModel:
         """Do nothing: it is always in eval mode."""
         return self
 
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer in the file, or None."""
         if not self._tokenizer:

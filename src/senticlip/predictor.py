@@ -12,7 +12,7 @@ import torch
 
 from senticlip import runtime
 from senticlip.data.audio import log_mel, read_audio
-from senticlip.data.loader import ArrayRows, Rows, to_batch
+from senticlip.data.loader import ArrayRows, Rows, padded, to_batch
 from senticlip.data.video import Frames, read_frames
 from senticlip.encoders.text import tokenize
 from senticlip.metrics import score_class
@@ -57,7 +57,6 @@ class Predictor:
         self.run, self.precision = Path(run), precision
         self.disagreement: dict[str, float] = {}
         self.model: Any
-        self.tokenizer: Any = None
         if self.run.suffix == ".onnx":
             if precision != "fp32":
                 raise UsageError(f"{run}: the precision of an ONNX file was chosen when it was exported (--int8)")
@@ -66,13 +65,11 @@ class Predictor:
             from senticlip.export import OnnxModel
 
             self.model = OnnxModel(self.run)
-            self.tokenizer = self.model.tokenizer()
         else:
             where = runtime.device(device)
             self.run = run_folder(run)
             self.model = SentimentModel.from_pretrained(self.run).to(where)
-            self.tokenizer = self.model.tokenizer
-        self.config = self.model.experiment
+        self.tokenizer, self.config = self.model.tokenizer, self.model.experiment
         if precision != "fp32":
             self.model, self.disagreement = lowered(self.model, self.run, precision)
 
@@ -138,23 +135,18 @@ class Predictor:
     def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> ArrayRows:
         encoder: Any = self.model.encoders["vision"]
         m, size, cutaways = self.config.vision.frames, encoder.size, self.config.vision.cutaways
-        values = np.zeros((len(clips), m, 3, size, size), np.uint8)
-        mask = np.zeros((len(clips), m), bool)
-        for i, clip in enumerate(clips):
-            if clip.video is not None:
-                frames = read(clip.video, m, clip.start, clip.end, size=size, cutaways=cutaways).pixels
-                values[i, : len(frames)], mask[i, : len(frames)] = frames, True
-        return ArrayRows(values, mask)
+        nothing = np.zeros((0, 3, size, size), np.uint8)
+        rows = [
+            nothing if c.video is None else read(c.video, m, c.start, c.end, size=size, cutaways=cutaways).pixels
+            for c in clips
+        ]
+        return ArrayRows(*padded(rows))
 
     def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> ArrayRows:
         """The log-mel of each clip; a clip without a video, or whose video has no audio, is an empty row."""
         bands, average = self.config.audio.bands, self.config.audio.average
         sounds = [np.zeros(0) if c.video is None else listen(c.video, c.start, c.end) for c in clips]
-        rows = [log_mel(sound, bands, average) for sound in sounds]
-        mask = np.arange(max(1, *map(len, rows))) < np.array([len(row) for row in rows])[:, None]
-        values = np.zeros((*mask.shape, bands), np.float32)
-        values[mask] = np.concatenate(rows)
-        return ArrayRows(values, mask)
+        return ArrayRows(*padded([log_mel(sound, bands, average) for sound in sounds]))
 
     @torch.inference_mode()
     def output(self, batch: Batch, attention: bool = False) -> Output:

@@ -15,7 +15,7 @@ import torch
 from senticlip.config import FROM_FILE, Config
 from senticlip.data import cache
 from senticlip.data.audio import audio_store
-from senticlip.data.loader import ArrayRows, ClipSet, Rows, to_batch
+from senticlip.data.loader import ArrayRows, ClipSet, Rows, padded, to_batch
 from senticlip.data.mmsa import feature_file, read_features
 from senticlip.data.openface import WIDTH, openface_store
 from senticlip.encoders.text import tokenize
@@ -160,9 +160,7 @@ def encoded(
 
     @torch.inference_mode()
     def features(chunk: list[np.ndarray]) -> Iterator[np.ndarray]:
-        mask = np.arange(max(map(len, chunk))) < np.array([[len(row)] for row in chunk])
-        values = np.zeros((*mask.shape, *chunk[0].shape[1:]), chunk[0].dtype)
-        values[mask] = np.concatenate(chunk)
+        values, mask = padded(chunk)
         inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
         found = encoder(to_batch(inputs).modalities[name])
         for row, real in zip(found.values.half().cpu().numpy(), found.mask.cpu().numpy(), strict=True):

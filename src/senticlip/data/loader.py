@@ -54,6 +54,15 @@ class ArrayRows:
         return self.values[indices, :longest], mask[:, :longest]
 
 
+def padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows L_i×… → values k×Lmax×…, zero where masked, and mask k×Lmax; Lmax is at least 1."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(max(1, lengths.max())) < lengths[:, None]
+    values = np.zeros((*mask.shape, *rows[0].shape[1:]), rows[0].dtype)
+    values[mask] = np.concatenate(rows)
+    return values, mask
+
+
 class ClipSet(Dataset[dict[str, Tensor]]):
     """One split: a store per modality and the labels.
 
