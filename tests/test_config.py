@@ -118,6 +118,17 @@ def test_files_that_are_none(file, tmp_path):
         load(tmp_path)
 
 
+def test_the_presets_are_found_wherever_one_works(file, tmp_path, monkeypatch):
+    """As the README calls them: who installed the package has no experiments/ here."""
+    monkeypatch.chdir(tmp_path)
+    assert load("experiments/tiny.yaml") == load_preset("tiny")
+    (tmp_path / "experiments").mkdir()
+    file("seed: 7").rename("experiments/tiny.yaml")
+    assert load("experiments/tiny.yaml").seed == 7
+    with pytest.raises(UsageError, match=r"^experiments/none\.yaml: no such config file"):
+        load("experiments/none.yaml")
+
+
 def test_every_number_has_a_range_and_every_range_a_key():
     numbers = set()
     for field in dataclasses.fields(Config):

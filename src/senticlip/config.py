@@ -264,12 +264,14 @@ def from_file(source: str | Path) -> Config:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they stand there.
+    """The keys and values of a YAML file, as they stand there; ``experiments/`` is the package's where there is none.
 
     Raises:
         UsageError: no such file, or not YAML.
     """
     path = Path(source)
+    ours = Path(__file__).parent / path
+    path = ours if not path.exists() and ours.is_file() else path
     if not path.is_file():
         raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
     try:
