@@ -62,6 +62,25 @@ def test_other_names_of_the_columns_and_numbers(tmp_path):
     ]
 
 
+def test_a_tables_chinese_columns_are_a_manifests_and_what_is_not_read_is_told(tmp_path, capsys):
+    path = tmp_path / "m.csv"
+    path.write_text("路径,台词,开始,结束\na.mp4,好,1,2\n", encoding="utf-8")
+    said = {"id": "a.mp4", "path": "a.mp4", "text": "好", "start": "1", "end": "2"}
+    assert list(manifest.read(path)) == [full(said, "a.mp4")]
+    assert capsys.readouterr() == ("", "")
+    for name, data in (
+        ("m.csv", "path,transcript,id\na.mp4,好,1\n"),
+        ("m.jsonl", '{"path": "a", "transcript": 1}\n' * 2),
+    ):
+        (tmp_path / name).write_text(data, encoding="utf-8")
+        assert [row["text"] for row in manifest.read(tmp_path / name)] == [None] * (
+            data.count("\n") - (name == "m.csv")
+        )
+        out, told = capsys.readouterr()
+        assert (out, told.count("\n")) == ("", 1)
+        assert f"{name}: not read: transcript (what is read: id, path, text" in told
+
+
 def test_split_cuts_it_into_groups(tmp_path):
     rows = [{"id": str(i), "text": f"第{i}句"} for i in range(10)]
     manifest.split(write(tmp_path / "m.csv", rows), tmp_path / "rows.parquet", 4)

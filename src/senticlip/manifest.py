@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from senticlip.data.table import LONGEST_CELL
 from senticlip.files import write_whole
+from senticlip.progress import console
 from senticlip.structures import UsageError, UserError, whole
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
@@ -25,7 +26,11 @@ SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
 _SHORT: Any = object()
 """Stands where a CSV's row ends before its header does."""
 
-_ALIASES = {"video": "path", "file": "path", "video_path": "path", "subtitle": "subtitles", "sentence": "text"}
+_ALIASES = {
+    "video": "path", "file": "path", "video_path": "path", "路径": "path", "视频": "path", "文件": "path",
+    "sentence": "text", "文本": "text", "文字": "text", "台词": "text", "内容": "text",
+    "subtitle": "subtitles", "字幕": "subtitles", "开始": "start", "结束": "end",
+}  # fmt: skip
 
 
 def split(manifest: Path, path: Path, rows: int) -> None:
@@ -132,6 +137,8 @@ def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
                 if not good:
                     raise UserError(f"{manifest}, row {number}: not readable as JSON ({error})") from None
                 row = ValueError(str(error))
+            if not good and isinstance(row, dict):
+                _tell_unread(manifest, row)
             good = True
             yield number, row
 
@@ -157,6 +164,14 @@ def _known(manifest: Path, names: Iterable[str]) -> None:
     if not {"path", "text", "subtitles"} & _named(dict.fromkeys(names)).keys():
         found = ", ".join(map(str, names)) or "nothing"
         raise UserError(f"{manifest}, row 1: the columns are {found} — expected id, path, text or subtitles")
+    _tell_unread(manifest, names)
+
+
+def _tell_unread(manifest: Path, names: Iterable[Any]) -> None:
+    """Who has called the column of the words something else must not take for them what is answered without."""
+    if left := [str(name) for name in names if name is not None and not _named({name: None})]:
+        told = f"{manifest}: not read: {', '.join(left)} (what is read: {', '.join(COLUMNS)})"
+        console.print(told, soft_wrap=True, highlight=False)
 
 
 def _encoding(path: Path) -> str:
