@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import socket
@@ -158,6 +160,46 @@ def test_a_plain_form_is_utf_8(predictor, body):
     kind = {"content-type": "application/x-www-form-urlencoded"}
     found = TestClient(app(predictor, "run")).post("/predict", content=body.encode(), headers=kind).json()
     assert found == predictor(text=TEXT).to_json()
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
+def test_a_text_that_is_not_utf_8_is_refused_and_not_answered(predictor, encoding):
+    """Windows' curl sends a console's GBK; starlette reads that as Latin-1, and any answer to it would be wrong."""
+    client, words = TestClient(app(predictor, "run")), "你今天心情很好，我们走 OK"
+    head = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
+    for kind, body in (
+        ("multipart/form-data; boundary=x", head + words.encode(encoding) + b"\r\n--x--\r\n"),
+        ("application/x-www-form-urlencoded", b"text=" + words.encode(encoding)),
+    ):
+        answer = client.post("/predict", content=body, headers={"content-type": kind})
+        wanted = (200, predictor(text=words).to_json()) if encoding == "utf-8" else (400, None)
+        assert (answer.status_code, answer.json() if answer.status_code == 200 else None) == wanted, answer.text
+        assert encoding == "utf-8" or answer.json()["error"].startswith("text: not in UTF-8")
+    for sound in ("très bien", "déjà vu", "5 °C", "一\ufffd二三四五六七八九十一"):  # a damaged character is no encoding
+        assert client.post("/predict", data={"text": sound}).status_code == 200
+
+
+@pytest.mark.parametrize("where", ["while it is read", "while it is stored"])
+def test_a_full_disk_is_the_servers_fault(place, predictor, left, monkeypatch, caplog, where):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "while it is read":
+        monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
+    else:
+        monkeypatch.setattr("shutil.copyfileobj", full)
+    answer = TestClient(app(predictor, "run")).post("/predict", files=video(place))
+    assert (answer.status_code, list(answer.json())) == (507, ["error"])
+    assert str(left) not in answer.text
+    assert f"{left}: the disk is full" in caplog.text
+    assert not list(left.iterdir())
+
+
+def test_a_balancer_may_ask_for_the_head_alone(predictor):
+    client = TestClient(app(predictor, "run"))
+    for path in ("/", "/health"):
+        assert (client.head(path).status_code, client.get(path).status_code) == (200, 200)
+    assert set(client.get("/openapi.json").json()["paths"]["/health"]) == {"get"}
 
 
 def test_half_a_character_is_read_as_a_question_mark(predictor):

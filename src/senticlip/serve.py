@@ -4,12 +4,14 @@
     POST /explain   the same fields → the page of ``senticlip explain`` (not of an exported or int8 model)
     GET  /          the page;  GET /health → the model and what it reads;  GET /openapi.json → the interface
 
-What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413. One clip is
-answered at a time, others wait; an upload lives in a temporary folder until its answer is there.
+What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413, one for which
+the disk has no room with 507. One clip is answered at a time, others wait; an upload lives in a temporary folder until
+its answer is there.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shutil
@@ -24,6 +26,7 @@ from typing import Annotated, Any
 
 import senticlip
 from senticlip.explain import explanation, heated, html
+from senticlip.files import is_full
 from senticlip.pages import page
 from senticlip.sources import reads
 from senticlip.structures import SURFACE, Clip, UsageError, UserError, spoken
@@ -46,6 +49,9 @@ GRACE = 10
 
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
+
+GARBLED = re.compile(r"(?:[\x00-\x7f]|[\xa1-\xfe]{2})*")
+"""Chinese in GBK, as a console of Windows sends it, once starlette has taken what is not UTF-8 for Latin-1."""
 
 PLAIN = "application/x-www-form-urlencoded"
 FORMS = ("multipart/form-data", PLAIN)
@@ -138,10 +144,12 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
             yield
 
     # async: not in the thread pool, whose threads may all be waiting for their turn
+    @answers.head("/", include_in_schema=False)
     @answers.get("/", response_class=HTMLResponse)
     async def home() -> str:
         return front
 
+    @answers.head("/health", include_in_schema=False)  # what many a balancer asks
     @answers.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": name, "reads": modalities}
@@ -176,8 +184,17 @@ def _tell_errors(answers: FastAPI) -> None:
     def reject(request: Request, error: RequestValidationError) -> JSONResponse:
         return JSONResponse({"error": "video must be a file of the form, text a plain field of it"}, 400)
 
+    @answers.exception_handler(OSError)
+    def no_room(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):
+            raise error
+        logging.getLogger("uvicorn.error").error("%s: the disk is full, uploads are refused", tempfile.gettempdir())
+        return JSONResponse({"error": "the server has no room for the upload — try again later"}, 507)
+
     @answers.exception_handler(HTTPException)
     def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, OSError):  # which FastAPI takes for the sender's fault
+            return no_room(request, error.__cause__)
         return JSONResponse({"error": error.detail}, error.status_code)
 
     @answers.exception_handler(Exception)
@@ -191,6 +208,8 @@ def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
     text = spoken(text)
     if text is not None and len(text) > LONGEST:
         raise UsageError(f"text: {len(text)} characters — send {LONGEST} at most")
+    if text is not None and _is_garbled(text):
+        raise UsageError("text: not in UTF-8 — write it to a file in UTF-8 and send -F 'text=<FILE'")
     if video is None or not video.filename:
         yield Clip("", None, text)
         return
@@ -204,6 +223,12 @@ def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
             yield Clip(name, path, text)
         except UserError as error:
             raise type(error)(str(error).replace(str(path), name)) from None
+
+
+def _is_garbled(text: str) -> bool:
+    """Whether the bytes were those of another encoding; a damaged one alone is none."""
+    odd = sum(ord(c) > 127 for c in text)
+    return 10 * text.count("\ufffd") > odd or (odd > 0 and GARBLED.fullmatch(text) is not None)
 
 
 class PlainForm:
