@@ -323,7 +323,8 @@ def test_the_verb_answers_until_it_is_interrupted(place):
     assert json.loads(out) == {"url": url}
 
 
-def test_an_unfinished_upload_does_not_hold_the_end_up(place):
+@pytest.mark.parametrize("how", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_an_unfinished_upload_does_not_hold_the_end_up(place, how):
     code = "import sys; from senticlip import serve; serve.GRACE = 0.5; serve.serve(sys.argv[1], port=0)"
     process = subprocess.Popen(
         [sys.executable, "-c", code, place / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -336,7 +337,9 @@ def test_an_unfinished_upload_does_not_hold_the_end_up(place):
             upload.sendall(f"{head}Content-Length: 99999\r\n\r\n--x\r\n".encode())
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30):
                 pass  # by now the upload is being read
-            process.send_signal(signal.SIGTERM)
+            for one in how:
+                process.send_signal(one)
+                time.sleep(0.2)
             _, errors = process.communicate(timeout=20)
     finally:
         process.kill()

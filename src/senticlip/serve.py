@@ -98,7 +98,9 @@ def serve(
         name = Path(run).resolve().name if Path(run).exists() else str(run)
         answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit)
         server = uvicorn.Server(
-            uvicorn.Config(answers, log_level="error", limit_concurrency=WAITING, timeout_graceful_shutdown=GRACE)
+            uvicorn.Config(
+                answers, log_level="error", limit_concurrency=WAITING, timeout_graceful_shutdown=GRACE, lifespan="off"
+            )
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
         with suppress(KeyboardInterrupt):
