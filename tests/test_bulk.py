@@ -1,6 +1,7 @@
 """An archive → its rows: in one process and on Ray, whatever fails, and whoever is killed when."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -306,6 +307,19 @@ def test_a_video_that_kills_its_worker_costs_its_rows(run, archive, undisturbed,
         pytest.approx(row, abs=1e-6) for row in expected if row["id"] != "02"
     ]
     assert {path.name for path in tmp_path.glob(".*")} == {".bulk", ".lock"}
+
+
+def test_what_ends_without_a_crash_is_no_videos_fault(run, archive, tmp_path, monkeypatch):
+    """A job that is started again and again on a full disk must not open each video alone in the end."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq, "write_table", full)
+    for _ in range(bulk.PATIENCE):
+        with pytest.raises(UserError, match="the disk is full"):
+            list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert not list(tmp_path.glob(".*.begun"))
 
 
 def test_a_video_that_is_never_done_kills_too(tmp_path, monkeypatch):

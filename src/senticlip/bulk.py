@@ -221,8 +221,12 @@ class Worker:
             if begun.stat().st_size > PATIENCE:
                 deadly = self._deadly(rows)
                 rows = [row | {"deadly": row["path"] in deadly} for row in rows]
-            made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
-            answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
+            try:
+                made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
+                answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
+            except Exception:  # a full disk, say: no video has killed this process
+                begun.unlink(missing_ok=True)
+                raise
             begun.unlink(missing_ok=True)
         return number
 
