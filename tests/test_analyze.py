@@ -103,6 +103,20 @@ def test_resume_ends_as_if_nothing_had_happened(film, srt, tmp_path):
     assert finished.batches == 0
 
 
+def test_what_is_thrown_away_without_resume_is_told(film, srt, tmp_path, capsys):
+    def cut(**options):
+        with pytest.raises(RuntimeError, match="killed"):
+            list(analyze(FakePredictor(fail_after=2), film, srt, tmp_path, **options))
+        return capsys.readouterr().err
+
+    assert not cut()
+    assert (
+        cut()
+        == f"{tmp_path}: begins anew; up to 4 lines that were done are thrown away — --resume would have gone on\n"
+    )
+    assert not cut(shift=0.3)  # another job has nothing to go on from
+
+
 def test_a_resumed_film_sounds_the_same(film, srt, tmp_path):
     """The noise that AAC fills in hangs on what was decoded before."""
 

@@ -49,7 +49,8 @@ def say(capsys, place):
 def test_analyze(place, say, tmp_path):
     film = (place / "film.mp4", "--out", tmp_path / "out", "--json")
     code, found, _ = say("analyze", *film, "--subtitles", place / "film.srt")
-    assert (code, set(found), found["segments"]) == (0, {"segments", "seconds", "html"}, 2)
+    assert (code, set(found), found["segments"]) == (0, {"segments", "failed", "seconds", "html"}, 2)
+    assert found["failed"] == 0
     assert found["html"] == str(tmp_path / "out" / "timeline.html")
     rows = pq.read_table(tmp_path / "out" / "timeline.parquet").to_pylist()
     predictor = senticlip.load(place / "run", "cpu")
@@ -70,6 +71,15 @@ def test_analyze(place, say, tmp_path):
         assert (found[0], told in found[2]) == (code, True), found
     (place / "no.mp4").write_text("no film")
     assert say("analyze", place / "no.mp4", "--out", tmp_path / "out")[0] == 1
+
+
+def test_lines_without_an_answer_are_told(place, say, tmp_path, monkeypatch):
+    """A timeline with gaps must not look whole to who reads the last line only."""
+    rows = [{"error": None}, {"error": "line 2: broken"}, {"error": "line 3: broken"}]
+    monkeypatch.setattr("senticlip.analyze.analyze", lambda *_, **__: iter(rows))
+    code, found, err = say("analyze", place / "film.mp4", "--out", tmp_path, "--json")
+    assert (code, found["segments"], found["failed"]) == (0, 3, 2)
+    assert "2 have no answer; the column error tells why, first: line 2: broken" in err
 
 
 def test_bulk(place, say, tmp_path):

@@ -189,6 +189,9 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
         if resume and stamp.is_file() and stamp.read_text() != key:
             raise UsageError(f"{out}: began with another film, lines or model — leave out --resume to begin anew")
         if not resume or not stamp.is_file():
+            if stamp.is_file() and stamp.read_text() == key and (done := len(list(parts.glob("[0-9]*.parquet")))):
+                told = f"begins anew; up to {done * BATCH} lines that were done are thrown away"
+                console.print(f"{out}: {told} — --resume would have gone on", soft_wrap=True, highlight=False)
             shutil.rmtree(parts, ignore_errors=True)
             parts.mkdir(parents=True)
             write_text(stamp, key)

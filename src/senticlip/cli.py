@@ -235,10 +235,13 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     rest = given(options, *vars(options).keys() - {"verb", "json", "debug", "model", "video"})
     with counter("lines") as progress:
-        segments = sum(1 for _ in run(options.model, options.video, **rest, progress=progress))
-    html = str(Path(options.out) / "timeline.html")
-    say(options, f"{segments} segments; open {html}")
-    return {"segments": segments, "seconds": round(time.monotonic() - began, 2), "html": html}
+        errors = [row["error"] for row in run(options.model, options.video, **rest, progress=progress)]
+    html, failed = str(Path(options.out) / "timeline.html"), [error for error in errors if error is not None]
+    say(options, f"{len(errors)} segments; open {html}")
+    if failed:
+        say(options, f"{len(failed)} have no answer; the column error tells why, first: {failed[0]}")
+    seconds = round(time.monotonic() - began, 2)
+    return {"segments": len(errors), "failed": len(failed), "seconds": seconds, "html": html}
 
 
 def explain(options: argparse.Namespace) -> dict[str, Any]:
