@@ -137,6 +137,10 @@ def other_tokenizer(run):
         (edit(lambda d: d["experiment"].update(heads=0)), "config.json: config key heads: 0 — must be at least 1"),
         (edit(lambda d: d.update(format_version=9)), "config.json: format 9 of 'senticlip'; this"),
         (edit(lambda d: d["experiment"].update(width=32)), "its config's (Missing key(s) in state_dict: \"network."),
+        (
+            edit(lambda d: d["encoders"]["vision"]["spec"]["config"].update(architecture="hf-hub:someone/net")),
+            "config.json: vision.encoder: timm knows no network hf-hub:someone/net",
+        ),
         (other_tokenizer, "tokenizer: 21064 words, the model has 41 — copy it again"),
         (lambda run: (run / "config.json").unlink(), "no trained model here"),
         (lambda run: (run / "model.safetensors").write_bytes(b"\x10"), "model.safetensors: broken"),
@@ -150,6 +154,24 @@ def test_a_broken_run_is_one_line(folder, damage, said):
         SentimentModel.from_pretrained(folder / "run")
     assert "\n" not in str(error.value)
     assert str(folder / "run") in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["config.json", "text", "vision"])
+def test_a_run_names_nothing_outside_of_it(folder, where):
+    """Code of a hub (kernels), another file: a RUN may come from anybody."""
+    model = create_model(config(folder)).eval()
+    model.save_pretrained(folder / "run")
+
+    def change(data):
+        if where == "vision":
+            data["encoders"]["vision"]["spec"]["config"]["model_args"] |= {"checkpoint_path": str(folder / "none.pth")}
+        else:
+            (data["encoders"]["text"]["spec"] if where == "text" else data)["attn_implementation"] = "kernels/none"
+
+    edit(change)(folder / "run")
+    found = SentimentModel.from_pretrained(folder / "run")
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
 
 
 def test_the_weights_can_be_read_by_whom_the_config_can(tmp_path):

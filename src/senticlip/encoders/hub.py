@@ -171,14 +171,23 @@ def hf_config(data: dict[str, Any]) -> Any:
     """The transformers config of a dict with ``model_type``; its models are built in float32."""
     from transformers import AutoConfig
 
-    rest = {name: value for name, value in _without_dtype(data).items() if name not in ("model_type", "architectures")}
+    rest = {name: value for name, value in _sizes(data).items() if name not in ("model_type", "architectures")}
     return AutoConfig.for_model(data["model_type"], **rest)
 
 
-def _without_dtype(data: dict[str, Any]) -> dict[str, Any]:
-    """A config dict without ``dtype`` (older name: torch_dtype), which would build models in half precision; nested."""
-    kept = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype")}
-    return {name: _without_dtype(value) if isinstance(value, dict) else value for name, value in kept.items()}
+def _sizes(data: dict[str, Any]) -> dict[str, Any]:
+    """A config dict without what says how it is computed, nested.
+
+    ``dtype`` (older name: torch_dtype) would build models in half precision; ``attn_implementation`` may name code on
+    a hub.
+    """
+    kept = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype") and not is_code(name)}
+    return {name: _sizes(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def is_code(name: Any) -> bool:
+    """Whether transformers may download code (kernels) for a key of a ``config.json``; the keys of id2label are ints."""
+    return str(name).endswith("_implementation")
 
 
 def read_weights(kind: Any, folder: Path, **kwargs: Any) -> dict[str, Any]:

@@ -240,10 +240,17 @@ def _takes_size(body: nn.Module) -> bool:
     return hasattr(body, "pos_embed")
 
 
+ELSEWHERE = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""What would have timm look elsewhere than in the folder: a RUN may come from anybody, and names no other file."""
+
+
 def _timm_body(spec: dict[str, Any]) -> Any:
     import timm
 
-    name, args = spec["config"]["architecture"], dict(spec["config"]["model_args"])
+    name = spec["config"]["architecture"]
+    args = {key: value for key, value in spec["config"]["model_args"].items() if key not in ELSEWHERE}
+    if not timm.is_model(name):  # "hf-hub:…" would ask the network
+        raise UsageError(f"vision.encoder: timm knows no network {name}")
     body = timm.create_model(name, pretrained=False, num_classes=0, **args)
     if _takes_size(body):
         patch = getattr(getattr(body, "patch_embed", None), "patch_size", (1,))

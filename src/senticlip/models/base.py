@@ -35,7 +35,7 @@ class SenticlipConfig(PreTrainedConfig):
         format_version: int = FORMAT,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{name: value for name, value in kwargs.items() if not hub.is_code(name)})
         self.experiment = experiment or Config().to_dict()
         self.encoders = encoders or {}
         self.dims = dims or {}
