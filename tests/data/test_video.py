@@ -1,5 +1,7 @@
 """Every frame that is asked for by time is the one a full sequential decode shows then, on a zoo of made files."""
 
+import errno
+import os
 import random
 from fractions import Fraction
 from itertools import pairwise
@@ -374,6 +376,26 @@ def test_bad_files_are_one_line(tmp_path, capfd):
             assert str(path) in str(told.value), name
             assert "\n" not in str(told.value), name
     assert capfd.readouterr().err == ""
+
+
+def test_what_is_no_file_is_told_apart(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name, said in (
+        ("none.mp4", "no such video file — check the path$"),
+        (".", r"check the path \(a folder\)"),
+        ("pipe.mp4", "a pipe or a device — write it to a file first"),
+        ("https://x.org/a.mp4", "what lies behind an address must be downloaded first"),
+        ("C:/a.mp4", "no such video file — check the path$"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            read_frames(tmp_path / name)
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "is_file", denied)  # who runs as root is denied nothing
+    with pytest.raises(UserError, match=r"permission denied\) — ask its owner"):
+        read_frames(tmp_path / "hidden" / "a.mp4")
 
 
 def test_wrong_pieces(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -52,8 +54,14 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     try:
         there = path.is_file()
     except OSError as error:
+        if error.errno == errno.EACCES:  # of a folder on the way
+            raise UserError(f"{path}: cannot be read (permission denied) — ask its owner") from None
         raise UserError(f"{path}: no video file can have this name ({error.strerror}) — is it the text?") from None
     if not there:
+        if re.search(r"(^|/)[a-z][a-z0-9]+:/", str(path)):
+            raise UsageError(f"{path}: no such video file — what lies behind an address must be downloaded first")
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: no video file but a pipe or a device — write it to a file first")
         raise UsageError(f"{path}: no such video file — check the path" + (" (a folder)" if path.is_dir() else ""))
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read (permission denied) — ask its owner")
