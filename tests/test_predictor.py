@@ -9,6 +9,7 @@ from tests.data.test_audio import tone, write_wav
 from tests.data.test_cutaways import write_shots
 from tests.tiny import text_folder, timm_folder, write_clip
 
+import senticlip
 from senticlip.checkpoint import outputs
 from senticlip.config import Config
 from senticlip.data.audio import RATE
@@ -161,6 +162,19 @@ def test_a_blank_text_is_none_and_half_a_character_is_one(place):
     with pytest.raises(UsageError, match="nothing to read"):
         predictor(None, "  ")
     assert predictor(None, "天\udce5好") == predictor(None, "天?好")
+
+
+def test_what_a_table_brings_is_no_silent_answer(place):
+    predictor, video = load(place / "run", "cpu"), place / "dark.mp4"
+    with pytest.raises(UsageError, match="b: nan is no text — give a string, or None"):  # pandas' empty cell
+        list(predictor.predict([Clip("a", video, "好"), Clip("b", video, float("nan"))]))
+    with pytest.raises(UsageError, match="batch_size: 0"):
+        list(predictor.predict([Clip("a", video, "好")], batch_size=0))
+
+
+def test_what_is_imported_on_use_is_offered():
+    assert {"load", "LABELS", "analyze", "bulk", "explain"} <= set(dir(senticlip))
+    assert all(getattr(senticlip, name) for name in dir(senticlip))
 
 
 def test_a_hub_ids_own_folder_is_read(place, monkeypatch):

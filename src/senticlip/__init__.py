@@ -23,3 +23,8 @@ def __getattr__(name: str) -> Any:
 
         return importlib.import_module(f"senticlip.{name}")
     raise AttributeError(f"module 'senticlip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is imported on use is offered, too, where a notebook completes a name."""
+    return sorted({*globals(), *__all__})

@@ -80,7 +80,7 @@ class Predictor:
         start: float | None = None,
         end: float | None = None,
     ) -> Prediction:
-        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text counts as missing.
+        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text counts as missing. Many: ``predict``.
 
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.
@@ -88,7 +88,13 @@ class Predictor:
         return next(self.predict([Clip("", None if video is None else Path(video), text, start=start, end=end)]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
-        """Yield the prediction of each clip, in order, computed ``batch_size`` at a time; raises as a call does."""
+        """Yield the prediction of each clip, in order, computed ``batch_size`` at a time.
+
+        Raises:
+            UsageError: ``batch_size`` below 1. UsageError, UserError: as a call with one clip.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch_size: {batch_size} — must be at least 1")
         clips = iter(clips)
         while chunk := list(islice(clips, batch_size)):
             yield from self.predictions(self.output(self.batch(chunk)))
@@ -109,10 +115,12 @@ class Predictor:
         Raises:
             UsageError: a clip has nothing that this model reads. UserError: a video cannot be read.
         """
-        clips = [clip._replace(text=spoken(clip.text)) for clip in clips]
         for clip in clips:
+            if not isinstance(clip.text, str | None):  # pandas has NaN where a cell is empty
+                raise UsageError(f"{clip.id or 'clip'}: {clip.text!r} is no text — give a string, or None for none")
             if not np.isfinite([clip.start or 0.0, clip.end or 0.0]).all():
                 raise UsageError(f"{clip.video}: a piece from {clip.start} to {clip.end} s — give finite times")
+        clips = [clip._replace(text=spoken(clip.text)) for clip in clips]
         stores: dict[str, Rows] = {}
         if "text" in self.model.encoders:
             ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
