@@ -80,7 +80,7 @@ class Predictor:
         start: float | None = None,
         end: float | None = None,
     ) -> Prediction:
-        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text counts as missing. Many: ``predict``.
+        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text counts as missing.
 
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.

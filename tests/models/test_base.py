@@ -174,6 +174,11 @@ def test_a_run_names_nothing_outside_of_it(folder, where):
         assert torch.equal(found.state_dict()[name], value)
 
 
+def test_an_option_of_transformers_is_not_passed_over(folder):
+    with pytest.raises(TypeError, match="revision"):
+        SentimentModel.from_pretrained(folder / "run", revision="v2")
+
+
 def test_the_weights_can_be_read_by_whom_the_config_can(tmp_path):
     folder = text_folder(tmp_path / "text")
     changes = {"modalities": ["text"], "text.encoder": str(folder), "text.max_length": 20, "width": 16, "heads": 2}

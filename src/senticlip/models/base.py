@@ -157,10 +157,11 @@ class SentimentModel(PreTrainedModel):
         """Do nothing: every part initialises its own weights."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> SentimentModel:  # type: ignore[override]
+    def from_pretrained(cls, folder: str | Path) -> SentimentModel:  # type: ignore[override]
         """Load a saved model from a folder or a hub id, exactly: every parameter and buffer, or an error.
 
-        (transformers' own loader builds on ``meta`` and leaves what a file lacks uninitialised.)
+        transformers' own loader builds on ``meta`` and leaves what a file lacks as uninitialised memory. Its options
+        (``dtype``, ``revision`` and so on) are not taken, so that none is passed over in silence.
 
         Raises:
             UsageError: no such folder or hub id, no model in it. UserError: a file of it is broken or missing.
