@@ -247,6 +247,16 @@ def test_features_without_videos(tmp_path):
     assert clip.id == "video_0001/0001"
 
 
+def test_a_header_of_other_names_is_no_row(tmp_path):
+    table = tmp_path / "own.csv"
+    rows = ["今天很好,0.5", "今天很坏,-0.5", "今天,0"]
+    table.write_text("\n".join(["transcript,sentiment", *rows]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 1: has the columns transcript, sentiment — expected .* path, text"):
+        read_clips(table)
+    table.write_text("\n".join(rows), encoding="utf-8")
+    assert [clip.text for clip in read_clips(table)] == ["今天很好", "今天很坏", "今天"]
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(UsageError, match="no such folder or CSV"):
         read_clips(tmp_path / "none")
