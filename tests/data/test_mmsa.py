@@ -180,6 +180,7 @@ def broken(change):
         (lambda d: d["train"].update(text_bert=d["train"]["text_bert"][:, 0]), r"text_bert: shape \(4, 6\), expected"),
         (lambda d: d["train"].update(text_bert=d["train"]["text_bert"][:, :1]), r"text_bert: shape \(4, 1, 6\)"),
         (lambda d: d["train"].update(text_bert="abc"), "text_bert: str, expected an array of numbers 4 rows"),
+        (lambda d: d["train"].update(regression_labels=np.full(4, -3.0)), "row 0: -3 is not in -1 … 1 .MOSI and MOSEI"),
         (lambda d: d["valid"]["regression_labels_T"].__setitem__(2, np.nan), "valid, regression_labels_T, row 2: nan"),
         (lambda d: d["valid"]["audio"].__setitem__((1, 0, 2), np.inf), "valid, audio, row 1, step 0, column 2: inf"),
         (lambda d: d["valid"]["vision"].__setitem__((3, 0, 1), np.nan), "valid, vision, row 3, step 0, column 1: nan"),

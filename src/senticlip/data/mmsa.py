@@ -196,7 +196,8 @@ def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
             values = _numbers(path, split, key, _get(path, split, part, key), len(ids))
             wrong = np.flatnonzero(~(np.abs(values) <= 1))
             if len(wrong):
-                raise UserError(f"{path}, {split}, {key}, row {wrong[0]}: {values[wrong[0]]} is not in -1 … 1")
+                told = f"{values[wrong[0]]:g} is not in -1 … 1 (MOSI and MOSEI, which have -3 … 3: divide them by 3)"
+                raise UserError(f"{path}, {split}, {key}, row {wrong[0]}: {told}")
             scores[target] = values
     texts: list[Any] = [None] * len(ids)
     if part.get("raw_text") is not None:
