@@ -142,6 +142,15 @@ def test_weights_that_cannot_be_read_are_one_line(tmp_path, broken):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["text.encoder", "vision.encoder", "label.encoder"])
+def test_a_run_is_no_encoder(tmp_path, key):
+    encoders = {"text.encoder": str(text_folder(tmp_path / "text")), "vision.encoder": str(timm_folder(tmp_path / "v"))}
+    experiment = Config().override({**encoders, "text.max_length": 20, "width": 16, "heads": 2})
+    create_model(experiment).save_pretrained(tmp_path / "run")
+    with pytest.raises(UsageError, match=rf"{re.escape(key)}: .*run is a RUN, no encoder's folder"):
+        create_model(experiment.override({key: str(tmp_path / "run")}))
+
+
 @pytest.mark.parametrize("make", [text_folder, clip_folder])
 def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path, make):
     spec = json.loads((make(tmp_path) / "config.json").read_text())

@@ -162,9 +162,12 @@ def loading(folder: Path, key: str) -> Iterator[None]:
 def read_config(folder: Path, key: str) -> dict[str, Any]:
     """The ``config.json`` of an encoder's folder."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UsageError(f"{key}: {folder} holds no readable config.json — it is no encoder's folder") from None
+    if data.get("model_type") == "senticlip":
+        raise UsageError(f"{key}: {folder} is a RUN, no encoder's folder — docs/python.md goes on from one")
+    return data
 
 
 def hf_config(data: dict[str, Any]) -> Any:
