@@ -17,7 +17,7 @@ from senticlip.config import Config
 from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel, train_part
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import Batch, Sequence, UsageError, UserError
 
 
 def learning(module):
@@ -172,6 +172,13 @@ def test_a_run_names_nothing_outside_of_it(folder, where):
     found = SentimentModel.from_pretrained(folder / "run")
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
+
+
+def test_a_modality_by_another_name_is_not_left_out(folder):
+    model = create_model(config(folder))
+    words = Sequence(torch.zeros(1, 3, 16), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(UsageError, match="video: no modality of a Batch — its names are text, vision, audio"):
+        model(Batch({"text": words, "video": words}, {}))
 
 
 def test_an_option_of_transformers_is_not_passed_over(folder):

@@ -17,7 +17,7 @@ from senticlip.config import Config, from_dict
 from senticlip.encoders import hub
 from senticlip.encoders.text import TextEncoder, load_tokenizer
 from senticlip.encoders.vision import VisionEncoder
-from senticlip.structures import Batch, Output, Sequence, UsageError, UserError
+from senticlip.structures import MODALITIES, Batch, Output, Sequence, UsageError, UserError
 
 FORMAT = 1
 
@@ -240,8 +240,10 @@ class SentimentModel(PreTrainedModel):
         """Token ids and pixels → features by modality; modalities that the model does not use are dropped.
 
         Raises:
-            UsageError: raw input of a modality for which the model has no encoder.
+            UsageError: a name that is no modality; raw input of a modality for which the model has no encoder.
         """
+        if unknown := sorted(batch.modalities.keys() - {*MODALITIES}):
+            raise UsageError(f"{unknown[0]}: no modality of a Batch — its names are {', '.join(MODALITIES)}")
         features = {}
         # frames first: they keep a GPU busy while the CPU launches the rest
         for name in sorted(self.experiment.modalities, key=lambda name: name != "vision"):
