@@ -32,6 +32,8 @@ def are_numbers(output: Output) -> torch.Tensor:
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
     """The Predictor of a RUN folder, a hub id, or an ONNX file that ``senticlip export`` wrote.
 
+    Sets torch's threads and matmul precision for the whole process (``runtime.setup``).
+
     Args:
         run: the folder, hub id or file.
         device: cpu, cuda, cuda:N; a GPU if there is one by default.
