@@ -25,7 +25,7 @@ from senticlip import answers, bulk, manifest
 from senticlip.config import Config
 from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
-from senticlip.structures import Clip, UsageError, UserError
+from senticlip.structures import Clip, Prediction, UsageError, UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 ROWS = 26
@@ -110,6 +110,11 @@ def test_rows_are_those_of_predict(run, archive, undisturbed):
     }.items():
         expected = answers.record(predict(**given))
         assert {k: v for k, v in rows[name].items() if k != "id"} == pytest.approx(expected, abs=1e-6), name
+
+
+def test_a_score_beyond_the_labels_is_a_sentiment_within_them():
+    rows = [answers.record(Prediction("positive", {}, {}, {}, score)) for score in (-3.0, 0.25, 2.5)]
+    assert [row["sentiment"] for row in rows] == [-1.0, 0.25, 1.0]
 
 
 def test_the_folder_read_as_one_table_is_the_rows(run, undisturbed):

@@ -31,8 +31,9 @@ FIELDS = [
     ("conflict", pa.float64()),
     ("error", pa.string()),
 ]
-"""The columns of every answer. ``sentiment`` is P(positive) − P(negative) in [-1, 1], or a regression model's score;
-``conflict`` is half the distance of the sentiments of text and video: 0 equal, 1 opposite, empty if one is absent."""
+"""The columns of every answer. ``sentiment`` is P(positive) − P(negative), or a regression model's score, clipped: in
+[-1, 1]. ``conflict`` is half the distance of the sentiments of text and video: 0 equal, 1 opposite, empty if one is
+absent."""
 
 
 def shown(path: str | Path) -> str:
@@ -48,7 +49,10 @@ def record(prediction: Prediction | None, error: UserError | None = None) -> dic
         return row
     row["label"] = prediction.label
     row |= prediction.probabilities
-    row["sentiment"] = _sentiment(prediction.probabilities) if prediction.score is None else prediction.score
+    if prediction.score is None:
+        row["sentiment"] = _sentiment(prediction.probabilities)
+    else:  # a score knows no bounds; clipped, as MMSA's metrics and ours have it
+        row["sentiment"] = min(1.0, max(-1.0, prediction.score))
     for head, probabilities in prediction.modalities.items():
         row |= {f"{head}_{name}": value for name, value in probabilities.items()}
         row[f"weight_{head}"] = prediction.weights.get(head)
