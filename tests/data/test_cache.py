@@ -315,6 +315,7 @@ def test_a_file_that_was_just_written_is_hashed_again(tmp_path, hashed):
     """It may be written again before the clock of the file system ticks."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"one")
+    os.utime(path, (0, 0))  # whatever it says of its age
     for _ in range(2):
         file_keys([path], tmp_path / "cache")
     assert hashed == [path, path]
@@ -376,6 +377,18 @@ def test_workers_give_the_same(tmp_path):
     clips[5] = Clip("gone", tmp_path / "gone.mp4")
     with pytest.raises(UserError, match="gone"):
         frame_store(clips, 3, 16, tmp_path / "three", workers=2)
+
+
+def test_decoding_does_not_run_far_ahead_of_the_asker(tmp_path, monkeypatch):
+    """Or the frames of a whole data set would wait in memory."""
+    read = []
+    monkeypatch.setattr(cache, "read_frames", lambda *piece, **options: read.append(1) or Frames(np.zeros(1), None))
+    rows = cache.decoded([Clip("a", tmp_path)] * 50, 1, 8, workers=1, ahead=4)
+    next(rows)
+    time.sleep(0.05)
+    assert len(read) <= 5
+    assert len(list(rows)) == 49
+    assert len(read) == 50
 
 
 def test_a_bad_clip_among_workers_is_told_and_the_rest_is_kept(tmp_path):

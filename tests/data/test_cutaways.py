@@ -30,6 +30,16 @@ def frames_of(shots: list[int], seed: int) -> np.ndarray:
     return np.stack(frames).clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.parametrize(("pixels", "stays"), [(2, True), (3, False)])
+def test_how_far_a_picture_may_have_moved(pixels, stays):
+    """Of noise, no pixel tells anything of the one beside it."""
+    still = frames_of([0], 7)[0].astype(np.uint8)
+    frames = np.stack([still, still, still, np.roll(still, (-pixels, pixels), (1, 2))])
+    expected = [True, True, True, stays]
+    assert main_shot(frames).tolist() == expected
+    assert runpy.run_path(str(EXAMPLE))["main_shot"](frames).tolist() == expected
+
+
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.permutations([0, 0, 0, 0, 1, 1]))
 def test_what_is_shown_for_a_moment_goes(seed, shots):

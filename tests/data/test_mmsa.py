@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from senticlip.data import unpickle
-from senticlip.data.mmsa import read_features, write_features
+from senticlip.data.mmsa import feature_file, read_features, write_features
 from senticlip.structures import Clip, UserError
 
 STEPS = {"text": (6, 5), "audio": (9, 3), "vision": (7, 4)}
@@ -182,6 +182,7 @@ def broken(change):
         (lambda d: d["train"].update(text_bert="abc"), "text_bert: str, expected an array of numbers 4 rows"),
         (lambda d: d["train"].update(regression_labels=np.full(4, -3.0)), "row 0: -3 is not in -1 … 1 .MOSI and MOSEI"),
         (lambda d: d["valid"]["regression_labels_T"].__setitem__(2, np.nan), "valid, regression_labels_T, row 2: nan"),
+        (lambda d: d["valid"]["regression_labels"].__setitem__(1, 1.4), r"regression_labels, row 1: 1\.4 is not in -1"),
         (lambda d: d["valid"]["audio"].__setitem__((1, 0, 2), np.inf), "valid, audio, row 1, step 0, column 2: inf"),
         (lambda d: d["valid"]["vision"].__setitem__((3, 0, 1), np.nan), "valid, vision, row 3, step 0, column 1: nan"),
         (lambda d: d["valid"].update(raw_text=["x"]), "4 ids, but 1 raw_text"),
@@ -255,6 +256,19 @@ print(top - before)
     assert float(done.stdout) < 150
 
 
+def test_of_several_feature_files_the_usual_one_is_read(tmp_path):
+    folder = tmp_path / "Processed"
+    folder.mkdir()
+    (folder / "readme.txt").touch()
+    (folder / "aligned_50.PKL").touch()
+    assert feature_file(tmp_path) == folder / "aligned_50.PKL"
+    (folder / "mine.pkl").touch()
+    with pytest.raises(UserError, match="unaligned_39.pkl, but there are 2$"):
+        feature_file(tmp_path)
+    (folder / "unaligned_39.pkl").touch()
+    assert feature_file(tmp_path) == folder / "unaligned_39.pkl"
+
+
 def test_every_clip_gets_its_own_row(tmp_path):
     data = made(rows=2)
     data["train"]["id"], data["valid"]["id"], data["test"]["id"] = ["0", "1"], ["1", "0"], ["0", "x"]
@@ -271,22 +285,28 @@ def test_ids_with_other_zeros_meet_where_they_can_be_told_apart(tmp_path):
     assert found.choose("audio", wanted).places.tolist() == [0, 1, 2, 3, -1]
     with pytest.raises(UserError, match=r"film/012\.5 may be film/12\.05 and film/12\.5 — write it"):
         found.choose("audio", [Clip("film/012.5")])
+    with pytest.raises(UserError, match=r"has none of the clips, such as none; its first is v/0001$"):
+        found.choose("audio", [Clip("none")])
 
 
 def test_texts_that_are_not_there_and_long_ones(tmp_path):
     data = made()
     long = "很长的话" * 20_000
+    data["valid"]["raw_text"] = ["", 7, "好", "好"]  # a text of digits may have become a number
     data["test"]["raw_text"] = [None, float("nan"), long, "a" * 70_000]
     for protocol in (3, 5):
         clips = read_features(save(tmp_path / "f.pkl", data, protocol), tmp_path / "cache", ("audio",)).clips
+        assert [clip.text for clip in clips[4:6]] == [None, "7"]
         assert [clip.text for clip in clips[-4:]] == [None, None, long, "a" * 70_000]
 
 
-def test_no_sound_is_0_and_said_once(tmp_path, terminal):
+def test_no_sound_is_0_and_said_once(tmp_path, capsys):
     data = made(audio=(9, 3))
     for split, i in (("train", 0), ("train", 1), ("test", 0)):
         data[split]["audio"][i, 0, 1] = -np.inf
     found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache").rows["audio"].gather(np.arange(12))[0]
+    told = capsys.readouterr().err
+    assert told.count("-inf") == told.count("3 values of audio are -inf") == 1
     assert (found[[0, 1, 8], 0, 1] == 0).all()
     np.testing.assert_allclose(found[0, 0, [0, 2]], data["train"]["audio"][0, 0, [0, 2]])
     data["train"]["vision"][0, 0, 1] = -np.inf

@@ -44,6 +44,7 @@ def test_a_long_clip_is_thinned_evenly(tmp_path):
     [
         ([row(1, 1)], HEADER[:-1], "708 feature columns, expected OpenFace's 709"),
         ([row(1, 1)], ["a", "b"], "no frame"),
+        ([], [], "0 feature columns and no frame"),
         ([row(1, 1), row(2, 1)[:-3]], HEADER, "row 3: 711 columns instead of 714"),
         ([row(1, "x")], HEADER, "row 2: a cell is no number"),
         ([row(1, "nan")], HEADER, "row 2, column f_0: not finite"),
@@ -73,6 +74,14 @@ def test_pieces_of_a_film_share_its_csv(tmp_path):
     bare = write(tmp_path / "bare.csv", [row(1, 1)], [name.replace("timestamp", "time") for name in HEADER])
     with pytest.raises(UserError, match="no timestamp"):
         read_openface(bare, start=1.0)
+
+
+def test_of_a_clips_name_only_a_videos_ending_goes(tmp_path):
+    for name in ("FILM", "news.1/0001"):
+        write(tmp_path / f"{name}.csv", [row(1, 1)])
+    clips = [Clip("FILM.MP4"), Clip("news.1/0001"), Clip("news.2/0001")]
+    _, mask = openface_store(clips, tmp_path, tmp_path / "cache").gather(np.array([0, 1, 2]))
+    assert mask.sum(1).tolist() == [1, 1, 0]
 
 
 def test_a_file_in_the_root_is_of_one_clip(tmp_path):

@@ -62,6 +62,19 @@ def test_a_panning_camera_is_no_cut(tmp_path):
     assert edges(found) == pytest.approx([0, 4, 8], abs=0.25)
 
 
+def test_a_moving_hand_is_no_cut_and_what_is_usual_is_forgotten(tmp_path):
+    """Every picture is as far from the one before as in a cut; in the second of two still shots that is behind us."""
+    pictures = scene(0, 100, move=5) + scene(1, 100) + scene(2, 100)
+    assert edges(shots(film(tmp_path / "hand.mp4", pictures))) == pytest.approx([0, 8, 12], abs=0.25)
+
+
+@pytest.mark.parametrize(("grey", "cuts"), [(120, []), (150, [2])])
+def test_how_large_a_change_is_a_cut(tmp_path, grey, cuts):
+    """From a grey of 100: by 0.08, or by 0.2 of what there is."""
+    pictures = [np.full((64, 96, 3), shade, np.uint8) for shade in (100, grey) for _ in range(50)]
+    assert edges(shots(film(tmp_path / "a.mp4", pictures))) == pytest.approx([0, *cuts, 4], abs=0.25)
+
+
 def test_long_shots_are_cut_into_equal_pieces(tmp_path):
     found = shots(write_film(tmp_path / "long.mp4", ["positive"], seconds=25))
     assert len(found) == 3
