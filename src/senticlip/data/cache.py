@@ -68,11 +68,11 @@ class Store:
         Row by row: fancy indexing of each shard takes 1.3 to 1.7 times as long, since it copies twice.
         """
         indices = np.asarray(indices)
-        lengths, shards = self.lengths[indices], self.shard[indices]
+        lengths = self.lengths[indices]
         longest = max(1, int(lengths.max(initial=0)))
-        sample = self._map(max(0, int(shards.max(initial=-1)))) if self.paths else np.zeros((0, 1), np.float16)
+        sample = self._map(0) if self.paths else np.zeros((0, 1), np.float16)
         values = np.zeros((len(indices), longest, *sample.shape[1:]), sample.dtype)
-        places = zip(shards.tolist(), self.start[indices].tolist(), lengths.tolist(), strict=True)
+        places = zip(self.shard[indices].tolist(), self.start[indices].tolist(), lengths.tolist(), strict=True)
         for row, (shard, start, length) in enumerate(places):
             if length:
                 values[row, :length] = self._map(shard)[start : start + length]
