@@ -94,10 +94,8 @@ def feature_file(data: str | Path) -> Path:
     found = sorted(file for file in (path / "Processed").glob("*") if file.suffix.lower() in SUFFIXES)
     usual = [file for file in found if file.name == "unaligned_39.pkl"]
     if len(usual or found) != 1:
-        told = f"{len(found)} of them" if found else "none"
-        raise UserError(
-            f"{path}: this experiment reads a feature file, Processed/unaligned_39.pkl, but there is {told}"
-        )
+        told = f"there are {len(found)}" if found else "there is none"
+        raise UserError(f"{path}: this experiment reads a feature file, Processed/unaligned_39.pkl, but {told}")
     return (usual or found)[0]
 
 
