@@ -306,9 +306,13 @@ def test_the_card_says_calibrated_only_where_something_was(place):
     assert "(fine-tuned in a stage of its own)" in told
     assert "* audio: log-mel of 33 bands" in told
     assert "* video" not in told
+    assert "in a stage of its own" not in own
+    cut = model_card(settings(place, **{"vision.cutaways": "drop"}), "data", result)
+    assert ["frames of the main shot" in card for card in (cut, own)] == [True, False]
     peer = model_card(settings(place, model="mmaf"), "data", result)
     assert "calibrated on the validation split" in own
     assert "fusion: cross-attention" in own
+    assert f"prompt: {settings(place).prompt}\n" in own
     assert "It is not calibrated" in peer
     assert "temperature" not in peer
     assert "fusion" not in peer

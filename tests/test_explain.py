@@ -20,7 +20,7 @@ from senticlip.config import from_dict
 from senticlip.explain import Explanation, explain, explanation, heated, html, sentences
 from senticlip.explain_set import Answered, _right, explain_set, kind
 from senticlip.models import create_model
-from senticlip.occlusion import Case, alone, characters, cross_attention, occlude, unread, value
+from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.predictor import Predictor
 from senticlip.structures import LABELS, Batch, Clip, Output, Prediction, Sequence, UsageError, UserError
 
@@ -85,6 +85,27 @@ def test_occlusion_is_the_predictor_on_what_is_left(run, video):
     said = alone(predictor, predictor.model.encode(batch))
     for name, case in (("text", cases[2]), ("video", cases[1])):
         assert said[name].probabilities == pytest.approx(case.prediction.probabilities, abs=1e-6)
+
+
+def test_padding_changes_no_case(run, video):
+    """A clip of a set comes out of a batch, with room for longer ones."""
+    predictor = Predictor(run)
+    lone = predictor.batch([Clip("", video, TEXT)])
+    both = predictor.batch([Clip("", video, TEXT), Clip("", video, TEXT + "一二三")])
+    padded = Batch({name: Sequence(part.values[:1], part.mask[:1]) for name, part in both.modalities.items()}, {})
+    assert not padded.modalities["text"].mask.all()
+    for one, two in zip(occlude(predictor, lone, TEXT), occlude(predictor, padded, TEXT), strict=True):
+        assert one[:3] == two[:3]
+        assert one.prediction.probabilities == pytest.approx(two.prediction.probabilities, abs=1e-5)
+
+
+def test_how_far_apart_two_answers_are():
+    def said(*probabilities, score=None):
+        return Prediction("", dict(zip(LABELS, probabilities, strict=True)), {}, {}, score)
+
+    assert change(said(0.2, 0.3, 0.5), said(0.5, 0.3, 0.2)) == pytest.approx(0.3)
+    assert change(said(1, 0, 0), said(0, 0, 1)) == 1
+    assert change(said(1, 0, 0, score=-0.7), said(0, 0, 1, score=0.5)) == pytest.approx(0.6)
 
 
 def test_nothing_is_left_out_that_is_all_there_is(run, video):

@@ -10,6 +10,11 @@ def test_items_side_by_side_are_one_list():
     assert "<body><ul><li>a</li><li>b</li></ul><p>c</p><ul><li>d</li></ul></body>" in page
 
 
+def test_markdown():
+    blocks = [("#", "a"), ("p", "b"), ("li", "c"), ("figure", ("d.svg", "e")), ("##", "f")]
+    assert as_markdown(blocks).split("\n\n") == ["# a", "b", "- c", "![e](d.svg)", "## f\n"]
+
+
 def test_markup_in_a_name_is_text():
     page = as_html([("#", "<b>")], None)
     assert "<h1>&lt;b&gt;</h1>" in page
