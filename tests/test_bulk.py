@@ -192,6 +192,13 @@ def test_a_broken_machine_ends_the_work_and_files_do_not():
     assert ["BugError" in str(error) for _, error, _ in answers.answer(broken, clips)] == [True, True]
 
 
+def test_a_bad_clip_is_not_tried_again_and_good_ones_are_not_either():
+    predictor = FakePredictor()
+    found = list(answers.answer(predictor, [Clip(text, None, text) for text in ("好", "broken", "坏")]))
+    assert [error is None for _, error, _ in found] == [True, False, True]
+    assert predictor.batches == 1 + 3  # all together, and then each alone
+
+
 def test_what_fails_once_is_tried_again():
     class Shaky(FakePredictor):
         def batch(self, clips, **options):

@@ -309,6 +309,7 @@ def test_the_card_says_calibrated_only_where_something_was(place):
     assert "in a stage of its own" not in own
     cut = model_card(settings(place, **{"vision.cutaways": "drop"}), "data", result)
     assert ["frames of the main shot" in card for card in (cut, own)] == [True, False]
+    assert "* text" not in model_card(settings(place, modalities=["vision"]), "data", result)
     peer = model_card(settings(place, model="mmaf"), "data", result)
     assert "calibrated on the validation split" in own
     assert "fusion: cross-attention" in own

@@ -263,7 +263,7 @@ def test_of_several_feature_files_the_usual_one_is_read(tmp_path):
     (folder / "aligned_50.PKL").touch()
     assert feature_file(tmp_path) == folder / "aligned_50.PKL"
     (folder / "mine.pkl").touch()
-    with pytest.raises(UserError, match="unaligned_39.pkl, but there are 2$"):
+    with pytest.raises(UserError, match=r"unaligned_39\.pkl, but there are 2$"):
         feature_file(tmp_path)
     (folder / "unaligned_39.pkl").touch()
     assert feature_file(tmp_path) == folder / "unaligned_39.pkl"
