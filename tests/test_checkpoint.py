@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -200,6 +201,14 @@ def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, fin
     fresh = train(settings(place, width=32), data, tmp_path / "run")  # without --resume it is replaced
     assert fresh["best_epoch"]
     assert weights(tmp_path / "run")["network.temporal.cls"].shape == (32,)
+
+
+@pytest.mark.parametrize("record", [{}, {"experiment": {"a key of another version": 1}}])
+def test_a_run_whose_experiment_cannot_be_read_is_another_one(tmp_path, record):
+    (tmp_path / "metrics.json").write_text(json.dumps({"rows": "", "data": "", **record}))
+    mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "rows": "", "data": ""}
+    with pytest.raises(UserError, match="holds a run of another config — choose another --out"):
+        room.is_finished(tmp_path, mine)
 
 
 def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch, capsys):

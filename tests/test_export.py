@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import runpy
 import shutil
@@ -246,7 +247,9 @@ def products(path):
 
 def test_int8_leaves_the_network_and_what_makes_the_texts_states_narrower(run, tmp_path):
     export(run, tmp_path / "fp32.onnx")
+    level = logging.getLogger().level
     export(run, tmp_path / "int8.onnx", int8=True)
+    assert logging.getLogger().level == level  # it is not ours to silence
     network = [sides for sides, scopes in products(tmp_path / "fp32.onnx") if "model.network" in scopes]
     text = (SMALL["hidden_size"], SMALL["intermediate_size"])  # the frames' encoder has one of this shape, too
     assert sorted(sides for sides, _ in products(tmp_path / "int8.onnx")) == sorted([*network, text])

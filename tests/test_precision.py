@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tests.test_export import make_run, make_video
 
 import senticlip
+from senticlip import quantize
 from senticlip.models.base import SentimentModel
 from senticlip.precision import PRECISIONS, compare, disagreement, lowered, probe
-from senticlip.structures import Clip, Output, UsageError
+from senticlip.structures import Clip, Output, UsageError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,50 @@ def test_scores_are_compared_by_hand():
     two = Output(score=torch.tensor([-0.7, 0.2, 0.6, 1.0]))
     found = disagreement([(one, two)])
     assert found == pytest.approx({"n": 4, "flips": 0.25, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
+
+
+def test_pairs_add_up_to_the_whole():
+    """The farthest row comes in the middle."""
+    random = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(6, 3, generator=random).softmax(1) for _ in range(2))
+    q[[0, 1, 5]] = p[[0, 1, 5]]
+    q[2] = p[2].roll(1)
+    parts = [(Output(log_probs=p[i : i + 2].log()), Output(log_probs=q[i : i + 2].log())) for i in (0, 2, 4)]
+    flips = int((p.argmax(1) != q.argmax(1)).sum())
+    assert flips > 1
+    gap = (p - q).abs()
+    expected = {"n": 6, "flips": flips / 6, "max_difference": float(gap.max()), "mean_difference": float(gap.mean())}
+    assert disagreement(parts) == pytest.approx(expected, abs=1e-6)
+    assert disagreement([]) == {"n": 0, "flips": 0, "max_difference": 0, "mean_difference": 0}
+
+
+def test_what_cannot_be_written_down_is_measured_all_the_same(run, tmp_path, monkeypatch):
+    def full(path, text):
+        raise UserError(f"{path}: the disk is full")
+
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("precision.json", "model-int8.onnx"))
+    monkeypatch.setattr("senticlip.precision.write_text", full)
+    assert senticlip.load(tmp_path / "run", "cpu", "bf16").disagreement["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "avx2 avx512_vnni", "QInt8"),
+        ("AMD64", "avx2 avx_vnni", "QInt8"),
+        ("x86_64", "sse4_2 avx2", "QUInt8"),
+        ("AMD64", None, "QUInt8"),  # Windows, which has no such file
+        ("aarch64", "asimd", "QInt8"),
+        ("arm64", None, "QInt8"),
+    ],
+)
+def test_weights_of_int8_are_those_that_do_not_overflow(tmp_path, monkeypatch, machine, flags, expected):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"flags\t: {flags}\n")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(quantize, "Path", lambda name: tmp_path / Path(name).name)
+    assert quantize.weight_type() == expected
+    assert quantize.recipe().startswith(f"{expected} ")
 
 
 def test_errors(run):
