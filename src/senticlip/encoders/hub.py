@@ -189,7 +189,7 @@ def _sizes(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_code(name: Any) -> bool:
-    """Whether transformers may download code (kernels) for a key of a ``config.json``; the keys of id2label are ints."""
+    """Whether transformers may download code (kernels) for a key of a ``config.json`` (id2label has ints for keys)."""
     return str(name).endswith("_implementation")
 
 
