@@ -248,11 +248,13 @@ def test_the_interface_is_told_without_a_third_party():
     assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
 
 
-def test_one_clip_is_answered_at_a_time():
-    inside, most = threading.Semaphore(1), []
+def test_one_clip_is_answered_at_a_time_and_all_in_one_thread():
+    """Each thread that computes has OpenMP start threads of its own, and keeps memory."""
+    inside, most, where = threading.Semaphore(1), [], set()
 
     def slow():
         most.append(inside.acquire(blocking=False))
+        where.add(threading.get_ident())
         time.sleep(0.05)
         inside.release()
 
@@ -261,6 +263,7 @@ def test_one_clip_is_answered_at_a_time():
         found = list(threads.map(lambda _: client.post("/predict", data={"text": TEXT}).status_code, range(4)))
     assert found == [200] * 4
     assert most == [True] * 4
+    assert len(where) == 1
 
 
 def test_its_health_is_told_while_clips_wait():

@@ -17,11 +17,11 @@ import re
 import shutil
 import socket
 import tempfile
-from asyncio import CancelledError
+from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
 from typing import Annotated, Any
 
 import senticlip
@@ -121,7 +121,8 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     Raises:
         UsageError: a model that reads feature files.
     """
-    one = Lock()
+    # one thread for all clips: OpenMP starts threads, and glibc keeps memory, for each thread that computes
+    one = ThreadPoolExecutor(1)
     modalities = [SURFACE[modality] for modality in reads(predictor.model, predictor.config)]
     if not modalities:
         raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
@@ -138,14 +139,17 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
 
-    @contextmanager
-    def turn() -> Iterator[None]:
-        with one:
+    async def answer(video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
+        words = _words(text)
+
+        def turn() -> Any:
             if ending():
                 raise HTTPException(503, "the server is shutting down")
-            yield
+            with _clip(video, words) as clip:
+                return of(clip)
 
-    # async: not in the thread pool, whose threads may all be waiting for their turn
+        return await get_running_loop().run_in_executor(one, turn)
+
     @answers.head("/", include_in_schema=False)
     @answers.get("/", response_class=HTMLResponse)
     async def home() -> str:
@@ -157,18 +161,19 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
         return {"status": "ok", "model": name, "reads": modalities}
 
     @answers.post("/predict")
-    def predict(video: Video = None, text: Text = None) -> dict[str, Any]:
-        with _clip(video, text) as clip, turn():
-            return predictor(clip.video, clip.text).to_json()
+    async def predict(video: Video = None, text: Text = None) -> Any:
+        return await answer(video, text, lambda clip: predictor(clip.video, clip.text).to_json())
 
     if not explains:
         return answers
 
     @answers.post("/explain", response_class=HTMLResponse)
-    def why(video: Video = None, text: Text = None) -> str:
-        with _clip(video, text) as clip, turn():
+    async def explain(video: Video = None, text: Text = None) -> Any:
+        def why(clip: Clip) -> str:
             found = explanation(predictor, clip)._replace(name=clip.id)
             return html(found, heated(found))
+
+        return await answer(video, text, why)
 
     return answers
 
@@ -204,14 +209,23 @@ def _tell_errors(answers: FastAPI) -> None:
         return JSONResponse({"error": "the server failed; its log says where"}, 500)
 
 
-@contextmanager
-def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
-    """The request as a Clip: the video in a temporary file with the same suffix, ``id`` its name at the sender."""
+def _words(text: str | None) -> str | None:
+    """The text of a request, or None for a blank one.
+
+    Raises:
+        UsageError: too long, or not in UTF-8.
+    """
     text = spoken(text)
     if text is not None and len(text) > LONGEST:
         raise UsageError(f"text: {len(text)} characters — send {LONGEST} at most")
     if text is not None and _is_garbled(text):
         raise UsageError("text: not in UTF-8 — write it to a file in UTF-8 and send -F 'text=<FILE'")
+    return text
+
+
+@contextmanager
+def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
+    """The request as a Clip: the video in a temporary file with the same suffix, ``id`` its name at the sender."""
     if video is None or not video.filename:
         yield Clip("", None, text)
         return
