@@ -28,3 +28,21 @@ def test_calibration_lessens_the_cross_entropy(monkeypatch):
     data = type("Data", (), {"labels": {"M": truth.numpy().astype(np.float32) - 1}})
     checkpoint.calibrate(model, data)
     assert abs(model.network.temperature.item() - 4) < 0.3
+
+
+def test_rows_without_the_modality_or_a_label_do_not_count(monkeypatch):
+    """They would ask for another temperature: their logits promise much, and keep nothing."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(6000, 3, generator=random)
+    truth = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0].float() - 1
+    logits[4000:] = 50 * torch.randn(2000, 3, generator=random)
+    there = torch.ones(6000)
+    there[4000:5000], truth[5000:] = 0, torch.nan
+    heads = {"text": logits, "video": logits}
+    output = Output(heads, logits.log_softmax(-1), {"text": there, "video": torch.zeros(6000)})
+    monkeypatch.setattr(checkpoint, "outputs", lambda model, data: output)
+    model = Model()
+    model.network.temperature = torch.tensor([7.0, 7.0])
+    checkpoint.calibrate(model, type("Data", (), {"labels": {"M": truth.numpy()}}))
+    assert abs(model.network.temperature[0].item() - 1) < 0.1
+    assert model.network.temperature[1] == 7  # no clip of valid has it

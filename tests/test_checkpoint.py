@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tests.test_train import assert_same, furnish, losses, relabelled, settings, weights
 from transformers import Trainer, TrainerState
@@ -211,12 +212,22 @@ def test_a_run_whose_experiment_cannot_be_read_is_another_one(tmp_path, record):
         room.is_finished(tmp_path, mine)
 
 
+def test_a_finished_run_without_its_config_is_not_whole(tmp_path):
+    mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "rows": "", "data": ""}
+    result = {"best_epoch": 2, "valid": {}, "seconds": 1.0, "history": []}
+    (tmp_path / "metrics.json").write_text(json.dumps({**result, **mine}))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert room.is_finished(tmp_path, mine) is None
+    (tmp_path / "config.json").touch()
+    assert room.is_finished(tmp_path, mine) == result
+
+
 def test_a_run_is_left_alone_until_the_new_one_is_done(place, tmp_path, monkeypatch, capsys):
     train(settings(place), place / "data", tmp_path / "run")
+    assert "will replace" not in capsys.readouterr().err  # there was none
     (tmp_path / "run" / "predictions-test-T.csv").write_text("id,truth,predicted", encoding="utf-8")
     kept = [tmp_path / "run" / name for name in ("model.safetensors", "experiment.yaml", "metrics.json", "README.md")]
     before = [path.read_bytes() for path in kept]
-    capsys.readouterr()
     with monkeypatch.context() as patch:
         dies(patch, training, "calibrate", 1)
         with pytest.raises(Killed):
