@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.test_explain import run_folder
 from tests.test_export import make_run, make_video
 
 import senticlip
+import tiny
 from senticlip import quantize
 from senticlip.models.base import SentimentModel
 from senticlip.precision import PRECISIONS, compare, disagreement, lowered, probe
@@ -34,6 +36,14 @@ def test_bf16_is_for_the_encoders(run):
     assert {p.dtype for p in model.encoders["vision"].body.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.network.parameters()} == {torch.float32}
     assert model.encoders["vision"].std.dtype == torch.float32  # pixels are normalised before they are rounded
+
+
+def test_bf16_of_a_network_that_does_not_round_what_it_reads(tmp_path, video):
+    """Chinese-CLIP does, timm's do not."""
+    run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn", "test_resnet"))
+    full, low = (senticlip.load(run, "cpu", precision)(video, "好") for precision in ("fp32", "bf16"))
+    assert low.probabilities == pytest.approx(full.probabilities, abs=0.1)
+    assert low.probabilities != full.probabilities
 
 
 def test_the_probe_is_always_the_same(run):
