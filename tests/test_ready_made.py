@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from tests.data.test_audio import tone, write_wav
 from tests.data.test_mmsa import made
 from tests.data.test_openface import row, write
@@ -63,6 +64,26 @@ def test_sound_is_whitened_by_the_training_set(tmp_path, folder):
     found = np.cov(values[mask].astype(np.float64) @ np.asarray(whiten.turn), rowvar=False, bias=True)
     assert np.abs(found - np.diag(np.diag(found))).max() < 1e-3
     assert len(found) == width
+
+
+def test_a_training_that_starts_from_a_run_keeps_its_whitening(tmp_path, folder):
+    """The layer behind it has learned its directions; features of another width are no start."""
+    first = config("clip_ca_msa")
+    train(first, folder, tmp_path / "run")
+    kept = SentimentModel.from_pretrained(tmp_path / "run").network.whiten.state_dict()
+    file, data = folder / "Processed" / "unaligned_39.pkl", made(rows=12)
+    for split in data.values():
+        split["audio"] = 3 * split["audio"] + 1
+    file.write_bytes(pickle.dumps(data))
+    again = first.override({"start": str(tmp_path / "run")})
+    train(again, folder, tmp_path / "again")
+    found = SentimentModel.from_pretrained(tmp_path / "again").network.whiten.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in kept.items())
+    for split in data.values():
+        split["audio"] = split["audio"][..., :-1]
+    file.write_bytes(pickle.dumps(data))
+    with pytest.raises(UsageError, match="start: width of audio is"):
+        train(again, folder, tmp_path / "third")
 
 
 def test_clips_of_a_feature_file_can_be_split_anew(folder):

@@ -67,6 +67,41 @@ def assert_same(one, other):
         assert torch.equal(value, other[name]), name
 
 
+def test_a_training_that_starts_from_a_run_begins_with_all_of_it(place, tmp_path):
+    """At a rate of 0 it ends with the RUN's weights; neither stages nor the encoders' folders are needed again."""
+    root = furnish(tmp_path / "place")
+    data_folder(root / "data", counts=(10, 6, 6))  # not as many of each class
+    own = {"stages": {"text": {"modalities": ["text"], "train.epochs": 1}}, "modalities": ["text", "vision", "audio"]}
+    first = settings(root, **own, **{"text.train": "full", "train.epochs": 1, "train.balance": "weights"})
+    train(first, root / "data", tmp_path / "first")
+    shutil.rmtree(root / "text")
+    shutil.rmtree(root / "vision")
+    rates = {f"{part}.lr": 0 for part in ("text", "vision", "audio", "label", "train")} | {"train.scalar_lr": 0}
+    again = first.override({"start": str(tmp_path / "first"), "target": "V", "train.balance": "none", **rates})
+    data_folder(tmp_path / "other", counts=(8, 4, 4))
+    train(again, tmp_path / "other", tmp_path / "again")
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "again")
+    assert before["network.class_weights"].tolist() != [1, 1, 1]
+    set_anew = {"network.temperature", "network.class_weights"}
+    assert_same(*({k: v for k, v in one.items() if k not in set_anew} for one in (before, after)))
+    assert after["network.class_weights"].tolist() == [1, 1, 1]
+    assert not (tmp_path / "again" / "stages").exists()
+    train(again.override({"train.lr": 1e-2}), tmp_path / "other", tmp_path / "learned")
+    assert any(not torch.equal(value, before[name]) for name, value in weights(tmp_path / "learned").items())
+
+
+def test_a_run_of_other_parts_is_no_start(place, tmp_path):
+    words = settings(place, **{"modalities": ["text"], "train.epochs": 1})
+    train(words, place / "data", tmp_path / "words")
+    for change, told in [({"width": 32}, "width is 16"), ({"modalities": ["text", "vision"]}, "modalities is")]:
+        with pytest.raises(UsageError, match=f"start: {told}"):
+            create_model(words.override({"start": str(tmp_path / "words"), **change}))
+    kept = weights(tmp_path / "words")
+    with pytest.raises(UserError, match="starts from"):
+        train(words.override({"start": str(tmp_path / "words")}), place / "data", tmp_path / "words")
+    assert_same(kept, weights(tmp_path / "words"))
+
+
 def test_the_seed_decides_every_bit(place, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(settings(place, dropout=0.2), place / "data", tmp_path / name, seed)

@@ -88,6 +88,7 @@ def origin(config: Config, data: str | Path) -> dict[str, Any]:
 def encoder_keys(config: Config) -> dict[str, list[str]]:
     """Hashes of the weight files in the encoders' folders, by folder; encoders from a hub have none."""
     folders = {part.encoder for part in (config.text, config.vision, config.label) if part.encoder}
+    folders |= {config.start} if config.start else set()
     files = {name: [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")] for name in sorted(folders)}
     keys = file_keys((path for found in files.values() for path in found), cache_root())
     return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
@@ -140,8 +141,10 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
     """Record in ``out`` what is trained there, and delete the checkpoints of another training.
 
     Raises:
-        UserError: files that are no run's are where a run's would be.
+        UserError: files that are no run's are where a run's would be; ``out`` is the RUN that the training starts from.
     """
+    if (start := mine["experiment"]["start"]) and Path(start).resolve() == out.resolve():
+        raise UserError(f"{out}: is the RUN that the training starts from — choose another --out")
     folder = out / CHECKPOINTS
     begun, finished = read_json(folder / "origin.json"), read_metrics(out)
     if not begun and not finished and (foreign := [name for name in WRITTEN if _holds(out / name)]):

@@ -33,8 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("vision.train_frames", "audio.average", "train.epochs", "train.batch_size"), (1, MOST)),
     **dict.fromkeys(("train.accumulation", "train.patience"), (1, MOST)),
     **dict.fromkeys(("text.lr", "vision.lr", "audio.lr", "label.lr", "train.lr", "train.scalar_lr"), (0, MOST)),
-    **dict.fromkeys(("focal_gamma", "vision.augment", "audio.own"), (0, MOST)),
-    **dict.fromkeys(("train.weight_decay", "train.clip_norm"), (0, MOST)),
+    **dict.fromkeys(("focal_gamma", "vision.augment", "audio.own", "train.weight_decay", "train.clip_norm"), (0, MOST)),
     **dict.fromkeys(("train.modality_dropout", "train.recombine", "train.mislead"), (0, 1)),
     **dict.fromkeys(("dropout", "train.warmup", "train.label_smoothing"), (0, 0.99)),
     "train.ema": (0, 0.99999),
@@ -64,8 +63,8 @@ class TextConfig:
 class VisionConfig:
     """Frames and the network that reads them (a Chinese-CLIP model or any timm network).
 
-    ``cutaways: drop`` keeps the frames of a clip's main shot only, if it fills more than half of the clip; a cutaway
-    shows a listener or a place for a moment. The frames that are left out take no temporal position.
+    ``cutaways: drop`` keeps the frames of a clip's main shot only, if it fills more than half of the clip. The frames
+    that are left out take no temporal position.
     """
 
     encoder: str = "OFA-Sys/chinese-clip-vit-base-patch16"
@@ -137,7 +136,8 @@ class Config:
     """One experiment: a model, its parts, its data protocol and its training.
 
     ``stages`` are trainings that come first, each a name and the dotted keys that differ (``{"text": {"modalities":
-    ["text"], "target": "T", "train.epochs": 5}}``); the encoders that they trained start the main one.
+    ["text"], "target": "T", "train.epochs": 5}}``); the encoders that they trained start the main one. With ``start``,
+    a RUN of the same parts, its weights start it instead.
     """
 
     model: Model = "clip_ca_msa"
@@ -155,6 +155,7 @@ class Config:
     dropout: float = 0.1
     focal_gamma: float = 2.0
     seed: int = 0
+    start: str | None = None
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -181,9 +182,7 @@ class Config:
         if self.model == "clip_ca_msa" and self.options:
             raise UsageError(f"options: {', '.join(map(str, self.options))} — clip_ca_msa has none, the peers have")
         if self.model == "self_mm" and (self.train.recombine or self.train.mislead or self.train.balance == "sampler"):
-            raise UsageError(
-                "train: self_mm keeps a label for each row — recombine and mislead: 0, balance: no sampler"
-            )
+            raise UsageError("train: self_mm keeps a label for each row — recombine, mislead: 0, balance: no sampler")
         if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", str(name))]:
             raise UsageError(f"stages: {wrong[0]!r} names a folder of RUN — letters, digits, - and _ only")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:

@@ -107,12 +107,12 @@ def train(
 def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
     """The stages that share a modality with the main training, by name, in the order in which they are trained.
 
-    Where ``data`` lacks a stage's label, it is trained on the main training's.
+    Where ``data`` lacks a stage's label, it is trained on the main training's. With ``start`` there are none.
     """
     clips = read_clips(data, None, config.protocol, config.seed)
     there = {label for clip in clips for label in clip.labels}
     needed = {}
-    for name in config.stages:
+    for name in () if config.start else config.stages:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from senticlip.config import FROM_FILE, Config
+from senticlip.config import FROM_FILE, Config, dotted
 from senticlip.encoders import text as text_encoder
 from senticlip.encoders import vision as vision_encoder
 from senticlip.models.base import SenticlipConfig, SentimentModel
@@ -28,18 +28,28 @@ MODELS: dict[str, Any] = {
 }
 """The network of each name; ``config.Model`` lists the names, too, and refuses others."""
 
+TRAINING = (
+    *("target", "protocol", "seed", "start", "stages", "dropout", "focal_gamma", "train."),
+    *("text.train", "text.lr", "vision.train", "vision.lr", "vision.augment", "audio.lr", "label.lr"),
+)
+"""Beginnings of the config keys that say how a model is trained, not what it is."""
+
 
 def create_model(config: Config, dims: dict[str, int] | None = None) -> SentimentModel:
     """A model with its pretrained encoders (or random ones, where the config says so) and a fresh network.
+
+    With ``config.start``, all of it has that RUN's weights instead.
 
     Args:
         config: the experiment.
         dims: feature widths of the modalities that come as features (feature files, audio): they get no encoder.
 
     Raises:
-        UsageError: an encoder that cannot be found, parts that do not fit together.
+        UsageError: an encoder that cannot be found, parts that do not fit together, or not to ``start``.
     """
     widths = {name: width for name, width in (dims or {}).items() if name in config.modalities}
+    if config.start is not None:
+        return _continued(config, widths)
     parts: dict[str, Any] = {}
     folders: dict[str, Any] = {}
     tokens: dict[str, torch.Tensor] = {}
@@ -67,6 +77,28 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
     model.tokenizer = tokenizer
     _start(model, parts, folders, tokens)
     return model
+
+
+def _continued(config: Config, widths: dict[str, int]) -> SentimentModel:
+    """The model of the RUN ``config.start``, to be trained as ``config`` says; what is set by the data is set anew."""
+    saved = SentimentModel.from_pretrained(str(config.start))
+    its, ours = _architecture(saved.experiment), _architecture(config)
+    for name, width in widths.items():  # of features: an encoder's is its own
+        its[f"width of {name}"], ours[f"width of {name}"] = saved.config.dims.get(name), width
+    for key, value in ours.items():
+        if its[key] != value:
+            raise UsageError(f"start: {key} is {its[key]} in {config.start}, {value} here — use its experiment.yaml")
+    model = SentimentModel(SenticlipConfig(config.to_dict(), saved.config.encoders, saved.config.dims))
+    model.load_state_dict(saved.state_dict())
+    model.tokenizer = saved.tokenizer
+    for name, buffer in model.network.named_buffers(recurse=False):
+        if name in ("temperature", "class_weights"):
+            buffer.fill_(1)
+    return model
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in dotted(config.to_dict()).items() if not key.startswith(TRAINING)}
 
 
 def _words(tokenizer: Any, text: str) -> torch.Tensor:

@@ -176,8 +176,8 @@ class ClipCaMsa(nn.Module):
 
     @torch.no_grad()
     def prepare(self, training: Any) -> None:
-        """Compute the whitening of the audio from the training set (a ClipSet)."""
-        if self.whiten is not None:
+        """Compute the whitening of the audio from the training set (a ClipSet); a RUN that goes on keeps its own."""
+        if self.whiten is not None and self.config.start is None:
             store = training.stores["audio"]
             parts = map(store.gather, np.array_split(np.arange(len(store)), 1 + len(store) // 64))
             self.whiten.learn(torch.from_numpy(values[mask]) for values, mask in parts)
