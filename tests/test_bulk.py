@@ -23,6 +23,7 @@ from tests.tiny import write_clip
 import senticlip
 from senticlip import answers, bulk, manifest
 from senticlip.config import Config
+from senticlip.data import subtitles
 from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
 from senticlip.structures import Clip, Prediction, UsageError, UserError
@@ -139,9 +140,16 @@ def test_a_piece_that_ends_at_zero_has_no_words(tmp_path):
     (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\n真好\n", encoding="utf-8")
     (tmp_path / "m.csv").write_text("id,path,subtitles,end\nx,a.mp4,a.srt,0\n", encoding="utf-8")
     worker = object.__new__(bulk.Worker)
-    worker.root = tmp_path
+    worker.root, worker.lines = tmp_path, subtitles.read
     (row,) = manifest.read(tmp_path / "m.csv")
     assert worker._clip(row) == Clip("x", tmp_path / "a.mp4", None, end=0.0)
+
+
+def test_the_subtitles_of_a_film_are_read_once(run, archive, tmp_path, monkeypatch):
+    seen, read = [], subtitles.read
+    monkeypatch.setattr(subtitles, "read", lambda path: seen.append(path.name) or read(path))
+    list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert seen.count("0.srt") == 1
 
 
 def test_an_error_of_no_kind_that_we_know_costs_one_row(run, archive, undisturbed, tmp_path, monkeypatch):

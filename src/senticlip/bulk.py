@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ class Worker:
         self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         if threads:
             runtime.setup(threads)
+        self.lines = lru_cache(8)(subtitles.read)  # the rows of a film follow each other
         self.parts = pq.ParquetFile(open(job["parts"], "rb"))  # noqa: SIM115 — as long as this lives
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +264,7 @@ class Worker:
                 raise UserError(f"{row['id']}: {name} {row[name]!r} is no time in seconds")
         text = row["text"]
         if text is None and row["subtitles"] is not None:
-            lines = subtitles.read(located(self.root, row["subtitles"]))
+            lines = self.lines(located(self.root, row["subtitles"]))
             begin, end = times["start"] or 0.0, float("inf") if times["end"] is None else times["end"]
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
         if path is None and text is None:

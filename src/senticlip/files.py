@@ -49,23 +49,24 @@ def is_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, what: str, patience: float = 0) -> Iterator[None]:
+def alone(folder: Path, what: str, patience: float = 0, key: str = "--out") -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is missing; the kernel frees the lock of a killed process.
 
     Args:
         folder: where this process will write.
         what: the work, for the message: "another ``what`` is writing here".
         patience: seconds to wait for another process.
+        key: the setting that names another folder, for messages.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be written to.
     """
-    lock = FileLock(make_folder(folder) / ".lock")
+    lock = FileLock(make_folder(folder, key) / ".lock")
     with suppress(NotImplementedError):  # some network file systems have no locks
         try:
             lock.acquire(timeout=patience)
         except Timeout:
-            raise UserError(f"{folder}: another {what} is writing here — wait, or choose another --out") from None
+            raise UserError(f"{folder}: another {what} is writing here — wait, or choose another {key}") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be written — {error.strerror or error}") from None
     try:
@@ -79,7 +80,7 @@ def abandoned(path: Path) -> bool:
     return time.time() - path.stat().st_mtime > ABANDONED
 
 
-def make_folder(out: str | Path) -> Path:
+def make_folder(out: str | Path, key: str = "--out") -> Path:
     """The folder to write to, made if it is missing.
 
     Raises:
@@ -89,7 +90,7 @@ def make_folder(out: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {folder}: no folder to write to — {error.strerror}") from None
+        raise UsageError(f"{key} {folder}: no folder to write to — {error.strerror}") from None
     return folder
 
 

@@ -58,7 +58,7 @@ def classification(truth: ArrayLike, predicted: ArrayLike, probabilities: ArrayL
         **{name: float(scores[name]) for name in names},
         "per_class": per_class,
         "confusion": counts.tolist(),
-        "ece": None if probabilities is None else calibration(truth, probabilities)["ece"],
+        "ece": None if probabilities is None else calibration_error(truth, probabilities),
         "n": int(counts.sum()),
     }
 
@@ -77,25 +77,13 @@ def from_confusion(counts: ArrayLike) -> dict[str, NDArray[np.float64]]:
     return scores
 
 
-def calibration(truth: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> dict[str, Any]:
-    """Expected calibration error of the top class (Guo et al. 2017) and its reliability diagram.
-
-    Returns:
-        ``ece``, and per bin of equal width ``confidence``, ``accuracy`` (0 where empty) and ``count``.
-    """
+def calibration_error(truth: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error (ECE) of the top class, in bins of equal width (Guo et al. 2017)."""
     truth, probabilities = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
     top, right = probabilities.max(-1), probabilities.argmax(-1) == truth
     place = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    confidence = _ratio(np.bincount(place, top, bins), count)
-    accuracy = _ratio(np.bincount(place, right, bins), count)
-    ece = float(_ratio((count * np.abs(accuracy - confidence)).sum(), count.sum()))
-    return {
-        "ece": ece,
-        "confidence": confidence.tolist(),
-        "accuracy": accuracy.tolist(),
-        "count": count.tolist(),
-    }
+    gaps = np.abs(np.bincount(place, right, bins) - np.bincount(place, top, bins))
+    return float(_ratio(gaps.sum(), len(truth)))
 
 
 def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:

@@ -70,7 +70,7 @@ def _int8_twin(run: Path, weights: str) -> Any:
     """The int8 ONNX file of a RUN, made once for these weights and kept in it, or in the cache if it is read-only."""
     folder = run if os.access(run, os.W_OK) else cache_root() / "int8" / weights
     file = folder / "model-int8.onnx"
-    with alone(folder, "export", PATIENCE):  # the workers of bulk come at once
+    with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # the workers of bulk come at once
         with suppress(UserError):  # not there yet, or damaged
             made = OnnxModel(file)
             if (made.weights, made.int8) == (weights, recipe()):
