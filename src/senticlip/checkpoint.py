@@ -86,10 +86,9 @@ def origin(config: Config, data: str | Path) -> dict[str, Any]:
 
 
 def encoder_keys(config: Config) -> dict[str, list[str]]:
-    """Hashes of the weight files in the encoders' folders, by folder; encoders from a hub have none."""
-    folders = {part.encoder for part in (config.text, config.vision, config.label) if part.encoder}
-    folders |= {config.start} if config.start else set()
-    files = {name: [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")] for name in sorted(folders)}
+    """Hashes of the weight files in the folders of encoders and ``start``, by folder; what is on a hub has none."""
+    folders = {config.text.encoder, config.vision.encoder, config.label.encoder, config.start}
+    files = {f: [*Path(f).glob("*.safetensors"), *Path(f).glob("*.bin")] for f in sorted(filter(None, folders))}
     keys = file_keys((path for found in files.values() for path in found), cache_root())
     return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
 

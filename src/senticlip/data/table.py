@@ -129,7 +129,8 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
     else:
-        columns = {} if _is_foreign_header(lines) else _guess(lines)
+        columns = _guess(lines)
+        columns = {} if _is_foreign_header(first, columns) else columns
     if "label" not in columns and "annotation" in columns:
         columns["label"] = columns["annotation"]
     ids = {"video_id", "clip_id"} <= set(columns)
@@ -141,13 +142,12 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
     return columns, lines
 
 
-def _is_foreign_header(lines: list[Line]) -> bool:
+def _is_foreign_header(first: list[str], columns: dict[str, int]) -> bool:
     """Whether the first line names the columns by names that nobody knows: no number in it, no file, and no label where
     the others have theirs."""
-    first = lines[0].cells
     if any(finite(cell) is not None or cell.casefold().endswith(VIDEO_SUFFIXES) for cell in first):
         return False
-    index = next((column for name, column in _guess(lines).items() if name in ("label", "annotation")), len(first))
+    index = next((column for name, column in columns.items() if name in ("label", "annotation")), len(first))
     return index < len(first) and score(first[index]) is None
 
 

@@ -166,7 +166,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
     except (OSError, ValueError):
         raise UsageError(f"{key}: {folder} holds no readable config.json — it is no encoder's folder") from None
     if data.get("model_type") == "senticlip":
-        raise UsageError(f"{key}: {folder} is a RUN, no encoder's folder — docs/python.md goes on from one")
+        raise UsageError(f"{key}: {folder} is a RUN, no encoder's folder — start={folder} goes on from it")
     return data
 
 
