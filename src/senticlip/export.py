@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 
 from senticlip.config import from_dict
 from senticlip.data.sims import read_clips
-from senticlip.files import abandoned, disk
+from senticlip.files import workshop
 from senticlip.models.base import SentimentModel
 from senticlip.progress import spinner
 from senticlip.quantize import quantize, recipe
@@ -107,7 +104,7 @@ def export(
     out = Path(out)
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the name must end in .onnx, as senticlip knows an exported file by that")
-    _need("onnx")
+    need("onnx")
     from senticlip.precision import compare
     from senticlip.predictor import Predictor
 
@@ -121,22 +118,12 @@ def export(
         raise UsageError(f"{run}: only CLIP-CA-MSA that reads clips has an ONNX form (and int8), not this one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        made = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
-        with disk(out), made as folder, spinner(f"exporting {out.name}"):
-            os.replace(_made(predictor, Path(folder), int8), out)
+        with workshop(out) as folder, spinner(f"exporting {out.name}"):
+            os.replace(_made(predictor, folder, int8), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
     result: dict[str, Any] = {"file": str(out), "int8": int8, "bytes": out.stat().st_size}
     return result if data is None else {**result, "disagreement": compare(predictor, Predictor(out), clips)}
-
-
-def _sweep(out: Path) -> None:
-    """Remove the temporary folders of killed exports of this file."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"):
-        with suppress(OSError):  # gone meanwhile, or not ours
-            if abandoned(left):
-                shutil.rmtree(left)
 
 
 def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
@@ -156,7 +143,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
     made = folder / "model.onnx"
     trace(model).save(str(made))
     if int8:
-        _need("onnxruntime")
+        need("onnxruntime")
         made = quantize(made)
     proto = onnx.load(str(made))
     onnx.helper.set_model_props(proto, {"senticlip": json.dumps(about, ensure_ascii=False), "tokenizer": tokenizer})
@@ -166,7 +153,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
 
 def trace(model: SentimentModel) -> Any:
     """The ONNX program of a model."""
-    _need("onnxscript")
+    need("onnxscript")
     graph = Graph(model).eval().float()
     names, inputs, shapes = [], [], []
     rows = torch.export.Dim("batch")
@@ -181,7 +168,7 @@ def trace(model: SentimentModel) -> Any:
         shapes += [{0: rows} if length is None else {0: rows, 1: length}] * 2
     heads = list(model.experiment.modalities)
     outputs = ["log_probs", *(f"{kind}_{name}" for kind in ("logits", "weight", "alone") for name in heads)]
-    with _exportable():
+    with exportable():
         return torch.onnx.export(
             graph,
             tuple(inputs),
@@ -194,7 +181,7 @@ def trace(model: SentimentModel) -> Any:
 
 
 @contextmanager
-def _exportable() -> Iterator[None]:
+def exportable() -> Iterator[None]:
     """Turn off torch's fused Transformer layers, which cannot be exported, and the exporter's messages."""
     before = torch.backends.mha.get_fastpath_enabled()
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
@@ -221,11 +208,16 @@ def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
     return torch.zeros(*shape, 3, size, size, dtype=torch.uint8)
 
 
-def _need(name: str) -> Any:
+def need(name: str) -> Any:
+    """A package of the extra ``onnx``.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         return __import__(name)
     except ImportError:
-        raise UsageError(f"ONNX needs {name}: pip install 'senticlip[onnx]'") from None
+        raise UsageError(f"{name} is not installed: pip install 'senticlip[onnx]'") from None
 
 
 class OnnxModel:
@@ -240,7 +232,7 @@ class OnnxModel:
             raise UsageError(f"{path}: no such file — senticlip export RUN --out F.onnx makes one")
         if str(path) != whole(str(path)):
             raise UserError(f"{path}: onnxruntime opens no path that is not UTF-8 — rename it")
-        runtime = _need("onnxruntime")
+        runtime = need("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3

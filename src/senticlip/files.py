@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -78,6 +81,21 @@ def alone(folder: Path, what: str, patience: float = 0, key: str = "--out") -> I
 def abandoned(path: Path) -> bool:
     """Whether an unfinished file or folder is so old that its writer must have been killed."""
     return time.time() - path.stat().st_mtime > ABANDONED
+
+
+@contextmanager
+def workshop(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out``, in which it is made before it is renamed; those of killed processes go.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"):
+        with suppress(OSError):  # gone meanwhile, or not ours
+            if abandoned(left):
+                shutil.rmtree(left)
+    with disk(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        yield Path(folder)
 
 
 def make_folder(out: str | Path, key: str = "--out") -> Path:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.checkpoint import read_json
-from senticlip.export import OnnxModel, export
+from senticlip.compiled import compile_encoders, recipe
 from senticlip.files import alone, write_text
 from senticlip.metrics import score_class
 from senticlip.progress import watched
-from senticlip.quantize import recipe
 from senticlip.sources import cache_root, fingerprint, hears
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
@@ -31,22 +30,23 @@ PATIENCE = 1800.0
 
 
 def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
-    """The model of a RUN in bf16 (its encoders) or int8, and its ``disagreement`` with fp32 on synthetic input.
+    """The model of a RUN with its encoders in bf16 or int8, and its ``disagreement`` with fp32 on synthetic input.
 
-    It is measured once for these weights, and kept in ``RUN/precision.json``; the int8 ONNX file is kept, too.
+    It is measured once for these weights, and kept in ``RUN/precision.json``. On a CPU the encoders are compiled once,
+    into ``RUN/openvino`` (or the cache, if RUN is read-only). int8 is for CPUs, wherever the model was.
 
     Raises:
-        UsageError: a model without an encoder; int8 without onnxruntime, or of a model that cannot be exported.
+        UsageError: a model without an encoder; on a CPU without OpenVINO. UserError: an encoder cannot be compiled.
     """
     if not model.encoders:
         raise UsageError(f"--precision {precision}: {run} reads feature files, it has no encoder to compute in less")
     place, weights = run / "precision.json", fingerprint(model)
-    known, name = _measured(place, weights), f"{precision} on {model.device.type}"
-    if precision == "int8":
-        name += f" ({recipe()})"  # another processor, another file
+    on_gpu = precision == "bf16" and model.device.type != "cpu"
+    model = model if on_gpu else model.to("cpu")
+    known, name = _measured(place, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"
     batch = probe(model, model.experiment)
     before = None if name in known else _answer(model, batch)
-    model = _to_bf16(model) if precision == "bf16" else _int8_twin(run, weights)
+    model = _to_bf16(model) if on_gpu else _compiled(model, run, weights, precision)
     if before is not None:
         known[name] = disagreement([(before, _answer(model, batch))])
         with suppress(UserError, OSError):  # a read-only RUN is measured each time
@@ -66,17 +66,11 @@ def _measured(place: Path, weights: str) -> dict[str, Any]:
     return known if known.pop("weights", None) == weights else {}
 
 
-def _int8_twin(run: Path, weights: str) -> Any:
-    """The int8 ONNX file of a RUN, made once for these weights and kept in it, or in the cache if it is read-only."""
-    folder = run if os.access(run, os.W_OK) else cache_root() / "int8" / weights
-    file = folder / "model-int8.onnx"
+def _compiled(model: Any, run: Path, weights: str, precision: str) -> Any:
+    """The model with compiled encoders, which are kept in its RUN, or in the cache if that is read-only."""
+    folder = run if os.access(run, os.W_OK) else cache_root() / "openvino" / weights
     with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # the workers of bulk come at once
-        with suppress(UserError):  # not there yet, or damaged
-            made = OnnxModel(file)
-            if (made.weights, made.int8) == (weights, recipe()):
-                return made
-        export(run, file, int8=True)
-        return OnnxModel(file)
+        return compile_encoders(model, folder, weights, precision)
 
 
 def _to_bf16(model: Any) -> Any:
@@ -89,8 +83,6 @@ def _to_bf16(model: Any) -> Any:
         for part in (body, encoder.get_submodule("projection")):
             part.bfloat16()
         body.register_forward_pre_hook(_cast, with_kwargs=True)
-        if encoder.kind == "chinese_clip" and model.device.type == "cpu":
-            body.set_attn_implementation("eager")  # torch's fused attention takes 4 % of the whole longer there
     return model
 
 

@@ -156,7 +156,7 @@ def encoded(
         root: of the caches.
     """
     encoder: Any = model.encoders[name].eval()
-    device = next(encoder.parameters()).device
+    device = model.device
 
     @torch.inference_mode()
     def features(chunk: list[np.ndarray]) -> Iterator[np.ndarray]:

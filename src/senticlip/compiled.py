@@ -1,0 +1,181 @@
+"""The encoders of a RUN, compiled by OpenVINO for this machine's processor, in bf16 or int8."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from senticlip.encoders.vision import TOGETHER
+from senticlip.export import exportable, need
+from senticlip.files import workshop
+from senticlip.structures import Sequence, UserError
+
+GROUP = 384
+"""Inputs of an int8 product that share a scale: of 128, 256, 384 and 768, this and 256 were fastest (ViT-B/16)."""
+
+FORMAT = 1
+"""Of the twin's files; raise it when the graphs change."""
+
+
+class CompiledEncoder(nn.Module):
+    """A twin of an encoder: the same input, the same output up to its precision, no gradient and no inner states.
+
+    Shape:
+        as the encoder's: text ids B×n, or frames B×m×3×S×S uint8, with their mask → Sequence B×…×d
+    """
+
+    kind = "compiled"  # there are no heat maps of it
+
+    def __init__(self, encoder: Any, graph: Any, about: str) -> None:
+        super().__init__()
+        self.dim, self.size, self.body = encoder.dim, getattr(encoder, "size", None), None
+        self.request, self.lock = graph.create_infer_request(), Lock()
+        # in its state dict, as an encoder's weights are: another twin has other features
+        self.register_buffer("about", torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8))
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        with self.lock:  # a request is for one thread at a time
+            return torch.from_numpy(np.array(self.request.infer([part.numpy() for part in inputs])[0]))
+
+    def forward(self, given: Sequence) -> Sequence:
+        """Encode; masked frames are zero, and a few frames at a time stay in the processor's caches."""
+        values, mask = given
+        if self.size is None:
+            return Sequence(self._run(values, mask), mask)
+        states = torch.zeros(mask.numel(), self.dim)
+        for rows in mask.flatten().nonzero()[:, 0].split(TOGETHER):
+            if len(rows):
+                states[rows] = self._run(values.flatten(0, 1)[rows])
+        return Sequence(states.unflatten(0, mask.shape), mask)
+
+
+class _Plain(nn.Module):
+    """An encoder as a function of tensors."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Frames N×3×S×S uint8, or ids and mask B×n → states."""
+        if len(inputs) == 1:
+            return self.encoder.images(self.encoder.normalize(*inputs))
+        return self.encoder(Sequence(*inputs)).values
+
+
+def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> Any:
+    """Put its compiled twins in the place of a model's encoders.
+
+    Args:
+        model: on the CPU.
+        folder: where the twins are kept, ``folder/openvino``; made there if those of ``weights`` are not.
+        weights: what identifies the model's weights.
+        precision: bf16, or int8 (the weights of matrix products, and their inputs; the rest in bf16). Where the
+            processor has no units for it, and in int8 networks without a product, fp32.
+
+    Raises:
+        UsageError: OpenVINO or ONNX is not installed. UserError: an encoder cannot be compiled.
+    """
+    core, place = need("openvino").Core(), folder / "openvino"
+    need("onnxscript")
+    mark = place / "of.txt"
+    if not mark.is_file() or mark.read_text() != f"{FORMAT} {weights}":
+        _make(model, place, f"{FORMAT} {weights}")
+    for name, encoder in model.encoders.items():
+        graph = core.read_model(place / f"{name}.xml")
+        low = precision == "bf16" or _to_int8(graph)
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if precision == "int8" else 0,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+            "CPU_RUNTIME_CACHE_CAPACITY": 0,  # of kernels, one set for each length of text: hundreds of MiB
+        }
+        compiled = core.compile_model(graph, "CPU", options)
+        model.encoders[name] = CompiledEncoder(encoder, compiled, f"{weights} {precision} {recipe()}")
+    return model
+
+
+def _make(model: Any, place: Path, mark: str) -> None:
+    """Write the encoders' graphs, weights in fp16."""
+    openvino = need("openvino")
+    with workshop(place) as folder:
+        whole = folder / "whole"
+        whole.mkdir()
+        for name, encoder in model.encoders.items():
+            try:
+                _trace(encoder, name, model.experiment).save(str(folder / "graph.onnx"))
+                openvino.save_model(openvino.Core().read_model(folder / "graph.onnx"), whole / f"{name}.xml")
+            except Exception as error:
+                cause = error.__cause__ or error  # the exporter's own message is advice for those who debug it
+                reason = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
+                raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave --precision out") from error
+        (whole / "of.txt").write_text(mark)
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(whole, place)
+
+
+def _trace(encoder: Any, name: str, config: Any) -> Any:
+    """The ONNX program of an encoder, for any number of rows and of characters."""
+    rows = torch.export.Dim("rows")
+    if name == "vision":
+        inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, encoder.size, encoder.size, dtype=torch.uint8),)
+        shapes: list[Any] = [{0: rows}]
+    else:
+        length = torch.export.Dim("length", min=1, max=config.text.max_length)
+        inputs = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+        shapes = [{0: rows, 1: length}] * 2
+    with exportable():
+        return torch.onnx.export(
+            _Plain(encoder).eval(), inputs, dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False
+        )
+
+
+def _to_int8(graph: Any) -> int:
+    """Store the weights of a graph's matrix products in int8, a scale for each output; returns how many there are.
+
+    OpenVINO then rounds each product's input to int8 as well, while it runs.
+    """
+    from openvino import opset13 as ops
+
+    count = 0
+    for node in graph.get_ops():
+        weight = _weight(node) if node.get_type_name() == "MatMul" else None
+        if weight is None:
+            continue
+        inner = 1 if node.get_attributes()["transpose_b"] else 0
+        scale = np.maximum(np.abs(weight).max(inner, keepdims=True), 1e-12) / 127
+        small = ops.convert(ops.constant(np.round(weight / scale).astype(np.int8)), "f32")
+        node.input(1).replace_source_output(ops.multiply(small, ops.constant(scale.astype(np.float32))).output(0))
+        count += 1
+    return count
+
+
+def _weight(product: Any) -> np.ndarray | None:
+    """The second factor of a product if it is a constant matrix (fp16 in the file, followed by a conversion)."""
+    node = product.input(1).get_source_output().get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input(0).get_source_output().get_node()
+    if node.get_type_name() != "Constant" or len(node.shape) != 2:
+        return None
+    return node.get_data().astype(np.float32)
+
+
+@cache
+def capabilities() -> list[str]:
+    """What this processor can compute in, as OpenVINO names it: FP32, INT8, BF16 …"""
+    return list(need("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def recipe() -> str:
+    """What a twin's answers hang on besides its weights."""
+    return f"OpenVINO {need('openvino').__version__}, {' '.join(capabilities())}"
