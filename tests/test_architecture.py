@@ -16,7 +16,7 @@ LEVELS = [
     {"data", "encoders", "losses"},
     {"models"},
     {"sources", "checkpoint", "card", "tables"},
-    {"predictor", "precision", "export", "quantize"},
+    {"predictor", "precision", "compiled", "export", "quantize"},
     {"trainee", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
     | {"cut", "cam", "occlusion", "explain", "explain_set", "serve"},
     {"layout", "results", "reproduce", "pretrain", "demo"},

@@ -25,8 +25,8 @@ from senticlip.data.sims import read_clips
 from senticlip.files import workshop
 from senticlip.models.base import SentimentModel
 from senticlip.progress import spinner
-from senticlip.quantize import quantize, recipe
-from senticlip.sources import fingerprint, reads
+from senticlip.quantize import quantize
+from senticlip.sources import reads
 from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError, whole
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
 
     model, config = predictor.model, predictor.config
     about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model, config)}
-    about |= {"experiment": config.to_dict(), "weights": fingerprint(model), "int8": recipe() if int8 else None}
-    about["temperature"] = model.network.temperature.tolist()
+    about |= {"experiment": config.to_dict(), "temperature": model.network.temperature.tolist()}
     if "vision" in model.encoders:
         about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
     tokenizer = ""
@@ -251,7 +250,6 @@ class OnnxModel:
         self.experiment = from_dict(about["experiment"])
         self.names = about["names"]
         self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in self.names if name != "audio"}
-        self.weights, self.int8 = about.get("weights"), about.get("int8")
         self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 

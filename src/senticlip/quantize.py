@@ -61,8 +61,3 @@ def weight_type() -> str:
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return "QUInt8" if x86 and not (info.is_file() and "vnni" in info.read_text()) else "QInt8"
-
-
-def recipe() -> str:
-    """What identifies our quantisation; raise the number when it changes, so that a RUN's int8 file is made anew."""
-    return f"{weight_type()} 3"

@@ -1,7 +1,7 @@
 """A model behind HTTP: JSON for programs, and a page to try it on a clip.
 
     POST /predict   form fields ``video`` (a file) and ``text``, or one of them → what ``senticlip predict --json`` says
-    POST /explain   the same fields → the page of ``senticlip explain`` (not of an exported or int8 model)
+    POST /explain   the same fields → the page of ``senticlip explain`` (not of an exported model)
     GET  /          the page;  GET /health → the model and what it reads;  GET /openapi.json → the interface
 
 What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413, one for which

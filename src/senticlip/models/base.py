@@ -107,10 +107,10 @@ def run_folder(run: str | Path) -> Path:
 
 
 def only(features: Batch, kept: Collection[str]) -> Batch:
-    """The same rows with only the modalities ``kept``; the others are masked, not removed."""
+    """The same rows with only the modalities ``kept``; the others become one masked position."""
     parts = features.modalities.items()
-    masked = {name: s if name in kept else Sequence(s.values, torch.zeros_like(s.mask)) for name, s in parts}
-    return Batch(masked, features.labels, features.rows)
+    gone = {name: Sequence(s.values[:, :1], torch.zeros_like(s.mask[:, :1])) for name, s in parts if name not in kept}
+    return Batch({**features.modalities, **gone}, features.labels, features.rows)
 
 
 class SentimentModel(PreTrainedModel):
