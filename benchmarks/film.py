@@ -4,7 +4,7 @@ Makes a film out of clips (encoded once, its packets then copied end to end) and
 through it in a process of its own, and answers some of its lines as clips, a file each, for comparison.
 
     python benchmarks/film.py DATA [--run RUN | --text E5 --vision EFFICIENTNET] [--hours 2] [--lines 1500]
-        [--height 720] [--out DIR]
+        [--height 720] [--precision bf16] [--out DIR]
 
 DATA: a CH-SIMS folder (Raw, label.csv). Without --run, a small-preset model with untrained fusion on the two encoders:
 what it answers is of no worth, what it costs is the same. Prints one JSON object; times are of one core (CPU seconds).
@@ -24,6 +24,7 @@ import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -42,6 +43,11 @@ SAMPLES = 640
 
 SAMPLE = 24
 """Lines that are also answered as clips."""
+
+
+class Model(NamedTuple):
+    run: Path
+    precision: str
 
 
 def pictures(data: Path, seconds: float, height: int):
@@ -124,8 +130,9 @@ def small_run(folder: Path, text: str, vision: str) -> Path:
     return folder
 
 
-def command(run: Path, film: Path, subtitles: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "senticlip", "analyze", run, film, "--subtitles", subtitles, "--out", out, *more]
+def command(model: Model, film: Path, subtitles: Path, out: Path, *more: str) -> list[str]:
+    verb = [sys.executable, "-m", "senticlip", "analyze", model.run, film]
+    return [*verb, "--precision", model.precision, "--subtitles", subtitles, "--out", out, *more]
 
 
 def watched(arguments: list[str]) -> dict:
@@ -151,7 +158,7 @@ def watched(arguments: list[str]) -> dict:
     }
 
 
-def one_by_one(run: Path, reel: Path, lines: list[tuple[float, float, str]], folder: Path) -> float:
+def one_by_one(model: Model, reel: Path, lines: list[tuple[float, float, str]], folder: Path) -> float:
     """CPU seconds per clip of ``predict`` on files that hold a line each (model loading left out)."""
     with av.open(str(reel)) as source:
         stream = iter(source.decode(video=0))
@@ -161,23 +168,23 @@ def one_by_one(run: Path, reel: Path, lines: list[tuple[float, float, str]], fol
             while piece[-1].time < end:
                 piece.append(next(stream))
             clips.append(Clip(str(i), encode(folder / f"{i:03}.mp4", piece), text))
-    predictor = load(run)
+    predictor = load(model.run, precision=model.precision)
     list(predictor.predict(clips[:8]))
     began = time.process_time()
     count = sum(1 for _ in predictor.predict(clips, batch_size=16))
     return (time.process_time() - began) / count
 
 
-def interrupted(run: Path, film: Path, subtitles: Path, folder: Path) -> bool:
+def interrupted(model: Model, film: Path, subtitles: Path, folder: Path) -> bool:
     """Whether a run that was killed at its half and went on made the files of one that was not."""
-    subprocess.run(command(run, film, subtitles, folder / "whole"), check=True, stdout=subprocess.DEVNULL)
-    process = subprocess.Popen(command(run, film, subtitles, folder / "cut"))
+    subprocess.run(command(model, film, subtitles, folder / "whole"), check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(model, film, subtitles, folder / "cut"))
     while len(list((folder / "cut" / ".timeline").glob("[0-9]*.parquet"))) < 3:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(command(run, film, subtitles, folder / "cut", "--resume"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(model, film, subtitles, folder / "cut", "--resume"), check=True, stdout=subprocess.DEVNULL)
     names = ("timeline.parquet", "timeline.csv", "timeline.html")
     return all((folder / "cut" / n).read_bytes() == (folder / "whole" / n).read_bytes() for n in names)
 
@@ -191,6 +198,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2)
     parser.add_argument("--lines", type=int, default=1500)
     parser.add_argument("--height", type=int, default=720, help="of the film's pictures")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path, help="keep the files here")
     options = parser.parse_args()
     if not options.run and not (options.text and options.vision):
@@ -199,14 +207,15 @@ def main() -> None:
         folder = options.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         run = options.run or small_run(folder / "run", options.text, options.vision)
+        model = Model(run, options.precision)
         seconds = 3600 * options.hours
         lines = said(options.data, seconds, options.lines)
         reel = encode(folder / "reel.mp4", pictures(options.data, REEL, options.height))
         short, film = repeat(reel, folder / "short.mp4", 2 * REEL), repeat(reel, folder / "film.mp4", seconds)
         subtitles = srt(folder / "film.srt", lines)
         sample = [line for line in lines if line[1] < REEL - 1][:SAMPLE]
-        alone = one_by_one(run, reel, sample, folder)
-        found = watched(command(run, film, subtitles, folder / "timeline"))
+        alone = one_by_one(model, reel, sample, folder)
+        found = watched(command(model, film, subtitles, folder / "timeline"))
         few = srt(folder / "short.srt", [line for line in lines if line[1] < 2 * REEL])
         result = {
             "height": options.height,
@@ -218,7 +227,7 @@ def main() -> None:
             "cpu_seconds_per_line": round(found["cpu_seconds"] / options.lines, 3),
             "cpu_seconds_per_clip_alone": round(alone, 3),
             "film_over_its_clips": round(found["cpu_seconds"] / options.lines / alone, 2),
-            "killed_and_resumed_is_the_same": interrupted(run, short, few, folder),
+            "killed_and_resumed_is_the_same": interrupted(model, short, few, folder),
         }
         print(json.dumps(result, indent=1))
 

@@ -139,10 +139,11 @@ def test_explained_without_heat_maps(run, tmp_path):
     assert {case.kind for case in found.cases} >= {"everything", "text", "video", "frame", "character"}
 
 
-def test_made_once_for_these_weights(run, tmp_path):
+def test_made_once_for_these_weights(run, tmp_path, terminal):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("openvino"))
     senticlip.load(copy, "cpu", "bf16")
+    assert "compiling the encoders" in terminal.getvalue()
     made = (copy / "openvino" / "text.bin").stat().st_mtime_ns
     senticlip.load(copy, "cpu", "int8")
     assert (copy / "openvino" / "text.bin").stat().st_mtime_ns == made
@@ -157,8 +158,10 @@ def test_a_twin_of_a_killed_process_is_made_again(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("openvino"))
     answer = senticlip.load(copy, "cpu", "bf16")(text="天气好").probabilities
-    os.remove(copy / "openvino" / "of.txt")
     (copy / "openvino" / "text.bin").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"openvino: text cannot be read \(.*\) — remove this folder$"):
+        senticlip.load(copy, "cpu", "bf16")
+    os.remove(copy / "openvino" / "of.txt")
     assert senticlip.load(copy, "cpu", "bf16")(text="天气好").probabilities == answer
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from senticlip.encoders.vision import TOGETHER
 from senticlip.export import exportable, need
 from senticlip.files import workshop
+from senticlip.progress import spinner
 from senticlip.structures import Sequence, UserError
 
 GROUP = 384
@@ -90,7 +91,10 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
     if not mark.is_file() or mark.read_text() != f"{FORMAT} {weights}":
         _make(model, place, f"{FORMAT} {weights}")
     for name, encoder in model.encoders.items():
-        graph = core.read_model(place / f"{name}.xml")
+        try:
+            graph = core.read_model(place / f"{name}.xml")
+        except RuntimeError as error:
+            raise UserError(f"{place}: {name} cannot be read ({_first_line(error)}) — remove this folder") from error
         low = precision == "bf16" or _to_int8(graph)
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32",
@@ -108,7 +112,7 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
 def _make(model: Any, place: Path, mark: str) -> None:
     """Write the encoders' graphs, weights in fp16."""
     openvino = need("openvino")
-    with workshop(place) as folder:
+    with workshop(place) as folder, spinner("compiling the encoders"):
         whole = folder / "whole"
         whole.mkdir()
         for name, encoder in model.encoders.items():
@@ -116,12 +120,15 @@ def _make(model: Any, place: Path, mark: str) -> None:
                 _trace(encoder, name, model.experiment).save(str(folder / "graph.onnx"))
                 openvino.save_model(openvino.Core().read_model(folder / "graph.onnx"), whole / f"{name}.xml")
             except Exception as error:
-                cause = error.__cause__ or error  # the exporter's own message is advice for those who debug it
-                reason = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
+                reason = _first_line(error.__cause__ or error)  # the exporter's own is advice for those who debug it
                 raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave --precision out") from error
         (whole / "of.txt").write_text(mark)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(whole, place)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _trace(encoder: Any, name: str, config: Any) -> Any:
@@ -131,7 +138,7 @@ def _trace(encoder: Any, name: str, config: Any) -> Any:
         inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, encoder.size, encoder.size, dtype=torch.uint8),)
         shapes: list[Any] = [{0: rows}]
     else:
-        length = torch.export.Dim("length", min=1, max=config.text.max_length)
+        length = torch.export.Dim("length", min=1, max=max(3, config.text.max_length))
         inputs = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
         shapes = [{0: rows, 1: length}] * 2
     with exportable():
