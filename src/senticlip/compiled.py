@@ -90,21 +90,22 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
     mark = place / "of.txt"
     if not mark.is_file() or mark.read_text() != f"{FORMAT} {weights}":
         _make(model, place, f"{FORMAT} {weights}")
+    options: dict[str, Any] = {
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if precision == "int8" else 0,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+        "CPU_RUNTIME_CACHE_CAPACITY": 0,  # of kernels, one set for each length of text: hundreds of MiB
+    }
     for name, encoder in model.encoders.items():
         try:
             graph = core.read_model(place / f"{name}.xml")
+            low = precision == "bf16" or _to_int8(graph)
+            options["INFERENCE_PRECISION_HINT"] = "bf16" if low and "BF16" in capabilities() else "f32"
+            compiled = core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
-            raise UserError(f"{place}: {name} cannot be read ({_first_line(error)}) — remove this folder") from error
-        low = precision == "bf16" or _to_int8(graph)
-        options = {
-            "INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if precision == "int8" else 0,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-            "CPU_RUNTIME_CACHE_CAPACITY": 0,  # of kernels, one set for each length of text: hundreds of MiB
-        }
-        compiled = core.compile_model(graph, "CPU", options)
+            told = f"{place}: {name} cannot be read or compiled ({_reason(error)})"
+            raise UserError(f"{told} — remove this folder, or leave --precision out") from error
         model.encoders[name] = CompiledEncoder(encoder, compiled, f"{weights} {precision} {recipe()}")
     return model
 
@@ -120,15 +121,17 @@ def _make(model: Any, place: Path, mark: str) -> None:
                 _trace(encoder, name, model.experiment).save(str(folder / "graph.onnx"))
                 openvino.save_model(openvino.Core().read_model(folder / "graph.onnx"), whole / f"{name}.xml")
             except Exception as error:
-                reason = _first_line(error.__cause__ or error)  # the exporter's own is advice for those who debug it
+                reason = _reason(error.__cause__ or error)  # the exporter's own is advice for those who debug it
                 raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave --precision out") from error
         (whole / "of.txt").write_text(mark)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(whole, place)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def _reason(error: BaseException) -> str:
+    """The last line that says something: OpenVINO's messages begin with places in its sources."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1][:120]
 
 
 def _trace(encoder: Any, name: str, config: Any) -> Any:
