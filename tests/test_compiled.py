@@ -124,6 +124,29 @@ def test_int8_weights_by_hand():
         assert np.abs(small * scale - weight).max() <= (scale / 2 * 1.001).max()
 
 
+def test_all_products_of_an_encoder_are_in_int8(run, monkeypatch):
+    """Six a layer; of the frames' tower also the patches and the projection."""
+    counts, to_int8 = [], compiled._to_int8
+    monkeypatch.setattr(compiled, "_to_int8", lambda graph: counts.append(to_int8(graph)) or counts[-1])
+    model = senticlip.load(run, "cpu", "int8").model
+    layers = tiny.SMALL["num_hidden_layers"]
+    assert dict(zip(model.encoders, counts, strict=True)) == {"text": 6 * layers, "vision": 6 * layers + 2}
+
+
+def test_fp32_where_less_gains_nothing(tmp_path, monkeypatch):
+    """In int8 networks without a product, and in bf16 on processors without units for it."""
+    run = run_folder(tmp_path, VISION["cnn"](tmp_path / "vision"))
+    given, far, units = frames(2, 3), {}, "BF16" in compiled.capabilities()
+    for precision in ("bf16", "int8"):
+        torch_s, twin = both(run, precision, "vision")
+        far[precision] = gap(twin(given).values, torch_s(given).values)
+    monkeypatch.setattr(compiled, "capabilities", lambda: ["FP32"])
+    twin = both(run, "bf16", "vision")[1]
+    far["no units"] = gap(twin(given).values, torch_s(given).values)
+    assert far["no units"] == far["int8"] < 1e-3  # the files' weights are in fp16
+    assert far["bf16"] > 2 * far["int8"] or not units
+
+
 def test_another_twin_has_other_features_in_the_cache(run):
     """Their key is the encoder's fingerprint."""
     keys = {fingerprint(senticlip.load(run, "cpu", p).model.encoders[n]) for p in ("fp32", "bf16", "int8") for n in

@@ -20,7 +20,7 @@ from senticlip.progress import spinner
 from senticlip.structures import Sequence, UserError
 
 GROUP = 384
-"""Inputs of an int8 product that share a scale: of 128, 256, 384 and 768, this and 256 were fastest (ViT-B/16)."""
+"""Inputs of an int8 product that share a scale; below 256 it takes longer (docs/experiments.md)."""
 
 FORMAT = 1
 """Of the twin's files; raise it when the graphs change."""
