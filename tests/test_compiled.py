@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,9 +150,9 @@ def test_fp32_where_less_gains_nothing(tmp_path, monkeypatch):
 
 def test_another_twin_has_other_features_in_the_cache(run):
     """Their key is the encoder's fingerprint."""
-    keys = {fingerprint(senticlip.load(run, "cpu", p).model.encoders[n]) for p in ("fp32", "bf16", "int8") for n in
-            ("text", "vision")}  # fmt: skip
-    assert len(keys) == 2 + 2
+    models = [senticlip.load(run, "cpu", precision).model for precision in ("fp32", "bf16", "int8")]
+    for name in ("text", "vision"):
+        assert len({fingerprint(model.encoders[name]) for model in models}) == 3
 
 
 def test_explained_without_heat_maps(run, tmp_path):
@@ -203,6 +204,6 @@ def test_what_cannot_be_compiled_is_told_in_a_line(run, tmp_path, monkeypatch):
 
 
 def test_without_openvino(run, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UsageError, match=r"openvino is not installed: pip install 'senticlip\[onnx\]'"):
         senticlip.load(run, "cpu", "int8")

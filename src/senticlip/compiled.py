@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from senticlip.encoders.vision import TOGETHER
-from senticlip.export import exportable, need
+from senticlip.encoders.vision import real_frames
+from senticlip.export import need, traced
 from senticlip.files import workshop
 from senticlip.progress import spinner
 from senticlip.structures import Sequence, UserError
@@ -47,15 +47,11 @@ class CompiledEncoder(nn.Module):
             return torch.from_numpy(np.array(self.request.infer([part.numpy() for part in inputs])[0]))
 
     def forward(self, given: Sequence) -> Sequence:
-        """Encode; masked frames are zero, and a few frames at a time stay in the processor's caches."""
+        """Encode; masked frames are zero."""
         values, mask = given
         if self.size is None:
             return Sequence(self._run(values, mask), mask)
-        states = torch.zeros(mask.numel(), self.dim)
-        for rows in mask.flatten().nonzero()[:, 0].split(TOGETHER):
-            if len(rows):
-                states[rows] = self._run(values.flatten(0, 1)[rows])
-        return Sequence(states.unflatten(0, mask.shape), mask)
+        return real_frames(given, self._run, torch.zeros(0, self.dim), apart=True)
 
 
 class _Plain(nn.Module):
@@ -77,20 +73,16 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
 
     Args:
         model: on the CPU.
-        folder: where the twins are kept, ``folder/openvino``; made there if those of ``weights`` are not.
+        folder: where ``make`` has put the twins.
         weights: what identifies the model's weights.
         precision: bf16, or int8 (the weights of matrix products, and their inputs; the rest in bf16). Where the
             processor has no units for it, and in int8 networks without a product, fp32.
 
     Raises:
-        UsageError: OpenVINO or ONNX is not installed. UserError: an encoder cannot be compiled.
+        UserError: an encoder cannot be compiled.
     """
-    core, place = need("openvino").Core(), folder / "openvino"
-    need("onnxscript")
-    mark = place / "of.txt"
-    if not mark.is_file() or mark.read_text() != f"{FORMAT} {weights}":
-        _make(model, place, f"{FORMAT} {weights}")
-    options: dict[str, Any] = {
+    place = folder / "openvino"
+    options = {
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if precision == "int8" else 0,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
@@ -99,10 +91,10 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
     }
     for name, encoder in model.encoders.items():
         try:
-            graph = core.read_model(place / f"{name}.xml")
+            graph = _core().read_model(place / f"{name}.xml")
             low = precision == "bf16" or _to_int8(graph)
-            options["INFERENCE_PRECISION_HINT"] = "bf16" if low and "BF16" in capabilities() else "f32"
-            compiled = core.compile_model(graph, "CPU", options)
+            rest = {"INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32"}
+            compiled = _core().compile_model(graph, "CPU", options | rest)
         except RuntimeError as error:
             told = f"{place}: {name} cannot be read or compiled ({_reason(error)})"
             raise UserError(f"{told} — remove this folder, or leave --precision out") from error
@@ -110,20 +102,31 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
     return model
 
 
-def _make(model: Any, place: Path, mark: str) -> None:
-    """Write the encoders' graphs, weights in fp16."""
-    openvino = need("openvino")
-    with workshop(place) as folder, spinner("compiling the encoders"):
-        whole = folder / "whole"
+def made(folder: Path, weights: str) -> bool:
+    """Whether ``folder/openvino`` holds the twins of these weights."""
+    mark = folder / "openvino" / "of.txt"
+    return mark.is_file() and mark.read_text() == f"{FORMAT} {weights}"
+
+
+def make(model: Any, folder: Path, weights: str) -> None:
+    """Write the twins of a model's encoders to ``folder/openvino``, weights in fp16.
+
+    Raises:
+        UsageError: ONNX is not installed. UserError: an encoder cannot be compiled.
+    """
+    need("onnxscript")
+    openvino, place = need("openvino"), folder / "openvino"
+    with workshop(place) as beside, spinner("compiling the encoders"):
+        whole = beside / "whole"
         whole.mkdir()
         for name, encoder in model.encoders.items():
             try:
-                _trace(encoder, name, model.experiment).save(str(folder / "graph.onnx"))
-                openvino.save_model(openvino.Core().read_model(folder / "graph.onnx"), whole / f"{name}.xml")
+                _trace(encoder, name, model.experiment).save(str(beside / "graph.onnx"))
+                openvino.save_model(_core().read_model(beside / "graph.onnx"), whole / f"{name}.xml")
             except Exception as error:
                 reason = _reason(error.__cause__ or error)  # the exporter's own is advice for those who debug it
                 raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave --precision out") from error
-        (whole / "of.txt").write_text(mark)
+        (whole / "of.txt").write_text(f"{FORMAT} {weights}")
         shutil.rmtree(place, ignore_errors=True)
         os.replace(whole, place)
 
@@ -144,10 +147,7 @@ def _trace(encoder: Any, name: str, config: Any) -> Any:
         length = torch.export.Dim("length", min=1, max=max(3, config.text.max_length))
         inputs = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
         shapes = [{0: rows, 1: length}] * 2
-    with exportable():
-        return torch.onnx.export(
-            _Plain(encoder).eval(), inputs, dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False
-        )
+    return traced(_Plain(encoder).eval(), inputs, shapes)
 
 
 def _to_int8(graph: Any) -> int:
@@ -181,9 +181,14 @@ def _weight(product: Any) -> np.ndarray | None:
 
 
 @cache
+def _core() -> Any:
+    return need("openvino").Core()
+
+
+@cache
 def capabilities() -> list[str]:
     """What this processor can compute in, as OpenVINO names it: FP32, INT8, BF16 …"""
-    return list(need("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return list(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def recipe() -> str:

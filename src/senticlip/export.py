@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -167,20 +167,19 @@ def trace(model: SentimentModel) -> Any:
         shapes += [{0: rows} if length is None else {0: rows, 1: length}] * 2
     heads = list(model.experiment.modalities)
     outputs = ["log_probs", *(f"{kind}_{name}" for kind in ("logits", "weight", "alone") for name in heads)]
-    with exportable():
+    return traced(graph, inputs, shapes, input_names=names, output_names=outputs)
+
+
+def traced(graph: nn.Module, inputs: Iterable[Tensor], shapes: Iterable[Any], **names: Any) -> Any:
+    """The ONNX program of a module whose ``forward(*inputs)`` takes tensors; ``shapes``: the free sides of each."""
+    with _exportable():
         return torch.onnx.export(
-            graph,
-            tuple(inputs),
-            input_names=names,
-            output_names=outputs,
-            dynamic_shapes=(tuple(shapes),),
-            dynamo=True,
-            verbose=False,
+            graph, tuple(inputs), dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False, **names
         )
 
 
 @contextmanager
-def exportable() -> Iterator[None]:
+def _exportable() -> Iterator[None]:
     """Turn off torch's fused Transformer layers, which cannot be exported, and the exporter's messages."""
     before = torch.backends.mha.get_fastpath_enabled()
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}

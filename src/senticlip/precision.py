@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from senticlip import compiled
 from senticlip.checkpoint import read_json
-from senticlip.compiled import compile_encoders, recipe
+from senticlip.compiled import recipe
 from senticlip.files import alone, write_text
 from senticlip.metrics import score_class
 from senticlip.progress import watched
@@ -69,8 +70,11 @@ def _measured(place: Path, weights: str) -> dict[str, Any]:
 def _compiled(model: Any, run: Path, weights: str, precision: str) -> Any:
     """The model with compiled encoders, which are kept in its RUN, or in the cache if that is read-only."""
     folder = run if os.access(run, os.W_OK) else cache_root() / "openvino" / weights
-    with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # the workers of bulk come at once
-        return compile_encoders(model, folder, weights, precision)
+    if not compiled.made(folder, weights):
+        with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # the workers of bulk come at once
+            if not compiled.made(folder, weights):
+                compiled.make(model, folder, weights)
+    return compiled.compile_encoders(model, folder, weights, precision)
 
 
 def _to_bf16(model: Any) -> Any:

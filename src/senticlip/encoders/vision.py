@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +225,28 @@ class VisionEncoder(nn.Module):
         if self._avoids_sync(pixels):
             states = self.images(self.normalize(pixels.flatten(0, 1))).unflatten(0, mask.shape)
             return Sequence(states.masked_fill(~mask[..., None], 0.0), mask)
-        rows = mask.flatten().nonzero()[:, 0]  # synchronises with a GPU
-        if not len(rows):
-            return Sequence(self.std.new_zeros(*mask.shape, self.dim), mask)
+        apart = pixels.device.type == "cpu" and not (torch.is_grad_enabled() or self.body.training)
+        empty = self.std.new_zeros(0, self.dim)
+        return real_frames(vision, lambda part: self.images(self.normalize(part)), empty, apart)
+
+
+def real_frames(vision: Sequence, encode: Callable[[Tensor], Tensor], empty: Tensor, apart: bool) -> Sequence:
+    """Encode the real frames of a batch; the others are zero.
+
+    Args:
+        vision: pixels B×m×3×H×W and mask B×m.
+        encode: N×3×H×W → N×d.
+        empty: what it gives of no frame, 0×d.
+        apart: only ``TOGETHER`` frames at a time.
+    """
+    pixels, mask = vision
+    rows = mask.flatten().nonzero()[:, 0]  # synchronises with a GPU
+    states = empty
+    if len(rows):
         real = pixels.flatten(0, 1)[rows]
-        apart = real.device.type == "cpu" and not (torch.is_grad_enabled() or self.body.training)
-        parts = real.split(TOGETHER if apart else len(real))
-        states = torch.cat([self.images(self.normalize(part)) for part in parts])  # N×d
-        out = states.new_zeros(mask.numel(), self.dim).index_copy(0, rows, states)
-        return Sequence(out.unflatten(0, mask.shape), mask)  # B×m×d
+        states = torch.cat([encode(part) for part in real.split(TOGETHER if apart else len(real))])  # N×d
+    out = states.new_zeros(mask.numel(), states.shape[1]).index_copy(0, rows, states)
+    return Sequence(out.unflatten(0, mask.shape), mask)  # B×m×d
 
 
 def _takes_size(body: nn.Module) -> bool:
