@@ -117,7 +117,8 @@ class Patches(nn.Conv2d):
 class ClassTokenLayer(nn.Module):
     """A CLIP tower's last layer, computed for the class token only: nothing reads the layer's other outputs.
 
-    This saves ten twelfths of the layer's time. The parameters are the layer's own, under the same names.
+    One query needs no keys and values: q · (W_k x) = (W_kᵀ q) · x, and Σ a W_v x = W_v Σ a x. This saves nearly all of
+    the layer's time. The parameters are the layer's own, under the same names.
 
     Shape:
         N×T×D → N×1×D; the submodule ``attention_weights`` returns N×heads×1×T (heat maps hook it)
@@ -133,12 +134,17 @@ class ClassTokenLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output for the first token."""
         attention, x = self.self_attn, self.layer_norm1(hidden_states)
-        projected = (attention.q_proj(x[:, :1]), attention.k_proj(x), attention.v_proj(x))
-        q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected)
-        weights = self.attention_weights(attention.scale * q @ k.transpose(-1, -2))
-        context = nn.functional.dropout(weights, attention.dropout, self.training) @ v
-        token = hidden_states[:, :1] + attention.out_proj(context.transpose(1, 2).flatten(2))
-        return token + self.mlp(self.layer_norm2(token))
+        k, v = attention.k_proj, attention.v_proj
+        to_keys, to_values = (part.weight.unflatten(0, (attention.num_heads, -1)) for part in (k, v))  # H×w×D
+        q = attention.q_proj(x[:, 0]).unflatten(1, (attention.num_heads, -1))  # N×H×w
+        asked = (q.transpose(0, 1) @ to_keys).transpose(0, 1)  # N×H×D
+        bias = (q * k.bias.unflatten(0, q.shape[1:])).sum(-1, keepdim=True)  # one for all T, so the softmax cancels it
+        weights = self.attention_weights(attention.scale * (asked @ x.transpose(1, 2) + bias)[:, :, None])  # N×H×1×T
+        kept = nn.functional.dropout(weights, attention.dropout, self.training)[:, :, 0]
+        context = ((kept @ x).transpose(0, 1) @ to_values.transpose(1, 2)).transpose(0, 1)  # N×H×w
+        context = context + kept.sum(-1, keepdim=True) * v.bias.unflatten(0, q.shape[1:])
+        token = hidden_states[:, 0] + attention.out_proj(context.flatten(1))
+        return (token + self.mlp(self.layer_norm2(token)))[:, None]
 
 
 class VisionEncoder(nn.Module):
