@@ -87,13 +87,14 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
-        "CPU_RUNTIME_CACHE_CAPACITY": 0,  # of kernels, one set for each length of text: hundreds of MiB
     }
     for name, encoder in model.encoders.items():
         try:
             graph = _core().read_model(place / f"{name}.xml")
             low = precision == "bf16" or _to_int8(graph)
-            rest = {"INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32"}
+            rest: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32"}
+            if name == "text":  # kernels are kept for each length of text: hundreds of MiB
+                rest["CPU_RUNTIME_CACHE_CAPACITY"] = 0
             compiled = _core().compile_model(graph, "CPU", options | rest)
         except RuntimeError as error:
             told = f"{place}: {name} cannot be read or compiled ({_reason(error)})"
