@@ -24,10 +24,10 @@ from senticlip import runtime
 from senticlip.config import Config
 from senticlip.data.cache import cached
 from senticlip.data.loader import ArrayRows, ClipSet, collate, to_batch
+from senticlip.fit import Fitter, Hooks, parameter_groups
 from senticlip.models import create_model
 from senticlip.precision import lowered
 from senticlip.structures import Clip
-from senticlip.train import Fitter, Hooks, parameter_groups
 from senticlip.trainee import Trainee
 
 GPU = torch.cuda.is_available()

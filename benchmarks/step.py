@@ -18,9 +18,10 @@ from transformers import PrinterCallback, TrainingArguments, get_scheduler
 
 from senticlip.data.cache import cached
 from senticlip.data.loader import ClipSet, collate, to_batch
+from senticlip.fit import Fitter, Hooks, parameter_groups
 from senticlip.models import create_model
 from senticlip.structures import Batch, Clip, Sequence
-from senticlip.train import Fitter, Hooks, _arguments, parameter_groups
+from senticlip.train import _arguments
 from senticlip.trainee import Trainee
 
 

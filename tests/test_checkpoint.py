@@ -19,9 +19,11 @@ from senticlip import config as configs
 from senticlip import files
 from senticlip import train as training
 from senticlip.card import model_card
+from senticlip.checkpoint import newest_checkpoint
+from senticlip.fit import Hooks
 from senticlip.models.base import SentimentModel
 from senticlip.structures import UserError
-from senticlip.train import Hooks, newest_checkpoint, train
+from senticlip.train import train
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,16 @@ from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
 
 from senticlip import config as configs
 from senticlip import train as training
-from senticlip.checkpoint import outputs
+from senticlip.checkpoint import newest_checkpoint, outputs
 from senticlip.data.loader import BalancedSampler
 from senticlip.data.sims import read_clips
+from senticlip.fit import parameter_groups, score
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.self_mm import SelfMM
 from senticlip.sources import clip_set
 from senticlip.structures import UsageError, UserError
-from senticlip.train import newest_checkpoint, parameter_groups, stages_of, train
+from senticlip.train import stages_of, train
 from senticlip.trainee import Trainee
 
 
@@ -354,7 +355,7 @@ def test_the_average_moves_within_the_bounds_of_s_and_is_kept(place, tmp_path):
     assert 1 < max(abs(s.item()) for s in model.network.combine.s.values()) <= 5
     model.network.temperature.fill_(1)  # as it was while it was trained
     clips = clip_set(read_clips(place / "data", "valid"), model, model.tokenizer, data=place / "data")
-    found = training.score(outputs(model, clips).log_probs.numpy(), clips.labels["M"])
+    found = score(outputs(model, clips).log_probs.numpy(), clips.labels["M"])
     assert found["nll"] == pytest.approx(result["valid"]["nll"], abs=1e-5)
 
 

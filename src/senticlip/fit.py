@@ -1,0 +1,186 @@
+"""One training of one model by transformers.Trainer: its optimizer, its loaders, its best epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from senticlip import metrics
+from senticlip.checkpoint import TENSORBOARD, best_checkpoint, newest_checkpoint, read_json
+from senticlip.config import Config
+from senticlip.data.loader import BalancedSampler, ClipSet, collate
+from senticlip.models.base import SentimentModel
+from senticlip.progress import EpochProgress
+from senticlip.structures import LABELS, UserError, polarity
+from senticlip.trainee import Trainee
+
+
+class Fitter(Trainer):
+    """transformers.Trainer with a learning rate for each part."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the parts' groups."""
+        if self.optimizer is None:
+            fused = self.args.device.type in ("cuda", "cpu")
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.model), fused=fused)
+        return self.optimizer
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """A loader of every row of valid: Trainer applies ``dataloader_drop_last`` to it, too."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        self.args.dataloader_drop_last = drop
+        return loader
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        trainee: Any = self.model
+        config: Config = trainee.experiment
+        if config.train.balance != "sampler":
+            return super()._get_train_sampler(*args, **kwargs)
+        return BalancedSampler(_classes_of(self.train_dataset, config), config.seed)
+
+
+def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
+    """Optimizer groups by learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay.
+
+    A peer brings the groups of its published code.
+    """
+    config: Config = trainee.experiment
+    if hasattr(trainee.model.network, "param_groups"):
+        return trainee.model.network.param_groups(config) + _groups(trainee, config, encoders_only=True)
+    return _groups(trainee, config, encoders_only=False)
+
+
+def _groups(trainee: Any, config: Config, encoders_only: bool) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in trainee.model.named_parameters():
+        if not parameter.requires_grad or (encoders_only and not name.startswith("encoders.")):
+            continue
+        rate = _rate(name, config)
+        decay = 0.0 if parameter.ndim < 2 or name.endswith(".prefix") else config.train.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+def _rate(name: str, config: Config) -> float:
+    """The learning rate of a parameter: its encoder's, the audio projection's, ``train.scalar_lr`` or ``train.lr``."""
+    if name.startswith("encoders.") and not name.endswith(".prefix"):
+        return getattr(config, name.split(".")[1]).lr
+    if name.startswith("network.labels."):
+        return config.label.lr
+    if name.startswith("network.entrances.audio."):
+        return config.audio.lr
+    return config.train.scalar_lr if ".combine." in name else config.train.lr
+
+
+class Hooks(TrainerCallback):
+    """Tells the network the number of each epoch and the end of each step."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        self.trainee, self.network = trainee, trainee.model.network
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Self-MM updates its labels by the epoch's number, from 1."""
+        if hasattr(self.network, "epoch_started"):
+            self.network.epoch_started(round(state.epoch or 0) + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Clamp in place."""
+        self.trainee.step_finished()
+
+
+def fit(
+    model: SentimentModel, training: ClipSet, valid: ClipSet, arguments: TrainingArguments, resume: bool
+) -> dict[str, Any]:
+    """Train until the validation metric stops rising; the model ends with its best epoch's weights."""
+    config = model.experiment
+    frozen = {name: model.encoders.pop(name) for name in list(model.encoders) if model.frozen(name)}
+    if hasattr(model.network, "prepare"):
+        model.network.prepare(training)
+    if config.train.balance == "weights" and hasattr(model.network, "class_weights"):
+        counts = np.bincount(_classes_of(training, config), minlength=len(LABELS))
+        model.network.class_weights.copy_(torch.tensor(counts.sum() / len(LABELS) / counts.clip(1)))
+
+    # an incomplete last batch is left out, unless it is the only one
+    arguments.dataloader_drop_last = len(training) >= config.train.batch_size
+    if getattr(model.network, "outputs", len(LABELS)) == 1 and config.train.metric == "nll":
+        arguments.metric_for_best_model = "mae"  # a regression model has no likelihood
+    trainee = Trainee(model)
+    if config.train.compile:
+        model.compile_encoders()
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        values, *more = prediction.predictions if trainee.logged else [prediction.predictions]
+        log = {name: float(rows.mean()) for name, rows in zip(trainee.logged, more, strict=True)}
+        return score(values, prediction.label_ids) | log
+
+    callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
+    if arguments.process_index == 0:
+        board = SummaryWriter(str(Path(arguments.output_dir or "").parent / TENSORBOARD))
+        callbacks += [EpochProgress(config), TensorBoardCallback(board)]
+    trainer = Fitter(
+        trainee,
+        arguments,
+        data_collator=collate,
+        train_dataset=training,
+        eval_dataset=valid,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    trainer.pop_callback(PrinterCallback)
+    folder = Path(arguments.output_dir or "")
+    checkpoint = newest_checkpoint(folder) if resume else None
+    best = best_checkpoint(checkpoint) if checkpoint else None
+    if checkpoint is None or not _stopped(checkpoint, config.train.patience):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    else:  # it was killed after its last epoch
+        trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state.best_model_checkpoint = str(best)  # its path is stale if the folder was moved
+        trainer._load_best_model()
+    if trainee.average is not None:
+        model.load_state_dict(trainee.average.state_dict())
+    model.encoders.update(frozen)
+    model.eval()
+    return _summary(trainer.state, arguments)
+
+
+def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Validation metrics of log-probabilities n×C, or scores n, against label scores n: with nll, or with mae."""
+    if np.isnan(values).any():
+        raise UserError("the training diverged: its answers on valid are NaN — lower train.lr, or set train.clip_norm")
+    target = polarity(truth)
+    predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
+    found = metrics.classification(target, predicted)
+    rows = np.abs(values - truth) if values.ndim == 1 else -np.take_along_axis(values, target[:, None], 1)
+    error = {"mae" if values.ndim == 1 else "nll": float(rows.mean())}
+    return {name: found[name] for name in ("accuracy", "macro_f1", "weighted_f1")} | error
+
+
+def _classes_of(data: Any, config: Config) -> np.ndarray:
+    return polarity(data.labels[config.target])
+
+
+def _stopped(checkpoint: Path, patience: int) -> bool:
+    """Whether the training had ended, by its last epoch or by early stopping, when this checkpoint was written."""
+    state = read_json(checkpoint / "trainer_state.json")
+    if state["global_step"] >= state["max_steps"]:
+        return True
+    callback = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    return callback.get("attributes", {}).get("early_stopping_patience_counter", 0) >= patience
+
+
+def _summary(state: Any, arguments: TrainingArguments) -> dict[str, Any]:
+    metric = f"eval_{arguments.metric_for_best_model}"
+    rows = [row for row in state.log_history if metric in row]
+    best = (max if arguments.greater_is_better else min)(rows, key=lambda row: row[metric])
+    valid = {name[5:]: round(value, 6) for name, value in best.items() if name.startswith("eval_")}
+    keep = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
+    history = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in state.log_history if "epoch" in row]
+    return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep if k in valid}, "history": history}
