@@ -17,7 +17,7 @@ LEVELS = [
     {"models"},
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "compiled", "export", "quantize"},
-    {"trainee", "fit", "distill", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
+    {"trainee", "fit", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
     | {"cut", "cam", "occlusion", "explain", "explain_set", "serve"},
     {"layout", "results", "reproduce", "pretrain", "demo"},
     {"arguments", "cli", "__main__"},

@@ -215,13 +215,6 @@ def test_self_mm_keeps_its_rows():
             Config().override({"model": "self_mm", **change})
 
 
-def test_soft_targets_are_for_stages():
-    for change in ({"modalities": ["text", "vision"]}, {"modalities": ["text"], "model": "tfn"}):
-        with pytest.raises(UsageError, match=r"train\.distill: for clip_ca_msa with one modality"):
-            Config().override({"train.distill": 0.5, **change})
-    assert Config().override({"stages": {"text": {"modalities": ["text"], "train.distill": 0.5}}}).stage("text")
-
-
 def test_options_are_the_peers():
     with pytest.raises(UsageError, match="options: nonsense"):
         Config().override({"options.nonsense": 1})

@@ -152,11 +152,7 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
         _tell_loss(out, begun, mine)
         if finished and not begun:
             console.print(f"{out}: holds a finished run, which this one will replace", soft_wrap=True)
-        for old in (
-            *folder.glob("checkpoint-*"),
-            *folder.glob("fold-*"),
-            out / TENSORBOARD,
-        ):  # origin.json stays: it marks a run
+        for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays: it marks a run
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "origin.json", json.dumps(mine))

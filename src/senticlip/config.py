@@ -34,7 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("train.accumulation", "train.patience"), (1, MOST)),
     **dict.fromkeys(("text.lr", "vision.lr", "audio.lr", "label.lr", "train.lr", "train.scalar_lr"), (0, MOST)),
     **dict.fromkeys(("focal_gamma", "vision.augment", "audio.own", "train.weight_decay", "train.clip_norm"), (0, MOST)),
-    **dict.fromkeys(("train.modality_dropout", "train.recombine", "train.mislead", "train.distill"), (0, 1)),
+    **dict.fromkeys(("train.modality_dropout", "train.recombine", "train.mislead"), (0, 1)),
     **dict.fromkeys(("dropout", "train.warmup", "train.label_smoothing"), (0, 0.99)),
     "train.ema": (0, 0.99999),
     "seed": (0, 2**32 - 1),
@@ -129,7 +129,6 @@ class TrainConfig:
     modality_dropout: float = 0.0
     recombine: float = 0.0
     mislead: float = 0.0
-    distill: float = 0.0
 
 
 @dataclass
@@ -184,10 +183,6 @@ class Config:
             raise UsageError(f"options: {', '.join(map(str, self.options))} — clip_ca_msa has none, the peers have")
         if self.model == "self_mm" and (self.train.recombine or self.train.mislead or self.train.balance == "sampler"):
             raise UsageError("train: self_mm keeps a label for each row — recombine, mislead: 0, balance: no sampler")
-        if self.train.distill and (self.model != "clip_ca_msa" or len(self.modalities) > 1):
-            raise UsageError(
-                "train.distill: for clip_ca_msa with one modality, a stage (stages.text.train.distill=0.5)"
-            )
         if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", str(name))]:
             raise UsageError(f"stages: {wrong[0]!r} names a folder of RUN — letters, digits, - and _ only")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
@@ -273,7 +268,8 @@ def read(source: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: no such file, or not YAML.
     """
-    path, ours = Path(source), Path(__file__).parent / source
+    path = Path(source)
+    ours = Path(__file__).parent / path
     path = ours if not path.exists() and ours.is_file() else path
     if not path.is_file():
         raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
@@ -340,8 +336,9 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is float and not isinstance(value, bool):
+            # YAML 1.1 reads 1e-4 (no dot) as a string
             try:
-                return float(value)  # YAML 1.1 reads 1e-4 (no dot) as a string
+                return float(value)
             except (TypeError, ValueError, OverflowError):
                 continue
         if isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is int):

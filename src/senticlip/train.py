@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, ori
 from senticlip.config import Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
-from senticlip.distill import soft_targets
 from senticlip.files import alone, disk
 from senticlip.fit import fit
 from senticlip.models import create_model
@@ -82,10 +80,6 @@ def train(
             adopt(model, SentimentModel.from_pretrained(out / "stages" / name))
         with arguments.main_process_first():
             sets = {split: _split(data, config, split, model) for split in ("train", "valid")}
-        if config.train.distill:
-            options = partial(_arguments, config, device=chosen, as_stage=as_stage)
-            folds = out / CHECKPOINTS
-            sets["train"].soft = soft_targets(model, sets["train"], sets["valid"], options, folds, resume)
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
         calibrate(model, sets["valid"])
         result["seconds"] = round(time.monotonic() - started, 1)

@@ -63,22 +63,8 @@ def padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return values, mask
 
 
-class ChosenRows:
-    """Some rows of other Rows, by their indices."""
-
-    def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
-        self.rows, self.chosen, self.lengths = rows, chosen, rows.lengths[chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As the other rows do."""
-        return self.rows.gather(self.chosen[indices])
-
-
 class ClipSet(Dataset[dict[str, Tensor]]):
-    """One split: a store per modality and the labels; ``soft`` N×C are its soft targets, if there are any.
+    """One split: a store per modality and the labels.
 
     ``__getitems__`` (which torch's fetcher calls with a batch of indices) gives plain tensors by name, since
     transformers.Trainer mangles NamedTuples: ``text``, ``text_mask``, …, ``label_M``, …, ``rows``.
@@ -86,19 +72,12 @@ class ClipSet(Dataset[dict[str, Tensor]]):
 
     def __init__(self, clips: list[Clip], stores: Mapping[str, Rows]) -> None:
         self.clips, self.stores = clips, stores
-        self.soft: np.ndarray | None = None
         self.labels = {
             name: np.array([clip.labels.get(name, np.nan) for clip in clips], dtype=np.float32) for name in TARGETS
         }
 
     def __len__(self) -> int:
         return len(self.clips)
-
-    def subset(self, rows: np.ndarray) -> ClipSet:
-        """Only these rows, without soft targets."""
-        return ClipSet(
-            [self.clips[i] for i in rows], {name: ChosenRows(store, rows) for name, store in self.stores.items()}
-        )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One row, as a batch of one."""
@@ -109,8 +88,6 @@ class ClipSet(Dataset[dict[str, Tensor]]):
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)
-        if self.soft is not None:
-            batch["soft"] = torch.from_numpy(self.soft[chosen])
         found = {name: store.gather(chosen) for name, store in self.stores.items()}
         there = {name for name, (_, mask) in found.items() if mask.any()} or set(found)
         for name, (values, mask) in found.items():
@@ -160,6 +137,4 @@ def to_batch(inputs: Mapping[str, Any]) -> Batch:
             values = values.float() if values.dtype == torch.float16 else values
             modalities[name] = Sequence(values, inputs[f"{name}_mask"])
     labels = {name: inputs[f"label_{name}"] for name in TARGETS if f"label_{name}" in inputs}
-    if "soft" in inputs:
-        labels["soft"] = inputs["soft"]
     return Batch(modalities, labels, inputs.get("rows"))

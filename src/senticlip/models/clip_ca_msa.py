@@ -158,9 +158,6 @@ class ClipCaMsa(nn.Module):
         for name, logits in output.logits.items():
             gamma = self.config.focal_gamma if name == "text" else 0.0
             rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
-            if "soft" in batch.labels:
-                soft = nn.functional.cross_entropy(logits, batch.labels["soft"], reduction="none")
-                rows = rows.lerp(soft, self.config.train.distill)
             counts = known & (output.weights[name] > 0)
             observed[name] = count_of(counts) > 0
             losses[name] = mean_of(rows, counts)
