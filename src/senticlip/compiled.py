@@ -22,7 +22,7 @@ from senticlip.structures import Sequence, UserError
 GROUP = 384
 """Inputs of an int8 product that share a scale; below 256 it takes longer (docs/experiments.md)."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the twin's files; raise it when the graphs change."""
 
 
