@@ -1,4 +1,4 @@
-"""The only training path: stages, caches, transformers.Trainer, the best epoch by a validation metric, a checkpoint."""
+"""The only training path: stages, caches, the Trainer's arguments, one fit, a checkpoint."""
 
 from __future__ import annotations
 

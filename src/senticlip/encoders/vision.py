@@ -138,7 +138,8 @@ class ClassTokenLayer(nn.Module):
         to_keys, to_values = (part.weight.unflatten(0, (attention.num_heads, -1)) for part in (k, v))  # H×w×D
         q = attention.q_proj(x[:, 0]).unflatten(1, (attention.num_heads, -1))  # N×H×w
         asked = (q.transpose(0, 1) @ to_keys).transpose(0, 1)  # N×H×D
-        bias = (q * k.bias.unflatten(0, q.shape[1:])).sum(-1, keepdim=True)  # one for all T, so the softmax cancels it
+        # the same for all T, so the softmax cancels it; without it the key's bias has no gradient, and DDP stops
+        bias = (q * k.bias.unflatten(0, q.shape[1:])).sum(-1, keepdim=True)
         weights = self.attention_weights(attention.scale * (asked @ x.transpose(1, 2) + bias)[:, :, None])  # N×H×1×T
         kept = nn.functional.dropout(weights, attention.dropout, self.training)[:, :, 0]
         context = ((kept @ x).transpose(0, 1) @ to_values.transpose(1, 2)).transpose(0, 1)  # N×H×w
