@@ -101,7 +101,8 @@ def test_predict_tells_what_it_did_not_read_and_takes_any_line(place, say):
     assert f"score {score:+.3f}" in say("predict", place / "peer", "--text", "好", "--device", "cpu")[1]
     found = json.loads(say("evaluate", place / "peer", "--data", place / "data", "--json")[1])
     said = say("evaluate", place / "peer", "--data", place / "data")[1]
-    assert f"of the score: MAE {found['mae']:.4f}, Corr {found['corr']:.4f}, Acc-2 {found['acc_2']:.4f}, F1-2" in said
+    assert f"of the score: MAE {found['mae']:.4f}, Corr {found['corr']:.4f}, Acc-3 {found['acc_3']:.4f}" in said
+    assert f"Acc-2 {found['acc_2']:.4f}, F1-2 {found['f1_2']:.4f}" in said
 
 
 def load_run(place):

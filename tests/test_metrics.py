@@ -51,6 +51,17 @@ def test_regression_bins_are_those_of_mmsa():
     assert metrics.score_class(scores, metrics.ACC_5_BINS).tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]
 
 
+def test_two_classes_of_a_classifier_by_hand():
+    probabilities = [[0.5, 0.2, 0.3], [0.3, 0.4, 0.3], [0.1, 0.8, 0.1001], [0.2, 0.1, 0.7], [0.45, 0.5, 0.05]]
+    result = metrics.binary([0, 1, 1, 2, 2], probabilities)
+    # said: negative, negative (a tie), positive, positive, negative; a neutral truth counts as negative
+    assert result["acc_2"] == pytest.approx(3 / 5)
+    assert result["acc_2_nonzero"] == pytest.approx(2 / 3)
+    truth, said = [0, 0, 0, 1, 1], [0, 0, 1, 1, 0]
+    assert result["f1_2"] == pytest.approx(f1_score(truth, said, average="weighted"))
+    assert result["f1_2_nonzero"] == pytest.approx(f1_score([0, 1, 1], [0, 1, 0], average="weighted"))
+
+
 def test_regression_by_hand():
     truth, score = np.array([-1, -0.6, 0, 0, 0.4, 1]), np.array([-1.5, 0.2, -0.05, 0.3, 0.5, 0.9])
     result = metrics.regression(truth, score)

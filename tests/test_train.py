@@ -133,13 +133,16 @@ def test_resume_after_a_kill_ends_in_the_same_weights(place, tmp_path):
         train(experiment.override({"width": 32}), place / "data", out, resume=True)
 
 
-def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path):
+def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path, capsys):
     clips = read_clips(place / "data")
     rows = [f"{clip.video},{clip.text},{clip.labels['M']}" for clip in clips]
     table = tmp_path / "own.csv"
     table.write_text("\n".join(["path,text,label", *rows]), encoding="utf-8")
     stage = {"modalities": ["text"], "target": "T", "train.epochs": 1}
-    train(settings(place, stages={"text": stage}, **{"train.epochs": 1}), table, tmp_path / "run")
+    changes = {"train.epochs": 1, "train.recombine": 0.5, "train.mislead": 0.5, "audio.own": 0.5}  # there is no sound
+    train(settings(place, stages={"text": stage}, **changes), table, tmp_path / "run")
+    told = "no label T, V: stage text learns M; train.recombine changes nothing without it\n"
+    assert capsys.readouterr().err.count(told) == 1
     learned = json.loads((tmp_path / "run" / "stages" / "text" / "metrics.json").read_text())["experiment"]
     assert (learned["target"], learned["modalities"]) == ("M", ["text"])
 

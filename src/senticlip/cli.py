@@ -117,10 +117,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     _say_disagreement(options, result.get("disagreement"), f"{options.precision} against fp32", "made clips")
     low, high = result["interval"]
     say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
-    say(options, f"macro-F1 {result['macro_f1']:.4f}, weighted F1 {result['weighted_f1']:.4f}")
+    told = {"macro-F1": "macro_f1", "weighted F1": "weighted_f1", "Acc-2": "acc_2", "F1-2": "f1_2"}
+    say(options, ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
     if "mae" in result:
-        told = {"MAE": "mae", "Corr": "corr", "Acc-2": "acc_2", "F1-2": "f1_2", "Acc-3": "acc_3", "Acc-5": "acc_5"}
+        told = {"MAE": "mae", "Corr": "corr", "Acc-3": "acc_3", "Acc-5": "acc_5"}
         say(options, "of the score: " + ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
+    if equal := result.get("equal_weights"):
+        say(options, "with equal weights: accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}".format(**equal))
     for name, row in result["per_class"].items():
         shares = "  ".join(f"{key} {row[key]:.3f}" for key in ("precision", "recall", "f1"))
         say(options, f"{name:>9}  {shares}  support {row['support']}")
@@ -177,6 +180,8 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     if options.trained and options.set:
         raise UsageError("--set: RUN's own config says how its encoders read — leave --set or --run out")
     config = load_preset(options.preset, options.set)
+    if options.preset == "tiny" and not options.trained:
+        say(options, "the demo's encoders: they know drawn faces and made-up lines; for others --run RUN, or --preset")
     result = run(config=config, run=options.trained, **given(options, "data", "out", "protocol", "device"))
     say(options, f"{result['clips']} clips; {result['file']}")
     return result

@@ -49,9 +49,9 @@ def evaluate(
         precision: fp32, bf16 or int8.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n; ``interval`` (95 %
-        bootstrap of accuracy); ``heads`` (each head alone, on the clips that have its modality) and
-        ``equal_weights``; a regression model's scores, too; a reduced precision's ``disagreement``.
+        accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n; MMSA's acc_2, f1_2 and the
+        same ``_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips that have
+        its modality) and ``equal_weights``; a regression model's scores, too; a reduced precision's ``disagreement``.
 
     Raises:
         UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
@@ -118,6 +118,9 @@ def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, An
     result = metrics.classification(truth, predicted, probabilities)
     if output.score is not None:
         result |= metrics.regression(scores, output.score.numpy())
+    else:
+        assert probabilities is not None
+        result |= metrics.binary(truth, probabilities)
     low, high = metrics.bootstrap_interval(truth, predicted)["accuracy"]
     return result | {"interval": [low, high]}
 

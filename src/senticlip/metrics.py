@@ -102,8 +102,27 @@ def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:
         "acc_5": float((score_class(truth, ACC_5_BINS) == score_class(score, ACC_5_BINS)).mean()),
         "acc_3": float((score_class(truth) == score_class(score)).mean()),
     }
+    return result | _two_classes(truth, score > 0)
+
+
+def binary(truth: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
+    """Acc-2 and F1 of a classifier, by MMSA's definitions; the names are those of :func:`regression`.
+
+    The answer is positive where P(positive) > P(negative), whatever P(neutral) is; a neutral truth counts as negative.
+
+    Args:
+        truth: n class indices.
+        probabilities: n×C.
+    """
+    probabilities = np.asarray(probabilities)
+    return _two_classes(np.asarray(truth) - LABELS.index("neutral"), probabilities[:, -1] > probabilities[:, 0])
+
+
+def _two_classes(truth: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, float]:
+    """Acc-2 and weighted F1 of ≤ 0 against > 0, over all rows and over those whose truth is not 0."""
+    result: dict[str, float] = {}
     for suffix, rows in (("", np.ones(truth.shape, dtype=bool)), ("_nonzero", truth != 0)):
-        scores = from_confusion(confusion(truth[rows] > 0, score[rows] > 0, 2))
+        scores = from_confusion(confusion(truth[rows] > 0, positive[rows], 2))
         result |= {"acc_2" + suffix: float(scores["accuracy"]), "f1_2" + suffix: float(scores["weighted_f1"])}
     return result
 

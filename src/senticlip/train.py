@@ -20,9 +20,9 @@ from senticlip.files import alone, disk
 from senticlip.fit import fit
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
-from senticlip.progress import announce
+from senticlip.progress import announce, console
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import UserError
+from senticlip.structures import OWN_LABEL, UserError
 
 
 def train(
@@ -69,6 +69,8 @@ def train(
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
+        if first and not as_stage:
+            _tell_missing_labels(config, data, stages)
         if stages and first:
             announce({**stages, "all together": config})
         for name, stage in stages.items():
@@ -94,15 +96,33 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
 
     Where ``data`` lacks a stage's label, it is trained on the main training's. With ``start`` there are none.
     """
-    clips = read_clips(data, None, config.protocol, config.seed)
-    there = {label for clip in clips for label in clip.labels}
-    needed = {}
+    there, needed = _labels(config, data), {}
     for name in () if config.start else config.stages:
         stage = config.stage(name)
         if set(stage.modalities) & set(config.modalities):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
     # those that read videos first: an unreadable video is then found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
+
+
+def _labels(config: Config, data: str | Path) -> set[str]:
+    """The labels that at least one clip has."""
+    return {label for clip in read_clips(data, None, config.protocol, config.seed) for label in clip.labels}
+
+
+def _tell_missing_labels(config: Config, data: str | Path, stages: dict[str, Config]) -> None:
+    """Say what of the experiment needs the modalities' own labels, where the data has none."""
+    missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(config, data))
+    told = [f"stage {name} learns {stage.target}" for name, stage in stages.items() if stage != config.stage(name)]
+    hears = "audio" in config.modalities
+    needs = {
+        "train.recombine": config.train.recombine and missing,
+        "train.mislead": config.train.mislead and hears and {"T", "V"} & {*missing},
+        "audio.own": config.audio.own and hears and "A" in missing,
+    }
+    told += [f"{key} changes nothing without it" for key, lacks in needs.items() if lacks]
+    if told:
+        console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(told)}", soft_wrap=True, highlight=False)
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
