@@ -17,8 +17,8 @@ LEVELS = [
     {"models"},
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "compiled", "export", "quantize"},
-    {"trainee", "fit", "train", "evaluate", "features", "answers", "manifest", "speech", "analyze", "bulk"}
-    | {"cut", "cam", "occlusion", "explain", "explain_set", "serve"},
+    {"trainee", "fit", "train", "evaluate", "features", "answers", "manifest", "crashes", "speech", "analyze"}
+    | {"bulk", "cut", "cam", "occlusion", "explain", "explain_set", "serve"},
     {"layout", "results", "reproduce", "pretrain", "demo"},
     {"arguments", "cli", "__main__"},
 ]

@@ -21,7 +21,7 @@ from tests.fakes import FakePredictor
 from tests.tiny import write_clip
 
 import senticlip
-from senticlip import answers, bulk, manifest
+from senticlip import answers, bulk, crashes, manifest
 from senticlip.config import Config
 from senticlip.data import subtitles
 from senticlip.encoders.text import load_tokenizer
@@ -316,7 +316,8 @@ def test_without_ray_it_is_one_process(run, archive, undisturbed, tmp_path, monk
 
 
 def test_a_video_that_kills_its_worker_costs_its_rows(run, archive, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "_OPEN", "import os, sys; sys.argv[1].endswith('/2.mp4') and os.kill(os.getpid(), 9)")
+    code = "import os, sys; sys.argv[1].endswith('/2.mp4') and os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(crashes, "_DECODE", code)
     stream = bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART)
     (tmp_path / ".part-000000.parquet.begun").write_text("|" * bulk.PATIENCE)  # as that many killed workers leave it
     (tmp_path / ".part-000002.parquet.begun").write_text("|" * (bulk.PATIENCE - 1))
@@ -342,10 +343,15 @@ def test_what_ends_without_a_crash_is_no_videos_fault(run, archive, tmp_path, mo
     assert not list(tmp_path.glob(".*.begun"))
 
 
-def test_a_video_that_is_never_done_kills_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "DEADLINE", 0.5)
-    monkeypatch.setattr(bulk, "_OPEN", "import sys, time; time.sleep(60 * sys.argv[1].endswith('b.mp4'))")
-    assert [bulk._kills(tmp_path / name) for name in ("a.mp4", "b.mp4")] == [False, True]
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_interrupts_it_is_no_video(run, archive, tmp_path, monkeypatch, error):
+    def interrupt(*_):
+        raise error
+
+    monkeypatch.setattr(bulk.Worker, "answer", interrupt)
+    with pytest.raises(error):
+        list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    assert not list(tmp_path.glob(".*.begun"))
 
 
 def driver(run: Path, archive: Path, out: Path, workers: int) -> subprocess.Popen:

@@ -48,7 +48,20 @@ def test_every_kind_gives_the_same_rows(name, tmp_path):
     assert read[3]["id"].startswith("row ")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "gb18030"])
+def test_a_column_of_subtitles_holds_files_or_words(tmp_path):
+    """A table that a model was trained on is a manifest, too."""
+    (tmp_path / "a.csv").write_text("路径,字幕,标签\na.mp4,真好,1\nb.mp4,b.SRT,0\n", encoding="utf-8")
+    found = [(row["path"], row["text"], row["subtitles"]) for row in manifest.read(tmp_path / "a.csv")]
+    assert found == [("a.mp4", "真好", None), ("b.mp4", None, "b.SRT")]
+
+
+def test_an_encoding_that_shows_late(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\n" + b"1,ok\n" * 300_000 + "2,真好\n".encode("gb18030"))
+    *_, last = manifest.read(tmp_path / "a.csv")
+    assert last["text"] == "真好"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gb18030"])
 def test_encodings_of_csv(encoding, tmp_path):
     rows = list(manifest.read(write(tmp_path / "m.csv", encoding=encoding)))
     assert rows[0] == full(ROWS[0], "一")

@@ -175,7 +175,11 @@ def test_a_text_that_is_not_utf_8_is_refused_and_not_answered(predictor, encodin
         wanted = (200, predictor(text=words).to_json()) if encoding == "utf-8" else (400, None)
         assert (answer.status_code, answer.json() if answer.status_code == 200 else None) == wanted, answer.text
         assert encoding == "utf-8" or answer.json()["error"].startswith("text: not in UTF-8")
-    for sound in ("très bien", "déjà vu", "5 °C", "一\ufffd二三四五六七八九十一"):  # a damaged character is no encoding
+    for rare in ("嗯嗯", "嗯，OK"):
+        answer = client.post("/predict", content=b"text=" + rare.encode("gbk"), headers={"content-type": kind})
+        assert answer.status_code == 400
+    damaged = "一\ufffd二三四五六七八九十一"  # one character is no encoding
+    for sound in ("très bien", "déjà vu", "informação", "créée", "5 °C", damaged):
         assert client.post("/predict", data={"text": sound}).status_code == 200
 
 

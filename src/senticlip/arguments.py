@@ -152,7 +152,7 @@ def _to_report(verbs: Verbs) -> None:
     p.add_argument("--out", type=file, required=True, metavar="F", help="file to write, as MMSA's .pkl")
     p.add_argument("--preset", default="tiny", help="whose encoders: tiny (ships with the package), small or paper")
     p.add_argument("--run", dest="trained", metavar="RUN", help="the encoders of a trained run instead")
-    p.add_argument("--protocol", default="official", help="official, tenth or video")
+    p.add_argument("--protocol", help="official, tenth or video (default: RUN's, or official)")
     _set(p, "change a config key of the preset")
     _device(p)
 

@@ -11,9 +11,8 @@ import importlib
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from senticlip import answers, manifest, runtime
+from senticlip.crashes import deadly
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
 from senticlip.data.table import finite, located
@@ -36,15 +36,7 @@ RETRIES = 8
 """How often a part is tried again after its worker died: a clip that kills every worker must not be tried for ever."""
 
 PATIENCE = 3
-"""Failed attempts at a part after which each of its videos is first decoded in a process of its own."""
-
-DEADLINE = 300.0
-"""Seconds that this process may take: a video that takes longer counts as one that kills its worker."""
-
-_OPEN = """import sys
-from senticlip.data.audio import read_audio
-from senticlip.data.video import read_frames
-read_frames(sys.argv[1], size=16), read_audio(sys.argv[1])"""
+"""Attempts at a part that ended without a word after which its videos are first decoded in another process."""
 
 SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
 
@@ -200,9 +192,9 @@ class Worker:
         from senticlip.predictor import load
 
         self.out, self.root = Path(job["out"]), Path(job["root"])
-        self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         if threads:
-            runtime.setup(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # before load: onnxruntime and OpenVINO keep their threads
+        self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         self.lines = lru_cache(8)(subtitles.read)  # the rows of a film follow each other
         self.parts = pq.ParquetFile(open(job["parts"], "rb"))  # noqa: SIM115 — as long as this lives
 
@@ -221,21 +213,24 @@ class Worker:
             with begun.open("a") as file:
                 file.write("|")
             if begun.stat().st_size > PATIENCE:
-                deadly = self._deadly(rows)
-                rows = [row | {"deadly": row["path"] in deadly} for row in rows]
+                found = deadly(self._clips(rows))
+                rows = [row | {"deadly": i in found} for i, row in enumerate(rows)]
             try:
                 made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
                 answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
-            except Exception:  # a full disk, say: no video has killed this process
+            except BaseException:  # a full disk, or Ctrl-C: no video has killed this process
                 begun.unlink(missing_ok=True)
                 raise
             begun.unlink(missing_ok=True)
         return number
 
-    def _deadly(self, rows: list[dict[str, Any]]) -> set[str]:
-        """The paths whose decoding kills the process (a codec that crashes, a picture larger than memory)."""
-        paths = {row["path"] for row in rows if row["path"] is not None}
-        return {path for path in sorted(paths) if _kills(located(self.root, path))}
+    def _clips(self, rows: list[dict[str, Any]]) -> dict[int, Clip]:
+        """The rows that name something to read, by their places."""
+        clips = {}
+        for i, row in enumerate(rows):
+            with suppress(Exception):  # which answer() tells
+                clips[i] = self._clip(row)
+        return clips
 
     def answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """One batch of manifest rows; what cannot be read becomes a row with its error."""
@@ -270,15 +265,6 @@ class Worker:
         if path is None and text is None:
             raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
         return Clip(row["id"], path, text, start=times["start"], end=times["end"])
-
-
-def _kills(video: Path) -> bool:
-    """Whether decoding a video kills the process, or takes longer than DEADLINE."""
-    command = [sys.executable, "-c", _OPEN, str(video)]
-    try:
-        return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=DEADLINE).returncode < 0
-    except subprocess.TimeoutExpired:
-        return True
 
 
 def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:

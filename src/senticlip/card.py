@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from senticlip import __version__
-from senticlip.config import Config
+from senticlip.config import FROM_FILE, Config
 
 CALIBRATED = (
-    "Its probabilities are calibrated on the validation split of that data (one temperature per head), not elsewhere."
+    "Its answer's probabilities are calibrated on the validation split of that data (one temperature per head), not "
+    "elsewhere; those of a modality alone are not."
 )
 UNCALIBRATED = "It is not calibrated: how sure it says it is, is no share of right answers."
 LIMITS = """## Limits
@@ -29,6 +30,8 @@ who does not know of it.
 
 def _learned(config: Config, name: str) -> str:
     """How an encoder has learned."""
+    if getattr(config, name).encoder in FROM_FILE:
+        return "read from a file"
     first = any(name in config.stage(stage).modalities for stage in config.stages)
     return "fine-tuned in a stage of its own" if first else getattr(config, name).train
 

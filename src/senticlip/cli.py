@@ -134,6 +134,8 @@ def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]
     """Each run, and the mean and standard deviation over them."""
     from senticlip.results import spread
 
+    if len({result["target"] for result in results}) > 1:
+        raise UsageError("RUN: they were trained for different labels — choose one with --target")
     scores = spread(results)
     _say_runs(options, results)
     names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}

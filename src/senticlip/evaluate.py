@@ -49,9 +49,10 @@ def evaluate(
         precision: fp32, bf16 or int8.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n; MMSA's acc_2, f1_2 and the
-        same ``_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips that have
-        its modality) and ``equal_weights``; a regression model's scores, too; a reduced precision's ``disagreement``.
+        accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n, target; MMSA's acc_2, f1_2
+        and the same ``_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips
+        that have its modality) and ``equal_weights``; a regression model's scores; a reduced precision's
+        ``disagreement``.
 
     Raises:
         UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
@@ -78,7 +79,7 @@ def _answers(
         raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
     _tell_changed_rows(Path(run), data, config)
     truth = polarity(rows.labels[target])
-    result = judge(output, truth, rows.labels[target])
+    result = judge(output, truth, rows.labels[target]) | {"target": target}
     if predictor.disagreement:
         result["disagreement"] = predictor.disagreement
     temperature = getattr(predictor.model.network, "temperature", None)

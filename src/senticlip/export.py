@@ -225,14 +225,14 @@ class OnnxModel:
         UsageError: no such file. UserError: none that ``senticlip export`` made.
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
             raise UsageError(f"{path}: no such file — senticlip export RUN --out F.onnx makes one")
         if str(path) != whole(str(path)):
             raise UserError(f"{path}: onnxruntime opens no path that is not UTF-8 — rename it")
         runtime = need("onnxruntime")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

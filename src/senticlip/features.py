@@ -30,7 +30,7 @@ def features(
     data: str | Path,
     out: str | Path,
     config: Config,
-    protocol: str = "official",
+    protocol: str | None = None,
     device: str | None = None,
     run: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def features(
         data: a CH-SIMS folder, or a CSV of one's own.
         out: the pickle to write.
         config: which encoders.
-        protocol: official, tenth or video: which clip is in which split.
+        protocol: official, tenth or video: which clip is in which split; the config's, or RUN's, by default.
         device: cpu, cuda, cuda:N.
         run: a trained RUN whose encoders are taken instead, as they have learned, learned prompt and all.
 
@@ -52,14 +52,16 @@ def features(
         ``{"clips": …, "file": …}``
 
     Raises:
-        UsageError: the ending of another format, or as ``read_clips`` and the encoders. UserError: a clip has no label
-            or no split.
+        UsageError: the ending of another format, a RUN without encoders, or as ``read_clips`` and the encoders.
+            UserError: a clip has no label or no split.
     """
     if Path(out).suffix.lower() in OTHER_FORMATS:
         raise UsageError(f"--out {out}: a feature file is a pickle — give a name that ends in .pkl")
     model = _untrained(config) if run is None else SentimentModel.from_pretrained(run)
+    if not model.encoders:
+        raise UsageError(f"--run {run}: it has no encoders, but reads a feature file or sound — give another")
     config = model.experiment
-    clips = read_clips(data, None, protocol, config.seed)
+    clips = read_clips(data, None, protocol or config.protocol, config.seed)
     lost = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
     if lost:
         raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split, a feature file needs both")
@@ -107,7 +109,7 @@ def _padded(name: str, store: Rows, places: np.ndarray, width: int, most: int | 
 
 
 def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.ndarray]:
-    """Ids, mask and token types N×3×n, the input of MMSA's BERT; empty without a tokenizer."""
+    """Ids, mask and token types N×3×n; empty without a tokenizer. The input of MMSA's BERT if that has these tokens."""
     if tokenizer is None:
         return {}
     if not clips:

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from senticlip.data.table import LONGEST_CELL
+from senticlip.data.subtitles import SUFFIXES
+from senticlip.data.table import LONGEST_CELL, told_encoding
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import UsageError, UserError, whole
@@ -99,9 +100,14 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
 
 
 def _named(row: dict[Any, Any]) -> dict[str, Any]:
-    """A row by the names of COLUMNS, for which others may stand (``Path``, ``video``); their own come first."""
+    """A row by the names of COLUMNS, for which others may stand (``Path``, ``video``); their own come first.
+
+    ``字幕`` may be a file of subtitles, or the words, as in the tables that models are trained on.
+    """
     names = {key: str(key).strip().casefold() for key in row if key is not None}
     aliased = {_ALIASES[name]: row[key] for key, name in names.items() if name in _ALIASES}
+    if "subtitles" in aliased and not str(aliased["subtitles"]).strip().lower().endswith(SUFFIXES):
+        aliased = {"text": aliased.pop("subtitles")} | aliased
     return aliased | {name: row[key] for key, name in names.items() if name in COLUMNS}
 
 
@@ -175,13 +181,15 @@ def _tell_unread(manifest: Path, names: Iterable[Any]) -> None:
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8, UTF-16 or GB18030, from the first megabyte."""
+    """What the first bytes tell, else UTF-8 if all of the file is that, else GB18030."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
-        head = file.read(1 << 20)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return "gb18030"
-    return "utf-8-sig"
+        if told := told_encoding(file.read(4000)):
+            return told
+        file.seek(0)
+        try:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                decoder.decode(chunk)
+        except UnicodeDecodeError:
+            return "gb18030"
+    return "utf-8"

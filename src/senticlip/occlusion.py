@@ -83,7 +83,7 @@ def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
 
 @torch.no_grad()
 def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
-    """All cases of one clip, "everything" first; the only modality, frame or character is never left out.
+    """All cases of one clip, "everything" first; the only modality, or the only frame, is never left out.
 
     A frame is masked (the others keep their temporal positions), a character is cut out of the text. Frames are encoded
     once, since the encoder reads each by itself.

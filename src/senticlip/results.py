@@ -59,8 +59,8 @@ def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]],
 
 
 def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over seeds of every metric that is a number (std 0 for one seed)."""
-    names = [name for name, value in (runs[0] if runs else {}).items() if isinstance(value, int | float)]
+    """Mean and sample standard deviation over seeds of every metric that is a number in all (std 0 for one seed)."""
+    names = [name for name in (runs[0] if runs else {}) if all(isinstance(run.get(name), int | float) for run in runs)]
     scores = {}
     for name in names:
         values = [run[name] for run in runs]

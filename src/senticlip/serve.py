@@ -50,8 +50,11 @@ GRACE = 10
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
 
-GARBLED = re.compile(r"(?:[\x00-\x7f]|[\xa1-\xfe]{2})*")
-"""Chinese in GBK, as a console of Windows sends it, once starlette has taken what is not UTF-8 for Latin-1."""
+GARBLED = re.compile(r"(?:[\x00-\x7f]|([\xa1-\xd7])[\xa1-\xfe]|[\xd8-\xfe][\xa1-\xfe])*")
+"""Chinese in GBK, as a console of Windows sends it, once starlette has taken what is not UTF-8 for Latin-1.
+
+The group is there with a frequent character: the first byte of a rare one is a small letter of Latin-1 (informação).
+"""
 
 PLAIN = "application/x-www-form-urlencoded"
 FORMS = ("multipart/form-data", PLAIN)
@@ -244,7 +247,10 @@ def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
 def _is_garbled(text: str) -> bool:
     """Whether the bytes were those of another encoding; a damaged one alone is none."""
     odd = sum(ord(c) > 127 for c in text)
-    return 10 * text.count("\ufffd") > odd or (odd > 0 and GARBLED.fullmatch(text) is not None)
+    if 10 * text.count("\ufffd") > odd:
+        return True
+    pairs = GARBLED.fullmatch(text) if odd else None
+    return pairs is not None and (pairs[1] is not None or re.search("[A-Za-z]", text) is None)
 
 
 class PlainForm:

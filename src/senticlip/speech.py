@@ -24,10 +24,12 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
         from faster_whisper import WhisperModel
     except ImportError:
         raise UsageError("--transcribe needs faster-whisper: pip install 'senticlip[asr]'") from None
+    from senticlip.data.audio import audio_start
     from senticlip.data.video import probe
 
     if not probe(video).has_audio:
         raise UserError(f"{video}: no sound in it — nothing can be transcribed")
+    late = audio_start(video)  # faster-whisper counts from the first sample
     folder = model if Path(model).is_dir() else _fetch(model)
     kind, colon, number = (device or "auto").partition(":")
     if colon and not number.isdecimal():
@@ -36,7 +38,7 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
     try:
         whisper = WhisperModel(folder, **options)
         segments, _ = whisper.transcribe(str(video), language="zh", vad_filter=True)
-        lines = [Line(round(s.start, 3), round(s.end, 3), clean(s.text)) for s in segments]
+        lines = [Line(round(s.start + late, 3), round(s.end + late, 3), clean(s.text)) for s in segments]
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{video}: not transcribed — {' '.join(str(error).split())}") from None
     return [line for line in lines if line.text and line.end > line.start]

@@ -1,4 +1,4 @@
-"""The five forms that data takes from file to answer; modules pass nothing else to each other.
+"""The five forms that data takes from file to answer.
 
 ``Clip`` (what a person has) → ``Sequence`` (what an encoder reads or writes) → ``Batch`` → ``Output`` → ``Prediction``.
 """

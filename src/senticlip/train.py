@@ -22,7 +22,7 @@ from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.progress import announce, console
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import OWN_LABEL, UserError
+from senticlip.structures import OWN_LABEL, UsageError, UserError
 
 
 def train(
@@ -69,6 +69,7 @@ def train(
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
+        _check_sizes(model, stages)
         if first and not as_stage:
             _tell_missing_labels(config, data, stages)
         if stages and first:
@@ -103,6 +104,22 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
     # those that read videos first: an unreadable video is then found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
+
+
+def _check_sizes(model: SentimentModel, stages: dict[str, Config]) -> None:
+    """A network that knows its frames' positions can be taken over from a stage with frames of the same size alone.
+
+    Raises:
+        UsageError: a stage has another.
+    """
+    size = model.experiment.vision.size
+    positions = any("pos_embed" in name for name, _ in model.encoders.named_parameters())
+    for name, stage in stages.items():
+        if positions and "vision" in {*stage.modalities} & {*model.experiment.modalities} and stage.vision.size != size:
+            raise UsageError(
+                f"stages.{name}: vision.size is {stage.vision.size}, but {size} in the main training — this network "
+                "has learned positions: make them the same"
+            )
 
 
 def _labels(config: Config, data: str | Path) -> set[str]:

@@ -13,7 +13,7 @@ import pytest
 from tests.tiny import write_clip
 
 from senticlip.data import audio
-from senticlip.data.audio import RATE, AudioReader, audio_store, log_mel, mel_filters, read_audio
+from senticlip.data.audio import RATE, AudioReader, audio_start, audio_store, log_mel, mel_filters, read_audio
 from senticlip.structures import Clip, UserError
 
 
@@ -186,6 +186,8 @@ def test_a_sound_that_begins_late_is_not_read_over_the_end_of_a_piece(tmp_path):
             frame = av.AudioFrame.from_ndarray(part[None], format="s16", layout="mono")
             frame.sample_rate, frame.pts = RATE, round((0.7 + 0.1 * i) * RATE)
             file.mux(voice.encode(frame))
+    assert audio_start(tmp_path / "b.mkv") == pytest.approx(0.7, abs=1e-3)
+    assert audio_start(path) == 0
     seconds = {(0.0, 1.0): 0.3, (None, 1.0): 0.3, (0.5, 1.0): 0.3, (0.1, 0.5): 0.0, (1.0, 2.0): 1.0, (None, None): 2.0}
     for piece, heard in seconds.items():
         assert len(read_audio(tmp_path / "b.mkv", *piece)) == pytest.approx(heard * RATE, abs=RATE // 100), piece

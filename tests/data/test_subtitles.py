@@ -129,6 +129,26 @@ def test_a_karaoke_line_that_grows():
     assert merge(cues) == [Line(1.0, 4.0, "我爱你")]
 
 
+def test_an_answer_that_begins_with_the_same_word():
+    cues = [_Cue(0, 2, ["妈"]), _Cue(2, 5, ["妈妈你听我说"])]
+    assert merge(cues) == [Line(0, 2, "妈"), Line(2, 5, "妈妈你听我说")]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_last_row_that_is_a_number(tmp_path, numbered):
+    times = ["00:00:01.000 --> 00:00:02.000", "00:00:03.000 --> 00:00:04.000"]
+    blocks = [
+        f"{f'{i}{chr(10)}' if numbered else ''}{time}\n他今年\n{age}"
+        for i, (time, age) in enumerate(zip(times, (42, 7), strict=True), 1)
+    ]
+    (tmp_path / "a.vtt").write_text("\n\n".join(["WEBVTT", *blocks]) + "\n", encoding="utf-8")
+    wanted = ["他今年 42", "他今年 7"]
+    assert [line.text for line in read(tmp_path / "a.vtt")] == wanted
+    if numbered:
+        (tmp_path / "a.srt").write_text("\n\n".join(blocks).replace(".000", ",000") + "\n", encoding="utf-8")
+        assert [line.text for line in read(tmp_path / "a.srt")] == wanted
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(

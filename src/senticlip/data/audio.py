@@ -65,6 +65,15 @@ class AudioReader:
         return sound[begin : begin + max(0, round((stop - max(at, first - zero)) * rate))]
 
 
+def audio_start(path: str | Path) -> float:
+    """When the sound of a file begins, in seconds on a player's clock; 0 if that is not told."""
+    with open_container(path) as container:
+        for stream in container.streams.audio[:1]:
+            if stream.start_time is not None and stream.time_base is not None:
+                return float(stream.start_time * stream.time_base) - clock_start(container)
+    return 0.0
+
+
 def read_audio(path: str | Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
     """The sound of a file or of a piece of it: mono float32 in [-1, 1] at ``rate``; empty if it has none.
 

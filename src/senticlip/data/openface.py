@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from senticlip.data.cache import MISSING, Store, cached, file_key, piece_key
+from senticlip.data.cache import MISSING, Store, cached, file_keys, piece_key
 from senticlip.data.table import VIDEO_SUFFIXES
 from senticlip.structures import Clip, UserError
 
@@ -97,9 +97,8 @@ def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
             assert path is not None
             yield read_openface(path, start=clips[place].start, end=clips[place].end)
 
-    keys = [
-        MISSING if path is None else piece_key(file_key(path), clip) for path, clip in zip(found, clips, strict=True)
-    ]
+    hashes = file_keys([path for path in found if path is not None], root)
+    keys = [MISSING if p is None else piece_key(hashes[p], clip) for p, clip in zip(found, clips, strict=True)]
     return cached(root, {"openface": 1}, keys, compute, "reading OpenFace")
 
 

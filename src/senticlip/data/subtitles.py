@@ -70,6 +70,8 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
         row = text.count("\n", 0, long.start()) + 1
         raise UserError(f"{path}, row {row}: {long[0].strip('-> ')} is no time of a film — hours have two digits")
     text = re.sub(r"-\d{1,2}:\d{1,2}:\d{1,2}([.,])\d{1,3}", r"00:00:00\g<1>000", text)  # moved to before 0
+    if "-->" in text:
+        text += "\n\n0"  # pysubs2 takes a number in a cue's last row for that of the next cue
     bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
     try:
         cues = [
@@ -108,7 +110,7 @@ def _timed_blocks(text: str) -> str:
     for block in re.split(r"\n\s*\n", text):
         lines = block.split("\n")
         timed = next((i for i, line in enumerate(lines) if "-->" in line), None)
-        cues += [] if timed is None else ["\n".join(lines[timed:])]
+        cues += [] if timed is None else ["\n".join(["0", *lines[timed:]])]
     return "\n\n".join(["WEBVTT", *cues])
 
 
@@ -186,12 +188,13 @@ def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
     """Cues as written → lines as said.
 
     A row that the cue before showed already (rolling captions, second layers) is left out; cues that are on the screen
-    together (karaoke syllables, two styles, two speakers) become one line; what then still overlaps ends where the
-    next begins. Times are shifted; what ends before 0 is dropped.
+    together (karaoke syllables, two styles, two speakers) become one line, as do those that grow by a syllable; what
+    then still overlaps ends where the next begins. Times are shifted; what ends before 0 is dropped.
     """
     ordered = sorted((cue for cue in cues if cue.end > cue.start), key=lambda cue: cue.start)
     lines: list[Line] = []
     shown: list[str] = []
+    brief = False
     for cue in ordered:
         rows = [row for row in (clean(row) for row in cue.rows) if row]
         if not rows:
@@ -201,8 +204,11 @@ def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
         fresh = _fresh(shown, rows) if touches else rows
         shown = rows if last is None or not touches or cue.start >= last.end else shown + fresh
         text = _join(fresh)
-        if last is not None and touches and (not text or text.startswith(last.text) or _together(last, cue)):
-            if not text.startswith(last.text):  # else it is a karaoke line that grows
+        # a karaoke line; after a whole second it is an answer that begins with the same word
+        grows = last is not None and text.startswith(last.text) and (brief or cue.start < last.end)
+        brief = cue.end - cue.start < 1
+        if last is not None and touches and (not text or grows or _together(last, cue)):
+            if not grows:
                 text = last.text if text in last.text else _join([last.text, text])
             lines[-1] = Line(last.start, max(last.end, cue.end), text)
         elif text:

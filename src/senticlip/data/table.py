@@ -70,18 +70,24 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def surely(data: bytes) -> str | None:
-    """The text if a byte order mark, or the zero bytes of ASCII in UTF-16, tell the encoding; else None."""
+    """The text if its first bytes tell the encoding; else None."""
+    encoding = told_encoding(data[:4000])
+    return None if encoding is None else data.decode(encoding, errors="replace")
+
+
+def told_encoding(data: bytes) -> str | None:
+    """The encoding that a byte order mark, or the zero bytes of ASCII in UTF-16, tell; else None."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"),
     ):
         if data.startswith(mark):
-            return data.decode(encoding, errors="replace")
-    zeros = [data[start:4000:2].count(0) / (len(data[start:4000:2]) or 1) for start in (0, 1)]
+            return encoding
+    zeros = [data[start::2].count(0) / (len(data[start::2]) or 1) for start in (0, 1)]
     if max(zeros) <= 0.1:
         return None
-    return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", errors="replace")
+    return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
 
 
 def located(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
@@ -9,10 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import av
 import numpy as np
 import torch
+from av.container import InputContainer
 from av.subtitles.stream import SubtitleStream
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from senticlip.data.cutaways import GRID, main_shot, without_bars
@@ -209,6 +213,18 @@ def _codec(track: SubtitleStream) -> str:
     return track.codec_context.name if track.codec_context else "unknown"
 
 
+def _promised(container: InputContainer, stream: VideoStream) -> float:
+    """The seconds of pictures that a file's header tells of; 0 if it tells nothing."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    # Matroska has a duration for the whole file, and FFmpeg writes a tag for each stream
+    told = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if told is None or not container.duration:
+        return 0.0
+    hours, minutes, seconds = map(float, told.groups())
+    return min(3600 * hours + 60 * minutes + seconds, container.duration / av.time_base)
+
+
 def probe(path: str | Path) -> VideoInfo:
     """Open a file, decode its first frame and look for its last packet.
 
@@ -225,7 +241,7 @@ def probe(path: str | Path) -> VideoInfo:
         ]
         rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
         _, height, width = reader.read(times=[float(reader._start)]).pixels.shape[1:]
-        promised = float((decoder.stream.duration or 0) * decoder.tick)
+        promised = _promised(decoder.container, decoder.stream)
         problem = None
         if reader.duration < promised - max(0.5, 2 / (rate or 25)):
             problem = f"{path}: cut off, {reader.duration:.1f} s of {promised:.1f} s are there — copy it again"
