@@ -149,7 +149,7 @@ def test_evaluate_of_one_run_and_of_two(place, say):
     assert told == pytest.approx([gap[name] for name in ("difference", "low", "high", "p")], abs=1e-4)
 
 
-def test_evaluate_of_several_runs_is_their_mean_and_deviation(place, say):
+def test_evaluate_of_several_runs_is_their_mean_and_deviation(place, say, fails):
     runs = (place / "run0", place / "run1", place / "run0")
     found = json.loads(say("evaluate", *runs, "--data", place / "data", "--json")[1])
     values = [found["runs"][str(run)]["macro_f1"] for run in runs]
@@ -158,6 +158,18 @@ def test_evaluate_of_several_runs_is_their_mean_and_deviation(place, say):
     said = say("evaluate", *runs, "--data", place / "data")[1]
     assert f"of 3 runs: accuracy {statistics.mean(found['runs'][str(r)]['accuracy'] for r in runs):.4f} ± " in said
     assert f"macro-F1 {mean:.4f} ± {std:.4f}, weighted F1" in said
+    other = create_model(load_run(place).override({"target": "T"}))
+    other.save_pretrained(place / "of-T")
+    fails(
+        2,
+        "trained for different labels — choose one with --target",
+        "evaluate",
+        *runs,
+        place / "of-T",
+        "--data",
+        place / "data",
+    )
+    assert say("evaluate", *runs, place / "of-T", "--data", place / "data", "--target", "M")[0] == 0
 
 
 def test_wrong_use_is_one_line(place, fails):

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from senticlip.config import Config
 from senticlip.data.mmsa import read_features
+from senticlip.data.sims import read_clips
 from senticlip.encoders.text import tokenize
 from senticlip.features import features
 from senticlip.models import create_model
@@ -60,16 +61,27 @@ def small(encoder):
 
 def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder):
     torch.manual_seed(1)
-    model = create_model(small(encoder).override({"text.max_length": 12, "width": 8, "heads": 2})).eval()
+    sizes = {"text.max_length": 12, "width": 8, "heads": 2, "protocol": "tenth", "seed": 5}
+    model = create_model(small(encoder).override(sizes)).eval()
     with torch.no_grad():
         model.encoders["text"].prefix.normal_()  # another prompt than any preset's
     model.save_pretrained(tmp_path / "run")
-    features(folder, tmp_path / "f.pkl", Config(), run=tmp_path / "run")
+    features(folder, tmp_path / "f.pkl", Config(), run=tmp_path / "run", protocol="official")
     ids, mask = tokenize(model.tokenizer, ["今天真好"], 12)
     wanted = model.encoders["text"](Sequence(ids, mask)).values[0].detach()
     with (tmp_path / "f.pkl").open("rb") as file:
         found = pickle.load(file)["train"]["text"][1]
     np.testing.assert_allclose(found, wanted, atol=2e-3)  # kept in fp16
+    features(folder, tmp_path / "f.pkl", Config(), run=tmp_path / "run")  # split as it was trained
+    with (tmp_path / "f.pkl").open("rb") as file:
+        found = {name: split["id"] for name, split in pickle.load(file).items()}
+    clips = read_clips(folder, None, "tenth", 5)
+    assert found == {s: [c.id.replace("/", "$_$") for c in clips if c.split == s] for s in ("train", "valid", "test")}
+    sizes = {"text.encoder": "features", "vision.encoder": "features", "head": "linear", "text.train": "frozen"}
+    reader = create_model(Config().override({**sizes, "vision.train": "frozen"}), {"text": 4, "vision": 4})
+    reader.save_pretrained(tmp_path / "reader")
+    with pytest.raises(UsageError, match="reader: it has no encoders"):
+        features(folder, tmp_path / "g.pkl", Config(), run=tmp_path / "reader")
 
 
 def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encoder):

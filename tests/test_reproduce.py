@@ -248,6 +248,8 @@ def test_mean_and_std_over_seeds():
     runs = [{"accuracy": 0.5, "ece": None}, {"accuracy": 0.7, "ece": None}]
     assert results.spread(runs) == {"accuracy": {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5)}}
     assert results.spread([]) == {}
+    mixed = [{"accuracy": 0.5, "mae": 0.3, "ece": None}, {"accuracy": 0.7, "ece": 0.1}]  # a score's and a classifier's
+    assert list(results.spread(mixed)) == list(results.spread(mixed[::-1])) == ["accuracy"]
 
 
 def predicted(*classes, ids="abcd"):

@@ -37,13 +37,15 @@ def whisper(monkeypatch):
     return asked
 
 
-def test_lines_as_they_are_said(film, whisper, tmp_path):
+def test_lines_as_they_are_said(film, whisper, tmp_path, monkeypatch):
     whisper.said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 4.0, "无"), (4.0, 5.50049, "然后呢")]
     assert transcribe(film, str(tmp_path), "cuda:1") == [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
     assert whisper.folder == str(tmp_path)
     assert whisper.options["device"] == "cuda"
     transcribe(film, str(tmp_path))
     assert whisper.options["device"] == "auto"
+    monkeypatch.setattr("senticlip.data.audio.audio_start", lambda path: 3.0)  # the film's sound begins late
+    assert transcribe(film, str(tmp_path))[0] == Line(3.0, 5.0, "真好")
 
 
 def test_the_extra_is_missing(film, monkeypatch):

@@ -170,6 +170,20 @@ def test_only_what_is_read_is_trained_first(place, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]
 
 
+def test_a_network_that_knows_positions_has_one_size(place, tmp_path):
+    """Told before the stage is trained, not when its weights do not fit."""
+    stages = {"vision": {"modalities": ["vision"], "vision.size": 64}}
+    for name, fits in (("test_vit", False), ("test_efficientnet", True)):
+        folder = str(timm_folder(tmp_path / name, name))
+        experiment = settings(place, stages=stages, **{"vision.encoder": folder, "train.epochs": 1})
+        if fits:
+            train(experiment, place / "data", tmp_path / "run")
+        else:
+            with pytest.raises(UsageError, match=r"stages\.vision: vision\.size is 64, but 32 in the main training"):
+                train(experiment, place / "data", tmp_path / "run")
+            assert not list(tmp_path.glob("run/stages/*"))
+
+
 @pytest.mark.parametrize("terminal", [True, False], indirect=True)
 def test_what_is_trained_and_why_it_ends_is_told(place, tmp_path, terminal):
     stage = {"modalities": ["vision"], "target": "V", "train.epochs": 1}
