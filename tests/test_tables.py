@@ -130,6 +130,20 @@ def test_a_file_on_top_of_a_preset_is_the_row_of_the_table(tmp_path):
     row = next(row for row in tables(load(small))["1"].rows if row.name == "TFN").configs["M"]
     assert made.to_dict() == row.override({"train.epochs": 7}).to_dict()
     assert made.stage("text").train.epochs == load(small).stage("text").train.epochs
+    # what is set reaches the stages, as where there is one file: they read with the same encoders, and the same split
+    sets = [
+        "text.encoder=F",
+        "vision.encoder=G",
+        "protocol=tenth",
+        "stages.text.train.epochs=2",
+        "options.post_fusion=8",
+    ]
+    made = load_experiment([small, tfn], sets)
+    text, vision = made.stage("text"), made.stage("vision")
+    assert (text.text.encoder, vision.vision.encoder, text.protocol, text.train.epochs) == ("F", "G", "tenth", 2)
+    assert (made.text.encoder, made.model, made.options["post_fusion"], text.options) == ("F", "tfn", 8, {})
+    vgg = load_experiment([small, str(EXPERIMENTS / "vision" / "vgg16.yaml")], ["vision.encoder=G"])
+    assert vgg.vision.encoder == vgg.stage("vision").vision.encoder == "G"
     (tmp_path / "wrong.yaml").write_text("fusion: {x: 1}", encoding="utf-8")
     with pytest.raises(UsageError, match=r"wrong\.yaml: config key fusion"):
         load_experiment([small, str(tmp_path / "wrong.yaml")])

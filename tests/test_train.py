@@ -165,6 +165,8 @@ def test_only_what_is_read_is_trained_first(place, tmp_path):
     stages = {name: {"modalities": [name], "train.epochs": 1} for name in ("text", "vision")}
     found = stages_of(settings(place, modalities=["vision", "audio"], stages=stages), place / "data")
     assert {name: (stage.modalities, stage.target) for name, stage in found.items()} == {"vision": (["vision"], "M")}
+    files = {"vision.encoder": "features", "head": "linear"}  # there is no encoder that could learn
+    assert list(stages_of(settings(place, stages=stages, **files), place / "data")) == ["text"]
     experiment = settings(place, modalities=["vision"], stages=stages, **{"train.epochs": 1})
     train(experiment, place / "data", tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["vision"]

@@ -47,17 +47,22 @@ def load_preset(name: str, overrides: list[str] | None = None) -> Config:
 def load_experiment(files: list[str], overrides: list[str] | None = None) -> Config:
     """A YAML file, others on top of it as the rows of a table are (its stages stay), and ``a.b=c`` overrides.
 
+    Of several files, overrides change the first, as in ``reproduce``, stages and all; and the last, where they win.
+
     Raises:
         UsageError: as ``config.load``.
     """
-    config = configs.from_file(files[0])
+    if not files[1:]:
+        return configs.load(files[0], overrides)
+    changes = configs.parse_overrides(overrides or [])
+    # options are of the last file's model
+    config = configs.from_file(files[0]).override({k: v for k, v in changes.items() if not k.startswith("options")})
     for file in files[1:]:
-        changes = configs.dotted(configs.read(file))
         try:
-            config = changed(config, changes)
+            config = changed(config, configs.dotted(configs.read(file)))
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
-    return configs.finish(config, overrides)
+    return configs.finish(changed(config, {k: v for k, v in changes.items() if not k.startswith("stages")}))
 
 
 def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], random: bool) -> list[Table]:

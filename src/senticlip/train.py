@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from senticlip import runtime
 from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, origin, save_run
-from senticlip.config import Config
+from senticlip.config import FROM_FILE, Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
@@ -93,14 +93,15 @@ def train(
 
 
 def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
-    """The stages that share a modality with the main training, by name, in the order in which they are trained.
+    """The stages whose encoders the main training takes over, by name, in the order in which they are trained.
 
     Where ``data`` lacks a stage's label, it is trained on the main training's. With ``start`` there are none.
     """
     there, needed = _labels(config, data), {}
     for name in () if config.start else config.stages:
         stage = config.stage(name)
-        if set(stage.modalities) & set(config.modalities):
+        shared = {*stage.modalities} & {*config.modalities} - {"audio"}  # which has no encoder
+        if any(getattr(stage, modality).encoder not in FROM_FILE for modality in shared):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
     # those that read videos first: an unreadable video is then found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
