@@ -110,7 +110,7 @@ def analyze(
     else:
         lines = subs.embedded(video, track, shift)
         if not lines and not (shift < 0 and subs.embedded(video, track)):
-            lines = shots(video) if cut == "shots" else windows(end, seconds)
+            lines = shots(video, end) if cut == "shots" else windows(end, seconds)
     _check_times(lines, subtitles or video, video, end, shift)
     predictor = run
     if isinstance(run, (str, Path)):

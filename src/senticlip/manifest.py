@@ -80,7 +80,7 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
     # pandas writes a cell in which nothing is as NaN
     full = {key: v for key, v in row.items() if v is not None and v is not _SHORT and v == v and str(v).strip()}
     cells = _named(full)
-    said = {name: str(value) for name, value in cells.items()}
+    said = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
     sound = {name: whole(said[name]) for name in COLUMNS if name in said}
     record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **sound, "error": None}
     record["id"] = record["id"] or record["path"] or f"row {number}"
@@ -104,7 +104,7 @@ def _named(row: dict[Any, Any]) -> dict[str, Any]:
 
     ``字幕`` may be a file of subtitles, or the words, as in the tables that models are trained on.
     """
-    names = {key: str(key).strip().casefold() for key in row if key is not None}
+    names = {key: str(key).strip("\ufeff \t").casefold() for key in row if key is not None}
     aliased = {_ALIASES[name]: row[key] for key, name in names.items() if name in _ALIASES}
     if "subtitles" in aliased and not str(aliased["subtitles"]).strip().lower().endswith(SUFFIXES):
         aliased = {"text": aliased.pop("subtitles")} | aliased

@@ -134,6 +134,27 @@ def test_an_answer_that_begins_with_the_same_word():
     assert merge(cues) == [Line(0, 2, "妈"), Line(2, 5, "妈妈你听我说")]
 
 
+def test_captions_as_youtube_writes_them(tmp_path):
+    """Rows of one space are no empty rows, and words with two times in them no row of times."""
+    (tmp_path / "a.vtt").write_text(
+        "WEBVTT\nKind: captions\n\n00:00:00.080 --> 00:00:02.389 align:start position:0%\n \n"
+        "大家<00:00:00.400><c>好</c><00:00:00.800><c>今天</c>\n\n00:00:02.389 --> 00:00:02.399\n大家好今天\n \n\n"
+        "00:00:02.399 --> 00:00:05.000\n大家好今天\n我们<00:00:03.000><c>讲</c><00:00:03.600><c>历史</c>\n\n"
+        "NOTE 说明\n\n00:00:05.000 --> 00:00:05.010\n我们讲历史\n \n",
+        encoding="utf-8",
+    )
+    assert read(tmp_path / "a.vtt") == [Line(0.08, 2.399, "大家好今天"), Line(2.399, 5.01, "我们讲历史")]
+
+
+def test_times_are_only_in_rows_of_times(tmp_path):
+    (tmp_path / "a.srt").write_text(
+        "1\n00:00:01 --> 00:00:02\n从 08:00:00.0 到 09:00:00.0 上班\n\n2\n00:00:03,000-->00:00:04,5\n第一行\n\n第二行\n",
+        encoding="utf-8",
+    )
+    wanted = [Line(1.0, 2.0, "从 08:00:00.0 到 09:00:00.0 上班"), Line(3.0, 4.5, "第一行第二行")]
+    assert read(tmp_path / "a.srt") == wanted
+
+
 @pytest.mark.parametrize("numbered", [True, False])
 def test_a_last_row_that_is_a_number(tmp_path, numbered):
     times = ["00:00:01.000 --> 00:00:02.000", "00:00:03.000 --> 00:00:04.000"]
@@ -144,9 +165,8 @@ def test_a_last_row_that_is_a_number(tmp_path, numbered):
     (tmp_path / "a.vtt").write_text("\n\n".join(["WEBVTT", *blocks]) + "\n", encoding="utf-8")
     wanted = ["他今年 42", "他今年 7"]
     assert [line.text for line in read(tmp_path / "a.vtt")] == wanted
-    if numbered:
-        (tmp_path / "a.srt").write_text("\n\n".join(blocks).replace(".000", ",000") + "\n", encoding="utf-8")
-        assert [line.text for line in read(tmp_path / "a.srt")] == wanted
+    (tmp_path / "a.srt").write_text("\n\n".join(blocks).replace(".000", ",000") + "\n", encoding="utf-8")
+    assert [line.text for line in read(tmp_path / "a.srt")] == wanted
 
 
 @settings(max_examples=200, deadline=None)

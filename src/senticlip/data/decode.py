@@ -65,7 +65,8 @@ class Decoder:
         self._step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
         joins = self.container.format.name in ("mpegts", "mpeg")
-        self._back = int(1 / self.tick) if joins else 1 << 62  # how far decoding times may go back
+        self._joins, edited = joins, "mp4" in self.container.format.name.split(",")
+        self._back = int(1 / self.tick) if joins else 0 if edited else 1 << 62  # how far decoding times may go back
         self._slow: Sequential | None = None
         # APNG marks every frame as a keyframe, but most depend on the one before
         self._trusted = self.container.format.name != "apng" and not times_are_guessed(self.container, self.stream)
@@ -134,6 +135,9 @@ class Decoder:
             del self._latest[: -REORDERED - 1]
             until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
             until = self._read_until if until is None else until
+            if self._read_until - until > self._back and not self._joins:
+                self._trusted, self._finished = False, True  # several edits: their pieces overlap in the file
+                return
             if self._read_until - until > self._back:
                 told = f"its clock goes back by {float((self._read_until - until) * self.tick):.1f} s"
                 raise UserError(
@@ -147,7 +151,7 @@ class Decoder:
         while not self._finished and len(self._ahead) < MANY and self.container.size <= SHORT:
             self._read()
         if self._finished and self._trusted:
-            return max(self._after(read) for read in self._ahead)
+            return max((self._after(read) for read in self._ahead if read.is_shown), default=self.first)
         if not self._trusted:
             slow = Sequential(self.path)
             last = slow.end()
@@ -160,6 +164,8 @@ class Decoder:
             # nothing is there where the end should be
             self._seek_before(self.first)
             end = self._read_all()
+        if not self._trusted:
+            return self._find_end()
         self._seek_before(self.first)
         return self.first if end is None else end
 
@@ -167,8 +173,9 @@ class Decoder:
         end: int | None = None
         while self._ahead or not self._finished:
             if self._ahead:
-                after = self._after(self._ahead.popleft())
-                end = after if end is None else max(end, after)
+                read = self._ahead.popleft()
+                if read.is_shown:
+                    end = self._after(read) if end is None else max(end, self._after(read))
             else:
                 self._read()
         return end

@@ -13,6 +13,10 @@ from senticlip.data.sequential import clock_start, open_video, pictures
 from senticlip.data.subtitles import Line
 from senticlip.structures import UsageError, UserError
 
+CHANGE = 0.12
+"""A mean difference of colours, in [0, 1], from which on it is a cut. It must also be three times as large as what was
+usual in the seconds before, or every hand-held camera would cut."""
+
 STEP, SHORTEST, LONGEST = 0.2, 0.6, 10.0
 """Seconds between the frames that are compared; no shot is shorter or longer than these."""
 
@@ -37,15 +41,14 @@ def _pieces(start: float, end: float, count: int) -> list[Line]:
     return [Line(first, last, "") for first, last in pairwise(edges) if last > first]
 
 
-def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
+def shots(video: str | Path, end: float) -> list[Line]:
     """The shots of a film: it is cut where the picture changes abruptly; long shots are cut into equal pieces.
 
     Decodes the file once, without non-reference frames, and compares frames at 32×18 pixels.
 
     Args:
         video: any file that FFmpeg reads.
-        threshold: how large a change is a cut, as a mean difference of colours in [0, 1]. It must also be three times
-            as large as what was usual in the seconds before, or every hand-held camera would cut.
+        end: when the pictures end, in seconds on a player's clock (the sound, or a header, may promise more).
 
     Raises:
         UserError: not a readable video, or one without times.
@@ -66,10 +69,9 @@ def shots(video: str | Path, threshold: float = 0.12) -> list[Line]:
             small = frame.reformat(32, 18, "rgb24").to_ndarray().astype(np.float32) / 255
             if last is not None:
                 change = float(np.abs(small - last).mean())
-                if change > max(threshold, 3 * float(np.median(usual))) and time - times[-1] >= SHORTEST:
+                if change > max(CHANGE, 3 * float(np.median(usual))) and time - times[-1] >= SHORTEST:
                     times.append(time)
                 usual.append(change)
             last = small
-        length = (container.duration or 0) / 1e6
-    edges = pairwise([*times, max(now, length)])
+    edges = pairwise([*(time for time in times if time < end), end])
     return [piece for start, end in edges for piece in _pieces(start, end, max(1, ceil((end - start) / LONGEST)))]

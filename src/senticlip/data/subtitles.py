@@ -31,6 +31,8 @@ _SOUNDS = (
 )
 _NOTES = re.compile(rf"[\[【(（]\s*{_SOUNDS}\s*[\]】)）]|[♩♪♫♬♭♯🎵🎶🎼]+", re.IGNORECASE)
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}|\{[^{}]*\\[a-zA-Z][^{}]*\}")
+_TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,6})?"
+_TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[ \t]|$)", re.MULTILINE)
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0e-\x1f]")
 
 
@@ -61,29 +63,10 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
         raise UsageError(f"{path}: no such subtitle file")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: not a subtitle file — choose one of {', '.join(SUFFIXES)}")
-    text = re.sub(r"\r*\n|\r", "\n", guess_text(path.read_bytes(), path))
+    text = re.sub(r"\r+\n|\r", "\n", guess_text(path.read_bytes(), path))
     if not text.strip():
         return []
-    if text.startswith("WEBVTT"):
-        text = _timed_blocks(text)
-    elif long := re.search(r"\d{3,}:\d{1,2}:\d{1,2}[.,]\d+ *-->|--> *\d{3,}:\d{1,2}:\d{1,2}[.,]\d+", text):
-        row = text.count("\n", 0, long.start()) + 1
-        raise UserError(f"{path}, row {row}: {long[0].strip('-> ')} is no time of a film — hours have two digits")
-    text = re.sub(r"-\d{1,2}:\d{1,2}:\d{1,2}([.,])\d{1,3}", r"00:00:00\g<1>000", text)  # moved to before 0
-    if "-->" in text:
-        text += "\n\n0"  # pysubs2 takes a number in a cue's last row for that of the next cue
-    bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
-    try:
-        cues = [
-            _Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
-            for event in pysubs2.SSAFile.from_string(
-                _usual_columns(text), "ass" if bare else None, keep_unknown_html_tags=True
-            )
-            if not event.is_comment and not event.is_drawing
-        ]
-    except (pysubs2.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not readable as {path.suffix[1:]} subtitles ({reason})") from None
+    cues = _timed(text, path) if "[Events]" not in text and _TIMING.search(text) else _by_pysubs2(text, path)
     if not cues:
         raise UserError(f"{path}: no timed line in it — is it a {path.suffix[1:]} file?")
     return merge(cues, shift)
@@ -104,14 +87,46 @@ def _usual_columns(text: str) -> str:
     return re.sub(r"^(Dialogue:|Comment:)(.*)$", line, text, flags=re.MULTILINE)
 
 
-def _timed_blocks(text: str) -> str:
-    """WebVTT without what is not said: names of cues, NOTE, STYLE and REGION blocks."""
+def _timed(text: str, path: Path) -> list[_Cue]:
+    """The cues of SRT or WebVTT: what stands between the lines with times, without numbers and names of cues."""
+    is_vtt = text.startswith("WEBVTT")
+    found = list(_TIMING.finditer(text))
     cues = []
-    for block in re.split(r"\n\s*\n", text):
-        lines = block.split("\n")
-        timed = next((i for i, line in enumerate(lines) if "-->" in line), None)
-        cues += [] if timed is None else ["\n".join(["0", *lines[timed:]])]
-    return "\n\n".join(["WEBVTT", *cues])
+    for told, after in zip(found, [*found[1:], None], strict=True):
+        if not is_vtt and max(len(hours or "") for hours in told.groups()) > 2:
+            row = text.count("\n", 0, told.start()) + 1
+            raise UserError(f"{path}, row {row}: {told[0].split('-->')[0].strip()} is no time of a film — hours have two digits")
+        rows = text[told.end() : after and after.start()].split("\n")[1:]
+        if is_vtt:  # behind an empty row come names, NOTE, STYLE and REGION blocks
+            rows = rows[: rows.index("")] if "" in rows else rows
+        elif after and len(rows) > 1 and rows[-2].strip().isdecimal():  # the number of the next; the last row is empty
+            del rows[-2]
+        words = "\n".join(rows).replace("\\N", "\n").replace("\\h", " ")  # as in ASS, from which some were made
+        start, end = map(_seconds, told[0].split("-->"))
+        cues.append(_Cue(start, end, words.split("\n")))
+    return cues
+
+
+def _seconds(time: str) -> float:
+    """``1:02:03,5`` in seconds; what was moved to before 0 is at 0."""
+    if "-" in time:
+        return 0.0
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(time.replace(",", ".").split(":"))))
+
+
+def _by_pysubs2(text: str, path: Path) -> list[_Cue]:
+    bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
+    try:
+        return [
+            _Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
+            for event in pysubs2.SSAFile.from_string(
+                _usual_columns(text), "ass" if bare else None, keep_unknown_html_tags=True
+            )
+            if not event.is_comment and not event.is_drawing
+        ]
+    except (pysubs2.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable as {path.suffix[1:]} subtitles ({reason})") from None
 
 
 def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) -> list[Line]:

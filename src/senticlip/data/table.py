@@ -108,7 +108,7 @@ def read_table(path: Path) -> list[Line]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read — {error.strerror}") from None
-    text = decode(data, path).replace("\0", "")
+    text = decode(data, path).replace("\0", "").lstrip("\ufeff")  # some programs write a second mark
     first = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = max(",\t;", key=first.count)
     csv.field_size_limit(LONGEST_CELL)

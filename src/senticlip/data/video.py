@@ -10,13 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import av
 import numpy as np
 import torch
-from av.container import InputContainer
 from av.subtitles.stream import SubtitleStream
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 from torch import Tensor
 
 from senticlip.data.cutaways import GRID, main_shot, without_bars
@@ -213,16 +210,18 @@ def _codec(track: SubtitleStream) -> str:
     return track.codec_context.name if track.codec_context else "unknown"
 
 
-def _promised(container: InputContainer, stream: VideoStream) -> float:
-    """The seconds of pictures that a file's header tells of; 0 if it tells nothing."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    # Matroska has a duration for the whole file, and FFmpeg writes a tag for each stream
-    told = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if told is None or not container.duration:
-        return 0.0
-    hours, minutes, seconds = map(float, told.groups())
-    return min(3600 * hours + 60 * minutes + seconds, container.duration / av.time_base)
+def _cut_off(reader: VideoReader, rate: float) -> str | None:
+    """A line for the user if a file's header tells of more pictures than are there."""
+    stream, there, promised = reader._decoder.stream, reader.duration, 0.0
+    if "matroska" in reader._decoder.container.format.name:  # no length for each stream, but its end in a tag
+        there = float(reader._end + reader._zero)
+        if told := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+            promised = sum(float(part) * unit for part, unit in zip(told.groups(), (3600, 60, 1), strict=True))
+    elif stream.duration:
+        promised = float(stream.duration * reader._decoder.tick)
+    if there >= promised - max(0.5, 2 / (rate or 25)):
+        return None
+    return f"{reader.path}: cut off, {there:.1f} s of {promised:.1f} s are there — copy it again"
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -241,8 +240,5 @@ def probe(path: str | Path) -> VideoInfo:
         ]
         rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
         _, height, width = reader.read(times=[float(reader._start)]).pixels.shape[1:]
-        promised = _promised(decoder.container, decoder.stream)
-        problem = None
-        if reader.duration < promised - max(0.5, 2 / (rate or 25)):
-            problem = f"{path}: cut off, {reader.duration:.1f} s of {promised:.1f} s are there — copy it again"
+        problem = _cut_off(reader, rate)
         return VideoInfo(reader.duration, width, height, rate, has_audio, names, codec, problem, float(reader._start))
