@@ -148,7 +148,8 @@ def test_captions_as_youtube_writes_them(tmp_path):
 
 def test_times_are_only_in_rows_of_times(tmp_path):
     (tmp_path / "a.srt").write_text(
-        "1\n00:00:01 --> 00:00:02\n从 08:00:00.0 到 09:00:00.0 上班\n\n2\n00:00:03,000-->00:00:04,5\n第一行\n\n第二行\n",
+        "1\n00:00:01 --> 00:00:02\n从 08:00:00.0 到 09:00:00.0 上班\n\n"
+        "2\n00:00:03,000-->00:00:04,5\n第一行\n\n第二行\n",
         encoding="utf-8",
     )
     wanted = [Line(1.0, 2.0, "从 08:00:00.0 到 09:00:00.0 上班"), Line(3.0, 4.5, "第一行第二行")]

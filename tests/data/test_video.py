@@ -4,7 +4,7 @@ import errno
 import os
 import random
 from fractions import Fraction
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import av
@@ -14,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests.data.edits import with_edits
 
+from senticlip.data import decode
 from senticlip.data.decode import Decoder
 from senticlip.data.video import VideoReader, probe, read_frames, resize
 from senticlip.structures import UsageError, UserError
@@ -91,6 +93,13 @@ def late_edit(folder: Path) -> Path:
     return remux(write(folder / "whole.mp4"), folder / "edit.mp4", shift=-17 * 512)
 
 
+def edited(folder: Path, *edits: tuple[int, int], **options: str) -> Path:
+    """Milliseconds shown, each from a frame's number on (−1: nothing is shown)."""
+    begin = 1024 if options.get("bf") else 0  # B-frames: the first is shown two frames after it is decoded
+    places = [(shown, frame if frame < 0 else begin + 512 * frame) for shown, frame in edits]
+    return with_edits(write(folder / "whole.mp4", **options), folder / "edited.mp4", places)
+
+
 def delayed(folder: Path) -> Path:
     """The pictures begin 0.8 s after the sound."""
     return write(folder / "delayed.mp4", stamps=list(range(20, 60)), sound=True)
@@ -114,6 +123,12 @@ ZOO = {
     ),
     "rolling refresh": lambda d: write(d / "a.mp4", **{"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
     "edit list": late_edit,
+    "trimmed at its end": lambda d: edited(d, (600, 5), bf="3"),
+    "trimmed at its end, no B-frames": lambda d: edited(d, (600, 5), bf="0", g="60"),
+    "cut in the middle": lambda d: edited(d, (800, 0), (800, 35), bf="3"),
+    "two pieces in another order": lambda d: edited(d, (1000, 30), (1000, 5), bf="3"),
+    "a piece three times": lambda d: edited(d, (800, 10), (800, 10), (800, 10)),
+    "nothing at first": lambda d: edited(d, (500, -1), (1000, 7), bf="3"),
     "pictures after the sound": delayed,
     "fragments, no index": lambda d: write(d / "a.mp4", container={"movflags": "frag_keyframe+empty_moov"}),
     "matroska without index": lambda d: write(d / "a.mkv", bf="2", container={"live": "1"}),
@@ -199,7 +214,7 @@ def test_evenly_spaced(animal, m):
     got = read_frames(path, m)
     expected = [shown(frames, first + (i + 0.5) * duration / m) for i in range(m)]
     if m < 200:
-        assert [number(p) for p in got.pixels] == sorted(set(expected))
+        assert [number(p) for p in got.pixels] == [each for each, _ in groupby(expected)]
     assert len(got.pixels) == len(got.times) <= min(m, len(frames))
     assert np.all(np.diff(got.times) > 0)
 
@@ -426,6 +441,26 @@ def test_a_file_that_was_cut_off_gives_what_is_there(tmp_path, name):
     if name == "a.mp4":
         with pytest.raises(UserError, match="ends at"):
             read_frames(path, 2, 2.2, 2.3)
+
+
+def test_a_clip_that_was_trimmed_ends_where_it_is_cut(tmp_path):
+    path = edited(tmp_path, (600, 5), bf="3", g="60")
+    assert probe(path).duration == pytest.approx(0.6)
+    assert [number(p) for p in read_frames(path, 6).pixels] == [6, 8, 11, 13, 16, 18]
+
+
+def test_pictures_that_begin_late_are_not_cut_off(tmp_path):
+    """Matroska tells when a track ends, not how long it is."""
+    for stamps, sound in ((range(25, 85), True), (range(2500, 2560), False)):
+        path = write(tmp_path / "a.mkv", stamps=list(stamps), sound=sound, bf="3")
+        assert probe(path).problem is None
+
+
+def test_the_end_of_a_large_file_without_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "SHORT", 0)
+    path = write(tmp_path / "a.mpg", bf="3")
+    assert probe(path).duration == pytest.approx(2.4, abs=0.1)
+    assert len(read_frames(path, 6).pixels) == 6
 
 
 def test_damage_in_the_middle(tmp_path):
