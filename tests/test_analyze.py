@@ -288,4 +288,8 @@ def test_a_part_that_a_disk_has_lost_is_made_again(film, srt, tmp_path):
     assert again.batches == 2
     assert list(analyze(again, film, srt, out, resume=True)) == whole
     assert again.batches == 2
+    data = bytearray((out / "timeline.parquet").read_bytes())
+    data[8:40] = bytes(byte ^ 0xA5 for byte in data[8:40])
+    (out / "timeline.parquet").write_bytes(data)
+    assert list(analyze(again, film, srt, out, resume=True)) == whole
     assert pyarrow.csv.read_csv((out / "timeline.csv").open("rb"))["text"].to_pylist() == WORDS

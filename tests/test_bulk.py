@@ -444,6 +444,13 @@ def test_no_cluster_answers(run, archive, tmp_path):
         list(bulk.bulk(run, archive, tmp_path, address="127.0.0.1:1", rows_per_part=PART))
 
 
+def hurt(path):
+    """Change bytes of a file's data; its end stays sound."""
+    data = bytearray(path.read_bytes())
+    data[8:40] = bytes(byte ^ 0xA5 for byte in data[8:40])
+    path.write_bytes(data)
+
+
 def test_what_a_disk_has_lost_is_made_again(run, archive, undisturbed, tmp_path):
     list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     (tmp_path / "part-000000.parquet").write_bytes(b"")
@@ -451,6 +458,17 @@ def test_what_a_disk_has_lost_is_made_again(run, archive, undisturbed, tmp_path)
         damaged.write_bytes(damaged.read_bytes()[:-50])
     rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     assert sorted(row["id"] for row in rows) == [f"{i:02}" for i in range(ROWS)]
+    assert files(tmp_path) == undisturbed
+    hurt(tmp_path / "part-000001.parquet")
+    for retry in (False, True):
+        rows = list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART, retry=retry))
+        assert sorted(row["id"] for row in rows) == [f"{i:02}" for i in range(ROWS)]
+    assert files(tmp_path) == undisturbed
+    hurt(tmp_path / ".bulk" / "rows.parquet")
+    (tmp_path / "part-000000.parquet").unlink()
+    with pytest.raises(UserError, match=r"rows\.parquet: was damaged — run the same command again"):
+        list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     assert files(tmp_path) == undisturbed
     for wrong in ("[]", "{"):
         (tmp_path / ".bulk" / "job.json").write_text(wrong)

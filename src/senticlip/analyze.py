@@ -150,8 +150,9 @@ def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, in
         yield from _rows(job, predictor, progress)
         return
     finished = job.out / "timeline.parquet"
-    if resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file():
-        yield from answers.read_parquet(finished).to_pylist()
+    there = resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file()
+    if there and (table := answers.sound_parquet(finished)) is not None:
+        yield from table.to_pylist()
         return
     with alone(job.out, "analyze"):
         _start(job.out, job.parts, job.key, resume)
@@ -164,8 +165,8 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
-            if part is not None and answers.about_parquet(part):
-                rows = answers.read_parquet(part).to_pylist()
+            if part is not None and (table := answers.sound_parquet(part)) is not None:
+                rows = table.to_pylist()
             else:
                 rows = list(_answer(job, predictor, reader, first))
                 if part is not None:

@@ -138,7 +138,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:  # pyarrow itself opens no path that is not UTF-8
-            pq.write_table(table, file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
     write_whole(path, write)
 
@@ -146,11 +146,19 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A table that ``write_parquet`` wrote."""
     with path.open("rb") as file:
-        return pq.read_table(file, columns=columns)
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
+
+
+def sound_parquet(path: Path, columns: list[str] | None = None) -> pa.Table | None:
+    """The same; None if it is missing or damaged (a disk may lose what was written)."""
+    try:
+        return read_parquet(path, columns)
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 def about_parquet(path: Path) -> pq.FileMetaData | None:
-    """The metadata of a Parquet file; None if it is missing or damaged (a disk may lose what was written)."""
+    """The metadata of a Parquet file; None if it is missing, or its end is damaged."""
     try:
         with path.open("rb") as file:
             return pq.read_metadata(file)

@@ -25,7 +25,7 @@ from senticlip.crashes import deadly
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
 from senticlip.data.table import finite, located
-from senticlip.files import alone, write_text
+from senticlip.files import alone, disk, write_text
 from senticlip.precision import PRECISIONS
 from senticlip.structures import Clip, UsageError, UserError
 
@@ -162,7 +162,11 @@ def _stream(
         done = sum(cut.row_group(number).num_rows for number in there)
         progress(done, cut.num_rows)
         for number in there:
-            yield from answers.read_parquet(part_path(out, number)).to_pylist()
+            if (table := answers.sound_parquet(part_path(out, number))) is None:
+                part_path(out, number).unlink(missing_ok=True)
+                todo, done = sorted([*todo, number]), done - cut.row_group(number).num_rows
+            else:
+                yield from table.to_pylist()
         for number in _made(job, todo, address, workers):
             rows = answers.read_parquet(part_path(out, number)).to_pylist()
             done += len(rows)
@@ -174,7 +178,8 @@ def _is_done(part: Path, retry: bool) -> bool:
     """Whether a part exists and is complete, and, with ``retry``, has no row with an error."""
     if (about := answers.about_parquet(part)) is None:
         return False
-    return not retry or answers.read_parquet(part, ["error"])["error"].null_count == about.num_rows
+    errors = answers.sound_parquet(part, ["error"]) if retry else None
+    return not retry or (errors is not None and errors["error"].null_count == about.num_rows)
 
 
 def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
@@ -196,7 +201,8 @@ class Worker:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # before load: onnxruntime and OpenVINO keep their threads
         self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         self.lines = lru_cache(8)(subtitles.read)  # the rows of a film follow each other
-        self.parts = pq.ParquetFile(open(job["parts"], "rb"))  # noqa: SIM115 — as long as this lives
+        self.place = Path(job["parts"])
+        self.parts = pq.ParquetFile(self.place.open("rb"), page_checksum_verification=True)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The interface for Ray Data: numbers of parts → the same, when their files are written."""
@@ -208,9 +214,9 @@ class Worker:
         """Answer a part and write its file, unless it exists."""
         path = part_path(self.out, number)
         if not path.is_file():
-            rows = self.parts.read_row_group(number).to_pylist()
+            rows = self._rows(number)
             begun = path.with_name(f".{path.name}.begun")
-            with begun.open("a") as file:
+            with disk(self.out), begun.open("a") as file:
                 file.write("|")
             if begun.stat().st_size > PATIENCE:
                 found = deadly(self._clips(rows))
@@ -223,6 +229,13 @@ class Worker:
                 raise
             begun.unlink(missing_ok=True)
         return number
+
+    def _rows(self, number: int) -> list[dict[str, Any]]:
+        try:
+            return self.parts.read_row_group(number).to_pylist()
+        except (OSError, pa.ArrowInvalid):
+            self.place.unlink(missing_ok=True)  # it is cut again
+            raise UserError(f"{self.place}: was damaged — run the same command again") from None
 
     def _clips(self, rows: list[dict[str, Any]]) -> dict[int, Clip]:
         """The rows that name something to read, by their places."""

@@ -45,7 +45,10 @@ def split(manifest: Path, path: Path, rows: int) -> None:
         records = read(manifest)
         count = 0
         # opened here: pyarrow itself opens no path that is not UTF-8
-        with partial.open("wb") as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
+        with (
+            partial.open("wb") as sink,
+            pq.ParquetWriter(sink, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+        ):
             while chunk := list(islice(records, rows)):
                 writer.write_table(pa.Table.from_pylist(chunk, SCHEMA), row_group_size=rows)
                 count += len(chunk)

@@ -193,6 +193,35 @@ def test_a_sound_that_begins_late_is_not_read_over_the_end_of_a_piece(tmp_path):
         assert len(read_audio(tmp_path / "b.mkv", *piece)) == pytest.approx(heard * RATE, abs=RATE // 100), piece
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_sound_is_as_loud_in_one_channel_as_in_two(tmp_path, channels):
+    path = tmp_path / "a.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(np.repeat((tone(500, 1) * 20000).astype("<i2"), channels).tobytes())
+    sound = read_audio(path)
+    np.testing.assert_allclose(sound, tone(500, 1) * 20000 / 32768, atol=2e-4)
+
+
+def test_a_piece_that_begins_in_a_gap_has_all_that_follows_it(tmp_path):
+    """Sound of 500 Hz for three seconds, three of nothing, then 1000 Hz."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        voice = file.add_stream("pcm_s16le", rate=RATE)
+        for i in (*range(30), *range(60, 100)):
+            part = (tone(500 if i < 30 else 1000, 0.1) * 20000).astype("<i2")
+            frame = av.AudioFrame.from_ndarray(part[None], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = RATE, i * RATE // 10
+            file.mux(voice.encode(frame))
+        file.mux(voice.encode(None))
+    for piece, seconds in (((4.0, 6.5), 0.5), ((5.0, 9.0), 3.0), ((6.2, 6.7), 0.5)):
+        sound = read_audio(path, *piece)
+        assert len(sound) == pytest.approx(seconds * RATE, abs=RATE // 50), piece
+        assert pitch(sound) == pytest.approx(1000, abs=5)
+
+
 def test_so_much_is_heard_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "MOST", 2.5)
     path = write_tones(tmp_path / "a.wav", "pcm_s16le")

@@ -57,7 +57,7 @@ class AudioReader:
             if start or begun:
                 _seek(container, at - WARM + zero)
             stop = at + MOST if end is None else min(end, at + MOST)
-            first, parts = _until(container, stop + zero, rate)
+            first, parts = _between(container, at + zero - WARM / 2 if start else -math.inf, stop + zero, rate)
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -100,16 +100,20 @@ def _seek(container: InputContainer, time: float) -> None:
         container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has nothing there
 
 
-def _until(container: InputContainer, end: float, rate: int) -> tuple[float, list[np.ndarray]]:
-    """The file's clock (seconds) at the first samples from here on, and the samples until the clock reaches ``end``."""
+def _between(container: InputContainer, start: float, end: float, rate: int) -> tuple[float, list[np.ndarray]]:
+    """The file's clock (seconds) at the first samples of the first packet that ends after ``start``, and the samples
+    from there until the clock reaches ``end``."""
     parts, first, now, resampler, kind = [], None, clock_start(container), None, None
     for frame in pictures(container, container.streams.audio[0]):
         now = now if frame.time is None else frame.time
+        if now + frame.samples / frame.rate <= start:  # there may be a gap before the piece
+            now += frame.samples / frame.rate
+            continue
         first = now if first is None else first
         if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
             # the channel layout may change within a recording, and a resampler takes one kind of frame only
             parts += _pieces(resampler, None)
-            resampler = av.AudioResampler("flt", "mono", rate)
+            resampler = av.AudioResampler("fltp", "mono" if frame.layout.nb_channels == 1 else "stereo", rate)
         parts += _pieces(resampler, frame)
         if now > end:
             break
@@ -118,8 +122,11 @@ def _until(container: InputContainer, end: float, rate: int) -> tuple[float, lis
 
 
 def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
-    """A frame's samples, resampled; for None, the rest in the resampler."""
-    return [piece.to_ndarray()[0] for piece in resampler.resample(frame)] if resampler else []
+    """A frame's samples, resampled; for None, the rest in the resampler.
+
+    The mean of two channels: FFmpeg's own mono is 3 dB louder than what is the same in both.
+    """
+    return [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)] if resampler else []
 
 
 def mel_filters(bands: int) -> np.ndarray:
@@ -169,6 +176,6 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
         "window": WINDOW,
         "hop": HOP,
         "most": MOST,
-        "version": 4,
+        "version": 5,
     }
     return cached(root, spec, clip_keys(clips, root), compute, "reading audio")
