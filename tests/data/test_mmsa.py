@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from senticlip.data import unpickle
-from senticlip.data.mmsa import feature_file, read_features, write_features
+from senticlip.data.mmsa import feature_clips, feature_file, read_features, write_features
 from senticlip.structures import Clip, UserError
 
 STEPS = {"text": (6, 5), "audio": (9, 3), "vision": (7, 4)}
@@ -105,6 +105,28 @@ def test_opcodes_that_reach_outside_are_refused(tmp_path):
         path.write_bytes(code)
         with pytest.raises(UserError):
             unpickle.load(path)
+
+
+def test_no_file_changes_this_process(tmp_path):
+    """A state (opcode BUILD) may be set on data only: on a function it would be its default arguments."""
+    state = b"N}X\x0c\x00\x00\x00__defaults__X\x01\x00\x00\x00F\x85s\x86b."
+    (tmp_path / "f.pkl").write_bytes(b"\x80\x02cnumpy.core.numeric\n_frombuffer\n" + state)
+    with pytest.raises(UserError, match="holds a state of a function"):
+        unpickle.load(tmp_path / "f.pkl")
+    assert unpickle._from_buffer.__defaults__ == ("C",)
+
+
+def test_names_and_labels_without_end_are_refused(tmp_path):
+    """A list that holds the one before twice, 60 times, is short in a file and has no end in words."""
+    endless: list = ["a"]
+    for _ in range(60):
+        endless = [endless, endless]
+    for key, message in (("id", "id, row 0: expected text or a number"), ("regression_labels", "a number for each")):
+        part = {"id": ["a"], "regression_labels": [0.0], key: [endless]}
+        empty = {"id": [], "regression_labels": []}
+        (tmp_path / "f.pkl").write_bytes(pickle.dumps({"train": part, "valid": empty, "test": empty}))
+        with pytest.raises(UserError, match=message):
+            feature_clips(tmp_path / "f.pkl")
 
 
 def test_a_file_cut_off_anywhere_is_one_line(tmp_path):

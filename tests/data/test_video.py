@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -461,6 +462,30 @@ def test_the_end_of_a_large_file_without_times(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mpg", bf="3")
     assert probe(path).duration == pytest.approx(2.4, abs=0.1)
     assert len(read_frames(path, 6).pixels) == 6
+
+
+def test_a_clock_that_jumps_is_told(tmp_path):
+    first, second = write(tmp_path / "a.ts"), write(tmp_path / "b.ts", container={"output_ts_offset": "36000"})
+    (tmp_path / "c.ts").write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(UserError, match=r"its clock jumps by 3599\d\.\d s, as where files were joined"):
+        probe(tmp_path / "c.ts")
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_track_that_players_show_is_read(tmp_path, suffix):
+    with av.open(str(tmp_path / f"a{suffix}"), "w") as out:
+        tracks = [out.add_stream("mpeg4", rate=25) for _ in range(2)]
+        for i, track in enumerate(tracks):
+            track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            track.disposition = Disposition.default if i else Disposition(0)
+        for frame in range(25):
+            for i, track in enumerate(tracks):
+                image = av.VideoFrame.from_ndarray(picture(frame + 100 * i), "rgb24")
+                image.pts, image.time_base = frame, Fraction(1, 25)
+                out.mux(track.encode(image))
+        for track in tracks:
+            out.mux(track.encode(None))
+    assert [number(p) >= 100 for p in read_frames(tmp_path / f"a{suffix}", 3).pixels] == [True] * 3
 
 
 def test_damage_in_the_middle(tmp_path):

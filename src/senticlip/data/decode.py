@@ -40,6 +40,12 @@ SHORT = 16 << 20
 """Up to so many bytes, a file's packets are all read on opening, not once for its end and again for its frames."""
 
 
+JUMP = 60
+"""Seconds without a picture from which on the clock of a transport stream has jumped."""
+
+_JOINED = "as where files were joined — mend it: ffmpeg -i FILE -c copy OTHER"
+
+
 class Read(NamedTuple):
     """A packet that was read: the time of its frame, whether decoding can begin with it, whether it is ever shown."""
 
@@ -140,9 +146,10 @@ class Decoder:
                 return
             if self._read_until - until > self._back:
                 told = f"its clock goes back by {float((self._read_until - until) * self.tick):.1f} s"
-                raise UserError(
-                    f"{self.path}: {told}, as where files were joined — mend it: ffmpeg -i FILE -c copy OTHER"
-                )
+                raise UserError(f"{self.path}: {told}, {_JOINED}")
+            if self._joins and until - self._read_until > JUMP / self.tick and self._read_until > -(1 << 62):
+                told = f"its clock jumps by {float((until - self._read_until) * self.tick):.1f} s"
+                raise UserError(f"{self.path}: {told}, {_JOINED}")
             self._read_until = max(self._read_until, until)
             self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 

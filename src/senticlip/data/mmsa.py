@@ -172,18 +172,31 @@ def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[
     value = _get(path, split, part, key)
     if not (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)):
         raise UserError(f"{path}, {split}, {key}: expected a list, not {type(value).__name__}")
-    return list(value)
+    found = list(value)
+    for row, item in enumerate(found):  # a list in itself would have a name without end
+        plain = isinstance(item, str | bytes | float | np.generic) or item is None
+        if not plain and not (isinstance(item, int) and abs(item) < 1 << 63):
+            raise UserError(f"{path}, {split}, {key}, row {row}: expected text or a number, not {type(item).__name__}")
+    return found
 
 
 def _numbers(path: str | Path, split: str, key: str, value: Any, count: int) -> np.ndarray:
     """One number for each of the ``count`` rows of a split, float64."""
     try:
+        if isinstance(value, list) and not all(_is_number(each) for each in value):
+            raise TypeError
         numbers = np.asarray(value, dtype=np.float64).ravel()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{path}, {split}, {key}: expected a number for each clip") from None
     if len(numbers) != count:
         raise UserError(f"{path}, {split}: {count} ids, but {len(numbers)} {key}")
     return numbers
+
+
+def _is_number(value: Any) -> bool:
+    """A number, or one in a list of its own."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return isinstance(value, int | float | np.number | np.ndarray)
 
 
 def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:

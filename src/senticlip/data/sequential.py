@@ -72,13 +72,12 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     except (FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: not a video file, or cut off before its index ({reason}) — replace it") from None
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:  # cover art is no video
-            break
-    else:
+    tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
+    if not tracks:
         found = ", ".join(sorted({_kind(stream) for stream in container.streams})) or "nothing"
         container.close()
         raise UserError(f"{path}: no video in this file (it holds: {found}) — give a video, or leave it out")
+    stream = next((s for s in tracks if s.disposition & Disposition.default), tracks[0])  # as players choose
     if stream.codec_context is None:
         container.close()
         raise UserError(f"{path}: there is no decoder for its video here — convert it to H.264")

@@ -30,7 +30,7 @@ _SOUNDS = (
     r"|[^\]】)）]{0,24}\b(?:music|applause|laughter|laughs|singing|cheering|sighs?)\b)[^\]】)）]{0,8}"
 )
 _NOTES = re.compile(rf"[\[【(（]\s*{_SOUNDS}\s*[\]】)）]|[♩♪♫♬♭♯🎵🎶🎼]+", re.IGNORECASE)
-_TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}|\{[^{}]*\\[a-zA-Z][^{}]*\}")
+_TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]{0,200}\}|\{[^{}]{0,200}\\[a-zA-Z][^{}]{0,200}\}")
 _TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,6})?"
 _TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[ \t]|$)", re.MULTILINE)
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0e-\x1f]")
@@ -63,7 +63,7 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
         raise UsageError(f"{path}: no such subtitle file")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: not a subtitle file — choose one of {', '.join(SUFFIXES)}")
-    text = re.sub(r"\r+\n|\r", "\n", guess_text(path.read_bytes(), path))
+    text = re.sub(r"\r{1,3}\n|\r", "\n", guess_text(path.read_bytes(), path))
     if not text.strip():
         return []
     cues = _timed(text, path) if "[Events]" not in text and _TIMING.search(text) else _by_pysubs2(text, path)
@@ -95,7 +95,8 @@ def _timed(text: str, path: Path) -> list[_Cue]:
     for told, after in zip(found, [*found[1:], None], strict=True):
         if not is_vtt and max(len(hours or "") for hours in told.groups()) > 2:
             row = text.count("\n", 0, told.start()) + 1
-            raise UserError(f"{path}, row {row}: {told[0].split('-->')[0].strip()} is no time of a film — hours have two digits")
+            time = told[0].split("-->")[0].strip()
+            raise UserError(f"{path}, row {row}: {time} is no time of a film — hours have two digits")
         rows = text[told.end() : after and after.start()].split("\n")[1:]
         if is_vtt:  # behind an empty row come names, NOTE, STYLE and REGION blocks
             rows = rows[: rows.index("")] if "" in rows else rows

@@ -108,6 +108,7 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
     # set up by the base class when it loads
     read: Any
     append: Any
+    stack: list[Any]
     proto: int
     _unframer: Any
 
@@ -130,6 +131,12 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
     def get_extension(self, code: int) -> Any:
         """There is no registry."""
         raise Refused(f"extension {code}")
+
+    def load_build(self) -> None:
+        """Only stand-ins of data have a state; a function's would change this process."""
+        if not isinstance(self.stack[-2], Array | DType):
+            raise Refused(f"a state of a {type(self.stack[-2]).__name__}")
+        super().load_build()  # type: ignore[misc]
 
     def _place(self, length: int) -> np.ndarray | None:
         """Map and skip a large object that lies in the file as it is (pickles put no large one into a frame)."""
@@ -171,6 +178,7 @@ for opcode, reader, width in (
     (pickle.BINUNICODE8, Unpickler._text, 8),
 ):
     Unpickler.dispatch[opcode[0]] = lambda self, reader=reader, width=width: reader(self, width)
+Unpickler.dispatch[pickle.BUILD[0]] = Unpickler.load_build
 
 
 def load(path: str | Path) -> Any:
@@ -205,6 +213,8 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         result = {_plain(k, done): _plain(v, done) for k, v in value.items()}
     elif isinstance(value, list | tuple):
         result = [_plain(v, done) for v in value]
+    elif isinstance(value, int) and abs(value) >= 1 << 63:
+        raise Refused(f"a number of {value.bit_length()} bits")
     elif not isinstance(value, np.ndarray | str | bytes | bytearray | int | float | bool | type(None)):
         raise Refused(f"a {type(value).__name__}")
     done[id(value)] = (value, result)  # the value itself, too: its id must stay its own
