@@ -12,13 +12,15 @@ from PIL import Image
 from tests.data.test_cutaways import write_shots
 from tests.data.test_video import write
 from tests.test_export import add_sound
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import senticlip
 import tiny
 from senticlip import cam
 from senticlip.config import from_dict
 from senticlip.explain import Explanation, explain, explanation, heated, html, sentences
-from senticlip.explain_set import Answered, _right, explain_set, kind
+from senticlip.explain_set import Answered, _right, _summary, explain_set, kind
 from senticlip.models import create_model
 from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.predictor import Predictor
@@ -106,14 +108,18 @@ def test_how_far_apart_two_answers_are():
     assert change(said(0.2, 0.3, 0.5), said(0.5, 0.3, 0.2)) == pytest.approx(0.3)
     assert change(said(1, 0, 0), said(0, 0, 1)) == 1
     assert change(said(1, 0, 0, score=-0.7), said(0, 0, 1, score=0.5)) == pytest.approx(0.6)
+    assert change(said(1, 0, 0, score=-1.4), said(0, 0, 1, score=2.5)) == 1
 
 
 def test_nothing_is_left_out_that_is_all_there_is(run, video):
     predictor = Predictor(run)
     kinds = [case.kind for case in occlude(predictor, predictor.batch([Clip("", video)]), None)]
     assert kinds == ["everything", *["frame"] * M]
-    kinds = [case.kind for case in occlude(predictor, predictor.batch([Clip("", None, "好")]), "好")]
-    assert kinds == ["everything", "character"]
+    kinds = [case.kind for case in occlude(predictor, predictor.batch([Clip("", None, "好 ")]), "好 ")]
+    assert kinds == ["everything"]
+    *_, last = occlude(predictor, predictor.batch([Clip("", video, "好 ")]), "好 ")
+    assert last[:3] == ("character", 0, "好")
+    assert last.prediction.probabilities == pytest.approx(predictor(video).probabilities, abs=1e-5)
 
 
 def test_attention_rows_sum_to_one_over_what_is_there(run, video):
@@ -206,6 +212,8 @@ def test_every_switch_and_the_peers_are_explained(tmp_path, video, changes):
     check_page(result, tmp_path / "out", TEXT)
     reads = predictor.config.modalities
     assert (found.maps is not None) == ("vision" in reads)
+    page = (tmp_path / "out" / "explain.html").read_text(encoding="utf-8")
+    assert ("模型不读文本" in page) == ("text" not in reads)
     assert len(result["frames"]) == (M if "vision" in reads else 0)
     assert {"text", "video"} <= {case.kind for case in found.cases} or len(reads) == 1
     answer = predictor(video, TEXT)
@@ -303,6 +311,25 @@ def test_the_numbers_of_a_page_add_up_as_they_are_shown():
     assert rows == shown
 
 
+@pytest.mark.parametrize(
+    ("label", "score", "told", "defined"),
+    [
+        ("negative", -1.4, "−1.00", "支持 = −分数。 Support is −score."),
+        ("neutral", 0.04, "+0.04", "支持 = −|分数|。 Support is −|score|."),
+        ("positive", 1.4, "+1.00", "支持 = 分数。 Support is score."),
+    ],
+)
+def test_a_score_stays_in_its_range_and_what_the_table_shows_is_named(label, score, told, defined):
+    answer = Prediction(label, {}, {}, {}, score)
+    cases = [Case("everything", 0, "", answer), Case("text", 0, "", Prediction("neutral", {}, {}, {}, 0.0))]
+    page = html(Explanation("", None, answer, cases, {}, None, [], [], None, ""), [])
+    assert f"分数 score {told}（−1 … 1）" in page
+    assert defined in page
+    assert '<th class="n">支持<span class="wide"> support</span></th>' in page
+    support = {"negative": "1.000", "neutral": "−0.040", "positive": "1.000"}[label]
+    assert re.findall(r'<td class="n">([^<]*)</td>', page)[0] == support
+
+
 @pytest.mark.parametrize(("without", "told"), [(0.805, True), (0.82, False)])
 def test_pictures_that_hardly_matter_are_told_beside_their_maps(without, told):
     def said(p):
@@ -322,6 +349,32 @@ def test_characters_are_spans_of_the_text():
     assert [c.token for c in found] == list(range(1, 1 + len(found)))
     assert len(characters(tokenizer, TEXT, 5)) == 3
     assert characters(tokenizer, None, 5) == characters(tokenizer, "", 5) == []
+
+
+def test_sentencepieces_mark_of_a_word_is_no_character():
+    pieces = ["<unk>", "<pad>", "▁", "感动", "▁好", "的", "天", "…"]
+    model = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0, False))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", pad_token="<pad>")
+    for text, tokens, shown, places in (
+        ("感动的", ["▁", "感动", "的"], ["感动", "的"], [1, 2]),
+        ("天 好", ["▁", "天", "▁好"], ["天", " 好"], [1, 2]),
+        ("好的", ["▁好", "的"], ["好", "的"], [0, 1]),
+    ):
+        assert tokenizer.tokenize(text) == tokens
+        found = characters(tokenizer, text, 16)
+        assert ([text[c.start : c.end] for c in found], [c.token for c in found]) == (shown, places)
+
+
+def test_a_part_of_a_character_is_none():
+    class Parts:
+        def __call__(self, text, **_):
+            return {"input_ids": [0, 1, 2, 3], "offset_mapping": [(0, 1), (0, 2), (1, 2), (2, 3)]}
+
+        def convert_ids_to_tokens(self, ids):
+            return ["a", "ab", "b", "c"]
+
+    assert characters(Parts(), "好的。", 16) == [(1, 0, 2), (3, 2, 3)]
 
 
 def test_a_split_is_explained(run, tmp_path):
@@ -361,6 +414,31 @@ def test_how_far_an_answer_moves_is_named_for_what_it_is(tmp_path, model, told):
     assert [word for word in ("两个分数之差的一半", "总变差", "融合权重") if word in page] == told
 
 
+def test_a_clip_without_what_the_model_reads_is_listed_without_a_page(tmp_path, video):
+    run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn"), modalities=["text"], head="linear")
+    rows = [f"{video},{text},{label},test" for text in ("", TEXT) for label in (-1, 0, 1)]
+    (tmp_path / "own.csv").write_text("\n".join(["path,text,label,split", *rows]), encoding="utf-8")
+    result = explain_set(run, tmp_path / "own.csv", tmp_path / "out")
+    assert (result["n"], result["single"], len(result["worst"])) == (6, 6, 2)  # one of three labels is right
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert (page.count("应是 should be"), page.count("为什么 why?")) == (4, 2)
+
+
+def test_mean_weights_add_up_and_leave_out_clips_of_one_modality():
+    def said(**weights):
+        return Prediction("neutral", dict.fromkeys(LABELS, 1 / 3), {}, weights)
+
+    def row(**weights):
+        others = dict.fromkeys(weights, said()) if len(weights) > 1 else {}
+        return Answered(Clip(""), 0.0, said(**weights), others, others)
+
+    rows = [row(text=0.5, video=0.3, audio=0.2), row(text=0.4, video=0.6), row(text=1.0)]
+    found = _summary(rows, {id(each): "" for each in rows})
+    weights = {name: part["weight"] for name, part in found["modalities"].items()}
+    assert weights == pytest.approx({"text": 0.45, "video": 0.45, "audio": 0.1})
+    assert found["single"] == 1
+
+
 def test_a_model_that_hears_has_pages_and_kinds_too(tmp_path):
     vision = tiny.clip_folder(tmp_path / "clip")
     run = run_folder(tmp_path, vision, modalities=["text", "vision", "audio"], head="linear")
@@ -386,9 +464,9 @@ def test_the_worst_scores_are_those_farthest_from_the_label_asked_for():
     def row(score, **labels):
         return Answered(Clip("", labels=labels), labels["T"], Prediction("neutral", {}, {}, {}, score), {}, {})
 
-    rows = [row(0.0, M=1.0, T=0.2), row(0.0, M=0.0, T=-0.8), row(0.4, M=0.4, T=0.0)]
-    assert sorted(rows, key=_right) == [rows[1], rows[2], rows[0]]
-    assert [each.truth for each in rows] == [2, 0, 1]
+    rows = [row(0.0, M=1.0, T=0.2), row(0.0, M=0.0, T=-0.8), row(0.4, M=0.4, T=0.0), row(1.9, T=0.9)]
+    assert sorted(rows, key=_right) == [rows[1], rows[2], rows[0], rows[3]]  # 1.9 is shown, and counts, as 1
+    assert [each.truth for each in rows] == [2, 0, 1, 2]
 
 
 def test_kinds():

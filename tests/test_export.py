@@ -245,11 +245,14 @@ def products(path):
     return [(tuple(sorted(floats[node.input[1]])), str(node.metadata_props)) for node in nodes]
 
 
-def test_int8_leaves_the_network_and_what_makes_the_texts_states_narrower(run, tmp_path):
+def test_int8_leaves_the_network_and_what_makes_the_texts_states_narrower(run, video, tmp_path):
     export(run, tmp_path / "fp32.onnx")
     level = logging.getLogger().level
     export(run, tmp_path / "int8.onnx", int8=True)
     assert logging.getLogger().level == level  # it is not ours to silence
+    batch = senticlip.load(run).batch([Clip("a", None, "今天天气"), Clip("b", video)])
+    whole, small = (senticlip.load(tmp_path / name).output(batch) for name in ("fp32.onnx", "int8.onnx"))
+    assert float((whole.log_probs.exp() - small.log_probs.exp()).abs().max()) < 0.05
     network = [sides for sides, scopes in products(tmp_path / "fp32.onnx") if "model.network" in scopes]
     text = (SMALL["hidden_size"], SMALL["intermediate_size"])  # the frames' encoder has one of this shape, too
     assert sorted(sides for sides, _ in products(tmp_path / "int8.onnx")) == sorted([*network, text])

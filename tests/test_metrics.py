@@ -52,14 +52,14 @@ def test_regression_bins_are_those_of_mmsa():
 
 
 def test_two_classes_of_a_classifier_by_hand():
-    probabilities = [[0.5, 0.2, 0.3], [0.3, 0.4, 0.3], [0.1, 0.8, 0.1001], [0.2, 0.1, 0.7], [0.45, 0.5, 0.05]]
+    probabilities = [[0.5, 0.2, 0.3], [0.3, 0.4, 0.3], [0.1, 0.8, 0.1001], [0.2, 0.1, 0.7], [0.1, 0.6, 0.3]]
     result = metrics.binary([0, 1, 1, 2, 2], probabilities)
-    # said: negative, negative (a tie), positive, positive, negative; a neutral truth counts as negative
-    assert result["acc_2"] == pytest.approx(3 / 5)
-    assert result["acc_2_nonzero"] == pytest.approx(2 / 3)
-    truth, said = [0, 0, 0, 1, 1], [0, 0, 1, 1, 0]
+    # said of all: no, no, no, yes, no; of those that are not neutral, where neutral is no answer: no, yes, yes
+    assert result["acc_2"] == pytest.approx(4 / 5)
+    assert result["acc_2_nonzero"] == pytest.approx(1)
+    truth, said = [0, 0, 0, 1, 1], [0, 0, 0, 1, 0]
     assert result["f1_2"] == pytest.approx(f1_score(truth, said, average="weighted"))
-    assert result["f1_2_nonzero"] == pytest.approx(f1_score([0, 1, 1], [0, 1, 0], average="weighted"))
+    assert metrics.binary([0, 2], [[0.4, 0.3, 0.3], [0.4, 0.3, 0.3]])["f1_2_nonzero"] == pytest.approx(1 / 3)
 
 
 def test_regression_by_hand():

@@ -1,4 +1,6 @@
-"""Numbers as every page shows them."""
+"""Numbers as every page shows them, and what a page of scripts says without them."""
+
+from importlib import resources
 
 import pytest
 
@@ -19,3 +21,10 @@ from senticlip.pages import signed
 )
 def test_signed(number, options, shown):
     assert signed(number, **options) == shown
+
+
+def test_a_page_that_needs_scripts_says_so_without_them():
+    folder = resources.files("senticlip").joinpath("templates")
+    pages = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    scripted = {name for name, page in pages.items() if "<script>" in page}
+    assert scripted == {name for name, page in pages.items() if "<noscript>" in page} == {"serve.html", "timeline.html"}

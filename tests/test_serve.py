@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -152,6 +153,7 @@ def test_every_error_is_one_line():
         assert answer.status_code == status, answer.text
         assert list(answer.json()) == ["error"]
         assert "\n" not in answer.json()["error"]
+        assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
 @pytest.mark.parametrize("body", [f"text={TEXT}", f"text={quote(TEXT)}", f"text={quote_plus(TEXT + ' ')}"])
@@ -203,6 +205,7 @@ def test_a_balancer_may_ask_for_the_head_alone(predictor):
     client = TestClient(app(predictor, "run"))
     for path in ("/", "/health"):
         assert (client.head(path).status_code, client.get(path).status_code) == (200, 200)
+        assert client.head(path).headers["content-type"] == client.get(path).headers["content-type"]
     assert set(client.get("/openapi.json").json()["paths"]["/health"]) == {"get"}
 
 
@@ -295,6 +298,30 @@ def test_who_waits_when_it_ends_is_sent_away():
     assert found == [200, 503, 503]
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_who_has_gone_before_his_turn_is_not_answered(gone):
+    begun, sent = [], []
+    answers = app(Said("neutral", lambda: begun.append(1)), "run")
+    scope = {"type": "http", "method": "POST", "path": "/predict", "root_path": "", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/x-www-form-urlencoded")]
+
+    async def ask():
+        body = [{"type": "http.request", "body": b"text=a"}]
+
+        async def receive():
+            if not body and not gone:
+                await asyncio.sleep(60)
+            return body.pop() if body else {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        await answers(scope, receive, send)
+
+    asyncio.run(ask())
+    assert (len(begun), sent[0]["status"]) == ((0, 499) if gone else (1, 200))
+
+
 def test_an_address_that_is_taken_or_none_is_wrong_use(place):
     said = r"cannot listen there \(Address already in use\) — choose another --port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match=said):
@@ -351,3 +378,39 @@ def test_an_unfinished_upload_does_not_hold_the_end_up(place, how):
     finally:
         process.kill()
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_running_answer_does_not_hold_the_end_up_and_leaves_no_upload(place, tmp_path, how):
+    code = """if True:
+        import time, types, senticlip
+        from senticlip import config, serve
+
+        class Slow:
+            model, config = types.SimpleNamespace(encoders={"vision": 0}), config.Config(modalities=["vision"])
+
+            def __call__(self, path, text):
+                time.sleep(60)
+
+        serve.GRACE, senticlip.load = 0.5, lambda *_: Slow()
+        serve.serve("slow", port=0)"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(":")[2])
+        body = b'--x\r\nContent-Disposition: form-data; name="video"; filename="a.mp4"\r\n\r\na\r\n--x--\r\n'
+        head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            end = time.monotonic() + 30
+            while not list(tmp_path.glob("senticlip-*/clip.mp4")):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            process.send_signal(how)
+            assert process.wait(timeout=20) == 0
+            assert b" 503 " in client.recv(4096)
+    finally:
+        process.kill()
+    assert not list(tmp_path.iterdir())

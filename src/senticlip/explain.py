@@ -45,7 +45,7 @@ class Explanation(NamedTuple):
     """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None if the model has no heat maps.
 
     ``dropped``: the model reads the main shot only, so cutaways are missing from ``times``. ``unread``: the end of the
-    text that the model does not read.
+    text that the model does not read; ``reads_text``: whether it reads any.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Explanation(NamedTuple):
     method: str
     dropped: bool = False
     unread: str = ""
+    reads_text: bool = True
 
 
 def explain(
@@ -150,6 +151,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         method or "",
         dropped=predictor.config.vision.cutaways == "drop",
         unread=unread(predictor, clip.text),
+        reads_text="text" in predictor.config.modalities,
     )
 
 

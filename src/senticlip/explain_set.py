@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, write
 from senticlip.files import make_folder, write_whole
 from senticlip.models.base import only
-from senticlip.occlusion import change
+from senticlip.occlusion import bounded, change
 from senticlip.pages import page
 from senticlip.progress import bar
 from senticlip.sources import clip_set, reads
@@ -38,7 +37,7 @@ KINDS = {
 class Answered(NamedTuple):
     """A clip, its label in [-1, 1], and its predictions: of the whole clip, without each modality, given each alone.
 
-    The last two are by surface name, and empty for a clip that has one modality only.
+    The last two are by surface name, and empty for a clip that has one modality only. ``blank``: it has none at all.
     """
 
     clip: Clip
@@ -46,6 +45,7 @@ class Answered(NamedTuple):
     whole: Prediction
     without: dict[str, Prediction]
     alone: dict[str, Prediction]
+    blank: bool = False
 
     @property
     def truth(self) -> int:
@@ -94,7 +94,8 @@ def explain_set(
 
     Returns:
         ``html``; ``n``; ``accuracy``; ``worst`` (paths of pages); ``kinds`` (kind → n, accuracy, confusion) and
-        ``by`` (whose kinds these are: labels or model); ``modalities`` (name → change, share, flips, weight).
+        ``by`` (whose kinds these are: labels or model); ``modalities`` (name → change, share, flips, weight), of the
+        clips that have several; ``single`` (how many have one only, or none).
 
     Raises:
         UsageError, UserError: wrong arguments, bad data.
@@ -143,9 +144,10 @@ def answered(
         without = {name: predictor.predictions(model.fuse(only(features, there.keys() - {name}))) for name in there}
         alone = {name: predictor.predictions(output) for name, output in model.alone(features).items()}
         for i, place in enumerate(chosen):
-            present = [name for name in there if there[name][i]] if sum(map(itemgetter(i), there.values())) > 1 else []
-            parts = ({SURFACE[name]: answers[name][i] for name in present} for answers in (without, alone))
-            found.append(Answered(clips[place], clips[place].labels[target], whole[i], *parts))
+            present = [name for name in there if there[name][i]]
+            several = present if len(present) > 1 else []
+            left, said = ({SURFACE[name]: answers[name][i] for name in several} for answers in (without, alone))
+            found.append(Answered(clips[place], clips[place].labels[target], whole[i], left, said, not present))
         advance(len(chosen))
     return found
 
@@ -153,7 +155,7 @@ def answered(
 def _right(row: Answered) -> float:
     """The probability of the true class, or minus the absolute error of a score."""
     if row.whole.score is not None:
-        return -abs(row.whole.score - row.label)
+        return -abs(bounded(row.whole.score) - row.label)
     return row.whole.probabilities[LABELS[row.truth]]
 
 
@@ -181,9 +183,11 @@ def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
                 "confusion": metrics.confusion(truth[here], found[here]).tolist(),
             }
     modalities: dict[str, dict[str, float]] = {}
-    for name in sorted({name for row in rows for name in row.without}, key=list(SURFACE.values()).index):
-        pairs = [(row.whole, row.without[name]) for row in rows if name in row.without]
-        weights = [row.whole.weights[name] for row in rows if name in row.whole.weights]
+    several = [row for row in rows if row.without]
+    for name in sorted({name for row in several for name in row.without}, key=list(SURFACE.values()).index):
+        pairs = [(row.whole, row.without[name]) for row in several if name in row.without]
+        # one that is missing weighs nothing, so that the means add up to 1 as each clip's weights do
+        weights = [row.whole.weights.get(name, 0.0) for row in several if row.whole.weights]
         modalities[name] = {
             "change": float(np.mean([change(*pair) for pair in pairs])),
             "flips": float(np.mean([a.label != b.label for a, b in pairs])),
@@ -193,7 +197,13 @@ def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
     total = sum(part["change"] for part in modalities.values())
     for part in modalities.values():
         part["share"] = part["change"] / total if total else 0.0
-    return {"n": len(rows), "accuracy": float((truth == found).mean()), "kinds": tables, "modalities": modalities}
+    return {
+        "n": len(rows),
+        "accuracy": float((truth == found).mean()),
+        "kinds": tables,
+        "modalities": modalities,
+        "single": len(rows) - len(several),
+    }
 
 
 def _sweep(folder: Path, kept: set[str]) -> None:
@@ -207,9 +217,10 @@ def _sweep(folder: Path, kept: set[str]) -> None:
 
 
 def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
-    """Write the page of one error; a model that reads feature files has none, since features cannot be shown."""
+    """Write the page of one error; none for a clip that lacks all that the model reads, nor of a model that reads
+    feature files, since features cannot be shown."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
-    if not set(predictor.config.modalities) <= set(reads(predictor.model, predictor.config)):
+    if row.blank or not set(predictor.config.modalities) <= set(reads(predictor.model, predictor.config)):
         return entry
     found = explanation(predictor, row.clip, method)
     write(found, folder / name)

@@ -103,13 +103,12 @@ class EpochProgress(TrainerCallback):
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.progress = config, bar(transient=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the heading, show the bar."""
         read = "+".join(SURFACE[name] for name in self.config.modalities)
         what = f"{f'stage {args.run_name}' if args.run_name else read} (label {self.config.target})"
-        self.progress = bar(transient=True)
         self.progress.console.print(f"training {what}", highlight=False)
         self.task = self.progress.add_task(what, total=state.max_steps, completed=state.global_step)
         self.progress.start()
@@ -158,10 +157,11 @@ def fit(
         log = {name: float(rows.mean()) for name, rows in zip(trainee.logged, more, strict=True)}
         return score(values, prediction.label_ids) | log
 
+    shown = EpochProgress(config)
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
     if arguments.process_index == 0:
         board = SummaryWriter(str(Path(arguments.output_dir or "").parent / TENSORBOARD))
-        callbacks += [EpochProgress(config), TensorBoardCallback(board)]
+        callbacks += [shown, TensorBoardCallback(board)]
     trainer = Fitter(
         trainee,
         arguments,
@@ -176,7 +176,10 @@ def fit(
     checkpoint = newest_checkpoint(folder) if resume else None
     best = best_checkpoint(checkpoint) if checkpoint else None
     if checkpoint is None or not _stopped(checkpoint, config.train.patience):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:  # a bar that is left alive hides the terminal's cursor
+            shown.progress.stop()
     else:  # it was killed after its last epoch
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer.state.best_model_checkpoint = str(best)  # its path is stale if the folder was moved

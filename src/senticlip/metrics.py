@@ -21,8 +21,11 @@ ACC_5_BINS = (-0.7, -0.1, 0.1, 0.7)
 
 
 def score_class(score: ArrayLike, bins: tuple[float, ...] = ACC_3_BINS) -> NDArray[np.int64]:
-    """The class of each score (clipped to [-1, 1]); an upper edge belongs to the class below it, as in MMSA."""
-    return np.digitize(np.clip(np.asarray(score, dtype=np.float64), -1, 1), bins, right=True)
+    """The class of each score (clipped to [-1, 1]); an upper edge belongs to the class below it, as in MMSA.
+
+    In float32, which labels are kept in: as float64 a label of 0.1 would be above the edge.
+    """
+    return np.digitize(np.clip(np.asarray(score, np.float32), -1, 1), np.asarray(bins, np.float32), right=True)
 
 
 def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int = len(LABELS)) -> NDArray[np.int64]:
@@ -102,29 +105,34 @@ def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:
         "acc_5": float((score_class(truth, ACC_5_BINS) == score_class(score, ACC_5_BINS)).mean()),
         "acc_3": float((score_class(truth) == score_class(score)).mean()),
     }
-    return result | _two_classes(truth, score > 0)
+    there = truth != 0
+    return result | _acc_2(truth > 0, score > 0) | _acc_2(truth[there] > 0, score[there] > 0, "_nonzero")
 
 
 def binary(truth: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """Acc-2 and F1 of a classifier, by MMSA's definitions; the names are those of :func:`regression`.
+    """Acc-2 and F1 of a classifier, as :func:`regression` names them.
 
-    The answer is positive where P(positive) > P(negative), whatever P(neutral) is; a neutral truth counts as negative.
+    Over all rows the answer is positive where that is the likeliest class, as truth is: neutral counts as negative. Of
+    the rows that are not neutral (``_nonzero``) it is positive where P(positive) > P(negative), whatever P(neutral) is.
+    MMSA's classifiers answer so over all rows, too, which calls positive much that is rightly called neutral.
 
     Args:
         truth: n class indices.
         probabilities: n×C.
     """
-    probabilities = np.asarray(probabilities)
-    return _two_classes(np.asarray(truth) - LABELS.index("neutral"), probabilities[:, -1] > probabilities[:, 0])
+    truth, probabilities = np.asarray(truth), np.asarray(probabilities)
+    negative, neutral, positive = range(len(LABELS))
+    there = truth != neutral
+    forced = probabilities[there, positive] > probabilities[there, negative]
+    return _acc_2(truth == positive, probabilities.argmax(-1) == positive) | _acc_2(
+        truth[there] == positive, forced, "_nonzero"
+    )
 
 
-def _two_classes(truth: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, float]:
-    """Acc-2 and weighted F1 of ≤ 0 against > 0, over all rows and over those whose truth is not 0."""
-    result: dict[str, float] = {}
-    for suffix, rows in (("", np.ones(truth.shape, dtype=bool)), ("_nonzero", truth != 0)):
-        scores = from_confusion(confusion(truth[rows] > 0, positive[rows], 2))
-        result |= {"acc_2" + suffix: float(scores["accuracy"]), "f1_2" + suffix: float(scores["weighted_f1"])}
-    return result
+def _acc_2(truth: NDArray[np.bool_], found: NDArray[np.bool_], suffix: str = "") -> dict[str, float]:
+    """Acc-2 and weighted F1 of what is positive."""
+    scores = from_confusion(confusion(truth, found, 2))
+    return {"acc_2" + suffix: float(scores["accuracy"]), "f1_2" + suffix: float(scores["weighted_f1"])}
 
 
 def paired_bootstrap(

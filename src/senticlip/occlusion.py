@@ -33,15 +33,25 @@ class Character(NamedTuple):
 
 
 def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Character]:
-    """The tokens that stand for characters of the text, in order; of several with the same span, the first."""
+    """The tokens that stand for characters of the text, in order; of several with the same span, the first.
+
+    SentencePiece's mark of a word's beginning, "▁", stands for none, though its span is the first character's. A span
+    within another (of a token that stands for a part of a character) is left out.
+    """
     if not text:
         return []
     encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    found: dict[tuple[int, int], Character] = {}
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    found: list[Character] = []
     for token, (start, end) in enumerate(encoded["offset_mapping"]):
-        if text[start:end].strip():
-            found.setdefault((start, end), Character(token, start, end))
-    return list(found.values())
+        if tokens[token] == "▁" or not text[start:end].strip():
+            continue
+        if found and found[-1].start <= start and end <= found[-1].end:
+            continue
+        if found and start <= found[-1].start and found[-1].end <= end:
+            found.pop()
+        found.append(Character(token, start, end))
+    return found
 
 
 def unread(predictor: Any, text: str | None) -> str:
@@ -54,18 +64,24 @@ def unread(predictor: Any, text: str | None) -> str:
     return text[max((one.end for one in read), default=len(text)) :].strip()
 
 
+def bounded(score: float) -> float:
+    """A regression model's score as users see it: clipped to [−1, 1], as ``answers.record`` has it."""
+    return min(1.0, max(-1.0, score))
+
+
 def value(prediction: Prediction, label: str) -> float:
-    """The probability of ``label``; for a regression model's score s, as in heat maps, −s, −|s|, s for negative,
-    neutral, positive."""
+    """The probability of ``label``; for a regression model's score s in [−1, 1], as in heat maps, −s, −|s|, s for
+    negative, neutral, positive."""
     if prediction.score is None:
         return prediction.probabilities[label]
-    return {"negative": -prediction.score, "neutral": -abs(prediction.score), "positive": prediction.score}[label]
+    score = bounded(prediction.score)
+    return {"negative": -score, "neutral": -abs(score), "positive": score}[label]
 
 
 def change(before: Prediction, after: Prediction) -> float:
     """The distance of two predictions, 0 … 1: total variation of their probabilities, or half that of their scores."""
     if before.score is not None and after.score is not None:
-        return abs(before.score - after.score) / 2
+        return abs(bounded(before.score) - bounded(after.score)) / 2
     return sum(abs(before.probabilities[name] - after.probabilities[name]) for name in LABELS) / 2
 
 
@@ -85,8 +101,8 @@ def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
 def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
     """All cases of one clip, "everything" first; the only modality, or the only frame, is never left out.
 
-    A frame is masked (the others keep their temporal positions), a character is cut out of the text. Frames are encoded
-    once, since the encoder reads each by itself.
+    A frame is masked (the others keep their temporal positions), a character is cut out of the text; without its only
+    character the clip has no text. Frames are encoded once, since the encoder reads each by itself.
 
     Args:
         predictor: of a RUN.
@@ -114,18 +130,22 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
     if not text or "text" not in model.encoders:
         return []
     length = predictor.config.text.max_length
-    spans = characters(predictor.tokenizer, text, length)
-    if not spans:
+    lone = _present(features) == ["text"]
+    cuts = {
+        place: (text[span.start : span.end], rest)
+        for place, span in enumerate(characters(predictor.tokenizer, text, length))
+        if (rest := spoken(text[: span.start] + text[span.end :])) is not None or not lone
+    }
+    if not cuts:
         return []
-    shorter: list[str | None] = [text[: span.start] + text[span.end :] for span in spans]
+    shorter = [rest for _, rest in cuts.values()]
     ids, mask = tokenize(predictor.tokenizer, shorter, length)
     said = model.encode(Batch({"text": Sequence(ids.to(model.device), mask.to(model.device))}, {}))
-    rows = cam.repeat(features, len(spans))
+    rows = cam.repeat(features, len(cuts))
     modalities = {name: said.modalities["text"] if name == "text" else s for name, s in rows.modalities.items()}
     answers = predictor.predictions(model.fuse(Batch(modalities, {})))
     return [
-        Case("character", i, text[span.start : span.end], found)
-        for i, (span, found) in enumerate(zip(spans, answers, strict=True))
+        Case("character", place, shown, found) for (place, (shown, _)), found in zip(cuts.items(), answers, strict=True)
     ]
 
 

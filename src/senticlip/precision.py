@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,13 +126,20 @@ def _answers(output: Output) -> tuple[Tensor, Tensor]:
 
 
 def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_size: int = 8) -> dict[str, float]:
-    """The disagreement of two predictors on clips, each decoded once."""
+    """The disagreement of two predictors on clips, each decoded once; without those that have nothing to read."""
+
+    def batches(chunk: list[Clip]) -> Iterator[Batch]:
+        try:
+            yield reference.batch(chunk)
+        except UsageError:
+            for clip in chunk if len(chunk) > 1 else ():
+                yield from batches([clip])
 
     def pairs() -> Iterable[tuple[Output, Output]]:
         begins = range(0, len(clips), batch_size)
         for begin in watched(begins, "comparing", len(begins)):
-            batch = reference.batch(clips[begin : begin + batch_size])
-            yield reference.output(batch), other.output(batch)
+            for batch in batches(clips[begin : begin + batch_size]):
+                yield reference.output(batch), other.output(batch)
 
     return disagreement(pairs())
 

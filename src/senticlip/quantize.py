@@ -38,14 +38,16 @@ def spared(graph: Any) -> list[str]:
     """The names of the products that stay in fp32: they cost little and change the answers most (docs/experiments.md).
 
     These are the network after the encoders, and the second product of each feed-forward layer of the text encoder: its
-    input has outliers far larger than the rest, and one 8-bit scale has to serve all of it.
+    input has outliers far larger than the rest, and one 8-bit scale has to serve all of it. Nor are stacks of matrices
+    quantised (a class token's last layer), which onnxruntime writes and then cannot read.
     """
-    widths = {weight.name: tuple(weight.dims) for weight in graph.initializer if len(weight.dims) == 2}
+    shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
 
     def spare(node: Any) -> bool:
         scopes = next((p.value for p in node.metadata_props if p.key.endswith("name_scopes")), "")
-        wide, narrow = widths.get(node.input[1], (0, 0))
-        return "'model.encoders." not in scopes or ("'model.encoders.text'" in scopes and wide > narrow)
+        sides = shapes.get(node.input[1], ())
+        narrows = len(sides) == 2 and sides[0] > sides[1]
+        return len(sides) > 2 or "'model.encoders." not in scopes or ("'model.encoders.text'" in scopes and narrows)
 
     names = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and spare(node)]
     return [*names, *(f"{name}_MatMul" for name in names)]  # onnxruntime turns a Gemm into a MatMul first

@@ -5,20 +5,24 @@
     GET  /          the page;  GET /health → the model and what it reads;  GET /openapi.json → the interface
 
 What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413, one for which
-the disk has no room with 507. One clip is answered at a time, others wait; an upload lives in a temporary folder until
-its answer is there.
+the disk has no room with 507. One clip is answered at a time, others wait, and who has gone by then gets no answer; an
+upload lives in a temporary folder until its answer is there, or the server ends.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
+import signal
 import socket
+import sys
 import tempfile
-from asyncio import CancelledError, get_running_loop
-from collections.abc import Callable, Iterator
+import threading
+from asyncio import CancelledError, get_running_loop, run_coroutine_threadsafe
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,7 +76,9 @@ def serve(
     precision: str = "fp32",
     ready: Callable[[str], None] = print,
 ) -> str:
-    """Serve a model until interrupted (Ctrl-C); return the address.
+    """Serve a model until interrupted (Ctrl-C or SIGTERM); return the address.
+
+    If an answer is still being computed GRACE seconds later, the process ends there: a computation cannot be stopped.
 
     Args:
         run: a RUN folder, a hub id or an exported file.
@@ -99,20 +105,45 @@ def serve(
         raise UsageError(f"{host}:{port}: cannot listen there ({reason}) — choose another --port or --host") from None
     with door:
         name = Path(run).resolve().name if Path(run).exists() else str(run)
-        answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit)
+        running: set[str] = set()
+        answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit, running)
         server = uvicorn.Server(
             uvicorn.Config(
                 answers, log_level="error", limit_concurrency=WAITING, timeout_graceful_shutdown=GRACE, lifespan="off"
             )
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), _terminable():
             ready(url)
             server.run(sockets=[door])
+    if running:  # Python would wait for it
+        for folder in filter(None, tuple(running)):
+            shutil.rmtree(folder, ignore_errors=True)
+        sys.stdout.flush()
+        os._exit(0)
     return url
 
 
-def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], bool] = lambda: False) -> FastAPI:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as Ctrl-C; by itself it would end the process with no time to tidy up."""
+    if threading.current_thread() is not threading.main_thread():  # no other may change what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def app(
+    predictor: Any,
+    name: str,
+    most: int = 200 << 20,
+    ending: Callable[[], bool] = lambda: False,
+    running: set[str] | None = None,
+) -> FastAPI:
     """The application around a Predictor.
 
     Args:
@@ -120,12 +151,11 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
         name: of the model, as the page shows it.
         most: the largest body, bytes.
         ending: whether the server is shutting down, so that waiting requests are refused.
+        running: is filled while a clip is answered, with "" and the folder of its upload.
 
     Raises:
         UsageError: a model that reads feature files.
     """
-    # one thread for all clips: OpenMP starts threads, and glibc keeps memory, for each thread that computes
-    one = ThreadPoolExecutor(1)
     modalities = [SURFACE[modality] for modality in reads(predictor.model, predictor.config)]
     if not modalities:
         raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
@@ -141,19 +171,9 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
     answers.add_middleware(PlainForm)
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
+    answer = _in_turn(ending, set() if running is None else running)
 
-    async def answer(video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
-        words = _words(text)
-
-        def turn() -> Any:
-            if ending():
-                raise HTTPException(503, "the server is shutting down")
-            with _clip(video, words) as clip:
-                return of(clip)
-
-        return await get_running_loop().run_in_executor(one, turn)
-
-    @answers.head("/", include_in_schema=False)
+    @answers.head("/", include_in_schema=False, response_class=HTMLResponse)
     @answers.get("/", response_class=HTMLResponse)
     async def home() -> str:
         return front
@@ -164,21 +184,45 @@ def app(predictor: Any, name: str, most: int = 200 << 20, ending: Callable[[], b
         return {"status": "ok", "model": name, "reads": modalities}
 
     @answers.post("/predict")
-    async def predict(video: Video = None, text: Text = None) -> Any:
-        return await answer(video, text, lambda clip: predictor(clip.video, clip.text).to_json())
+    async def predict(request: Request, video: Video = None, text: Text = None) -> Any:
+        return await answer(request, video, text, lambda clip: predictor(clip.video, clip.text).to_json())
 
     if not explains:
         return answers
 
     @answers.post("/explain", response_class=HTMLResponse)
-    async def explain(video: Video = None, text: Text = None) -> Any:
+    async def explain(request: Request, video: Video = None, text: Text = None) -> Any:
         def why(clip: Clip) -> str:
             found = explanation(predictor, clip)._replace(name=clip.id)
             return html(found, heated(found))
 
-        return await answer(video, text, why)
+        return await answer(request, video, text, why)
 
     return answers
+
+
+def _in_turn(ending: Callable[[], bool], running: set[str]) -> Callable[..., Awaitable[Any]]:
+    """A function that answers one request after the other; ``ending`` and ``running`` as of ``app``."""
+    one = ThreadPoolExecutor(1)  # each thread that computes has OpenMP start others, and glibc keep memory
+
+    async def answer(request: Request, video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
+        words, loop = _words(text), get_running_loop()
+
+        def turn() -> Any:
+            if ending():
+                raise HTTPException(503, "the server is shutting down")
+            if run_coroutine_threadsafe(request.is_disconnected(), loop).result(GRACE):
+                raise HTTPException(499, "the client has gone")  # nobody reads this
+            running.add("")
+            try:
+                with _clip(video, words, running) as clip:
+                    return of(clip)
+            finally:
+                running.clear()
+
+        return await loop.run_in_executor(one, turn)
+
+    return answer
 
 
 def _tell_errors(answers: FastAPI) -> None:
@@ -205,7 +249,7 @@ def _tell_errors(answers: FastAPI) -> None:
     def refuse(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error.__cause__, OSError):  # which FastAPI takes for the sender's fault
             return no_room(request, error.__cause__)
-        return JSONResponse({"error": error.detail}, error.status_code)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     @answers.exception_handler(Exception)
     def fail(request: Request, error: Exception) -> JSONResponse:
@@ -227,13 +271,17 @@ def _words(text: str | None) -> str | None:
 
 
 @contextmanager
-def _clip(video: UploadFile | None, text: str | None) -> Iterator[Clip]:
-    """The request as a Clip: the video in a temporary file with the same suffix, ``id`` its name at the sender."""
+def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iterator[Clip]:
+    """The request as a Clip: the video in a temporary file with the same suffix, ``id`` its name at the sender.
+
+    The file's folder is added to ``folders``.
+    """
     if video is None or not video.filename:
         yield Clip("", None, text)
         return
     name = spoken(Path(video.filename).name) or "video"
     with tempfile.TemporaryDirectory(prefix="senticlip-") as folder:
+        folders.add(folder)
         ending = re.search(r"\.[A-Za-z0-9]{1,5}$", name)
         path = Path(folder) / ("clip" + (ending[0].lower() if ending else ""))
         with path.open("wb") as out:

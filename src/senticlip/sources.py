@@ -163,7 +163,9 @@ def encoded(
         values, mask = padded(chunk)
         inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
         found = encoder(to_batch(inputs).modalities[name])
-        for row, real in zip(found.values.half().cpu().numpy(), found.mask.cpu().numpy(), strict=True):
+        most = torch.finfo(torch.half).max  # beyond it there is infinity
+        values = found.values.clamp(-most, most).half().cpu().numpy()
+        for row, real in zip(values, found.mask.cpu().numpy(), strict=True):
             yield row[real]
 
     def compute(places: list[int]) -> Iterator[np.ndarray]:

@@ -70,6 +70,8 @@ def train(
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
         _check_sizes(model, stages)
+        for stage in (config, *stages.values()):
+            _share(stage)
         if first and not as_stage:
             _tell_missing_labels(config, data, stages)
         if stages and first:
@@ -157,16 +159,22 @@ def adopt(model: SentimentModel, stage: SentimentModel) -> None:
             model.encoders[name].load_state_dict(encoder.state_dict())
 
 
+def _share(config: Config) -> int:
+    """The clips of a batch that each process has."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.train.batch_size % world:
+        raise UserError(f"train.batch_size {config.train.batch_size} cannot be divided among {world} processes")
+    return config.train.batch_size // world
+
+
 def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str | None = None) -> TrainingArguments:
     t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
-    if t.batch_size % world:
-        raise UserError(f"train.batch_size {t.batch_size} cannot be divided among {world} processes")
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # its path is saved, and a resumed run may have another working directory
         run_name=as_stage,
         num_train_epochs=t.epochs,
-        per_device_train_batch_size=t.batch_size // world,
-        per_device_eval_batch_size=max(t.batch_size // world, 32),
+        per_device_train_batch_size=_share(config),
+        per_device_eval_batch_size=max(_share(config), 32),
         gradient_accumulation_steps=t.accumulation,
         learning_rate=t.lr,
         weight_decay=t.weight_decay,

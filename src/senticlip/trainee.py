@@ -98,7 +98,8 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
 
     Args:
         parts: the modalities of a batch, B rows each.
-        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is.
+        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is, as
+            does one that a row lacks.
         chance: the share of rows in which a modality is exchanged.
     """
     mixed = {}
@@ -107,7 +108,7 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
             mixed[name] = sequence
             continue
         own = own.cpu()
-        stays = own.isnan() | (torch.rand(len(own)) >= chance)
+        stays = own.isnan() | ~sequence.mask.any(1).cpu() | (torch.rand(len(own)) >= chance)
         group = torch.where(stays, 2.0 * torch.arange(1, len(own) + 1), own.sign())  # -1, 0, 1, or a group of its own
         rows = torch.empty(len(own), dtype=torch.long)
         rows[torch.argsort(group + torch.rand(len(own)) / 2)] = torch.argsort(group + torch.rand(len(own)) / 2)

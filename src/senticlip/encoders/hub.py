@@ -181,10 +181,11 @@ def hf_config(data: dict[str, Any]) -> Any:
 def _sizes(data: dict[str, Any]) -> dict[str, Any]:
     """A config dict without what says how it is computed, nested.
 
-    ``dtype`` (older name: torch_dtype) would build models in half precision; ``attn_implementation`` may name code on
-    a hub.
+    ``dtype`` (older name: torch_dtype) would build models in half precision; ``attn_implementation`` and ``auto_map``
+    may name code on a hub.
     """
-    kept = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype") and not is_code(name)}
+    left = ("dtype", "torch_dtype", "auto_map")
+    kept = {name: value for name, value in data.items() if name not in left and not is_code(name)}
     return {name: _sizes(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
@@ -198,7 +199,9 @@ def read_weights(kind: Any, folder: Path, **kwargs: Any) -> dict[str, Any]:
 
     Without the tensors that the folder lacks, which transformers initialises at random.
     """
-    model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True, **kwargs)
+    model, info = kind.from_pretrained(
+        folder, dtype="float32", output_loading_info=True, trust_remote_code=False, **kwargs
+    )
     return {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
 
 

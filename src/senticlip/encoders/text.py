@@ -23,10 +23,20 @@ def build_body(spec: dict[str, Any]) -> Any:
     config = hub.hf_config(spec)
     if config.model_type == "chinese_clip":
         return ChineseCLIPTextModel(config.text_config, add_pooling_layer=False)
+    if config.model_type.startswith("timm") or _names_backbone(config.to_dict()):
+        raise UsageError(f"text.encoder: {config.model_type} reads pictures, by a network that lies elsewhere")
     try:
-        return AutoModel.from_config(config, add_pooling_layer=False)
+        return AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False)
     except TypeError:
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
+
+
+def _names_backbone(config: dict[str, Any]) -> bool:
+    """Whether transformers would build another network for a part of it, which may come from a hub."""
+    return any(
+        (value and "backbone" in str(name)) or (isinstance(value, dict) and _names_backbone(value))
+        for name, value in config.items()
+    )
 
 
 def load_body(folder: Path, key: str = "text.encoder") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def _clip_spec(data: dict[str, Any], folder: Path | None, size: int | None) -> d
 
         processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
-    own = sizes.vision_config.image_size
+    own, patch = sizes.vision_config.image_size, sizes.vision_config.patch_size
+    if size and size < patch:
+        raise UsageError(f"vision.size: {size} — one patch of this network has {patch} pixels")
     return {
         "kind": "chinese_clip",
         "config": data,
@@ -63,7 +66,7 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
 
     found: Any = timm.get_pretrained_cfg(data["architecture"])
     pretrained = data.get("pretrained_cfg") or found.to_dict()
-    spec = {
+    spec: dict[str, Any] = {
         "kind": "timm",
         "config": {"architecture": data["architecture"], "model_args": data.get("model_args") or {}},
         "size": size or pretrained["input_size"][-1],
@@ -71,8 +74,16 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
         "std": list(pretrained["std"]),
     }
     with torch.device("meta"):
-        body = _timm_body(spec)
-    return {**spec, "dim": getattr(body, "head_hidden_size", None) or body.num_features}
+        body = _timm_body(spec).eval()
+    try:
+        with torch.no_grad():
+            states = body(torch.zeros(1, 3, spec["size"], spec["size"], device="meta"))
+        _, dim = states.shape
+    except Exception as error:
+        told = f"{data['architecture']} cannot read {spec['size']}×{spec['size']} pixels into one vector"
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise UsageError(f"vision.encoder: {told} ({reason}) — choose another network or vision.size") from None
+    return {**spec, "dim": dim}
 
 
 TOGETHER = 6
@@ -257,8 +268,8 @@ def real_frames(vision: Sequence, encode: Callable[[Tensor], Tensor], empty: Ten
 
 
 def _takes_size(body: nn.Module) -> bool:
-    """Whether a timm network has position embeddings, that is, one image size."""
-    return hasattr(body, "pos_embed")
+    """Whether a timm network is made for one image size."""
+    return "img_size" in inspect.signature(type(body).__init__).parameters
 
 
 ELSEWHERE = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -274,8 +285,9 @@ def _timm_body(spec: dict[str, Any]) -> Any:
         raise UsageError(f"vision.encoder: timm knows no network {name}")
     body = timm.create_model(name, pretrained=False, num_classes=0, **args)
     if _takes_size(body):
-        patch = getattr(getattr(body, "patch_embed", None), "patch_size", (1,))
-        if any(spec["size"] % side for side in patch):
-            raise UsageError(f"vision.size: {name} cannot read {spec['size']} pixels — take a multiple of {patch[0]}")
+        patch = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
+        sides = patch if isinstance(patch, tuple | list) else (patch,)
+        if any(spec["size"] % side for side in sides):
+            raise UsageError(f"vision.size: {name} cannot read {spec['size']} pixels — take a multiple of {sides[0]}")
         body = timm.create_model(name, pretrained=False, num_classes=0, **{**args, "img_size": spec["size"]})
     return body

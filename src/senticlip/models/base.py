@@ -184,7 +184,7 @@ class SentimentModel(PreTrainedModel):
         if "text" in model.encoders:
             model.tokenizer = load_tokenizer(path / "tokenizer")
             encoder: Any = model.encoders["text"]
-            words, known = model.tokenizer.vocab_size, encoder.body.get_input_embeddings().num_embeddings
+            words, known = len(model.tokenizer), encoder.body.get_input_embeddings().num_embeddings
             if words > known:
                 told = f"{words} words, the model has {known}"
                 raise UserError(f"{path}/tokenizer: {told} — copy it again, it is another model's")

@@ -38,7 +38,7 @@ class Peer(nn.Module):
     def __init__(self, config: Config, dims: dict[str, int]) -> None:
         super().__init__()
         known = {**Peer.DEFAULTS, **self.DEFAULTS}
-        unknown = sorted(set(config.options) - set(known))
+        unknown = sorted(map(str, set(config.options) - set(known)))
         if unknown:
             raise UsageError(f"options.{unknown[0]}: {config.model} does not have it; it has {', '.join(known)}")
         given = {name: typed(type(known[name]), value, f"options.{name}") for name, value in config.options.items()}
