@@ -182,7 +182,7 @@ def test_a_film_that_was_cut_off_is_told(film, tmp_path, capsys):
     )
     rows = list(analyze(FakePredictor(), short))
     assert rows[-1]["end"] < 11
-    assert re.fullmatch(r".*short\.mp4: cut off, [\d.]+ s of 12\.0 s are there — .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r".*short\.mp4: cut off, [\d.]+ s of 12\.0 s are there — .*\n.*\n", capsys.readouterr().err)
 
 
 def test_a_shift_does_not_lose_the_films_own_lines(tmp_path):

@@ -122,7 +122,7 @@ def test_explain_a_data_set(place, say, tmp_path):
     data = ("--data", place / "data", "--out", tmp_path / "out", "--json")
     code, found, _ = say("explain", *data, "--worst", 1)
     assert code == 0
-    assert set(found) == {"html", "n", "accuracy", "kinds", "by", "modalities", "worst"}
+    assert set(found) == {"html", "n", "accuracy", "kinds", "by", "modalities", "single", "worst"}
     assert (found["n"], found["by"], set(found["modalities"])) == (6, "labels", {"text", "video"})
     assert found["html"] == str(tmp_path / "out" / "index.html")
     assert (tmp_path / "out" / "index.html").is_file()

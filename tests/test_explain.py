@@ -239,7 +239,7 @@ def test_a_text_that_is_too_long_or_blank(run, video):
     assert unread(predictor, "好❤\ufe0f") == ""  # the last character is no token
     blank = explanation(predictor, Clip("", video, "  "))
     both = explanation(predictor, Clip("", video, "好"))
-    assert ["谁说了什么" in html(one, heated(one)) for one in (both, blank)] == [True, False]
+    assert ["各模态的判断" in html(one, heated(one)) for one in (both, blank)] == [True, False]
     assert (blank.text, blank.unread) == (None, "")
     assert blank.prediction.probabilities == pytest.approx(predictor(video).probabilities, abs=1e-6)
 
@@ -261,13 +261,13 @@ def test_conflict_is_said_in_both_languages():
     assert "文本与视频不一致：只看文本是积极，只看视频是消极；模型采信了视频，可能是反话。" in chinese
     assert "the words alone are positive, the picture alone is negative; the model believes the picture" in english
     assert "irony" in english
-    assert "去掉视频，答案会变成积极。" in chinese
+    assert "去掉视频，预测会变为积极。" in chinese
     assert "去掉文本" not in chinese
-    assert chinese.endswith("只去掉第 2 帧，答案也会改变。")
+    assert chinese.endswith("只去掉第 2 帧，预测也会改变。")
     assert english.endswith("Leaving out frame 2 alone also changes the answer.")
     small = [cases[0], cases[3], Case("character", 0, "好", said("neutral"))]
     assert sentences(found._replace(cases=small))[-1] == (
-        "只去掉第 2 帧或“好”，答案就会改变。",
+        "只去掉第 2 帧或“好”，预测就会改变。",
         "Leaving out frame 2 or “好” alone changes the answer.",
     )
     found = found._replace(alone={"text": said("negative"), "video": said("negative")})
@@ -338,7 +338,7 @@ def test_pictures_that_hardly_matter_are_told_beside_their_maps(without, told):
     cases = [Case("everything", 0, "", said(0.8)), Case("text", 0, "", said(0.8)), Case("video", 0, "", said(without))]
     pictures = [Image.new("RGB", (4, 4))]
     found = Explanation("", "好", said(0.8), cases, {}, None, [0.5], pictures, torch.ones(1, 2, 2).numpy(), "grad-cam")
-    assert ("画面几乎不影响答案" in html(found, heated(found))) == told
+    assert ("画面几乎不影响预测" in html(found, heated(found))) == told
 
 
 def test_characters_are_spans_of_the_text():
@@ -421,7 +421,7 @@ def test_a_clip_without_what_the_model_reads_is_listed_without_a_page(tmp_path, 
     result = explain_set(run, tmp_path / "own.csv", tmp_path / "out")
     assert (result["n"], result["single"], len(result["worst"])) == (6, 6, 2)  # one of three labels is right
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert (page.count("应是 should be"), page.count("为什么 why?")) == (4, 2)
+    assert (page.count("应为 should be"), page.count("为什么 why?")) == (4, 2)
 
 
 def test_mean_weights_add_up_and_leave_out_clips_of_one_modality():

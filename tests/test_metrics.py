@@ -48,6 +48,7 @@ def test_the_calibration_error_by_hand():
 def test_regression_bins_are_those_of_mmsa():
     scores = [-2, -1, -0.7, -0.69, -0.1, -0.09, 0, 0.1, 0.11, 0.7, 0.71, 1, 3]
     assert metrics.score_class(scores).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert metrics.score_class(np.array(scores, np.float32)).tolist() == metrics.score_class(scores).tolist()
     assert metrics.score_class(scores, metrics.ACC_5_BINS).tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]
 
 

@@ -205,11 +205,21 @@ def test_a_video_that_cannot_be_read_is_told_before_texts_are_trained(place, tmp
     assert not (tmp_path / "run" / "stages" / "text").exists()
 
 
-def test_a_training_that_diverges_is_no_run(place, tmp_path):
+def test_a_batch_that_processes_cannot_share_is_told_before_stages_are_trained(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    experiment = settings(place, stages={"text": {"modalities": ["text"]}}, **{"train.batch_size": 3})
+    with pytest.raises(UserError, match="batch_size 3 cannot be divided among 2 processes"):
+        train(experiment, place / "data", tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_training_that_diverges_is_no_run(place, tmp_path, terminal):
     wild = settings(place, **{"train.lr": 1e9, "train.clip_norm": 0, "text.train": "full", "text.lr": 1e9})
     with pytest.raises(UserError, match=r"the training diverged"):
         train(wild, place / "data", tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.json").exists()
+    hidden, shown = (terminal.getvalue().rfind(f"\x1b[?25{sign}") for sign in "lh")  # the cursor
+    assert 0 <= hidden < shown
 
 
 def test_an_encoder_that_is_none_is_told_before_the_stages(place, tmp_path):

@@ -67,6 +67,18 @@ def test_a_row_alone_in_its_class_stays():
         assert mixed["text"].values[:, 0].tolist() == [0, 1, 2]
 
 
+def test_what_a_row_lacks_is_given_to_nobody():
+    """The first has words alone, the second frames alone, though both have labels for both."""
+    there, gone = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
+    values = torch.arange(2)[:, None]
+    parts = {"text": Sequence(values, torch.cat([there, gone])), "vision": Sequence(values, torch.cat([gone, there]))}
+    for _ in range(10):
+        mixed = recombine(parts, {"T": torch.ones(2), "V": torch.ones(2)}, 1.0)
+        assert {name: part.mask[:, 0].tolist() for name, part in mixed.items()} == {
+            "text": [True, False], "vision": [False, True]
+        }  # fmt: skip
+
+
 def test_the_seed_decides(batch):
     drawn = []
     for seed in (1, 1, 2):

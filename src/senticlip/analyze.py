@@ -110,6 +110,8 @@ def analyze(
     else:
         lines = subs.embedded(video, track, shift)
         if not lines and not (shift < 0 and subs.embedded(video, track)):
+            told = f"{video}: no subtitles in it, and none given (--subtitles F.srt): the pictures alone are cut"
+            console.print(told, soft_wrap=True, highlight=False)
             lines = shots(video, end) if cut == "shots" else windows(end, seconds)
     _check_times(lines, subtitles or video, video, end, shift)
     predictor = run

@@ -130,7 +130,7 @@ def _to_report(verbs: Verbs) -> None:
     p = verbs.add("evaluate", "metrics of a run on a split; of two runs, their difference; of more, mean ± std")
     p.add_argument("runs", metavar="RUN", nargs="+", help=f"{TRAINED}; two, or more")
     _data(p)
-    p.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    p.add_argument("--split", default="test", help="train, valid, test or all (default: test)")
     p.add_argument("--target", help="compare with label M, T, A or V instead of the one trained for")
     _device(p)
 

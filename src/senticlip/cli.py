@@ -116,7 +116,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     result = run(options.runs[0], **rest)
     _say_disagreement(options, result.get("disagreement"), f"{options.precision} against fp32", "made clips")
     low, high = result["interval"]
-    say(options, f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']}")
+    say(
+        options,
+        f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']} ({options.split})",
+    )
     told = {"macro-F1": "macro_f1", "weighted F1": "weighted_f1", "Acc-2": "acc_2", "F1-2": "f1_2"}
     say(options, ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
     if "mae" in result:
@@ -127,17 +130,23 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     for name, row in result["per_class"].items():
         shares = "  ".join(f"{key} {row[key]:.3f}" for key in ("precision", "recall", "f1"))
         say(options, f"{name:>9}  {shares}  support {row['support']}")
+    if "predictions" in result:
+        say(options, f"the answers: {result['predictions']}")
     return result
 
 
 def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Each run, and the mean and standard deviation over them."""
+    from senticlip.checkpoint import read_metrics
     from senticlip.results import spread
 
     if len({result["target"] for result in results}) > 1:
         raise UsageError("RUN: they were trained for different labels — choose one with --target")
     scores = spread(results)
     _say_runs(options, results)
+    experiments = [read_metrics(Path(run)).get("experiment", {}) | {"seed": 0} for run in options.runs]
+    if any(experiment != experiments[0] for experiment in experiments):
+        say(options, "these are different experiments, not seeds of one")
     names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
     told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in names.items()]
     say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(told)}")

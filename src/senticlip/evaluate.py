@@ -52,7 +52,7 @@ def evaluate(
         accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n, target; MMSA's acc_2, f1_2
         and the same ``_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips
         that have its modality) and ``equal_weights``; a regression model's scores; a reduced precision's
-        ``disagreement``.
+        ``disagreement``; ``predictions``, the file of the answers.
 
     Raises:
         UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
@@ -98,6 +98,7 @@ def _answers(
         file = Path(run) / f"predictions-{'-'.join([split, *other])}.csv"
         if os.access(run, os.W_OK):
             write_text(file, _table(clips, output, truth))
+            result["predictions"] = str(file)
         else:  # a RUN without write permission can be evaluated, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, _predicted(output), result)

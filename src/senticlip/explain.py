@@ -233,7 +233,7 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
     for case in parts:
         label = case.prediction.label
         said.append(
-            (f"去掉{CHINESE[case.kind]}，答案会变成{CHINESE[label]}。", f"Without the {case.kind} it would be {label}.")
+            (f"去掉{CHINESE[case.kind]}，预测会变为{CHINESE[label]}。", f"Without the {case.kind} it would be {label}.")
         )
     if small:
         names = [f"第 {c.shown} 帧" if c.kind == "frame" else f"“{c.shown}”" for c in small]
@@ -241,12 +241,12 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
         zh, en = ("也", "also ") if parts else ("就", "")
         said.append(
             (
-                f"只去掉{_joined(names, '、', '或')}，答案{zh}会改变。",
+                f"只去掉{_joined(names, '、', '或')}，预测{zh}会改变。",
                 f"Leaving out {' or '.join(english)} alone {en}changes the answer.",
             )
         )
     elif not parts and len(found.cases) > 1:
-        said.append(("去掉任何一部分，答案都不变。", "No single part that is left out changes the answer."))
+        said.append(("去掉任何一部分，预测都不变。", "No single part that is left out changes the answer."))
     return said
 
 

@@ -29,6 +29,7 @@ _SHORT: Any = object()
 
 _ALIASES = {
     "video": "path", "file": "path", "video_path": "path", "路径": "path", "视频": "path", "文件": "path",
+    "视频路径": "path", "filename": "path", "文本内容": "text", "content": "text", "编号": "id",
     "sentence": "text", "文本": "text", "文字": "text", "台词": "text", "内容": "text",
     "subtitle": "subtitles", "字幕": "subtitles", "开始": "start", "结束": "end",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import pickle
 import random
 import re
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_a_video_protocol_has_no_video_leak(tmp_path):
         [f"v_{i:02}", f"{j:02}", f"句{i}{j}", "0", "0", "0", "0", "Neutral", "train"] for i in range(20) for j in (1, 2)
     ]
     folder = write_folder(tmp_path, rows)
-    assert check(folder, videos=False, protocol="video").warnings == []
+    assert not any("splits" in warning for warning in check(folder, videos=False, protocol="video").warnings)
     assert any("video" in warning for warning in check(folder, videos=False, protocol="tenth").warnings)
 
 
@@ -461,6 +462,26 @@ def test_a_table_from_windows(tmp_path):
         tmp_path / "a" / "1.mp4",
         tmp_path / "b\\2.mp4",
     ]
+
+
+def test_what_no_clip_has_is_told(tmp_path):
+    """A table whose column of videos is called otherwise, and scores from 0 to 1, train something else."""
+    table = tmp_path / "mine.csv"
+    rows = [f"{i}.mp4,第{i}句,{0.1 + i / 20}" for i in range(10)]
+    table.write_text("\n".join(["vedio,text,label", *rows]), encoding="utf-8")
+    told = [line.removeprefix(f"{table}: ") for line in check(table).warnings]
+    assert "not read: vedio" in told
+    assert "no clip has a video" in told
+    assert "no label is below 0, which is neutral — labels are from -1 (negative) to 1 (positive)" in told
+    assert not any("above" in line or "has a text" in line for line in told)
+
+
+def test_a_feature_files_ids_may_be_names_of_files(tmp_path):
+    """Of one folder, which is no source video."""
+    part = {"regression_labels": np.array([0.5, -0.5], np.float32)}
+    splits = {s: {"id": [f"clips/{s}{i}.mp4" for i in (1, 2)], **part} for s in ("train", "valid", "test")}
+    (tmp_path / "f.pkl").write_bytes(pickle.dumps(splits))
+    assert not any("splits" in warning for warning in check(tmp_path / "f.pkl").warnings)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from senticlip.config import Config, TextConfig
 from senticlip.data.loader import ArrayRows
-from senticlip.encoders.text import BY_PAIRS, TextEncoder, load_body, load_tokenizer, text_spec, tokenize
+from senticlip.encoders.text import BY_PAIRS, TextEncoder, build_body, load_body, load_tokenizer, text_spec, tokenize
 from senticlip.models import create_model
 from senticlip.sources import clip_set, fingerprint
 from senticlip.structures import Clip, Sequence, UsageError, UserError
@@ -199,3 +199,27 @@ def test_without_any_folder_characters_are_tokens():
     assert len(set(ids[0].tolist())) == 5
     ids, mask = tokenize(load_tokenizer(None), [None, None], 20)
     assert not mask.any()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:someone/net", "hidden_size": 16},
+        {"model_type": "timm_backbone", "backbone": "hf-hub:someone/net", "use_pretrained_backbone": True},
+        {"model_type": "detr"},  # which has a network of the hub by default
+    ],
+)
+def test_a_description_names_no_network_elsewhere(spec):
+    """A RUN may come from anybody."""
+    with pytest.raises(UsageError, match=r"text\.encoder: \w+ reads pictures, by a network that lies elsewhere"):
+        build_body(spec)
+
+
+def test_a_description_runs_no_code(tmp_path, monkeypatch):
+    """transformers would ask whether to, for a kind of model that it does not know by itself."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    parts = {"encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert"}}
+    with pytest.raises(ValueError, match="Unrecognized"):
+        build_body({"model_type": "encoder-decoder", **parts, "auto_map": {"AutoModel": f"{tmp_path}--modeling.Evil"}})
+    assert not (tmp_path / "ran").exists()

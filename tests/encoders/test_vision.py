@@ -152,6 +152,20 @@ def test_a_vit_of_timm_takes_another_size(tmp_path):
         encoder_of(folder, size=50)
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "xcit_nano_12_p8_224", "hieradet_small"])
+def test_networks_made_for_one_size_take_another(name):
+    spec, _ = vision_spec(VisionConfig(encoder=f"timm/{name}", pretrained=False, size=160))
+    with torch.device("meta"):
+        assert VisionEncoder(spec).body(torch.zeros(2, 3, 160, 160)).shape == (2, spec["dim"])
+
+
+def test_a_network_that_cannot_is_told_at_once(clip):
+    with pytest.raises(UsageError, match=r"vision\.encoder: levit_128s cannot read 160×160 pixels into one vector"):
+        vision_spec(VisionConfig(encoder="timm/levit_128s", pretrained=False, size=160))
+    with pytest.raises(UsageError, match=r"vision\.size: 4 — one patch of this network has \d+ pixels"):
+        encoder_of(clip, size=4)
+
+
 @pytest.mark.parametrize("kind", ["clip", "network"])
 def test_only_real_frames_are_computed(kind, request):
     encoder = encoder_of(request.getfixturevalue(kind), size=64)

@@ -21,6 +21,7 @@ from senticlip.data.table import (
     TARGET_COLUMNS,
     VIDEO_SUFFIXES,
     Line,
+    absent,
     columns_of,
     finite,
     located,
@@ -28,6 +29,7 @@ from senticlip.data.table import (
     only_0_and_1,
     read_table,
     score,
+    unread,
 )
 from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
 
@@ -97,16 +99,19 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
         UsageError, UserError: there is no table, or it cannot be read as one.
     """
     table, rows = _read(Path(path), protocol)
+    from senticlip.data.video import faults
+
     problems, warnings = [], []
     for row in rows:
         problems += row.problems
         warnings += row.warnings
         if videos and row.clip.video is not None and not row.problems:
-            problems += [f"{table}, row {row.clip.row}: {fault}" for fault in _video_faults(row.clip)]
+            problems += [f"{table}, row {row.clip.row}: {fault}" for fault in faults(row.clip)]
     clips = _split(rows, protocol, seed)
     if protocol == "official" and clips != [row.clip for row in rows]:
         warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
-    warnings += leaks([row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)])
+    rows = [row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)]
+    warnings += [*leaks(rows), *absent(table, clips)]
     if lacking := {"train", "valid"} - {clip.split for clip in clips}:
         warnings.append(f"{table}: no clip is in {' or '.join(sorted(lacking))}, so nothing can be trained on it")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -209,7 +214,7 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
-    rows[0].warnings.extend(only_0_and_1(table, columns, lines))
+    rows[0].warnings.extend(only_0_and_1(table, columns, lines) + (unread(table, whole) if named else []))
     return table, rows
 
 
@@ -218,7 +223,11 @@ def _from_features(path: Path) -> tuple[Path, list[_Row]]:
     from senticlip.data.mmsa import feature_clips, feature_file
 
     file = feature_file(path)
-    return file, [_Row(clip, clip.id.split("/")[0], [], []) for clip in feature_clips(file)]
+
+    def source(name: str) -> str:  # an id of one's own may be a file's name, with its folders
+        return name if name.lower().endswith(VIDEO_SUFFIXES) else name.split("/")[0]
+
+    return file, [_Row(clip, source(clip.id), [], []) for clip in feature_clips(file)]
 
 
 def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: bool) -> _Row:
@@ -237,6 +246,7 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
         elif cell or column == "label":
             problems.append(
                 f"{where}, column {column}: {cell!r} is no label — a number from -1 to 1, or negative/neutral/positive"
+                ", 消极/中性/积极"
             )
     word = score(cells.get("annotation", ""))
     if word is not None and "M" in labels and polarity(word) != polarity(labels["M"]):
@@ -331,17 +341,3 @@ def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str,
         return path, clip, cells.get("video_id") or (os.path.normpath(name) if name else clip), faults
 
     return find
-
-
-def _video_faults(clip: Clip) -> list[str]:
-    """Why the video of this clip cannot be used, or is not all there: it is opened, decoded, and its end looked for."""
-    from senticlip.data.video import probe
-
-    assert clip.video is not None
-    try:
-        info = probe(clip.video)
-    except UserError as error:
-        return [str(error)]
-    if (clip.start or 0.0) >= info.start + info.duration:
-        return [f"{clip.video} ends at {info.start + info.duration:.2f} s, before the piece begins"]
-    return [info.problem] if info.problem else []

@@ -63,7 +63,11 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
         raise UsageError(f"{path}: no such subtitle file")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: not a subtitle file — choose one of {', '.join(SUFFIXES)}")
-    text = re.sub(r"\r{1,3}\n|\r", "\n", guess_text(path.read_bytes(), path))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read — {error.strerror}") from None
+    text = re.sub(r"\r{1,3}\n|\r", "\n", guess_text(data, path))
     if not text.strip():
         return []
     cues = _timed(text, path) if "[Events]" not in text and _TIMING.search(text) else _by_pysubs2(text, path)

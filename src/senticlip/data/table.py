@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import Clip, UsageError, UserError, polarity
 
 LONGEST_CELL = 16 << 20
 """Characters of a cell; csv's own bound (131,072) is less than what is said in a long film."""
@@ -26,15 +26,17 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
     "testing": "test", "测试": "test", "测试集": "test",
 }  # fmt: skip
 SCORES = {
-    "negative": -1.0, "neg": -1.0, "消极": -1.0, "负面": -1.0, "weakly negative": -0.5,
-    "neutral": 0.0, "neu": 0.0, "中性": 0.0,
-    "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "weakly positive": 0.5,
+    "negative": -1.0, "neg": -1.0, "消极": -1.0, "负面": -1.0, "负向": -1.0, "负": -1.0, "weakly negative": -0.5,
+    "neutral": 0.0, "neu": 0.0, "中性": 0.0, "中立": 0.0, "中": 0.0,
+    "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "正向": 1.0, "正": 1.0, "weakly positive": 0.5,
 }  # fmt: skip
 _NAMES = {
-    "mode": "split", "sentence": "text", "subtitle": "text", "label_m": "label", "video": "path", "file": "path",
-    "t": "label_t", "a": "label_a", "v": "label_v",
-    "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "标签": "label", "情感": "label",
-    "路径": "path", "视频": "path", "文件": "path", "划分": "split", "开始": "start", "结束": "end",
+    "mode": "split", "sentence": "text", "content": "text", "subtitle": "text", "label_m": "label",
+    "video": "path", "file": "path", "t": "label_t", "a": "label_a", "v": "label_v",
+    "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "文本内容": "text",
+    "标签": "label", "情感": "label", "情感标签": "label", "情感类别": "label", "编号": "id",
+    "路径": "path", "视频": "path", "文件": "path", "视频路径": "path", "video_path": "path", "filename": "path",
+    "划分": "split", "开始": "start", "结束": "end",
 }  # fmt: skip
 _COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
 _KNOWN = {*_COLUMNS, "path", "id", "start", "end"}
@@ -219,6 +221,14 @@ def finite(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def unread(table: Path, lines: list[Line]) -> list[str]:
+    """A warning if a header names columns that are not read: who called the videos' something else would miss them."""
+    names = [cell for cell in lines[0].cells if cell]
+    known = [_NAMES.get(name.casefold(), name.casefold()) in _KNOWN for name in names]
+    left = [name for name, is_known in zip(names, known, strict=True) if not is_known]
+    return [f"{table}: not read: {', '.join(left)}"] if left and any(known) else []
+
+
 def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
     """A warning, if the labels are the numbers 0 and 1 throughout: many write negative as 0."""
     index = columns["label"]
@@ -226,3 +236,17 @@ def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> lis
         return []
     told = f"{table}: labels are 0 and 1 only: 0 is neutral, 1 positive"
     return [f"{told} — if 0 means negative, write words (negative/positive)"]
+
+
+def absent(table: Path, clips: list[Clip]) -> list[str]:
+    """Warnings of what no clip has: a kind of label, the video, the text."""
+    scores = {clip.labels["M"] for clip in clips if "M" in clip.labels}
+    signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # of which only_0_and_1 speaks
+    lacks = [
+        f"no label is {side} 0, which is neutral — labels are from -1 (negative) to 1 (positive)"
+        for side, sign in (("below", 0), ("above", 2))
+        if signs and sign not in signs
+    ]
+    lacks += ["no clip has a video"] if table.suffix == ".csv" and not any(clip.video for clip in clips) else []
+    lacks += [] if any(clip.text for clip in clips) else ["no clip has a text"]
+    return [f"{table}: {what}" for what in lacks]

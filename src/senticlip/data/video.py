@@ -18,7 +18,7 @@ from torch import Tensor
 
 from senticlip.data.cutaways import GRID, main_shot, without_bars
 from senticlip.data.decode import Decoder
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import Clip, UsageError, UserError
 
 
 class Frames(NamedTuple):
@@ -242,3 +242,15 @@ def probe(path: str | Path) -> VideoInfo:
         _, height, width = reader.read(times=[float(reader._start)]).pixels.shape[1:]
         problem = _cut_off(reader, rate)
         return VideoInfo(reader.duration, width, height, rate, has_audio, names, codec, problem, float(reader._start))
+
+
+def faults(clip: Clip) -> list[str]:
+    """Why the video of a clip cannot be used, or is not all there: it is opened, decoded, and its end looked for."""
+    assert clip.video is not None
+    try:
+        info = probe(clip.video)
+    except UserError as error:
+        return [str(error)]
+    if (clip.start or 0.0) >= info.start + info.duration:
+        return [f"{clip.video} ends at {info.start + info.duration:.2f} s, before the piece begins"]
+    return [info.problem] if info.problem else []
