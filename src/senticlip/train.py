@@ -70,8 +70,8 @@ def train(
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
         _check_sizes(model, stages)
-        for stage in (config, *stages.values()):
-            _share(stage)
+        for each in (config, *stages.values()):
+            _share(each)  # told now, not when its turn comes
         if first and not as_stage:
             _tell_missing_labels(config, data, stages)
         if stages and first:
