@@ -15,7 +15,7 @@ from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
 from senticlip.files import write_whole
-from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, whole
+from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, bounded, whole
 
 HEADS = tuple(SURFACE.values())
 """The modalities by the names that a user reads: text, video, audio."""
@@ -51,8 +51,8 @@ def record(prediction: Prediction | None, error: UserError | None = None) -> dic
     row |= prediction.probabilities
     if prediction.score is None:
         row["sentiment"] = _sentiment(prediction.probabilities)
-    else:  # a score knows no bounds; clipped, as MMSA's metrics and ours have it
-        row["sentiment"] = min(1.0, max(-1.0, prediction.score))
+    else:
+        row["sentiment"] = bounded(prediction.score)
     for head, probabilities in prediction.modalities.items():
         row |= {f"{head}_{name}": value for name, value in probabilities.items()}
         row[f"weight_{head}"] = prediction.weights.get(head)

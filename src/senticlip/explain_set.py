@@ -18,11 +18,11 @@ from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, write
 from senticlip.files import make_folder, write_whole
 from senticlip.models.base import only
-from senticlip.occlusion import bounded, change
+from senticlip.occlusion import change
 from senticlip.pages import page
 from senticlip.progress import bar
 from senticlip.sources import clip_set, reads
-from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, polarity
+from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, bounded, polarity
 
 KINDS = {
     "agree": "文本与视频一致",

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from senticlip.data.subtitles import SUFFIXES
-from senticlip.data.table import LONGEST_CELL, told_encoding
+from senticlip.data.table import LONGEST_CELL, NAMES, told_encoding
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import UsageError, UserError, whole
@@ -27,12 +27,8 @@ SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
 _SHORT: Any = object()
 """Stands where a CSV's row ends before its header does."""
 
-_ALIASES = {
-    "video": "path", "file": "path", "video_path": "path", "路径": "path", "视频": "path", "文件": "path",
-    "视频路径": "path", "filename": "path", "文本内容": "text", "content": "text", "编号": "id",
-    "sentence": "text", "文本": "text", "文字": "text", "台词": "text", "内容": "text",
-    "subtitle": "subtitles", "字幕": "subtitles", "开始": "start", "结束": "end",
-}  # fmt: skip
+_ALIASES = {name: column for name, column in NAMES.items() if column in COLUMNS}
+_ALIASES |= {"subtitle": "subtitles", "字幕": "subtitles"}
 
 
 def split(manifest: Path, path: Path, rows: int) -> None:

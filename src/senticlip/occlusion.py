@@ -8,7 +8,7 @@ import torch
 
 from senticlip import cam
 from senticlip.encoders.text import tokenize
-from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence, spoken
+from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence, bounded, spoken
 
 
 class Case(NamedTuple):
@@ -62,11 +62,6 @@ def unread(predictor: Any, text: str | None) -> str:
         return ""  # even so, its last characters may belong to no token
     read = characters(predictor.tokenizer, text, most)
     return text[max((one.end for one in read), default=len(text)) :].strip()
-
-
-def bounded(score: float) -> float:
-    """A regression model's score as users see it: clipped to [−1, 1], as ``answers.record`` has it."""
-    return min(1.0, max(-1.0, score))
 
 
 def value(prediction: Prediction, label: str) -> float:

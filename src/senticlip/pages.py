@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from senticlip.structures import LABELS
+from senticlip.structures import LABELS, bounded
 
 CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文本", "video": "视频", "audio": "声音"}
 
@@ -17,7 +17,7 @@ def page(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("senticlip"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"LABELS": LABELS, "CHINESE": CHINESE}
-    environment.filters["signed"] = signed
+    environment.filters |= {"signed": signed, "bounded": bounded}
     return environment.get_template(template).render(**values)
 
 

@@ -42,6 +42,11 @@ class UsageError(UserError):
     code = 2
 
 
+def bounded(score: float) -> float:
+    """A regression model's score as users see it: it knows no bounds; clipped to [−1, 1], as MMSA's metrics have it."""
+    return min(1.0, max(-1.0, score))
+
+
 def polarity(score: Any) -> Any:
     """The class index (0 negative, 1 neutral, 2 positive) of a CH-SIMS score: its sign.
 

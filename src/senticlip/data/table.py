@@ -30,7 +30,7 @@ SCORES = {
     "neutral": 0.0, "neu": 0.0, "中性": 0.0, "中立": 0.0, "中": 0.0,
     "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "正向": 1.0, "正": 1.0, "weakly positive": 0.5,
 }  # fmt: skip
-_NAMES = {
+NAMES = {
     "mode": "split", "sentence": "text", "content": "text", "subtitle": "text", "label_m": "label",
     "video": "path", "file": "path", "t": "label_t", "a": "label_a", "v": "label_v",
     "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "文本内容": "text",
@@ -132,7 +132,7 @@ def read_table(path: Path) -> list[Line]:
 def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Line]]:
     """Where each column is, by its header or by what stands in it, and the lines below the header."""
     first = lines[0].cells
-    names = [_NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
+    names = [NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
     if len(_KNOWN & set(names)) >= min(2, len(names)):
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
@@ -224,7 +224,7 @@ def finite(cell: str) -> float | None:
 def unread(table: Path, lines: list[Line]) -> list[str]:
     """A warning if a header names columns that are not read: who called the videos' something else would miss them."""
     names = [cell for cell in lines[0].cells if cell]
-    known = [_NAMES.get(name.casefold(), name.casefold()) in _KNOWN for name in names]
+    known = [NAMES.get(name.casefold(), name.casefold()) in _KNOWN for name in names]
     left = [name for name, is_known in zip(names, known, strict=True) if not is_known]
     return [f"{table}: not read: {', '.join(left)}"] if left and any(known) else []
 
