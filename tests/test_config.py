@@ -206,7 +206,9 @@ def test_a_stage_is_named_like_a_folder():
             Config().override({"stages": {name: {}}})
     assert Config().override({"stages": {1: {1: 2}, "文字": {}}}).stages
     with pytest.raises(UsageError, match=r"stages\.1: unknown config key 1"):
-        Config().override({"stages": {1: {1: 2}}}).stage(1)
+        Config().override({"stages": {1: {1: 2}}}).stage("1")
+    numbered = Config().override({"stages": {1: {"target": "T"}}})
+    assert numbered.override({"stages.1.dropout": 0.5}).stage("1").target == "T"
 
 
 def test_self_mm_keeps_its_rows():

@@ -120,7 +120,7 @@ def analyze(
 
         predictor = senticlip.load(run, device=device, precision=precision)
     key = _key(predictor, video, lines)
-    job = _Job(video, lines, end, info.width / info.height, None if out is None else Path(out), key)
+    job = _Job(video, lines, end, info.aspect, None if out is None else Path(out), key)
     return _stream(job, predictor, resume, progress or (lambda done, total: None))
 
 

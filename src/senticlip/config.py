@@ -183,7 +183,7 @@ class Config:
             raise UsageError(f"options: {', '.join(map(str, self.options))} — clip_ca_msa has none, the peers have")
         if self.model == "self_mm" and (self.train.recombine or self.train.mislead or self.train.balance == "sampler"):
             raise UsageError("train: self_mm keeps a label for each row — recombine, mislead: 0, balance: no sampler")
-        if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", str(name))]:
+        if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", name)]:
             raise UsageError(f"stages: {wrong[0]!r} names a folder of RUN — letters, digits, - and _ only")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
@@ -330,7 +330,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             inner = get_args(kind)[-1]  # the stages are dicts of dicts
             if isinstance(value, list):
                 return [typed(inner, item, where) for item in value]
-            return {k: typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
+            return {str(k): typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
         raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {value!r}")
     for option in options or [kind]:
         if get_origin(option) is Literal and value in get_args(option):

@@ -17,7 +17,7 @@ from PIL import Image
 import senticlip
 from senticlip import cam
 from senticlip.answers import make_callable, shown
-from senticlip.data.video import Frames, VideoReader, read_frames
+from senticlip.data.video import Frames, VideoReader, probe, read_frames
 from senticlip.files import make_folder, write_whole
 from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.pages import CHINESE, page
@@ -178,14 +178,14 @@ def _maps(
 
 
 def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
-    """The frames in their own aspect ratio, read one at a time: many 8K frames would not fit into memory."""
-    pictures = []
+    """The frames as they look on a screen, read one at a time: many 8K frames would not fit into memory."""
+    pictures, aspect = [], probe(video).aspect
     with VideoReader(video) as reader:
         for time in times:
             whole = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
-            scale = min(HEIGHT / whole.height, WIDEST / whole.width)
-            width, height = (max(1, round(side * scale)) for side in whole.size)
-            pictures.append(whole.resize((width, height), Image.Resampling.BICUBIC))
+            height = min(HEIGHT, WIDEST / aspect)
+            shape = max(1, round(height * aspect)), max(1, round(height))
+            pictures.append(whole.resize(shape, Image.Resampling.BICUBIC))
     return pictures
 
 

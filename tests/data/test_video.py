@@ -20,6 +20,7 @@ from tests.data.edits import with_edits
 from senticlip.data import decode
 from senticlip.data.decode import Decoder
 from senticlip.data.video import VideoReader, probe, read_frames, resize
+from senticlip.explain import _pictures
 from senticlip.structures import UsageError, UserError
 
 WIDTH, HEIGHT, BITS = 96, 64, 8
@@ -50,6 +51,7 @@ def write(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     sound: bool = False,
     rotation: int | None = None,
+    pixel: Fraction | None = None,
     container: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
@@ -62,6 +64,8 @@ def write(
         stream.options = {"g": "12", **options}
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if pixel is not None:
+            stream.codec_context.sample_aspect_ratio = pixel
         if sound:
             audio = out.add_stream("aac", rate=16000)
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), "fltp", "mono")
@@ -286,6 +290,13 @@ def test_rotated(tmp_path, degrees):
     assert np.array_equal(turned, np.rot90(plain, degrees // 90, axes=(2, 3)))
     info = probe(tmp_path / "b.mp4")
     assert (info.height, info.width) == turned.shape[2:]
+
+
+@pytest.mark.parametrize(("degrees", "aspect"), [(0, 96 * 4 / (64 * 3)), (90, 64 * 3 / (96 * 4))])
+def test_pixels_that_are_no_squares(tmp_path, degrees, aspect):
+    path = write(tmp_path / "a.mp4", rotation=degrees, pixel=Fraction(4, 3))
+    assert probe(path).aspect == pytest.approx(aspect)
+    assert _pictures(path, [0.0])[0].size == (pytest.approx(256 * aspect, abs=0.5), 256)
 
 
 def test_mirrored(tmp_path):

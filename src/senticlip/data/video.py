@@ -32,13 +32,15 @@ class VideoInfo(NamedTuple):
     """The properties of a video file.
 
     The first frame is at ``start`` on a player's clock, and all last for ``duration`` (both seconds); ``width`` and
-    ``height`` in pixels, after rotation; ``subtitle_tracks``: a name for each; ``problem``: a line for the user if the
-    file is shorter than its header says, else None.
+    ``height`` in pixels, after rotation, ``aspect`` that of the picture on a screen (pixels may be no squares);
+    ``subtitle_tracks``: a name for each; ``problem``: a line for the user if the file is shorter than its header says,
+    else None.
     """
 
     duration: float
     width: int
     height: int
+    aspect: float
     fps: float
     has_audio: bool
     subtitle_tracks: list[str]
@@ -240,8 +242,10 @@ def probe(path: str | Path) -> VideoInfo:
         ]
         rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
         _, height, width = reader.read(times=[float(reader._start)]).pixels.shape[1:]
-        problem = _cut_off(reader, rate)
-        return VideoInfo(reader.duration, width, height, rate, has_audio, names, codec, problem, float(reader._start))
+        pixel = float(decoder.stream.sample_aspect_ratio or 1)
+        aspect = width / height * (pixel if width == decoder.stream.codec_context.width else 1 / pixel)
+        problem, start = _cut_off(reader, rate), float(reader._start)
+        return VideoInfo(reader.duration, width, height, aspect, rate, has_audio, names, codec, problem, start)
 
 
 def faults(clip: Clip) -> list[str]:
