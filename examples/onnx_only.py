@@ -76,11 +76,13 @@ def log_mel(path: str, bands: int, average: int) -> np.ndarray:
     """The sound's log-mel, steps×bands, each step the mean of ``average`` frames of 20 ms; no sound: no step."""
     parts: list[np.ndarray] = []
     with av.open(path) as container:
-        resampler = av.AudioResampler("flt", "mono", 16000)
         sounds = container.decode(audio=0) if container.streams.audio else []
         decoded = list(takewhile(lambda frame: (frame.time or 0) < 600, sounds))  # no more is heard of a clip
+        # FFmpeg's own mono is 3 dB louder than the mean of two channels
+        mono = bool(decoded) and decoded[0].layout.nb_channels == 1
+        resampler = av.AudioResampler("fltp", "mono" if mono else "stereo", 16000)
         for frame in [*decoded, None] if decoded else []:
-            parts += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+            parts += [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)]
     if not parts:
         return np.zeros((0, bands), np.float32)
     sound = np.concatenate(parts)[: 600 * 16000]

@@ -53,6 +53,8 @@ def test_rows_files_and_page(film, srt, tmp_path):
     conflicts = [row["conflict"] for row in rows]
     assert set(sorted(range(6), key=conflicts.__getitem__)[-2:]) == {3, 4}  # the face is glad where the words are bad
     for row in rows:
+        felt = {name: row[f"{name}_positive"] - row[f"{name}_negative"] for name in ("text", "video")}
+        assert row["conflict"] == pytest.approx(abs(felt["text"] - felt["video"]) / 2)  # 1 for opposite ones
         assert row["negative"] + row["neutral"] + row["positive"] == pytest.approx(1)
         assert row["sentiment"] == pytest.approx(row["positive"] - row["negative"])
         assert row["weight_text"] + row["weight_video"] == pytest.approx(1)

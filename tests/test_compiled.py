@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -207,3 +208,11 @@ def test_without_openvino(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UsageError, match=r"openvino is not installed: pip install 'senticlip\[onnx\]'"):
         senticlip.load(run, "cpu", "int8")
+
+
+def test_nothing_is_told_to_openvinos_makers(tmp_path):
+    """Its import keeps an id for Google Analytics at home, and sends it."""
+    script = "from senticlip.compiled import capabilities; assert 'FP32' in capabilities()"
+    place = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=place, check=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == []

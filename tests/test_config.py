@@ -212,8 +212,9 @@ def test_a_stage_is_named_like_a_folder():
 
 
 def test_self_mm_keeps_its_rows():
-    for change in ({"train.recombine": 1}, {"train.mislead": 0.1}, {"train.balance": "sampler"}):
-        with pytest.raises(UsageError, match="self_mm keeps a label for each row"):
+    changes = {"train.recombine": 1, "train.mislead": 0.1, "train.modality_dropout": 0.1, "train.balance": "sampler"}
+    for change in ({key: value} for key, value in changes.items()):
+        with pytest.raises(UsageError, match="self_mm keeps labels of rows"):
             Config().override({"model": "self_mm", **change})
 
 

@@ -115,7 +115,7 @@ def add_sound(video: Path, out: Path, seconds: float) -> Path:
     """The same pictures, and a tone that rises, with clicks."""
     with av.open(str(video)) as source, av.open(str(out), "w") as made:
         pictures = made.add_stream_from_template(source.streams.video[0])
-        voice = made.add_stream("aac", rate=44100, layout="mono")
+        voice = made.add_stream("aac", rate=44100, layout="stereo")
         for packet in source.demux(video=0):
             if packet.dts is not None:
                 packet.stream = pictures
@@ -123,7 +123,7 @@ def add_sound(video: Path, out: Path, seconds: float) -> Path:
         time = np.arange(round(seconds * 44100)) / 44100
         clicks = np.random.default_rng(0).normal(0, 0.1, len(time)) * (time % 0.5 < 0.01)
         wave = np.sin(900 * time * (1 + time)) / 3 + clicks
-        frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), "fltp", "mono")
+        frame = av.AudioFrame.from_ndarray(np.stack([wave, 0.5 * wave]).astype(np.float32), "fltp", "stereo")
         frame.sample_rate = 44100
         made.mux(voice.encode(frame))
         made.mux(voice.encode(None))

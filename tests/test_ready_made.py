@@ -125,3 +125,7 @@ def test_openface_csvs_and_sound_are_modalities(tmp_path):
     assert found["vision"][0].gather(np.arange(3))[1].sum(1).tolist() == [1, 1, 1]
     train(experiment, tmp_path, tmp_path / "run")
     assert evaluate(tmp_path / "run", tmp_path)["n"] == 6
+    write(tmp_path / "OpenFace" / "v" / "0000.csv", [row(i, 0.5) for i in range(1, 10)])
+    changes = {"model": "clip_ca_msa", "vision.encoder": "openface", "text.encoder": "x"}
+    with pytest.raises(UsageError, match=r"vision\.frames: 7, but .* has clips of 9 frames"):
+        feature_rows(config(names=["vision"], **changes), read_clips(tmp_path, "train"), tmp_path)

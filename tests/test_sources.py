@@ -8,6 +8,8 @@ import torch
 from tests.tiny import timm_folder, write_clip
 
 from senticlip.config import Config
+from senticlip.data.cache import Store
+from senticlip.data.loader import ArrayRows, ClipSet
 from senticlip.models import create_model
 from senticlip.sources import clip_set
 from senticlip.structures import Clip
@@ -51,3 +53,14 @@ def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
     silent = [Clip("a", write_clip(tmp_path / "a.mp4", 90, 0))]
     clip_set(silent, model, None, tmp_path / "cache", data="DIR")
     assert "DIR: no audio in any of 1 clips: the model answers by the rest\n" in capsys.readouterr().err
+
+
+def test_a_batch_with_nothing_to_read_has_the_widths_that_are_known(tmp_path):
+    """As of silent clips where no clip has words: the width of the words was never learnt."""
+    sound = ArrayRows(np.ones((2, 3, 5), np.float32), np.array([[False] * 3, [True] * 3]))
+    clips = ClipSet([Clip("a"), Clip("b")], {"text": Store(["", ""], []), "audio": sound})
+    for row in (0, 1):
+        batch = clips[row]
+        assert "text" not in batch
+        assert batch["audio"].shape[2] == 5
+        assert bool(batch["audio_mask"].any()) == (row == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -116,7 +117,7 @@ def make(model: Any, folder: Path, weights: str) -> None:
         UsageError: ONNX is not installed. UserError: an encoder cannot be compiled.
     """
     need("onnxscript")
-    openvino, place = need("openvino"), folder / "openvino"
+    openvino, place = _openvino(), folder / "openvino"
     with workshop(place) as beside, spinner("compiling the encoders"):
         whole = beside / "whole"
         whole.mkdir()
@@ -181,9 +182,16 @@ def _weight(product: Any) -> np.ndarray | None:
     return node.get_data().astype(np.float32)
 
 
+def _openvino() -> Any:
+    """The package; each import would tell Google Analytics, were the one that tells it to be had."""
+    modules: Any = sys.modules
+    modules.setdefault("openvino_telemetry", None)
+    return need("openvino")
+
+
 @cache
 def _core() -> Any:
-    return need("openvino").Core()
+    return _openvino().Core()
 
 
 @cache
@@ -194,4 +202,4 @@ def capabilities() -> list[str]:
 
 def recipe() -> str:
     """What a twin's answers hang on besides its weights."""
-    return f"OpenVINO {need('openvino').__version__}, {' '.join(capabilities())}"
+    return f"OpenVINO {_openvino().__version__}, {' '.join(capabilities())}"

@@ -181,8 +181,9 @@ class Config:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
         if self.model == "clip_ca_msa" and self.options:
             raise UsageError(f"options: {', '.join(map(str, self.options))} — clip_ca_msa has none, the peers have")
-        if self.model == "self_mm" and (self.train.recombine or self.train.mislead or self.train.balance == "sampler"):
-            raise UsageError("train: self_mm keeps a label for each row — recombine, mislead: 0, balance: no sampler")
+        t = self.train
+        if self.model == "self_mm" and (t.recombine or t.mislead or t.modality_dropout or t.balance == "sampler"):
+            raise UsageError("train: self_mm keeps labels of rows — recombine, mislead, modality_dropout 0; no sampler")
         if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", name)]:
             raise UsageError(f"stages: {wrong[0]!r} names a folder of RUN — letters, digits, - and _ only")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:

@@ -63,22 +63,24 @@ def feature_rows(
     """
     root, names = root or cache_root(), ready_made(config)
     found: dict[str, tuple[Rows, int]] = {}
+    lengths: Any = []  # of vision's rows, also of clips that are not asked for: a model is made before it meets them
     folder = Path(data) / "OpenFace"
     if hears(config):
         found["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)
     if config.vision.encoder == "openface" and "vision" in names and folder.is_dir():
-        found["vision"] = (openface_store(clips, folder, root), WIDTH)
+        faces = openface_store(clips, folder, root)
+        found["vision"], lengths = (faces, WIDTH), faces.lengths
     rest = tuple(name for name in names if name not in found)
     if rest:
         features = read_features(feature_file(data), root, rest)
         for name in rest:
             found[name] = (features.choose(name, clips), features.widths[name])
-        longest = max(features.rows["vision"].lengths, default=0) if "vision" in rest else 0
-        if config.model == "clip_ca_msa" and longest > config.vision.frames:
-            raise UsageError(
-                f"vision.frames: {config.vision.frames}, but {features.path} has clips of {longest} frames "
-                f"— --set vision.frames={longest}"
-            )
+        lengths = features.rows["vision"].lengths if "vision" in rest else lengths
+    if config.model == "clip_ca_msa" and (longest := max(lengths, default=0)) > config.vision.frames:
+        raise UsageError(
+            f"vision.frames: {config.vision.frames}, but {data} has clips of {longest} frames "
+            f"— --set vision.frames={longest}"
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from senticlip.models.lmf import LowRankFusion
 from senticlip.models.mult import Layer, attend, attention_map, causal, sinusoids
-from senticlip.models.peer import LastState, PooledNet, drop_mask, dropout, groups, masked_mean, packed
+from senticlip.models.peer import LastState, PooledNet, RecurrentNet, drop_mask, dropout, groups, masked_mean, packed
 from senticlip.models.self_mm import SelfMM, gathered
 from senticlip.models.tfn import SlicedProduct, TensorLinear
 from senticlip.structures import Sequence, UsageError
@@ -87,6 +87,13 @@ class TestMulT(Small):
         q, k, v = pair.layers[0].qkv(pair.embed(x), pair.embed(y))
         torch.testing.assert_close(attention_map(pair, x, y, mask) @ v, attend(q, k, v, mask, 0.0))
 
+    def test_the_memory_is_at_least_three_deep(self):
+        """As MMSA has it, however many layers the pairs have."""
+        for layers, deep in ((1, 3), (5, 5)):
+            network = self.network(options={"width": 8, "heads": 2, "layers": layers})
+            assert len(network.pairs["text_asks_vision"].layers) == layers
+            assert len(network.memory["text"].layers) == deep
+
     def test_text_shorter_than_the_kernel(self):
         batch = features()
         short = {n: Sequence(s.values[:, :2], s.mask[:, :2]) for n, s in batch.modalities.items()}
@@ -134,6 +141,16 @@ class TestSelfMM(Small):
         network.remember(torch.arange(3), torch.tensor([0.8, -0.6, 0.0]), seen, there)
         torch.testing.assert_close(network.centres_fused, seen[[1, 0], :128])
 
+    def test_the_lstms_learn_at_their_own_rates(self):
+        options = {"train_size": 5, "audio_lr": 0.1, "vision_lr": 0.2, "sequence_decay": 0.3}
+        config = self.config(
+            ("text", "vision", "audio"), options=options, **{"train.lr": 0.4, "train.weight_decay": 0.5}
+        )
+        network = self.network(("text", "vision", "audio"), options=options)
+        rates = {id(p): (g["lr"], g["weight_decay"]) for g in network.param_groups(config) for p in g["params"]}
+        for name, expected in (("nets.audio", (0.1, 0.3)), ("nets.vision", (0.2, 0.3)), ("branches", (0.4, 0.5))):
+            assert {rates[id(p)] for p in network.get_submodule(name).parameters()} == {expected}
+
     def test_evaluation_leaves_no_trace(self):
         network, batch = self.network().eval(), features()
         before = copy.deepcopy(network.state_dict())
@@ -152,6 +169,41 @@ class TestMMAF(Small):
         expected = nn.functional.cross_entropy(output.logits["fused"], batch.labels["M"].sign().long() + 1)
         torch.testing.assert_close(network.loss(output, batch)[0], expected)
         assert not any(name.startswith("weigh.") for name, _ in network.named_parameters())
+
+    def test_each_row_by_hand(self):
+        """From its real positions alone: who perceives whom, what is absent, the gate and its shares, the heads."""
+        names = ("text", "vision", "audio")
+        network = self.network(names, **{"options.tasks": ["M", "T", "A", "V"]}).eval()
+        batch = features(names=names, absent=[(1, "vision"), (2, "text"), (2, "audio")])
+        output = network(batch)
+        for row in range(5):
+            own, pooled = {}, {}
+            for name, (values, mask) in batch.modalities.items():
+                if mask[row].any():
+                    own[name] = network.self_attention[name](network.project[name](values[row][mask[row]][None]))
+                    pooled[name] = own[name].mean(1)
+            parts, shares = [], []
+            for name in names:
+                parts.append(pooled.get(name))
+                shares.append({name: 1.0})
+            for a, b in (("text", "vision"), ("text", "audio"), ("vision", "audio")):
+                asks = network.perception[f"{a}_{b}"]
+                both = a in own and b in own
+                pair = zip(asks.attention, (a, b), (b, a), strict=True)
+                heard = [m(pooled[x][:, None], own[y], own[y])[0][:, 0] for m, x, y in pair] if both else []
+                parts.append(asks.join(torch.cat(heard, -1)) if both else None)
+                shares.append({a: 0.5, b: 0.5})
+            filled = [torch.zeros(1, 16) if part is None else part for part in parts]
+            scores = network.gate(torch.cat(filled, -1))[0]
+            there = [i for i, part in enumerate(parts) if part is not None]
+            gate = dict(zip(there, scores[there].softmax(-1), strict=True))
+            fused = sum(gate[i] * filled[i] for i in there)
+            torch.testing.assert_close(output.logits["fused"][row], network.heads["fused"](fused)[0])
+            for name in names:
+                weight = sum(gate[i] * shares[i].get(name, 0.0) for i in there)
+                torch.testing.assert_close(output.weights[name][row], torch.as_tensor(weight))
+                if name in pooled:
+                    torch.testing.assert_close(output.logits[name][row], network.heads[name](pooled[name])[0])
 
 
 class TestMMAFWithUnimodalTasks(Small):
@@ -201,6 +253,7 @@ def test_the_last_state_is_that_of_each_row_run_alone():
         alone = module.lstm(values[row][mask[row]][None])[1][0][0, 0]
         torch.testing.assert_close(result[row], alone)
     assert result[3].tolist() == [0] * 4
+    assert RecurrentNet(3, 4, 2)(Sequence(values, mask))[3].tolist() == [0] * 2  # nor the bias behind it
 
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 4), (3, 4, 2)])

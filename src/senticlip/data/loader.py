@@ -84,12 +84,13 @@ class ClipSet(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A batch as tensors by name; a modality that none of its rows has is left out, unless none has any."""
+        """A batch as tensors by name; a modality that none of its rows has is left out, unless they have nothing."""
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)
         found = {name: store.gather(chosen) for name, store in self.stores.items()}
-        there = {name for name, (_, mask) in found.items() if mask.any()} or set(found)
+        there = {name for name, (_, mask) in found.items() if mask.any()}
+        there = there or {name for name, store in self.stores.items() if store.lengths.any()}  # its width is known
         for name, (values, mask) in found.items():
             if name in there:
                 batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)

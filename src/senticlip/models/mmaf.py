@@ -89,7 +89,7 @@ class MMAF(Peer):
         states = torch.where(keep[..., None], torch.stack(parts, 1), 0)  # B×P×d: absent ones say nothing
         gate = self.gates(states, keep)
         fused = (gate[..., None] * states).sum(1)
-        logits = {name: self.heads[name](self.drop(pooled.get(name, fused))) for name in self.tasks}
+        logits = {name: self.heads[name](self.drop(pooled.get(name, fused))).float() for name in self.tasks}
         return Output(logits, logits["fused"].log_softmax(-1), self.shares(gate), attention=maps)
 
     def encode(self, name: str, sequence: Sequence) -> Sequence:

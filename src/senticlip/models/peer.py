@@ -64,7 +64,8 @@ class Peer(nn.Module):
         return {name: Sequence(sequence.values.to(kind), sequence.mask) for name, sequence in found.items()}
 
     def answer(self, raw: Tensor, **more: Any) -> Output:
-        """B×C logits, or B×1 scores, as an Output."""
+        """B×C logits, or B×1 scores, as an Output; in fp32, since two rounded ones may be equal."""
+        raw = raw.float()
         if self.outputs == 1:
             return Output(score=raw[:, 0], **more)
         return Output(logits={"fused": raw}, log_probs=raw.log_softmax(-1), **more)
