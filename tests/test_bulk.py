@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,7 +409,8 @@ def children(pid: int) -> dict[int, str]:
 
 
 def test_on_ray_a_worker_is_killed(run, archive, undisturbed, tmp_path):
-    ray = pytest.importorskip("ray")
+    import ray
+
     killed: list[int] = []
     assassin = threading.Thread(target=kill_a_worker, args=(tmp_path, killed))
     assassin.start()
@@ -421,10 +423,17 @@ def test_on_ray_a_worker_is_killed(run, archive, undisturbed, tmp_path):
 
 
 def test_on_ray_the_driver_is_killed(run, archive, undisturbed, tmp_path):
-    pytest.importorskip("ray")
     killed_when(driver(run, archive, tmp_path, 2), lambda: any(tmp_path.glob("part-*")))
     list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
     assert files(tmp_path) == undisturbed
+
+
+def test_on_ray_a_model_that_cannot_be_loaded_is_one_line(run, archive, tmp_path, capfd):
+    broken = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(broken / "tokenizer")
+    with pytest.raises(UserError, match=r"^[^\n]*tokenizer: the tokenizer's folder is missing[^\n]*$"):
+        list(bulk.bulk(broken, archive, tmp_path / "out", workers=2, rows_per_part=PART))
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def kill_a_worker(out: Path, killed: list[int]) -> None:
@@ -439,7 +448,6 @@ def kill_a_worker(out: Path, killed: list[int]) -> None:
 
 
 def test_no_cluster_answers(run, archive, tmp_path):
-    pytest.importorskip("ray")
     with pytest.raises(UserError, match="no Ray cluster answers"):
         list(bulk.bulk(run, archive, tmp_path, address="127.0.0.1:1", rows_per_part=PART))
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -194,15 +195,18 @@ class Worker:
     """Holds a model and answers parts; each Ray Data actor has one."""
 
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
-        from senticlip.predictor import load
-
-        self.out, self.root = Path(job["out"]), Path(job["root"])
+        self.job, self.out, self.root = job, Path(job["out"]), Path(job["root"])
         if threads:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # before load: onnxruntime and OpenVINO keep their threads
-        self.predictor: Any = load(job["run"], device=job["device"], precision=job["precision"])
         self.lines = lru_cache(8)(subtitles.read)  # the rows of a film follow each other
-        self.place = Path(job["parts"])
-        self.parts = pq.ParquetFile(self.place.open("rb"), page_checksum_verification=True)
+        self.parts = pq.ParquetFile(Path(job["parts"]).open("rb"), page_checksum_verification=True)
+
+    @cached_property
+    def predictor(self) -> Any:
+        """The model, loaded for the first part: where it cannot be, Ray would tell of an actor that died."""
+        from senticlip.predictor import load
+
+        return load(self.job["run"], device=self.job["device"], precision=self.job["precision"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The interface for Ray Data: numbers of parts → the same, when their files are written."""
@@ -214,7 +218,7 @@ class Worker:
         """Answer a part and write its file, unless it exists."""
         path = part_path(self.out, number)
         if not path.is_file():
-            rows = self._rows(number)
+            rows, _ = self._rows(number), self.predictor  # who dies of loading it is no video's victim
             begun = path.with_name(f".{path.name}.begun")
             with disk(self.out), begun.open("a") as file:
                 file.write("|")
@@ -234,8 +238,8 @@ class Worker:
         try:
             return self.parts.read_row_group(number).to_pylist()
         except (OSError, pa.ArrowInvalid):
-            self.place.unlink(missing_ok=True)  # it is cut again
-            raise UserError(f"{self.place}: was damaged — run the same command again") from None
+            Path(self.job["parts"]).unlink(missing_ok=True)  # it is cut again
+            raise UserError(f"{self.job['parts']}: was damaged — run the same command again") from None
 
     def _clips(self, rows: list[dict[str, Any]]) -> dict[int, Clip]:
         """The rows that name something to read, by their places."""
@@ -316,7 +320,7 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
             max_task_retries=RETRIES,
         )
         # Ray has set up its own logging by now; errors are raised
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         for row in made.iter_rows():
             yield int(row["id"])
     except ConnectionError as error:
@@ -324,10 +328,9 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
         told = f"--address {address}: the Ray cluster refuses the connection ({reason}) — one that asks for a token"
         raise UserError(f"{told} needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token") from None
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise UserError(f"a worker failed: {' '.join(str(cause or error).split())[:300]}") from None
+        told = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
+        kind, line = told[-1] if told else ("User", f"a worker failed: {' '.join(str(error).split())[-300:]}")
+        raise (UserError if kind == "User" else UsageError)(line) from None
     finally:
         if own:
             ray.shutdown()
