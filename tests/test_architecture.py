@@ -18,7 +18,7 @@ LEVELS = [
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "compiled", "export", "quantize"},
     {"trainee", "fit", "train", "evaluate", "features", "answers", "manifest", "crashes", "speech", "analyze"}
-    | {"bulk", "cut", "cam", "occlusion", "explain", "explain_set", "serve"},
+    | {"bulk", "cut", "cam", "occlusion", "explain", "explain_set", "middleware", "serve"},
     {"layout", "results", "reproduce", "pretrain", "demo"},
     {"arguments", "cli", "__main__"},
 ]

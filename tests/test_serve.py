@@ -108,6 +108,10 @@ def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, pred
     assert empty == "clip: nothing to read — this model reads text or video"
     answer = client.post("/predict", json={"text": TEXT})
     assert (answer.status_code, answer.json()["error"]) == (400, f"{empty}; send a form: -F video=@clip.mp4 -F text=…")
+    for fields, name in (({"txt": TEXT}, "txt"), ({"text": [TEXT, TEXT]}, "text")):
+        answer = client.post("/predict", files=video(place), data=fields)
+        told = f"{name}: send the fields video and text, each once, and no others"
+        assert (answer.status_code, answer.json()["error"]) == (400, told)
     for where in ("/predict", "/explain"):
         answer = client.post(where, files={"video": ("片段.mp4", b"no video at all")})
         assert answer.status_code == 400

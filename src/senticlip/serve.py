@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 import threading
-from asyncio import CancelledError, get_running_loop, run_coroutine_threadsafe
+from asyncio import get_running_loop, run_coroutine_threadsafe
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -41,12 +41,13 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.exceptions import HTTPException
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from senticlip.middleware import Limit, PlainForm
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
-WAITING = 64
-"""Open connections at a time; more are turned away with 503."""
+WAITING = 256
+"""Open connections at a time, also of those who send nothing; more are turned away with 503."""
 
 GRACE = 10
 """Seconds that running answers and uploads have at shutdown."""
@@ -60,8 +61,7 @@ GARBLED = re.compile(r"(?:[\x00-\x7f]|([\xa1-\xd7])[\xa1-\xfe]|[\xd8-\xfe][\xa1-
 The group is there with a frequent character: the first byte of a rare one is a small letter of Latin-1 (informação).
 """
 
-PLAIN = "application/x-www-form-urlencoded"
-FORMS = ("multipart/form-data", PLAIN)
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]
@@ -206,6 +206,9 @@ def _in_turn(ending: Callable[[], bool], running: set[str]) -> Callable[..., Awa
     one = ThreadPoolExecutor(1)  # each thread that computes has OpenMP start others, and glibc keep memory
 
     async def answer(request: Request, video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
+        names = [name for name, _ in (await request.form()).multi_items()]
+        if odd := [name for name in names if name not in ("video", "text") or names.count(name) > 1]:
+            raise UsageError(f"{odd[0][:40]}: send the fields video and text, each once, and no others")
         words, loop = _words(text), get_running_loop()
 
         def turn() -> Any:
@@ -299,51 +302,3 @@ def _is_garbled(text: str) -> bool:
         return True
     pairs = GARBLED.fullmatch(text) if odd else None
     return pairs is not None and (pairs[1] is not None or re.search("[A-Za-z]", text) is None)
-
-
-class PlainForm:
-    """Middleware for plain forms in UTF-8, as ``curl -d`` sends them: starlette would decode raw bytes as Latin-1."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request; of a plain form, percent-encode all bytes beyond ASCII."""
-        kind = dict(scope.get("headers", ())).get(b"content-type", b"")
-
-        async def encoded() -> Message:
-            message = await receive()
-            body = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], message.get("body", b""))
-            return {**message, "body": body} if "body" in message else message
-
-        plain = kind.decode("latin-1").lower().startswith(PLAIN)
-        await self.app(scope, encoded if plain else receive, send)
-
-
-class Limit:
-    """Middleware that refuses a body over ``most`` bytes before all of it is written to disk."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-        self.line = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or start with --limit"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request: check its Content-Length, and the bytes received."""
-        told = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
-        if told > self.most:
-            await JSONResponse({"error": self.line}, 413)(scope, receive, send)
-            return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                raise HTTPException(413, self.line)
-            return message
-
-        try:
-            await self.app(scope, counted, send)
-        except CancelledError:  # at shutdown, after GRACE seconds
-            await JSONResponse({"error": "the server is shutting down"}, 503)(scope, receive, send)
