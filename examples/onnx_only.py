@@ -11,6 +11,7 @@ from itertools import takewhile
 import av
 import numpy as np
 import onnxruntime
+from av.stream import Disposition
 from tokenizers import Tokenizer
 
 
@@ -76,7 +77,8 @@ def log_mel(path: str, bands: int, average: int) -> np.ndarray:
     """The sound's log-mel, steps×bands, each step the mean of ``average`` frames of 20 ms; no sound: no step."""
     parts: list[np.ndarray] = []
     with av.open(path) as container:
-        sounds = container.decode(audio=0) if container.streams.audio else []
+        tracks = sorted(container.streams.audio, key=lambda track: not track.disposition & Disposition.default)
+        sounds = container.decode(tracks[0]) if tracks else []  # of several, the one that players play
         decoded = list(takewhile(lambda frame: (frame.time or 0) < 600, sounds))  # no more is heard of a clip
         # FFmpeg's own mono is 3 dB louder than the mean of two channels
         mono = bool(decoded) and decoded[0].layout.nb_channels == 1

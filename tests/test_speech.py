@@ -3,7 +3,10 @@
 import sys
 import types
 
+import av
+import numpy as np
 import pytest
+from av.stream import Disposition
 from tests.fakes import write_film
 
 from senticlip.data.subtitles import Line
@@ -13,7 +16,18 @@ from senticlip.structures import UsageError, UserError
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-    return write_film(tmp_path_factory.mktemp("film") / "a.mp4", ["positive"])
+    """Of two tracks, tones of 400 and 800 Hz, the second is played."""
+    path = tmp_path_factory.mktemp("film") / "a.mkv"
+    with av.open(str(path), "w") as file:
+        tracks = [file.add_stream("pcm_s16le", rate=16000, layout="mono") for _ in range(2)]
+        for i, track in enumerate(tracks):
+            track.disposition = Disposition.default if i else Disposition(0)
+        for i, track in enumerate(tracks):
+            sound = 20000 * np.sin(2 * np.pi * 400 * (i + 1) * np.arange(16000) / 16000)
+            frame = av.AudioFrame.from_ndarray(sound.astype("<i2")[None], "s16", "mono")
+            frame.sample_rate, frame.pts = 16000, 0
+            file.mux(track.encode(frame))
+    return path
 
 
 @pytest.fixture
@@ -25,8 +39,9 @@ def whisper(monkeypatch):
         def __init__(self, folder, **options):
             asked.folder, asked.options = folder, options
 
-        def transcribe(self, path, **options):
+        def transcribe(self, sound, **options):
             assert options["language"] == "zh"
+            assert np.abs(np.fft.rfft(sound)).argmax() * 16000 / len(sound) == pytest.approx(800, abs=2)
             if asked.error:
                 raise asked.error
             return (types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in asked.said), None
@@ -80,10 +95,10 @@ def test_a_device_that_is_none(film, whisper, tmp_path):
         transcribe(film, str(tmp_path), "cuda:x")
 
 
-def test_there_is_no_sound(film, monkeypatch):
+def test_there_is_no_sound(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
     with pytest.raises(UserError, match="no sound"):
-        transcribe(film)
+        transcribe(write_film(tmp_path / "a.mp4", ["positive"]))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA\nfailed"), ValueError("no model.bin"), OSError("damaged")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
     """The transcript of a video's speech, in Chinese, as timed lines.
 
     Args:
-        video: any file with sound.
+        video: any file with sound; of several tracks that is heard which players play.
         model: a size that faster-whisper knows (tiny, base, small, medium, large-v3), or a folder with a model.
         device: cpu, cuda or cuda:N; None chooses.
 
@@ -24,7 +25,7 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
         from faster_whisper import WhisperModel
     except ImportError:
         raise UsageError("--transcribe needs faster-whisper: pip install 'senticlip[asr]'") from None
-    from senticlip.data.audio import audio_start
+    from senticlip.data.audio import audio_start, read_audio
     from senticlip.data.video import probe
 
     if not probe(video).has_audio:
@@ -34,10 +35,11 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
     kind, colon, number = (device or "auto").partition(":")
     if colon and not number.isdecimal():
         raise UsageError(f"--device {device}: unknown — choose cpu, cuda or cuda:N")
+    sound = read_audio(video, most=math.inf)  # faster-whisper itself reads the first track, not the one that is played
     options: dict[str, Any] = {"device": kind, "device_index": int(number or 0), "compute_type": "default"}
     try:
         whisper = WhisperModel(folder, **options)
-        segments, _ = whisper.transcribe(str(video), language="zh", vad_filter=True)
+        segments, _ = whisper.transcribe(sound, language="zh", vad_filter=True)
         lines = [Line(round(s.start + late, 3), round(s.end + late, 3), clean(s.text)) for s in segments]
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{video}: not transcribed — {' '.join(str(error).split())}") from None

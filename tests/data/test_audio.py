@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tracemalloc
 import wave
 from fractions import Fraction
@@ -10,6 +11,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from tests.tiny import write_clip
 
 from senticlip.data import audio
@@ -230,6 +232,7 @@ def test_so_much_is_heard_and_no_more(tmp_path, monkeypatch):
         np.testing.assert_array_equal(read_audio(path, *piece), read_audio(path, begin / RATE, begin / RATE + 2.5))
         assert len(read_audio(path, *piece)) == 2.5 * RATE
     assert len(read_audio(path, 1.0, 2.0)) == RATE
+    assert len(read_audio(path, most=math.inf)) == 10 * RATE
 
 
 def test_a_long_sound_is_read_in_parts(monkeypatch):
@@ -251,6 +254,22 @@ def test_a_damaged_packet_costs_no_more_than_itself(tmp_path):
         data[place + 4 : place + 188] = b"\xff" * 184
     path.write_bytes(data)
     assert whole - RATE // 2 < len(read_audio(path)) <= whole
+
+
+@pytest.mark.parametrize("default", [0, 1])
+def test_the_track_that_players_play_is_heard(tmp_path, default):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        tracks = [file.add_stream("pcm_s16le", rate=RATE, layout="mono") for _ in range(2)]
+        for i, track in enumerate(tracks):
+            track.disposition = Disposition.default if i == default else Disposition(0)
+        for second, i in ((0, 0), (1, 0), (1, 1), (2, 1)):  # the second begins a second late
+            frame = av.AudioFrame.from_ndarray((tone(500 + 300 * i, 1) * 20000).astype("<i2")[None], "s16", "mono")
+            frame.sample_rate, frame.pts = RATE, second * RATE
+            file.mux(tracks[i].encode(frame))
+    assert audio_start(path) == pytest.approx(default, abs=1e-3)
+    for piece in ((None, None), (1.2, 1.8)):
+        assert pitch(read_audio(path, *piece)) == pytest.approx(500 + 300 * default, abs=5), piece
 
 
 @pytest.mark.parametrize("layouts", [("mono", "stereo"), ("stereo", "mono", "stereo")])

@@ -322,6 +322,15 @@ def test_texts_that_are_not_there_and_long_ones(tmp_path):
         assert [clip.text for clip in clips[-4:]] == [None, None, long, "a" * 70_000]
 
 
+def test_ids_and_texts_may_be_bytes(tmp_path):
+    data = made()
+    for kind in (list, np.array):
+        data["train"]["id"] = kind([f"视频$_${i}".encode() for i in range(4)])
+        data["train"]["raw_text"] = kind([f"第{i}句话".encode() for i in range(4)])
+        first = feature_clips(save(tmp_path / "f.pkl", data))[0]
+        assert (first.id, first.text) == ("视频/0", "第0句话")
+
+
 def test_no_sound_is_0_and_said_once(tmp_path, capsys):
     data = made(audio=(9, 3))
     for split, i in (("train", 0), ("train", 1), ("test", 0)):

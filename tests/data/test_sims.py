@@ -484,6 +484,30 @@ def test_a_feature_files_ids_may_be_names_of_files(tmp_path):
     assert not any("splits" in warning for warning in check(tmp_path / "f.pkl").warnings)
 
 
+def test_a_big5_table_is_no_gbk(tmp_path):
+    text = "你怎麼這樣說，我真的很難過裏面"
+    (tmp_path / "mine.csv").write_bytes(f"path,text,label\n,{text},-1\n,謝謝,1\n".encode("cp950"))
+    assert [clip.text for clip in read_clips(tmp_path / "mine.csv")] == [text, "謝謝"]
+
+
+def test_of_two_columns_that_mean_the_same_one_is_not_read(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("text,label,情感,Label,split\n好,1,消极,x,train\n", encoding="utf-8")
+    assert f"{table}: not read: 情感, Label" in check(table).warnings
+    assert read_clips(table)[0].labels == {"M": 1.0}
+
+
+def test_a_split_column_of_which_no_word_is_known_is_there(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("text,label,split\n好,1,\n坏,-1,dev2\n", encoding="utf-8")
+    report = check(table)
+    assert [problem.split(": ")[1] for problem in report.problems] == [
+        "'' is unknown — there are train, valid, test",
+        "'dev2' is unknown — there are train, valid, test",
+    ]
+    assert not any("no split column" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize(
     ("labels", "warned"), [("0 1 0", True), ("0 1 -1", False), ("neutral positive 0", False), ("1 1 1", False)]
 )

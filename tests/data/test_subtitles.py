@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +54,12 @@ def test_big5_is_not_taken_for_gbk(tmp_path):
 )
 def test_gbk_is_not_taken_for_big5(text):
     assert guess_text(SRT.replace("今天我真的很高兴", text).encode("gbk"), Path("a")).count(text) == 1
+
+
+@pytest.mark.parametrize("text", ["今天", "你好", "不对", "好"])
+def test_a_few_gbk_characters_are_not_taken_for_big5(text):
+    said = SRT.partition("今")[0] + text
+    assert guess_text(said.encode("gbk"), Path("a")) == said
 
 
 def test_other_encodings_fall_to_the_normalizer(tmp_path):
@@ -208,6 +215,20 @@ def test_times_that_are_none_of_a_film(tmp_path):
         read(path)
 
 
+def test_times_with_a_colon_before_milliseconds(tmp_path):
+    assert read(write(tmp_path, "a.srt", SRT.replace(",", ":"))) == LINES
+    assert read(write(tmp_path, "a.srt", SRT.replace("00:00:03,000", "00:00:03:000"))) == LINES
+
+
+@pytest.mark.parametrize("time", ["00:00:03:12", "00:00:03;12", "00: 00: 03, 000", "0:00:003,0"])
+def test_what_looks_like_a_timing_and_is_none_is_refused(tmp_path, time):
+    """Its words would go to the line before it."""
+    with pytest.raises(UserError, match=rf"a\.srt, row 6: {time} --> 00:00:04,000 is no timing — write 00:00:01,000"):
+        read(write(tmp_path, "a.srt", SRT.replace("00:00:03,000", time)))
+    with pytest.raises(UserError, match=r"a\.srt, row 2: .* is no timing"):  # no other is one
+        read(write(tmp_path, "a.srt", f"1\n{time} --> {time}\n你好\n"))
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UsageError, match="no such subtitle file"):
         read(tmp_path / "none.srt")
@@ -220,10 +241,12 @@ def test_bad_files(tmp_path):
     assert read(write(tmp_path, "a.srt", "")) == []
 
 
-def film(path: Path, tracks: list[tuple[str, str]], pictures: str = "", late: int = 0) -> Path:
+def film(
+    path: Path, tracks: list[tuple[str, str]], pictures: str = "", late: int = 0, kinds: tuple[Disposition, ...] = ()
+) -> Path:
     """A short film with subtitle tracks, copied in from .srt files, and one of pictures in the language ``pictures``.
 
-    ``late``: where its clock begins, seconds.
+    ``late``: where its clock begins, seconds; ``kinds``: of the tracks.
     """
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=10)
@@ -232,6 +255,8 @@ def film(path: Path, tracks: list[tuple[str, str]], pictures: str = "", late: in
         streams = [out.add_stream_from_template(source.streams.subtitles[0]) for source in sources]
         for stream, (language, _) in zip(streams, tracks, strict=True):
             stream.metadata["language"] = language
+        for stream, kind in zip(streams, kinds, strict=bool(kinds)):
+            stream.disposition = kind
         if pictures:
             pgs = out.add_mux_stream("hdmv_pgs_subtitle")
             pgs.metadata["language"] = pictures
@@ -262,6 +287,27 @@ def test_embedded_tracks(tmp_path):
     assert embedded(film(tmp_path / "silent.mkv", [])) == []
     with pytest.raises(UserError, match="cannot be opened"):
         embedded(tmp_path / "none.mkv")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "chosen"),
+    [
+        ((Disposition(0), Disposition.forced, Disposition.default), 2),
+        ((Disposition(0), Disposition.forced | Disposition.default, Disposition(0)), 2),
+        ((Disposition.default, Disposition(0), Disposition.default), 2),
+        ((Disposition.default, Disposition(0), Disposition(0)), 1),
+        ((Disposition.default, Disposition.forced, Disposition.forced), 1),
+    ],
+)
+def test_the_track_with_all_that_is_said(tmp_path, kinds, chosen):
+    words = ("Hello", "出口", "你好")
+    tracks = [
+        (language, SRT.replace("今天我真的很高兴", word))
+        for language, word in zip(("eng", "chi", "chi"), words, strict=True)
+    ]
+    path = film(tmp_path / "film.mkv", tracks, kinds=kinds)
+    assert embedded(path)[0].text == words[chosen]
+    assert embedded(path, track=0)[0].text == "Hello"
 
 
 def test_embedded_times_are_a_players(tmp_path):

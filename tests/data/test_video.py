@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 from fractions import Fraction
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from tests.data.edits import with_edits
 
 from senticlip.data import decode
@@ -110,6 +111,28 @@ def delayed(folder: Path) -> Path:
     return write(folder / "delayed.mp4", stamps=list(range(20, 60)), sound=True)
 
 
+def packed(folder: Path) -> Path:
+    """Each B-frame lies in the packet of the frame before it; a frame that is not coded fills its own place."""
+
+    def marked(data: bytes) -> bytes:
+        return re.sub(rb"Lavc[\d.]+", b"DivX503b1393p", data)
+
+    source = write(folder / "plain.avi", codec="mpeg4", bf="1")
+    with av.open(str(source)) as old, av.open(str(folder / "packed.avi"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        stream.codec_context.extradata = marked(old.streams.video[0].codec_context.extradata)
+        packets = [packet for packet in old.demux(video=0) if packet.dts is not None]
+        is_b = [(bytes(packet).rpartition(b"\0\0\1\xb6")[2] + b"\0")[0] >> 6 == 2 for packet in packets] + [False]
+        for i, packet in enumerate(packets):
+            data = b"\0\0\1\xb6\x50\0" if is_b[i] else bytes(packet)
+            joined = av.Packet(marked(data + (bytes(packets[i + 1]) if is_b[i + 1] else b"")))
+            joined.stream, joined.time_base, joined.is_keyframe = stream, packet.time_base, packet.is_keyframe
+            joined.pts = joined.dts = packet.dts
+            new.mux(joined)
+        assert sum(is_b) > 20
+    return folder / "packed.avi"
+
+
 ZOO = {
     "constant rate, B-frames": lambda d: write(d / "a.mp4", bf="3"),
     "one keyframe": lambda d: write(d / "a.mp4", g="600", bf="3"),
@@ -141,6 +164,7 @@ ZOO = {
     "flash": lambda d: write(d / "a.flv", bf="2"),
     "MPEG-2": lambda d: write(d / "a.mpg", codec="mpeg2video", bf="2"),
     "MPEG-4 in AVI (no presentation times)": lambda d: write(d / "a.avi", codec="mpeg4", bf="2"),
+    "MPEG-4 in AVI, B-frames packed as Xvid does": packed,
     "HEVC": lambda d: write(d / "a.mp4", codec="libx265", **{"x265-params": "log-level=none:keyint=12:bframes=3"}),
     "VP9": lambda d: write(d / "a.webm", codec="libvpx-vp9", deadline="realtime", **{"cpu-used": "8"}),
     "VP8": lambda d: write(d / "a.webm", codec="libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "10"}),
@@ -290,6 +314,15 @@ def test_rotated(tmp_path, degrees):
     assert np.array_equal(turned, np.rot90(plain, degrees // 90, axes=(2, 3)))
     info = probe(tmp_path / "b.mp4")
     assert (info.height, info.width) == turned.shape[2:]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_photo_turned_by_its_exif(tmp_path, orientation):
+    told = Image.Exif()
+    told[0x0112] = orientation
+    Image.fromarray(picture(1)).save(tmp_path / "a.jpg", exif=told, quality=100, subsampling=0)
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))).transpose(2, 0, 1)
+    assert np.abs(read_frames(tmp_path / "a.jpg", 1).pixels[0].astype(int) - wanted).mean() < 1
 
 
 @pytest.mark.parametrize(("degrees", "aspect"), [(0, 96 * 4 / (64 * 3)), (90, 64 * 3 / (96 * 4))])
@@ -480,6 +513,15 @@ def test_a_clock_that_jumps_is_told(tmp_path):
     (tmp_path / "c.ts").write_bytes(first.read_bytes() + second.read_bytes())
     with pytest.raises(UserError, match=r"its clock jumps by 3599\d\.\d s, as where files were joined"):
         probe(tmp_path / "c.ts")
+
+
+@pytest.mark.parametrize("short", [1 << 24, 0])
+def test_a_picture_that_stays_does_not_move_the_end(tmp_path, monkeypatch, short):
+    """MP4 tells how long until the next picture is decoded, and with B-frames that is another one."""
+    monkeypatch.setattr(decode, "SHORT", short)
+    stamps = [*range(20), *range(320, 331)]  # 12 s of one picture
+    path = write(tmp_path / "a.mp4", stamps=stamps, g="99", **{"x264-params": "bframes=3:b-adapt=0"})
+    assert probe(path).duration == pytest.approx(331 / 25, abs=0.1)
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])

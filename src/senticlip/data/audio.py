@@ -11,10 +11,11 @@ from typing import Self
 import av
 import numpy as np
 from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from senticlip.data.cache import Store, cached, clip_keys
-from senticlip.data.sequential import clock_start, open_container, pictures
+from senticlip.data.sequential import clock_start, open_container, pictures, sound_of
 from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
@@ -46,53 +47,66 @@ class AudioReader:
         if self._container is not None:
             self._container.close()
 
-    def read(self, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
+    def read(
+        self, start: float | None = None, end: float | None = None, rate: int = RATE, most: float | None = None
+    ) -> np.ndarray:
         """See :func:`read_audio`."""
         begun = self._container is not None
         try:
             container = self._container = self._container or open_container(self.path)
-            if not container.streams.audio:
+            if (sound := sound_of(container)) is None:
                 return np.zeros(0, np.float32)
             zero, at = clock_start(container), start or 0.0
             if start or begun:
-                _seek(container, at - WARM + zero)
-            stop = at + MOST if end is None else min(end, at + MOST)
-            first, parts = _between(container, at + zero - WARM / 2 if start else -math.inf, stop + zero, rate)
+                _seek(container, sound, at - WARM + zero)
+            stop = min(at + (MOST if most is None else most), math.inf if end is None else end)
+            first, parts = _between(container, sound, at + zero - WARM / 2 if start else -math.inf, stop + zero, rate)
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
-        sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        heard = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         begin = max(0, round((at + zero - first) * rate)) if start else 0
-        return sound[begin : begin + max(0, round((stop - max(at, first - zero)) * rate))]
+        if math.isinf(stop):
+            return heard[begin:]
+        return heard[begin : begin + max(0, round((stop - max(at, first - zero)) * rate))]
 
 
 def audio_start(path: str | Path) -> float:
     """When the sound of a file begins, in seconds on a player's clock; 0 if that is not told."""
     with open_container(path) as container:
-        for stream in container.streams.audio[:1]:
-            if stream.start_time is not None and stream.time_base is not None:
-                return float(stream.start_time * stream.time_base) - clock_start(container)
-    return 0.0
+        sound = sound_of(container)
+        if sound is None or sound.start_time is None or sound.time_base is None:
+            return 0.0
+        return float(sound.start_time * sound.time_base) - clock_start(container)
 
 
-def read_audio(path: str | Path, start: float | None = None, end: float | None = None, rate: int = RATE) -> np.ndarray:
+def read_audio(
+    path: str | Path,
+    start: float | None = None,
+    end: float | None = None,
+    rate: int = RATE,
+    most: float | None = None,
+) -> np.ndarray:
     """The sound of a file or of a piece of it: mono float32 in [-1, 1] at ``rate``; empty if it has none.
 
     Args:
-        path: a video or sound file.
+        path: a video or sound file; of several tracks that is heard which players play.
         start: seconds; the file's beginning by default.
-        end: seconds; the file's end by default. At most MOST seconds are read.
+        end: seconds; the file's end by default.
         rate: samples per second.
+        most: so many seconds are read at most; MOST by default.
 
     Raises:
         UserError: the file cannot be opened.
     """
     with AudioReader(path) as reader:
-        return reader.read(start, end, rate)
+        return reader.read(start, end, rate, most)
 
 
-def _seek(container: InputContainer, time: float) -> None:
-    """Seek to ``time``, a little before the piece: a codec's first frame after a seek is incomplete."""
-    sound = container.streams.audio[0]  # its own packets: the pictures' keyframes may lie behind
+def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
+    """Seek to ``time``, a little before the piece: a codec's first frame after a seek is incomplete.
+
+    By the packets of ``sound`` itself: the pictures' keyframes may lie behind.
+    """
     unit = float(sound.time_base or 1 / av.time_base)
     try:
         container.seek(int(time / unit), stream=sound)  # at a clip's beginning below 0: AAC begins there
@@ -100,11 +114,13 @@ def _seek(container: InputContainer, time: float) -> None:
         container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has nothing there
 
 
-def _between(container: InputContainer, start: float, end: float, rate: int) -> tuple[float, list[np.ndarray]]:
+def _between(
+    container: InputContainer, sound: AudioStream, start: float, end: float, rate: int
+) -> tuple[float, list[np.ndarray]]:
     """The file's clock (seconds) at the first samples of the first packet that ends after ``start``, and the samples
     from there until the clock reaches ``end``."""
     parts, first, now, resampler, kind = [], None, clock_start(container), None, None
-    for frame in pictures(container, container.streams.audio[0]):
+    for frame in pictures(container, sound):
         now = now if frame.time is None else frame.time
         if now + frame.samples / frame.rate <= start:  # there may be a gap before the piece
             now += frame.samples / frame.rate
@@ -176,6 +192,6 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
         "window": WINDOW,
         "hop": HOP,
         "most": MOST,
-        "version": 5,
+        "version": 6,
     }
     return cached(root, spec, clip_keys(clips, root), compute, "reading audio")

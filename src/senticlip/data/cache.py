@@ -252,7 +252,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 def frame_spec(frames: int, size: int, cutaways: str = "keep") -> dict[str, Any]:
     """All that cached frames depend on besides their clip; raise ``version`` when decoding gives other pixels."""
-    return {"frames": frames, "size": size, "cutaways": cutaways, "version": 5}
+    return {"frames": frames, "size": size, "cutaways": cutaways, "version": 6}
 
 
 def frame_store(

@@ -158,7 +158,8 @@ class Decoder:
         while not self._finished and len(self._ahead) < MANY and self.container.size <= SHORT:
             self._read()
         if self._finished and self._trusted:
-            return max((self._after(read) for read in self._ahead if read.is_shown), default=self.first)
+            shown = [read for read in self._ahead if read.is_shown]
+            return self._after(max(shown, key=lambda read: read.pts)) if shown else self.first
         if not self._trusted:
             slow = Sequential(self.path)
             last = slow.end()
@@ -177,18 +178,17 @@ class Decoder:
         return self.first if end is None else end
 
     def _read_all(self) -> int | None:
-        end: int | None = None
+        last: Read | None = None
         while self._ahead or not self._finished:
             if self._ahead:
                 read = self._ahead.popleft()
-                if read.is_shown:
-                    end = self._after(read) if end is None else max(end, self._after(read))
+                last = read if read.is_shown and (last is None or read.pts >= last.pts) else last
             else:
                 self._read()
-        return end
+        return None if last is None else self._after(last)
 
     def _after(self, read: Read) -> int:
-        """The time at which a frame ends."""
+        """The time at which the last frame ends (of others, MP4's duration is the gap between decoding times)."""
         return read.pts + (read.packet.duration or self._step)
 
     def _seek_before(self, stamp: int) -> None:

@@ -200,7 +200,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
-    ids = [str(name).replace("$_$", "/") for name in _list(path, split, part, "id")]
+    ids = [_word(name).replace("$_$", "/") for name in _list(path, split, part, "id")]
     scores = {}
     for target, key in LABELS.items():
         if key in part or target == "M":
@@ -223,7 +223,12 @@ def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
 
 def _said(text: Any) -> str | None:
     """A row's text; pandas writes an empty one as NaN."""
-    return None if text is None or (isinstance(text, float) and math.isnan(text)) else str(text) or None
+    return None if text is None or (isinstance(text, float) and math.isnan(text)) else _word(text) or None
+
+
+def _word(value: Any) -> str:
+    """An id or a text; files that went through HDF5, or Python 2, have bytes."""
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -32,6 +32,9 @@ FORMATS = (
 """The formats that may be opened: they contain their streams. A playlist (HLS, concat, DASH …) could make FFmpeg read
 any file on this machine, or wait for ever."""
 
+_PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
+"""What encoders of MPEG-4 write into its header if B-frames are packed."""
+
 
 def open_container(path: str | Path, **options: str) -> InputContainer:
     """FFmpeg's container of a file, whatever its name (a colon is no protocol) and however broken its titles."""
@@ -107,6 +110,12 @@ def _open(path: Path) -> InputContainer:
     return open_container(path)
 
 
+def sound_of(container: InputContainer) -> AudioStream | None:
+    """The sound that players play: the default track, else the first; None if there is none."""
+    tracks = container.streams.audio
+    return next((track for track in tracks if track.disposition & Disposition.default), tracks[0] if tracks else None)
+
+
 def packets(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Packet]:
     """A stream's packets from here on, and an empty one; where a damaged file ends early, those that came."""
     while True:
@@ -127,8 +136,13 @@ def pictures(container: InputContainer, stream: VideoStream | AudioStream) -> It
 
 
 def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether presentation times are guesses: AVI stores none, and FFmpeg guesses those of H.264's B-frames wrong."""
-    return container.format.name in ("avi", "asf") and stream.codec_context.name in ("h264", "hevc")
+    """Whether presentation times are guesses: AVI stores none, and FFmpeg guesses those of some B-frames wrong.
+
+    Of H.264's, and of DivX's and Xvid's that lie in one packet with the frame before them.
+    """
+    codec = stream.codec_context
+    packed = codec.name == "mpeg4" and _PACKED.search(codec.extradata or b"") is not None
+    return container.format.name in ("avi", "asf") and (packed or codec.name in ("h264", "hevc"))
 
 
 class Sequential:

@@ -108,8 +108,6 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
         if videos and row.clip.video is not None and not row.problems:
             problems += [f"{table}, row {row.clip.row}: {fault}" for fault in faults(row.clip)]
     clips = _split(rows, protocol, seed)
-    if protocol == "official" and clips != [row.clip for row in rows]:
-        warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
     rows = [row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)]
     warnings += [*leaks(rows), *absent(table, clips)]
     if lacking := {"train", "valid"} - {clip.split for clip in clips}:
@@ -215,6 +213,8 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
     rows[0].warnings.extend(only_0_and_1(table, columns, lines) + (unread(table, whole) if named else []))
+    if protocol == "official" and "split" not in columns:
+        rows[0].warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
     return table, rows
 
 

@@ -11,11 +11,11 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pysubs2
 
-from senticlip.data.table import surely
+from senticlip.data.table import chinese, surely
 from senticlip.structures import UsageError, UserError
 
 SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
@@ -31,8 +31,9 @@ _SOUNDS = (
 )
 _NOTES = re.compile(rf"[\[【(（]\s*{_SOUNDS}\s*[\]】)）]|[♩♪♫♬♭♯🎵🎶🎼]+", re.IGNORECASE)
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]{0,200}\}|\{[^{}]{0,200}\\[a-zA-Z][^{}]{0,200}\}")
-_TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,6})?"
+_TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,6}|:\d{3})?"
 _TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[ \t]|$)", re.MULTILINE)
+_LIKE_TIMING = re.compile(r"^[ \t]*-?\d+[ \t]*:[\d:;.,' \t-]*-->[ \t]*-?\d", re.MULTILINE)
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0e-\x1f]")
 
 
@@ -70,7 +71,7 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     text = re.sub(r"\r{1,3}\n|\r", "\n", guess_text(data, path))
     if not text.strip():
         return []
-    cues = _timed(text, path) if "[Events]" not in text and _TIMING.search(text) else _by_pysubs2(text, path)
+    cues = _timed(text, path) if "[Events]" not in text and _LIKE_TIMING.search(text) else _by_pysubs2(text, path)
     if not cues:
         raise UserError(f"{path}: no timed line in it — is it a {path.suffix[1:]} file?")
     return merge(cues, shift)
@@ -95,6 +96,12 @@ def _timed(text: str, path: Path) -> list[_Cue]:
     """The cues of SRT or WebVTT: what stands between the lines with times, without numbers and names of cues."""
     is_vtt = text.startswith("WEBVTT")
     found = list(_TIMING.finditer(text))
+    timings = {told.start() for told in found}
+    for like in _LIKE_TIMING.finditer(text):
+        if like.start() not in timings:
+            row = text.count("\n", 0, like.start()) + 1
+            line = text[like.start() :].partition("\n")[0].strip()[:60]
+            raise UserError(f"{path}, row {row}: {line} is no timing — write 00:00:01,000 --> 00:00:02,000")
     cues = []
     for told, after in zip(found, [*found[1:], None], strict=True):
         if not is_vtt and max(len(hours or "") for hours in told.groups()) > 2:
@@ -116,7 +123,8 @@ def _seconds(time: str) -> float:
     """``1:02:03,5`` in seconds; what was moved to before 0 is at 0."""
     if "-" in time:
         return 0.0
-    return sum(float(part) * 60**i for i, part in enumerate(reversed(time.replace(",", ".").split(":"))))
+    time = re.sub(r":(\d{3})$", r".\1", time.strip()).replace(",", ".")
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(time.split(":"))))
 
 
 def _by_pysubs2(text: str, path: Path) -> list[_Cue]:
@@ -139,7 +147,8 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
 
     Args:
         video: any container that FFmpeg reads.
-        track: which of its subtitle tracks, from 0; None for the first Chinese one of text, else the first of text.
+        track: which of its subtitle tracks, from 0; None for a Chinese one of text, else any of text; of several that
+            which players show (the default one), and none of signs alone (forced), if there is another.
         shift: seconds added to every time.
 
     Raises:
@@ -166,8 +175,7 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
             raise UsageError(f"{video}: no subtitle track {track} — {there}")
         if not streams:
             return []
-        chinese = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE]
-        stream = streams[track] if track is not None else (chinese or streams)[0]
+        stream = streams[track] if track is not None else _spoken(streams)
         if stream.codec_context is None:
             raise UserError(f"{video}: there is no decoder for subtitle track {track} — give a file: --subtitles F.srt")
         zero = clock_start(container)
@@ -193,6 +201,15 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
                 if not event.is_drawing:
                     cues.append(_Cue(start, end, event.plaintext.split("\n")))
     return merge(cues, shift)
+
+
+def _spoken(streams: list[Any]) -> Any:
+    """The track that most likely has all that is said."""
+    from av.stream import Disposition
+
+    some = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE] or streams
+    some = [s for s in some if not s.disposition & Disposition.forced] or some
+    return next((s for s in some if s.disposition & Disposition.default), some[0])
 
 
 def clean(text: str) -> str:
@@ -269,8 +286,7 @@ def _join(parts: list[str]) -> str:
 def guess_text(data: bytes, path: Path) -> str:
     """The text of a subtitle file: a byte order mark, UTF-8, UTF-16, else the encoding that gives the likeliest words.
 
-    GB18030 and Big5 read most of each other's files, as rare characters: the share of frequent ones decides. What is
-    neither goes to charset-normalizer.
+    What is neither GB18030 nor Big5 goes to charset-normalizer.
 
     Raises:
         UserError: nothing reads it.
@@ -280,28 +296,12 @@ def guess_text(data: bytes, path: Path) -> str:
     text = data.decode("utf-8", errors="replace")
     if 10 * text.count("\ufffd") <= sum(ord(c) > 127 for c in text):  # a damaged byte is no other encoding
         return text
-    found: list[tuple[float, str]] = []
-    for encoding, first, last in (("gb18030", 0xB0, 0xD7), ("big5", 0xA4, 0xC6)):
-        text = data.decode(encoding, errors="replace")
-        wide = [c for c in text if ord(c) > 127]
-        frequent = sum(_lead(c, encoding) in range(first, last + 1) for c in wide)
-        broken = text.count("\ufffd")
-        found.append(((frequent - 10 * broken) / (len(wide) or 1), text))
-    share, text = max(found)
+    share, encoding = chinese(data)
     if share >= 0.5:
-        return text
+        return data.decode(encoding, errors="replace")
     from charset_normalizer import from_bytes
 
     best = from_bytes(data).best()
     if best is None:
         raise UserError(f"{path}: its encoding is not known — save the subtitles as UTF-8")
     return str(best)
-
-
-def _lead(character: str, encoding: str) -> int:
-    """The first byte of a character: it tells frequent from rare ones in GB2312 and in Big5."""
-    try:
-        code = character.encode("gb2312" if encoding == "gb18030" else encoding)
-    except UnicodeEncodeError:
-        return 0
-    return code[0]

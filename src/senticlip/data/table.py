@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from senticlip.structures import Clip, UsageError, UserError, polarity
 
 LONGEST_CELL = 16 << 20
 """Characters of a cell; csv's own bound (131,072) is less than what is said in a long film."""
+
+SAMPLE = 100_000
+"""Characters of a file that tell its encoding."""
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv")
 SPLITS = ("train", "valid", "test")
@@ -54,7 +58,7 @@ def decode(data: bytes, path: Path) -> str:
     """The text of a file of unknown encoding.
 
     A byte order mark decides; then UTF-16, whose ASCII has zero bytes (a table has commas and line breaks); then UTF-8,
-    which is hardly ever right by accident; then GB18030, the superset of GBK.
+    which is hardly ever right by accident; then Big5, if its frequent characters tell; else GB18030, which holds GBK.
 
     Raises:
         UserError: none of them reads it.
@@ -65,10 +69,34 @@ def decode(data: bytes, path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
+    share, encoding = chinese(data)
     try:
-        return data.decode("gb18030")
+        return data.decode(encoding if share >= 0.5 else "gb18030")
     except UnicodeDecodeError:
-        raise UserError(f"{path}, row {line}: neither UTF-8 nor GBK — save the file as UTF-8") from None
+        raise UserError(f"{path}, row {line}: neither UTF-8 nor GBK nor Big5 — save the file as UTF-8") from None
+
+
+def chinese(data: bytes) -> tuple[float, str]:
+    """How sure it is that the data are in GB18030 or in Big5 (the share of frequent characters), and which it is.
+
+    Each reads most of the other's files, as rare characters. Of a few that are frequent in both, GB18030.
+    """
+    found: list[tuple[float, str]] = []
+    for encoding, first, last in (("gb18030", 0xB0, 0xD7), ("cp950", 0xA4, 0xC6)):
+        some = re.finditer("[\u3400-\u9fff\ue000-\uf8ff\ufffd]", data.decode(encoding, errors="replace"))
+        read = [character[0] for character in islice(some, SAMPLE)]
+        frequent = sum(_lead(character, encoding) in range(first, last + 1) for character in read)
+        found.append(((frequent - 10 * read.count("\ufffd")) / (len(read) or 1), encoding))
+    return max(found, key=lambda each: each[0])
+
+
+def _lead(character: str, encoding: str) -> int:
+    """The first byte of a character: it tells frequent from rare ones in GB2312 and in Big5."""
+    try:
+        code = character.encode("gb2312" if encoding == "gb18030" else encoding)
+    except UnicodeEncodeError:
+        return 0
+    return code[0]
 
 
 def surely(data: bytes) -> str | None:
@@ -222,11 +250,18 @@ def finite(cell: str) -> float | None:
 
 
 def unread(table: Path, lines: list[Line]) -> list[str]:
-    """A warning if a header names columns that are not read: who called the videos' something else would miss them."""
-    names = [cell for cell in lines[0].cells if cell]
-    known = [NAMES.get(name.casefold(), name.casefold()) in _KNOWN for name in names]
-    left = [name for name, is_known in zip(names, known, strict=True) if not is_known]
-    return [f"{table}: not read: {', '.join(left)}"] if left and any(known) else []
+    """A warning if a header names columns that are not read: who called the videos' something else would miss them.
+
+    Of two that mean the same, the first is read.
+    """
+    known: set[str] = set()
+    left = []
+    for cell in filter(None, lines[0].cells):
+        name = NAMES.get(cell.casefold(), cell.casefold())
+        if name in known or name not in _KNOWN:
+            left.append(cell)
+        known.add(name)
+    return [f"{table}: not read: {', '.join(left)}"] if left and known & _KNOWN else []
 
 
 def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:

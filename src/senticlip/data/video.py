@@ -193,9 +193,13 @@ def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
     ``shape``: the 3×H×W that it must have; a frame of another size (some streams change it) is stretched to it.
     """
     a, b, c, d = 1, 0, 0, 1
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    try:
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    except ValueError:  # PyAV does not know all kinds of side data, such as a photo's EXIF: quarter turns to the left
+        a, b = ((1, 0), (0, -1), (-1, 0), (0, 1))[round(frame.rotation / 90) % 4]
+        c, d = -b, a
     turned = abs(b) > abs(a)
     height, width = (shape[2:0:-1] if turned else shape[1:]) if shape else (frame.height, frame.width)
     # starting threads takes as long as converting the frame
