@@ -209,13 +209,13 @@ def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, fin
 @pytest.mark.parametrize("record", [{}, {"experiment": {"a key of another version": 1}}])
 def test_a_run_whose_experiment_cannot_be_read_is_another_one(tmp_path, record):
     (tmp_path / "metrics.json").write_text(json.dumps({"rows": "", "data": "", **record}))
-    mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "rows": "", "data": ""}
+    mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "features": {}, "rows": "", "data": ""}
     with pytest.raises(UserError, match="holds a run of another config — choose another --out"):
         room.is_finished(tmp_path, mine)
 
 
 def test_a_finished_run_without_its_config_is_not_whole(tmp_path):
-    mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "rows": "", "data": ""}
+    mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "features": {}, "rows": "", "data": ""}
     result = {"best_epoch": 2, "valid": {}, "seconds": 1.0, "history": []}
     (tmp_path / "metrics.json").write_text(json.dumps({**result, **mine}))
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -266,6 +266,32 @@ def test_other_weights_in_the_encoders_folder_are_another_run(tmp_path):
     save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"run.*other encoders.*--out.*--resume"):
         train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "name"),
+    [("features", "Processed/own.pkl"), ("openface", "Processed/own.pkl"), ("openface", "OpenFace/v0/c.csv")],
+)
+def test_other_features_are_another_run(place, tmp_path, encoder, name):
+    shutil.copy(place / "data" / "label.csv", tmp_path)
+    (tmp_path / "Processed").mkdir()
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    config = settings(place, **{"modalities": ["vision"], "vision.encoder": encoder})
+
+    def of(content):
+        file.write_text(content)
+        return room.origin(config, tmp_path)
+
+    first = of("one")
+    (tmp_path / "metrics.json").write_text(json.dumps(first))
+    room.is_finished(tmp_path, of("one"))
+    with pytest.raises(UserError, match=r"holds a run of other features.*--out.*--resume"):
+        room.is_finished(tmp_path, of("two"))
+    del first["features"]
+    (tmp_path / "metrics.json").write_text(json.dumps(first))
+    room.is_finished(tmp_path, of("two"))  # older runs do not record them
+    assert room.origin(settings(place), tmp_path)["features"] == {}  # that one does not read them
 
 
 def test_one_training_at_a_time_writes_into_a_run(place, tmp_path, monkeypatch):

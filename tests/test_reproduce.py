@@ -9,14 +9,14 @@ import re
 import numpy as np
 import pytest
 
-from senticlip import layout, results
+from senticlip import cli, layout, results
 from senticlip import reproduce as room
 from senticlip import train as trainings
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.files import alone
-from senticlip.structures import LABELS, Clip, UserError, polarity
-from senticlip.tables import digest, load_tables
+from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
+from senticlip.tables import Asked, digest, load_tables
 
 PRESET = """
 text: {train: frozen}
@@ -97,7 +97,11 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
         assert piece in text
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page
-    assert "\\textbf{100.00 $\\pm$ 0.00}" in (out / "tables.tex").read_text(encoding="utf-8")
+    latex = (out / "tables.tex").read_text(encoding="utf-8")
+    assert "\\textbf{100.00 $\\pm$ 0.00}" in latex
+    assert (
+        r"\caption{Multimodal models, judged by the joint label M; mean $\pm$ standard deviation over 2 seeds}" in latex
+    )
     assert "k/228" in page
     versus = json.loads((out / "results.json").read_text())["tables"]["1"]["M"]["TFN"]["versus"]
     assert versus["accuracy"]["difference"] == pytest.approx(0.6)
@@ -149,7 +153,7 @@ def test_results_of_encoders_that_have_changed_are_not_read(world, tmp_path):
     run(**options)
     trained = len(asked)
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(UserError, match=r"holds runs of other weights of .*bert — choose another --out"):
+    with pytest.raises(UserError, match=r"holds runs of other contents of .*bert — choose another --out"):
         run(**options)
     run(tables=["6"], seeds=1)  # the preset's own encoder has none to compare
     assert len(asked) > trained
@@ -210,6 +214,122 @@ def test_each_seed_draws_its_own_baseline(world):
     assert text.count("those of seed 0; each seed draws its own") == 2
 
 
+def test_results_of_a_feature_file_that_has_changed_are_not_read(world):
+    run, _, _ = world
+    root = run.data.parent
+    (root / "Processed").mkdir()
+    (root / "Processed" / "own.pkl").write_bytes(b"one")
+    (root / "label.csv").write_text(
+        "video_id,clip_id,text,label,mode\n"
+        + "\n".join(f"v,{i},话,{i % 3 - 1},{('train', 'valid', 'test')[i % 3]}" for i in range(9)),
+        encoding="utf-8",
+    )
+    options = {"tables": ["6"], "seeds": 1, "data": root, "overrides": ["stages={}", "text.encoder=features"]}
+    run(**options)
+    assert run(**options)
+    (root / "Processed" / "own.pkl").write_bytes(b"two")
+    with pytest.raises(UserError, match=r"holds runs of other contents of .*own\.pkl — choose another --out"):
+        run(**options)
+
+
+def test_a_kept_run_that_was_evaluated_on_other_data_stays_what_it_was(world):
+    run, asked, out = world
+    first, before = run(tables=["1"], seeds=1, keep=True), len(asked)
+    found = json.loads((out / "results.json").read_text())["tables"]
+
+    def overwrite():
+        for file in out.rglob("predictions-test.csv"):
+            file.write_text("id,text,truth,predicted\nother,话,negative,positive\n", encoding="utf-8")
+
+    overwrite()
+    assert run(tables=["1"], seeds=1) == first
+    assert json.loads((out / "results.json").read_text())["tables"] == found
+    for file in out.rglob(room.RESULT):  # as older versions wrote it
+        told = json.loads(file.read_text())
+        del told["predictions"]
+        file.write_text(json.dumps(told))
+    overwrite()
+    assert run(tables=["1"], seeds=1) == first  # evaluated again
+    assert json.loads((out / "results.json").read_text())["tables"] == found
+    assert len(asked) == before
+
+
+def test_results_of_an_older_version_are_read(world):
+    run, asked, out = world
+    first, before = run(tables=["6"], seeds=1), len(asked)
+    for file in out.rglob(room.RESULT):
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps({**told, "predictions": "out/predictions-test.csv"}))
+    assert run(tables=["6"], seeds=1) == first
+    assert len(asked) == before
+
+
+def test_what_is_set_and_whom_it_does_not_reach_is_told(world):
+    run, _, out = world
+    changes = ["train.epochs=4", "modalities=[text,vision]", "label.names=[a,b,c]", "vision.frames=7"]
+    run(tables=["1", "2"], seeds=1, overrides=changes)
+    text, page, latex = (
+        (out / name).read_text(encoding="utf-8") for name in ("report.md", "report.html", "tables.tex")
+    )
+    assert json.loads((out / "results.json").read_text())["changed"] == changes
+    told = (
+        "(changed: train.epochs=4, modalities=[text,vision], label.names=[a,b,c], vision.frames=7), protocol official"
+    )
+    peers = (
+        "The change of train.epochs does not reach TFN, LMF, MulT, Self-MM, MMAF, MMAF+T+A+V: what is their own stays."
+    )
+    others = "The change of vision.frames does not reach OpenFace2.0: "
+    for each in (text, page, latex):
+        assert told in each
+        assert peers in each
+        assert others in each
+        assert each.count("The change of") == 2
+    run(tables=["1"], seeds=1)
+    assert "hange" not in (out / "report.md").read_text(encoding="utf-8").split("##")[0]
+
+
+def test_the_label_that_judges_is_told_and_its_majority(world):
+    run, _, out = world
+    lines = run.data.read_text(encoding="utf-8").splitlines()
+    cells = [line.split(",") for line in lines[1:]]
+    run.data.write_text("\n".join([lines[0], *(",".join([*c[:3], "0.9", *c[4:]]) for c in cells)]), encoding="utf-8")
+    run(tables=["6"], seeds=1, overrides=["target=T"])
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "always answering “positive” scores 100.00 accuracy" in text
+    assert "on test (10 clips), judged by the text's own label T." in text
+    assert "Judged by the text's own label T:" in text
+    with pytest.raises(UserError, match="no clip of train has a label A"):
+        run(tables=["6"], seeds=1, overrides=["target=A"])
+
+
+def test_the_split_is_the_presets_and_seeds_are_counted(world):
+    run, _, out = world
+    run(tables=["6"], seeds=1, overrides=["protocol=tenth"])
+    assert json.loads((out / "results.json").read_text())["protocol"] == "tenth"
+    run(tables=["6"], seeds=1, overrides=["protocol=tenth"], protocol="tenth")
+    with pytest.raises(UsageError, match="--set protocol=tenth: --protocol is official — leave one of them out"):
+        run(overrides=["protocol=tenth"], protocol="official")
+    with pytest.raises(UsageError, match="--set seed: the seeds are 0 to --seeds minus 1"):
+        run(overrides=["seed=5"])
+
+
+def test_tables_are_named(world, capsys):
+    run, _, out = world
+    assert list(run(tables=["6", "1", "6"], seeds=1)["tables"]) == ["6", "1"]
+    capsys.readouterr()
+    run(tables=["6"], seeds=1)
+    told = f"{out}: the report has Tables 6 and no longer 1 — --tables 1,6 has all, and runs no finished row again\n"
+    assert told in capsys.readouterr().err
+    run(tables=["1", "6"], seeds=1)
+    assert "no longer" not in capsys.readouterr().err
+    begin = ["reproduce", "--data", str(run.data), "--out", str(out), "--seeds", "1"]
+    begin += ["--preset", str(out.parent / "preset.yaml")]
+    for nothing in ("", " , "):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*begin, "--tables", nothing])
+        assert "--tables without a number: the paper has Tables 1, 2" in capsys.readouterr().err
+
+
 def test_an_interrupt_ends_the_tables(world):
     run, asked, _ = world
     run.broken["mean"] = KeyboardInterrupt()
@@ -242,6 +362,37 @@ def test_keep_keeps(world):
     run, _, out = world
     run(tables=["6"], seeds=1, keep=True)
     assert len(list((out / "runs").glob(f"*/*/{room.WEIGHTS}"))) == 4
+
+
+def test_what_was_kept_stays(world):
+    run, _, out = world
+    run(tables=["6"], seeds=1, keep=True)
+    kept = {*out.rglob(room.WEIGHTS)}
+    run(tables=["5", "6"], seeds=2)  # of which the stages are those that were kept
+    assert {*out.rglob(room.WEIGHTS)} == kept
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_stages_that_a_killed_call_left_are_kept_if_the_next_one_keeps(world, keep):
+    run, asked, out = world
+    run.broken["mean"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(tables=["5"], seeds=1)
+    run.broken.clear()
+    assert len(list((out / "runs").glob(f"*/*/{room.WEIGHTS}"))) == len(asked) == 2  # the stages
+    run(tables=["5"], seeds=1, keep=keep)
+    run(tables=["5"], seeds=1)
+    assert len(list((out / "runs").glob(f"*/*/{room.WEIGHTS}"))) == (4 if keep else 0)
+
+
+def test_what_cannot_be_kept_any_more_is_told(world, capsys):
+    run, _, out = world
+    run(tables=["6"], seeds=1)
+    run(tables=["6"], seeds=2, keep=True)
+    told = f"{out}: 2 of 4 finished rows have no weights any more: they were run without --keep — with another --out"
+    assert told in capsys.readouterr().err
+    run(tables=["6"], seeds=2)
+    assert "any more" not in capsys.readouterr().err
 
 
 def test_mean_and_std_over_seeds():
@@ -300,6 +451,8 @@ def test_random_weights_are_marked_and_not_judged():
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
     assert "† random weights, not pretrained: tests the path, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
+    latex = results.in_latex(tables, found, 1, Asked(preset, "small", [], "data"))
+    assert r"the joint label M; one seed; $^\dagger$ random weights}" in latex
     real = results.collect(load_tables(preset, ["4"], {"M"}, random=False), runs, 1)
     assert not any(entry["random"] for entry in real["4"]["M"].values())
 
@@ -311,6 +464,12 @@ def test_seeds_that_failed_are_counted():
     runs = {(digest(c), s): good for c in (first, last) for s in (0, 1)} | {(digest(first), 1): {"error": "no room"}}
     text = layout.as_markdown(results._table_blocks(table, results.collect([table], runs, 2)["6"], 2))
     assert f"{table.rows[0].name}: not run for 1 of 2 seeds — no room" in text
+    found = results.collect([table], runs, 2)
+    assert [row["seeds"] for row in found["6"]["M"].values()] == [1, 2]
+    latex = results.in_latex([table], found, 2, Asked(Config(), "paper", [], "data"))
+    assert f"\n{table.rows[0].name} (1 of 2 seeds) & \\textbf{{100.00}} & " in latex
+    assert f"\n{table.rows[1].name} & " in latex
+    assert f"| {table.rows[0].name} (1 of 2 seeds) |" in text
 
 
 def test_the_figure_and_the_majority_count_clips():

@@ -142,7 +142,7 @@ def _to_report(verbs: Verbs) -> None:
     p.add_argument("--preset", default="paper", help="size of the encoders: tiny, small or paper")
     p.add_argument("--tables", metavar="1,5", help="which of the eight (default: all)")
     p.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
-    p.add_argument("--protocol", default="official", help="official split, a random tenth, or by source video")
+    p.add_argument("--protocol", help="official split, a random tenth, or by source video (default: the preset's)")
     p.add_argument("--keep", action="store_true", help="keep all weights, not only metrics and predictions")
     _set(p, "change a config key of the preset")
     _device(p)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from senticlip.config import Config, from_dict
+from senticlip.config import FROM_FILE, Config, from_dict
 from senticlip.data.cache import file_keys
 from senticlip.data.loader import ClipSet, to_batch
+from senticlip.data.mmsa import feature_file
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
 from senticlip.models.base import SentimentModel
@@ -76,13 +78,21 @@ def rows_digest(data: str | Path, clips: list[Clip]) -> str:
     """A hash of a data set's path and of its clips: ids, video paths, texts, labels, splits (no video contents)."""
     root = Path(data).resolve()
     rows = [(clip.video and os.path.relpath(clip.video, root), clip._replace(video=None)) for clip in clips]
-    return hashlib.blake2b(json.dumps([str(root), rows]).encode(), digest_size=16).hexdigest()
+    return _hash([str(root), rows])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def origin(config: Config, data: str | Path) -> dict[str, Any]:
-    """What identifies a training: the experiment, its encoders' weights, the data's path and rows. As JSON."""
+    """What identifies a training: experiment, weights of its encoders, ready-made features, the data's path and rows.
+
+    As JSON.
+    """
     rows = rows_digest(data, read_clips(data, None, config.protocol, config.seed))
-    return {"experiment": config.to_dict(), "encoders": encoder_keys(config), "data": str(data), "rows": rows}
+    keys = {"encoders": encoder_keys(config), "features": feature_keys(config, data)}
+    return {"experiment": config.to_dict(), **keys, "data": str(data), "rows": rows}
 
 
 def encoder_keys(config: Config) -> dict[str, list[str]]:
@@ -91,6 +101,21 @@ def encoder_keys(config: Config) -> dict[str, list[str]]:
     files = {f: [*Path(f).glob("*.safetensors"), *Path(f).glob("*.bin")] for f in sorted(filter(None, folders))}
     keys = file_keys((path for found in files.values() for path in found), cache_root())
     return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
+
+
+def feature_keys(config: Config, data: str | Path) -> dict[str, str]:
+    """A hash of the data set's feature file and one of OpenFace's CSVs, by path, where the experiment reads them."""
+    root, files = Path(data).resolve(), dict[Path, list[Path]]()
+    encoders = {getattr(config, name).encoder for name in config.modalities if name != "audio"} & {*FROM_FILE}
+    if "openface" in encoders and (faces := root / "OpenFace").is_dir():
+        files[faces] = sorted(faces.rglob("*.csv"))
+        encoders.remove("openface")
+    if encoders:
+        with suppress(UserError):  # a file that is missing is told where it is read
+            file = feature_file(root)
+            files[file] = [file]
+    keys = file_keys((path for found in files.values() for path in found), cache_root())
+    return {str(p): _hash([(os.path.relpath(path, p), keys[path]) for path in found]) for p, found in files.items()}
 
 
 def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
@@ -103,7 +128,10 @@ def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
         return "another config"
     if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # older runs do not record them
         return "other encoders (the weights in a folder have changed)"
-    return "" if record.get("rows") == mine["rows"] else f"other data ({record['data']}, or its labels have changed)"
+    if record.get("rows") != mine["rows"]:
+        return f"other data ({record['data']}, or its labels have changed)"
+    same = record.get("features", mine["features"]) == mine["features"]
+    return "" if same else "other features (the feature file has changed, or OpenFace's CSVs)"
 
 
 def share_stage(run: Path, name: str, stage: Path) -> None:

@@ -175,7 +175,7 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--seeds {options.seeds}: must be at least 1")
     from senticlip.reproduce import reproduce as run
 
-    tables = [number.strip() for number in options.tables.split(",")] if options.tables else None
+    tables = None if options.tables is None else [n for part in options.tables.split(",") if (n := part.strip())]
     rest = given(options, "data", "out", "preset", "seeds", "protocol", "keep", "device")
     result = run(tables=tables, overrides=options.set, **rest)
     say(options, f"open {result['report']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -11,16 +12,20 @@ from traceback import format_exception_only
 from typing import Any
 
 from senticlip import results
-from senticlip.checkpoint import encoder_keys, read_json, rows_digest, share_stage
-from senticlip.config import Config
+from senticlip.checkpoint import encoder_keys, feature_keys, read_json, rows_digest, share_stage
+from senticlip.config import Config, parse_overrides
 from senticlip.data.sims import read_clips
 from senticlip.data.table import SPLITS
 from senticlip.files import alone, disk, make_folder, write_text
 from senticlip.progress import bar, console
-from senticlip.structures import LABELS, Clip, UserError
-from senticlip.tables import Table, digest, load_preset, load_tables
+from senticlip.structures import LABELS, Clip, UsageError, UserError
+from senticlip.tables import Asked, Table, digest, load_preset, load_tables
 
 WEIGHTS = "model.safetensors"
+RESULT = "result.json"
+"""The file in a run's folder with its test metrics and predictions, which ``evaluate`` does not write."""
+NOT_KEPT = "not-kept"
+"""The file in a run's folder that says: its weights are to be deleted. It outlives a kill."""
 
 
 def reproduce(
@@ -29,7 +34,7 @@ def reproduce(
     preset: str = "paper",
     tables: list[str] | None = None,
     seeds: int = 5,
-    protocol: str = "official",
+    protocol: str | None = None,
     keep: bool = False,
     overrides: list[str] | None = None,
     device: str | None = None,
@@ -45,7 +50,7 @@ def reproduce(
         preset: tiny, small or paper: the size of the encoders (or a YAML file).
         tables: which of "1" … "8"; all by default.
         seeds: how many, from 0.
-        protocol: official, tenth or video.
+        protocol: official, tenth or video; the preset's by default.
         keep: keep all weights, too.
         overrides: ``KEY=VALUE`` changes of the preset.
         device: cpu, cuda, cuda:N.
@@ -54,32 +59,50 @@ def reproduce(
         ``{"tables": {number: {row: {metric: {"mean", "std"}}}}, "report": path}``
 
     Raises:
-        UserError: ``out`` holds runs on other data or of other weights; another reproduce writes there; no row could
-            be run; the disk is full.
+        UsageError: ``overrides`` holds a seed, or another protocol than ``protocol``. UserError: a split is empty, or
+            has no such label; ``out`` holds runs on other data or of other weights; another reproduce writes there; no
+            row could be run; the disk is full.
     """
-    out = Path(out)
-    config = load_preset(preset, [*(overrides or []), f"protocol={protocol}"])
-    splits = [read_clips(data, None, protocol, seed) for seed in range(seeds)]
+    out, changes = Path(out), overrides or []
+    config = load_preset(preset, [*changes, *([f"protocol={protocol}"] if protocol else [])])
+    if "seed" in (wanted := parse_overrides(changes)):
+        raise UsageError("--set seed: the seeds are 0 to --seeds minus 1 — leave it out")
+    if wanted.get("protocol", config.protocol) != config.protocol:
+        raise UsageError(f"--set protocol={wanted['protocol']}: --protocol is {protocol} — leave one of them out")
+    splits = [read_clips(data, None, config.protocol, seed) for seed in range(seeds)]
     for split in SPLITS:  # an empty split is an error before anything is trained
-        read_clips(data, split, protocol)
+        if not any(config.target in clip.labels for clip in read_clips(data, split, config.protocol)):
+            raise UserError(f"{data}: no clip of {split} has a label {config.target}")
     labels = {name for clip in splits[0] for name in clip.labels}
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
     with alone(out, "reproduce"):
-        _claim(out / "runs", data, splits[0], config)
+        _claim(out / "runs", data, splits[0], chosen)
         runner = Runner(data, out / "runs", keep, device)
         runner.run_all(chosen, seeds)
         errors = [result["error"] for result in runner.results.values() if "error" in result]
         if len(errors) == len(runner.results):
             raise UserError(f"no row could be run: {errors[0]}")
         found = results.collect(chosen, runner.results, seeds)
-        report = results.write(out, chosen, found, splits, preset, protocol, str(data))
+        _tell_tables(out, list(found))
+        report = results.write(out, chosen, found, splits, Asked(config, preset, changes, str(data)))
     return {"tables": results.numbers(found), "report": str(report)}
 
 
-def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> None:
-    """Refuse another data set, protocol or encoders than those of the finished rows, which are not run again."""
+def _tell_tables(out: Path, now: list[str]) -> None:
+    """Say which tables the report loses: it has those of the last call."""
+    before = read_json(out / "results.json").get("tables", {})
+    if lost := [number for number in before if number not in now]:
+        both = ",".join(sorted({*before, *now}))
+        told = f"the report has Tables {', '.join(now)} and no longer {', '.join(lost)}"
+        console.print(f"{out}: {told} — --tables {both} has all, and runs no finished row again", soft_wrap=True)
+
+
+def _claim(runs: Path, data: str | Path, clips: list[Clip], tables: list[Table]) -> None:
+    """Refuse other data, encoders or features than those of the finished rows, which are not run again."""
     there = read_json(runs / "data.json")
-    encoders = there.get("encoders", {}) | encoder_keys(config)
+    encoders = dict(there.get("encoders", {}))
+    for config in (config for table in tables for row in table.rows for config in row.configs.values()):
+        encoders |= encoder_keys(config) | feature_keys(config, data)
     mine = {"data": str(data), "rows": rows_digest(data, clips), "encoders": encoders}
     if there and there["rows"] != mine["rows"]:
         raise UserError(
@@ -87,7 +110,7 @@ def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> N
         )
     for name, keys in there.get("encoders", {}).items():
         if keys != encoders[name]:
-            raise UserError(f"{runs.parent}: holds runs of other weights of {name} — choose another --out")
+            raise UserError(f"{runs.parent}: holds runs of other contents of {name} — choose another --out")
     with disk(runs):
         make_folder(runs)
     write_text(runs / "data.json", json.dumps(mine, ensure_ascii=False))
@@ -96,8 +119,8 @@ def _claim(runs: Path, data: str | Path, clips: list[Clip], config: Config) -> N
 class Runner:
     """Trains and evaluates each experiment once; ``results`` holds what came out, or why nothing did.
 
-    Without ``keep``, weights are deleted when they are no longer needed: a row's after its evaluation, a stage's after
-    the last row of the seed.
+    Without ``keep``, the weights that are trained are deleted when they are no longer needed: a row's after its
+    evaluation, a stage's after the last row of the seed. Those that an earlier call kept stay.
     """
 
     def __init__(self, data: str | Path, root: Path, keep: bool, device: str | None) -> None:
@@ -123,8 +146,18 @@ class Runner:
                     self._one(name, config, seed)
                     progress.advance(task)
                 if not self.keep:
-                    for weights in (self.root / f"seed{seed}").glob(f"*/{WEIGHTS}"):
-                        weights.unlink()
+                    for mark in (self.root / f"seed{seed}").glob(f"*/{NOT_KEPT}"):
+                        (mark.parent / WEIGHTS).unlink(missing_ok=True)
+        if self.keep:
+            self._tell_gone(list(experiments.values()), seeds)
+
+    def _tell_gone(self, experiments: list[tuple[str, Config]], seeds: int) -> None:
+        """Say how many finished rows cannot be kept any more."""
+        rows = [(config, seed) for seed in range(seeds) for _, config in experiments]
+        done = [self.folder(*row) for row in rows if "error" not in self.results[digest(row[0]), row[1]]]
+        if gone := sum(not (folder / WEIGHTS).is_file() for folder in done):
+            told = f"{gone} of {len(done)} finished rows have no weights any more: they were run without --keep"
+            console.print(f"{self.root.parent}: {told} — with another --out they are kept", soft_wrap=True)
 
     def _one(self, name: str, config: Config, seed: int) -> None:
         started = time.monotonic()
@@ -145,30 +178,50 @@ class Runner:
     def result(self, config: Config, seed: int) -> dict[str, Any]:
         """Test metrics and predictions of an experiment, read if they are there."""
         folder = self.folder(config, seed)
-        done = folder / "result.json"
-        if not done.is_file():
+        found = finished(folder)
+        if not found:
             from senticlip.evaluate import evaluate
 
             self.train(config, seed)
-            found = evaluate(folder, self.data, "test", self.device)
-            write_text(done, json.dumps(found, ensure_ascii=False))
-            if not self.keep and digest(config) not in self.shared:
+            found = evaluate(folder, self.data, "test", self.device) | {"predictions": predictions(folder)}
+            write_text(folder / RESULT, json.dumps(found, ensure_ascii=False))
+            if (folder / NOT_KEPT).is_file() and digest(config) not in self.shared:
                 (folder / WEIGHTS).unlink()
-        return json.loads(done.read_text(encoding="utf-8")) | {"predictions": predictions(folder)}
+        return found
 
     def train(self, config: Config, seed: int, as_stage: str | None = None) -> Path:
         """A complete run folder with its weights; each stage is such a folder of its own, shared by all rows."""
         from senticlip.train import stages_of, train
 
         folder = self.folder(config, seed)
+        if self.keep:
+            (folder / NOT_KEPT).unlink(missing_ok=True)  # of a killed call without
         if (folder / "metrics.json").is_file():
             if (folder / WEIGHTS).is_file():
                 return folder
             shutil.rmtree(folder)  # finished, but its weights were deleted and are needed again
         for name, stage in stages_of(config, self.data).items():
             share_stage(folder, name, self.train(stage, seed, name))
+        if not self.keep:
+            make_folder(folder)
+            (folder / NOT_KEPT).touch()
         train(config, self.data, folder, seed=seed, resume=True, device=self.device, as_stage=as_stage)
         return folder
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The test metrics and predictions of a run; empty if there are none.
+
+    Of an older version, the predictions are in ``evaluate``'s file alone, which is another data set's by now if the
+    run was kept and evaluated there: then it does not have the same accuracy.
+    """
+    found = read_json(folder / RESULT)
+    if not found or isinstance(found.get("predictions"), dict):
+        return found
+    said = predictions(folder)
+    right = [true == answer for true, answer in zip(said["truth"], said["predicted"], strict=True)]
+    same = len(right) == found["n"] and math.isclose(sum(right) / len(right), found["accuracy"])
+    return found | {"predictions": said} if same else {}
 
 
 def predictions(folder: Path) -> dict[str, list[Any]]:

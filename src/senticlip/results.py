@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from senticlip.files import disk, write_text
 from senticlip.layout import Block, as_html, as_markdown, latex_table
 from senticlip.pages import signed
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
-from senticlip.tables import Table, digest, notes
+from senticlip.tables import Asked, Table, digest, notes
 
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
 SCORES = {"mae": "MAE", "corr": "Corr"}
 """Of a model that gives a score; no per cent."""
-WORDS = {"M": "the joint label M", "T": "the text's own label T", "V": "the video's own label V"}
+WORDS = {"M": "the joint label M"} | {
+    label: f"the {of}'s own label {label}" for label, of in {"T": "text", "A": "sound", "V": "video"}.items()
+}
 DAGGER = "†"
 COLORS = ("#c8553d", "#9aa3ad", "#2a8c82")
 """Of negative, neutral, positive on every page (templates/explain.css)."""
@@ -30,9 +33,9 @@ COLORS = ("#c8553d", "#9aa3ad", "#2a8c82")
 def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]], seeds: int) -> dict[str, Any]:
     """Results by (digest of the config, seed) → for each table and target: rows of means, and their comparisons.
 
-    Each row gives ``runs`` (seed → metrics), ``scores`` (metric → mean and std), ``versus`` (the paired bootstrap of
-    reference − row over the pooled seeds, clips drawn whole), ``errors`` (seed → why it did not run) and ``random``
-    (an encoder is frozen with random weights).
+    Each row gives ``runs`` (seed → metrics), ``seeds`` (how many of them), ``scores`` (metric → mean and std),
+    ``versus`` (the paired bootstrap of reference − row over the pooled seeds, clips drawn whole), ``errors`` (seed →
+    why it did not run) and ``random`` (an encoder is frozen with random weights).
     """
     found: dict[str, Any] = {}
     for table in tables:
@@ -47,6 +50,7 @@ def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]],
                     "paper": row.paper,
                     "random": _random(config),
                     "runs": good,
+                    "seeds": len(good),
                     "errors": {seed: run["error"] for seed, run in runs.items() if "error" in run},
                     "scores": spread(list(good.values())),
                 }
@@ -121,15 +125,7 @@ def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
     return {"label": LABELS[most], **{name: found[name] for name in ("accuracy", "macro_f1", "n")}}
 
 
-def write(
-    out: Path,
-    tables: list[Table],
-    found: dict[str, Any],
-    splits: list[list[Clip]],
-    preset: str,
-    protocol: str,
-    data: str,
-) -> Path:
+def write(out: Path, tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> Path:
     """Write ``results.json``, ``report.md``, ``labels.svg``, ``tables.tex`` and ``report.html``; the page's path.
 
     ``splits``: the data set as each seed divides it.
@@ -143,35 +139,30 @@ def write(
         }
         for number, by_target in found.items()
     }
-    record = {"preset": preset, "protocol": protocol, "seeds": len(splits), "data": data, "tables": kept}
+    said = {"preset": asked.preset, "changed": asked.changes, "protocol": asked.config.protocol, "data": asked.data}
+    record = {**said, "seeds": len(splits), "tables": kept}
     write_text(out / "results.json", json.dumps(record, ensure_ascii=False, indent=1))
     write_text(out / "labels.svg", label_figure(splits[0]))
-    write_text(out / "tables.tex", in_latex(tables, found))
-    blocks = story(tables, found, splits, preset, protocol, data)
+    write_text(out / "tables.tex", in_latex(tables, found, len(splits), asked))
+    blocks = story(tables, found, splits, asked)
     write_text(out / "report.md", as_markdown(blocks))
     write_text(out / "report.html", as_html(blocks, out))
     return out / "report.html"
 
 
-def story(
-    tables: list[Table],
-    found: dict[str, Any],
-    splits: list[list[Clip]],
-    preset: str,
-    protocol: str,
-    data: str,
-) -> list[Block]:
+def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> list[Block]:
     """The report as blocks, in reading order."""
-    seeds, sizes = len(splits), Counter(clip.split for clip in splits[0])
+    sizes, target = Counter(clip.split for clip in splits[0]), asked.config.target
     drawn = len({tuple(clip.split for clip in clips) for clips in splits}) > 1
     first = " (those of seed 0; each seed draws its own)" if drawn else ""
-    bases = [majority(clips) for clips in (splits if drawn else splits[:1])]
+    bases = [majority(clips, target) for clips in (splits if drawn else splits[:1])]
     base, scores = bases[0], spread(bases)
+    judge = f", judged by {WORDS[target]}" if target != "M" else ""
     blocks: list[Block] = [
         ("#", "The tables of CLIP-CA-MSA, run again"),
         (
             "p",
-            f"Data “{Path(data).name}”, preset {preset}, protocol {protocol}, {seeds} seed(s); "
+            f"{asked.told(len(splits))}; "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
             + f"{first}. Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on "
             "valid; the paper's number and ours minus the paper's in brackets. The paper's numbers are from CH-SIMS.",
@@ -179,7 +170,7 @@ def story(
         (
             "p",
             f"Majority baseline: always answering “{base['label']}” scores {_shown(scores['accuracy'], drawn)} "
-            f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips).",
+            f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips){judge}.",
         ),
         ("figure", ("labels.svg", f"Classes by split and label{first} (the paper's Fig. 4)")),
         ("p", "Labels: M is the joint one of a clip; T, A and V are those of its text, sound and video by themselves."),
@@ -192,20 +183,21 @@ def story(
         ),
     ]
     for table in tables:
-        blocks += _table_blocks(table, found[table.number], seeds)
+        blocks += _table_blocks(table, found[table.number], len(splits), asked.own(table))
     blocks += [("##", "Notes on the paper's numbers"), *[("li", note) for note in notes()]]
     return [*blocks, ("p", "The same tables in LaTeX: tables.tex, beside this report.")]
 
 
-def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int) -> list[Block]:
+def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequence[str] = ()) -> list[Block]:
     reads = {"+".join(SURFACE[m] for m in config.modalities) for row in table.rows for config in row.configs.values()}
     blocks: list[Block] = [
         ("##", f"Table {table.number}. {table.title}"),
         ("p", f"The paper: {table.claim} Here the rows read {' or '.join(sorted(reads))}. Δ: {table.reference} − row."),
     ]
+    blocks += [("p", sentence) for sentence in own]
     for target, rows in by_target.items():
-        if len(by_target) > 1:
-            blocks.append(("p", f"Judged by {WORDS.get(target, target)}:"))
+        if {*by_target} != {"M"}:
+            blocks.append(("p", f"Judged by {WORDS[target]}:"))
         columns = columns_of(rows)
         header = ["", *columns.values(), "Δ Acc", "Δ macro F1"]
         lines = [_line(name, entry, columns) for name, entry in rows.items()]
@@ -247,23 +239,29 @@ def _shown(score: dict[str, float], several: bool, metric: str = "") -> str:
     return f"{mean} ± {deviation}" if several else mean
 
 
-def in_latex(tables: list[Table], found: dict[str, Any]) -> str:
+def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Asked) -> str:
     """The tables in LaTeX: mean ± std, the best of a column bold."""
     parts = [
-        r"% \usepackage{booktabs}; names in Chinese want XeLaTeX and \usepackage{ctex}. Per cent; MAE and Corr not."
+        r"% \usepackage{booktabs}; names in Chinese want XeLaTeX and \usepackage{ctex}. Per cent; MAE and Corr not.",
+        f"% {' '.join(asked.told(seeds).split())}.",
     ]
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     for table in tables:
+        parts += [f"% {sentence}" for sentence in asked.own(table)]
         for target, rows in found[table.number].items():
             columns = columns_of(rows)
             plain = [_line(name, entry | {"paper": {}}, columns)[: 1 + len(columns)] for name, entry in rows.items()]
-            caption = f"{table.title}, judged by {WORDS.get(target, target)}"
+            chance = f"; {DAGGER} random weights" if any(entry["random"] for entry in rows.values()) else ""
+            caption = f"{table.title}, judged by {WORDS[target]}; {over}{chance}"
             label = f"tab:{table.number}-{target}"
             parts.append(latex_table(caption, label, ["", *columns.values()], plain, best(rows)))
     return "\n\n".join(parts) + "\n"
 
 
 def _line(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str]:
-    cells = [f"{name} {DAGGER}" if entry["random"] else name]
+    of = len(entry["runs"]) + len(entry["errors"])
+    fewer = f" ({len(entry['runs'])} of {of} seeds)" if entry["runs"] and entry["errors"] else ""
+    cells = [f"{name}{f' {DAGGER}' if entry['random'] else ''}{fewer}"]
     for metric in columns:
         if metric not in entry["scores"]:
             cells.append("—")

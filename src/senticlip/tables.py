@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from senticlip import config as configs
 from senticlip.config import Config
@@ -33,6 +32,36 @@ class Table(NamedTuple):
     claim: str
     reference: str
     rows: list[Row]
+
+
+class Asked(NamedTuple):
+    """What was run: the preset, the ``KEY=VALUE`` changes that gave ``config``, the data set."""
+
+    config: Config
+    preset: str
+    changes: list[str]
+    data: str
+
+    def told(self, seeds: int) -> str:
+        """As the report begins."""
+        changed = f" (changed: {', '.join(self.changes)})" if self.changes else ""
+        told = f"preset {self.preset}{changed}, protocol {self.config.protocol}, {seeds} seed(s)"
+        return f"Data “{Path(self.data).name}”, {told}"
+
+    def own(self, table: Table) -> list[str]:
+        """Which rows keep their own value of a key that was changed, in sentences.
+
+        What a row reads and which label judges it is left out: the table says it.
+        """
+        told = []
+        for key in configs.dotted(configs.parse_overrides(self.changes)):
+            if key.split(".")[0] in ("stages", "options", "modalities", "target"):
+                continue
+            value = attrgetter(key)
+            mine = value(self.config)
+            if names := [row.name for row in table.rows if any(value(c) != mine for c in row.configs.values())]:
+                told.append(f"The change of {key} does not reach {', '.join(names)}: what is their own stays.")
+        return told
 
 
 def load_preset(name: str, overrides: list[str] | None = None) -> Config:
@@ -70,18 +99,19 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
 
     Args:
         preset: the full model; a row changes it.
-        numbers: which tables, all by default.
+        numbers: which tables; None: all.
         labels: the labels that the data set has (M, T, A, V).
         random: build the encoders that the preset does not bring with random weights.
 
     Raises:
-        UsageError: no table of that number.
+        UsageError: no table of that number, or no number.
     """
-    data = yaml.safe_load((EXPERIMENTS / "tables.yaml").read_text(encoding="utf-8"))
-    chosen = numbers or list(data["tables"])
+    data = configs.read(EXPERIMENTS / "tables.yaml")
+    chosen = list(dict.fromkeys(data["tables"] if numbers is None else numbers))
     unknown = [number for number in chosen if number not in data["tables"]]
-    if unknown:
-        raise UsageError(f"--tables {','.join(unknown)}: the paper has Tables {', '.join(data['tables'])}")
+    if unknown or not chosen:
+        told = ",".join(unknown) or "without a number"
+        raise UsageError(f"--tables {told}: the paper has Tables {', '.join(data['tables'])}")
     tables = []
     for number in chosen:
         table = data["tables"][number]
@@ -96,14 +126,12 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
 
 def notes() -> list[str]:
     """The paper's own inconsistencies, to be read with its numbers."""
-    return yaml.safe_load((EXPERIMENTS / "tables.yaml").read_text(encoding="utf-8"))["notes"]
+    return configs.read(EXPERIMENTS / "tables.yaml")["notes"]
 
 
 def row_changes(file: str | None) -> dict[str, Any]:
     """The keys that a row's YAML changes, dotted."""
-    if file is None:
-        return {}
-    return configs.dotted(yaml.safe_load((EXPERIMENTS / file).read_text(encoding="utf-8")))
+    return configs.dotted(configs.read(EXPERIMENTS / file)) if file else {}
 
 
 def row_configs(
