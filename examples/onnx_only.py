@@ -124,6 +124,8 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
     if not any(mask.any() for name, mask in feed.items() if name.endswith("_mask")):
         raise SystemExit(f"{model}: nothing to read — give it a video, --text or both")
     log_probs = session.run(["log_probs"], feed)[0][0]
+    if np.isnan(log_probs).any():
+        raise SystemExit(f"{model}: its answer is NaN, its weights are broken — export it again")
     return {label: float(p) for label, p in zip(about["labels"], np.exp(log_probs), strict=True)}
 
 

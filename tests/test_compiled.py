@@ -210,6 +210,16 @@ def test_without_openvino(run, monkeypatch):
         senticlip.load(run, "cpu", "int8")
 
 
+def test_twins_that_another_holds_are_one_line(run, tmp_path, monkeypatch):
+    def busy(*_):
+        raise OSError(16, "Device or resource busy")
+
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("openvino"))
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(UserError, match=r"openvino: cannot be replaced \(Device or resource busy\) — remove"):
+        senticlip.load(tmp_path / "run", "cpu", "bf16")
+
+
 def test_nothing_is_told_to_openvinos_makers(tmp_path):
     """Its import keeps an id for Google Analytics at home, and sends it."""
     script = "from senticlip.compiled import capabilities; assert 'FP32' in capabilities()"

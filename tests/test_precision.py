@@ -194,6 +194,17 @@ def test_weights_of_int8_are_those_that_do_not_overflow(tmp_path, monkeypatch, m
     assert quantize.weight_type() == expected
 
 
+def test_what_is_no_number_is_not_hidden_by_what_is_compiled(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("precision.json", "openvino"))
+    path = tmp_path / "run" / "model.safetensors"
+    weights = load_file(path)
+    next(weight for name, weight in weights.items() if name.startswith("encoders.vision"))[:] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    for precision in ("bf16", "int8"):
+        with pytest.raises(UserError, match="run: its answers are NaN, its weights are broken"):
+            senticlip.load(tmp_path / "run", "cpu", precision)
+
+
 def test_errors(run):
     with pytest.raises(UsageError, match=", ".join(PRECISIONS)):
         senticlip.load(run, "cpu", "fp8")

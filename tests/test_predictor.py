@@ -168,6 +168,16 @@ def test_what_a_table_brings_is_no_silent_answer(place):
     predictor, video = load(place / "run", "cpu"), place / "dark.mp4"
     with pytest.raises(UsageError, match="b: nan is no text — give a string, or None"):  # pandas' empty cell
         list(predictor.predict([Clip("a", video, "好"), Clip("b", video, float("nan"))]))
+    assert predictor("", "好") == predictor(None, "好")
+    assert predictor.batch([Clip("a", "", "好")]).modalities["vision"].mask.sum() == 0  # what pandas reads as ""
+    for clips, said in (
+        ([Clip("b", float("nan"), "好")], "b: nan is no path — give one, or None"),
+        ([Clip("b", video, None, start="1")], "a piece from '1' to None s — give finite times"),
+        ([str(video)], "dark.mp4': is no clip — give senticlip.structures.Clip"),
+        ([], "batch: no clip was given"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            predictor.batch(clips)
     with pytest.raises(UsageError, match="batch_size: 0"):
         list(predictor.predict([Clip("a", video, "好")], batch_size=0))
 

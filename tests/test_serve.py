@@ -94,7 +94,7 @@ def test_the_explanation_is_the_page_of_explain(place, predictor, left):
     answer = TestClient(app(predictor, "run")).post("/explain", files=video(place), data={"text": TEXT})
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/html")
-    assert f"“{TEXT}”" in answer.text
+    assert f"“<bdi>{TEXT}</bdi>”" in answer.text
     assert "我的.MP4" in answer.text
     assert answer.text.count("<figure>") == 2
     assert not list(left.iterdir())

@@ -195,11 +195,11 @@ class Worker:
     """Holds a model and answers parts; each Ray Data actor has one."""
 
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
-        self.job, self.out, self.root = job, Path(job["out"]), Path(job["root"])
+        self.job, self.out, self.root, self.place = job, *(Path(job[key]) for key in ("out", "root", "parts"))
         if threads:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # before load: onnxruntime and OpenVINO keep their threads
         self.lines = lru_cache(8)(subtitles.read)  # the rows of a film follow each other
-        self.parts = pq.ParquetFile(Path(job["parts"]).open("rb"), page_checksum_verification=True)
+        self.parts = pq.ParquetFile(self.place.open("rb"), page_checksum_verification=True)
 
     @cached_property
     def predictor(self) -> Any:
@@ -238,8 +238,8 @@ class Worker:
         try:
             return self.parts.read_row_group(number).to_pylist()
         except (OSError, pa.ArrowInvalid):
-            Path(self.job["parts"]).unlink(missing_ok=True)  # it is cut again
-            raise UserError(f"{self.job['parts']}: was damaged — run the same command again") from None
+            self.place.unlink(missing_ok=True)  # it is cut again
+            raise UserError(f"{self.place}: was damaged — run the same command again") from None
 
     def _clips(self, rows: list[dict[str, Any]]) -> dict[int, Clip]:
         """The rows that name something to read, by their places."""
@@ -328,8 +328,8 @@ def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: 
         told = f"--address {address}: the Ray cluster refuses the connection ({reason}) — one that asks for a token"
         raise UserError(f"{told} needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token") from None
     except ray.exceptions.RayError as error:
-        told = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
-        kind, line = told[-1] if told else ("User", f"a worker failed: {' '.join(str(error).split())[-300:]}")
+        said = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
+        kind, line = said[-1] if said else ("User", f"a worker failed: {' '.join(str(error).split())[-300:]}")
         raise (UserError if kind == "User" else UsageError)(line) from None
     finally:
         if own:

@@ -130,7 +130,11 @@ def make(model: Any, folder: Path, weights: str) -> None:
                 raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave --precision out") from error
         (whole / "of.txt").write_text(f"{FORMAT} {weights}")
         shutil.rmtree(place, ignore_errors=True)
-        os.replace(whole, place)
+        try:
+            os.replace(whole, place)
+        except OSError as error:
+            told = f"{place}: cannot be replaced ({error.strerror})"
+            raise UserError(f"{told} — remove this folder, or leave --precision out") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from senticlip.checkpoint import as_probabilities, outputs, read_metrics, rows_d
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.files import write_text
-from senticlip.predictor import Predictor, are_numbers
+from senticlip.predictor import Predictor
 from senticlip.progress import console
 from senticlip.sources import clip_set
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageError, UserError, polarity
@@ -74,7 +74,7 @@ def _answers(
         raise UserError(f"{data}: no clip of {split} has a label {target}")
     rows = clip_set(clips, predictor.model, predictor.tokenizer, data=data)
     output = outputs(predictor.model, rows)
-    if broken := [clip.id for clip, good in zip(clips, are_numbers(output), strict=True) if not good]:
+    if broken := [clip.id for clip, good in zip(clips, output.are_numbers(), strict=True) if not good]:
         told = f"{len(broken)} of {len(clips)} answers are NaN, the first for {broken[0]}"
         raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
     _tell_changed_rows(Path(run), data, config)

@@ -37,7 +37,8 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     into ``RUN/openvino`` (or the cache, if RUN is read-only). int8 is for CPUs, wherever the model was.
 
     Raises:
-        UsageError: a model without an encoder; on a CPU without OpenVINO. UserError: an encoder cannot be compiled.
+        UsageError: a model without an encoder; on a CPU without OpenVINO. UserError: an encoder cannot be compiled;
+            answers are NaN.
     """
     if not model.encoders:
         raise UsageError(f"--precision {precision}: {run} reads feature files, it has no encoder to compute in less")
@@ -47,6 +48,8 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     known, name = _measured(place, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"
     batch = probe(model, model.experiment)
     before = None if name in known else _answer(model, batch)
+    if before is not None and not before.are_numbers().all():  # what is compiled may hide it: OpenVINO's max drops NaN
+        raise UserError(f"{run}: its answers are NaN, its weights are broken — train it, or copy it again")
     model = _to_bf16(model) if on_gpu else _compiled(model, run, weights, precision)
     if before is not None:
         known[name] = disagreement([(before, _answer(model, batch))])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from math import isfinite
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -20,13 +22,6 @@ from senticlip.models.base import SentimentModel, run_folder
 from senticlip.precision import PRECISIONS, lowered
 from senticlip.sources import hears
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError, UserError, spoken
-
-
-def are_numbers(output: Output) -> torch.Tensor:
-    """Which rows of an output are free of NaN, B bool (argmax would take a row of NaN for the first class)."""
-    said = output.score if output.score is not None else output.log_probs
-    assert said is not None
-    return ~said.isnan().reshape(len(said), -1).any(1)
 
 
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
@@ -82,12 +77,13 @@ class Predictor:
         start: float | None = None,
         end: float | None = None,
     ) -> Prediction:
-        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text counts as missing.
+        """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text or path counts as missing.
 
         Raises:
             UsageError: nothing that this model reads was given. UserError: the video cannot be read.
         """
-        return next(self.predict([Clip("", None if video is None else Path(video), text, start=start, end=end)]))
+        path: Any = video  # batch makes it one
+        return next(self.predict([Clip("", path, text, start=start, end=end)]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
         """Yield the prediction of each clip, in order, computed ``batch_size`` at a time.
@@ -115,14 +111,12 @@ class Predictor:
             listen: as ``data.audio.read_audio``; likewise.
 
         Raises:
-            UsageError: a clip has nothing that this model reads. UserError: a video cannot be read.
+            UsageError: no clip, or what is none; a clip has nothing that this model reads. UserError: a video cannot be
+                read.
         """
-        for clip in clips:
-            if not isinstance(clip.text, str | None):  # pandas has NaN where a cell is empty
-                raise UsageError(f"{clip.id or 'clip'}: {clip.text!r} is no text — give a string, or None for none")
-            if not np.isfinite([clip.start or 0.0, clip.end or 0.0]).all():
-                raise UsageError(f"{clip.video}: a piece from {clip.start} to {clip.end} s — give finite times")
-        clips = [clip._replace(text=spoken(clip.text)) for clip in clips]
+        if not clips:
+            raise UsageError("batch: no clip was given — give at least one")
+        clips = [_checked(clip) for clip in clips]
         stores: dict[str, Rows] = {}
         if "text" in self.model.encoders:
             ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
@@ -169,7 +163,7 @@ class Predictor:
         Raises:
             UserError: the output has NaN.
         """
-        if not are_numbers(output).all():
+        if not output.are_numbers().all():
             raise UserError("the model's answer is NaN — its weights are broken: train it, or copy it again")
         if output.score is not None:
             scores = output.score.float().cpu().numpy()
@@ -192,3 +186,17 @@ class Predictor:
                 )
             )
         return answers
+
+
+def _checked(clip: Clip) -> Clip:
+    """The clip, a blank text or path as None (pandas has NaN where a cell is empty)."""
+    if not isinstance(clip, Clip):
+        raise UsageError(f"{clip!r}: is no clip — give senticlip.structures.Clip(id, video, text)")
+    name = clip.id or "clip"
+    if not isinstance(clip.text, str | None):
+        raise UsageError(f"{name}: {clip.text!r} is no text — give a string, or None for none")
+    if not isinstance(clip.video, str | PathLike | None):
+        raise UsageError(f"{name}: {clip.video!r} is no path — give one, or None for none")
+    if not all(time is None or (isinstance(time, SupportsFloat) and isfinite(time)) for time in (clip.start, clip.end)):
+        raise UsageError(f"{clip.video}: a piece from {clip.start!r} to {clip.end!r} s — give finite times")
+    return clip._replace(text=spoken(clip.text), video=Path(clip.video) if clip.video else None)

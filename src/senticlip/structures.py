@@ -124,6 +124,12 @@ class Output(NamedTuple):
     features: dict[str, Tensor] = {}
     alone: dict[str, Tensor] = {}
 
+    def are_numbers(self) -> Tensor:
+        """Which rows are free of NaN, B bool (argmax would take a row of NaN for the first class)."""
+        said = self.score if self.score is not None else self.log_probs
+        assert said is not None
+        return ~said.isnan().reshape(len(said), -1).any(1)
+
 
 class Prediction(NamedTuple):
     """The answer for one clip, as ``senticlip predict --json`` prints it (surface names: text, video, audio).
