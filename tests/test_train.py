@@ -103,6 +103,22 @@ def test_a_run_of_other_parts_is_no_start(place, tmp_path):
     assert_same(kept, weights(tmp_path / "words"))
 
 
+def test_a_start_has_not_learned_what_judges_it(place, tmp_path):
+    """Another seed draws another tenth."""
+    table = tmp_path / "own.csv"
+    rows = [f"{clip.video},{clip.text},{clip.labels['M']}" for clip in read_clips(place / "data")]
+    table.write_text("\n".join(["path,text,label", *rows]), encoding="utf-8")
+    words = settings(place, **{"modalities": ["text"], "train.epochs": 1})
+    train(words, table, tmp_path / "words")
+    again = words.override({"start": str(tmp_path / "words"), "seed": 1})
+    learned = {clip.id for clip in read_clips(table, "train", seed=0)}
+    judges = [clip.id for split in ("valid", "test") for clip in read_clips(table, split, seed=1)]
+    told = f"has learned {len(learned.intersection(judges))} of the {len(judges)} clips of valid and test"
+    with pytest.raises(UsageError, match=f"{told} — --set protocol=official --set seed=0"):
+        train(again, table, tmp_path / "again")
+    train(again.override({"seed": 0}), table, tmp_path / "again")
+
+
 def test_the_seed_decides_every_bit(place, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(settings(place, dropout=0.2), place / "data", tmp_path / name, seed)
@@ -145,6 +161,19 @@ def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path, capsys
     assert capsys.readouterr().err.count(told) == 1
     learned = json.loads((tmp_path / "run" / "stages" / "text" / "metrics.json").read_text())["experiment"]
     assert (learned["target"], learned["modalities"]) == ("M", ["text"])
+
+
+def test_labels_that_no_score_can_hit_are_told(place, tmp_path, capsys):
+    table = tmp_path / "own.csv"
+    rows = [
+        f"{c.video},{c.text},{c.labels['M'] / 15 if c.split == 'train' else 0.5},{c.split}"
+        for c in read_clips(place / "data")
+    ]
+    table.write_text("\n".join(["path,text,label,split", *rows]), encoding="utf-8")
+    for model, count in (("lmf", 1), ("clip_ca_msa", 0)):  # a score, and classes
+        train(settings(place, model=model, **{"train.epochs": 1}), table, tmp_path / model)
+        told = capsys.readouterr().err
+        assert told.count("8 labels M lie between -0.1 and 0.1 and are not 0: a score so small is neutral") == count
 
 
 def test_the_encoder_of_a_stage_is_the_one_of_the_run(place, tmp_path, capsys):

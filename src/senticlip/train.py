@@ -12,17 +12,18 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from senticlip import runtime
-from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, origin, save_run
+from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, origin, read_json, save_run
 from senticlip.config import FROM_FILE, Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
 from senticlip.fit import fit
+from senticlip.metrics import ACC_3_BINS
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.progress import announce, console
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import OWN_LABEL, UsageError, UserError
+from senticlip.structures import LABELS, OWN_LABEL, UsageError, UserError
 
 
 def train(
@@ -51,8 +52,9 @@ def train(
         ``{"best_epoch": …, "valid": {…}, "seconds": …, "history": […]}``
 
     Raises:
-        UsageError: no such data, device or encoder. UserError: no clip has the label; the disk is full; ``out`` holds
-            another run (with ``resume``); another process trains there.
+        UsageError: no such data, device or encoder; ``start`` has learned clips of this valid or test. UserError: no
+            clip has the label; the disk is full; ``out`` holds another run (with ``resume``); another process trains
+            there.
     """
     started = time.monotonic()
     runtime.setup()
@@ -67,13 +69,14 @@ def train(
         if first:
             begin(out, mine, resume)
         stages = stages_of(config, data)
+        _check_start(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
         _check_sizes(model, stages)
         for each in (config, *stages.values()):
             _share(each)  # told now, not when its turn comes
         if first and not as_stage:
-            _tell_missing_labels(config, data, stages)
+            _tell_labels(config, data, stages, model)
         if stages and first:
             announce({**stages, "all together": config})
         for name, stage in stages.items():
@@ -109,6 +112,23 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
 
+def _check_start(config: Config, data: str | Path) -> None:
+    """The RUN that the training starts from must not have learned what judges it: each seed may draw its own split.
+
+    Raises:
+        UsageError: it has.
+    """
+    record = read_json(Path(config.start) / "metrics.json") if config.start else {}
+    if "data" not in record or Path(record["data"]).resolve() != Path(data).resolve():
+        return
+    before = Config().to_dict() | record["experiment"]
+    learned = {clip.id for clip in read_clips(data, "train", before["protocol"], before["seed"])}
+    judges = [clip for clip in read_clips(data, None, config.protocol, config.seed) if clip.split != "train"]
+    if known := sum(clip.id in learned for clip in judges):
+        told = f"start: {config.start} has learned {known} of the {len(judges)} clips of valid and test"
+        raise UsageError(f"{told} — --set protocol={before['protocol']} --set seed={before['seed']}")
+
+
 def _check_sizes(model: SentimentModel, stages: dict[str, Config]) -> None:
     """A network that knows its frames' positions can be taken over from a stage with frames of the same size alone.
 
@@ -130,8 +150,8 @@ def _labels(config: Config, data: str | Path) -> set[str]:
     return {label for clip in read_clips(data, None, config.protocol, config.seed) for label in clip.labels}
 
 
-def _tell_missing_labels(config: Config, data: str | Path, stages: dict[str, Config]) -> None:
-    """Say what of the experiment needs the modalities' own labels, where the data has none."""
+def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], model: SentimentModel) -> None:
+    """Say what needs the modalities' own labels, where the data has none, and which labels no score can hit."""
     missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(config, data))
     told = [f"stage {name} learns {stage.target}" for name, stage in stages.items() if stage != config.stage(name)]
     hears = "audio" in config.modalities
@@ -143,6 +163,11 @@ def _tell_missing_labels(config: Config, data: str | Path, stages: dict[str, Con
     told += [f"{key} changes nothing without it" for key, lacks in needs.items() if lacks]
     if told:
         console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(told)}", soft_wrap=True, highlight=False)
+    clips = read_clips(data, None, config.protocol, config.seed)
+    small = sum(0 < abs(clip.labels.get(config.target, 0.0)) <= ACC_3_BINS[1] for clip in clips)
+    if small and getattr(model.network, "outputs", len(LABELS)) == 1:
+        lie = f"{small} labels {config.target} lie between -0.1 and 0.1 and are not 0"
+        console.print(f"{data}: {lie}: a score so small is neutral, they are not", soft_wrap=True, highlight=False)
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
