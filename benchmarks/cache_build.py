@@ -25,7 +25,7 @@ def run(quick: bool) -> None:
     torch.manual_seed(0)
     model = create_model(paper.config("frozen").override({"prompt": "none"})).eval().requires_grad_(False)
     text, vision = model.encoders["text"], model.encoders["vision"]
-    tokenizer, peer = load_tokenizer(None), processor()
+    model.tokenizer, peer = load_tokenizer(None), processor()
     number = itertools.count()
     with timing.folder() as folder, torch.inference_mode():
         paths = [timing.make_video(folder / f"{i}.mp4", 640, 360, 3, seed=i) for i in range(count)]
@@ -34,14 +34,14 @@ def run(quick: bool) -> None:
         def naive() -> tuple[np.ndarray, np.ndarray]:
             words, faces = [], []
             for clip, path in zip(clips, paths, strict=True):
-                ids, mask = tokenize(tokenizer, [clip.text], model.experiment.text.max_length)
+                ids, mask = tokenize(model.tokenizer, [clip.text], model.experiment.text.max_length)
                 words.append(text(Sequence(ids, mask)).values[0])
                 frames = through_pil(peer, read_all(path))
                 faces.append(torch.cat([paper.naive_images(vision, frame[None]) for frame in frames]))
             return torch.stack(words).numpy(), torch.stack(faces).numpy()
 
         def ours() -> tuple[np.ndarray, np.ndarray]:
-            found = clip_set(clips, model, tokenizer, folder / f"cache-{next(number)}")
+            found = clip_set(clips, model, folder / f"cache-{next(number)}")
             return tuple(found.stores[name].gather(np.arange(count))[0] for name in ("text", "vision"))
 
         pixels = torch.zeros(count, 6, 3, 224, 224, dtype=torch.uint8)

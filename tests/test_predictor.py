@@ -54,7 +54,7 @@ def test_answers_are_those_of_evaluation(place, tmp_path):
         Clip("c", None, "天气很好"),
         Clip("d", place / "dark.mp4", None),
     ]
-    rows = clip_set(clips, predictor.model, predictor.tokenizer, tmp_path / "cache")
+    rows = clip_set(clips, predictor.model, tmp_path / "cache")
     wanted = outputs(predictor.model, rows).log_probs.exp().numpy()
     found = list(predictor.predict(clips, batch_size=3))
     np.testing.assert_allclose([probabilities(p) for p in found], wanted, atol=1e-5)
@@ -74,7 +74,7 @@ def test_cutaways_are_dropped_in_evaluation_and_in_answers_alike(place, tmp_path
         changes = {"vision.frames": 6, "vision.train": train, "vision.cutaways": cutaways}
         create_model(config(place, ["vision"], **changes)).save_pretrained(tmp_path / cutaways)
         predictor = Predictor(tmp_path / cutaways, "cpu")
-        rows = clip_set(clips, predictor.model, None, tmp_path / "cache")
+        rows = clip_set(clips, predictor.model, tmp_path / "cache")
         found[cutaways] = outputs(predictor.model, rows).log_probs.exp().numpy()
         answers = [probabilities(p) for p in predictor.predict(clips)]
         np.testing.assert_allclose(answers, found[cutaways], atol=1e-5)
@@ -97,7 +97,7 @@ def test_a_modality_says_alone_what_the_model_says_when_given_no_other(place):
 def test_sound_is_heard_as_in_training(place, tmp_path, model):
     predictor = load(place / model, "cpu")
     clips = [Clip("a", place / "low.wav", "好"), Clip("b", place / "high.wav", "天气很好"), Clip("c", None, "好")]
-    rows = clip_set(clips, predictor.model, predictor.tokenizer, tmp_path / "cache", data=tmp_path)
+    rows = clip_set(clips, predictor.model, tmp_path / "cache", data=tmp_path)
     batch = predictor.batch(clips)
     for name, sequence in batch.modalities.items():
         values, mask = rows.stores[name].gather(np.arange(3))

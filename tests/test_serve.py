@@ -64,7 +64,7 @@ class Said:
 
     def __init__(self, label, first=lambda: None):
         self.label, self.first = label, first
-        self.model, self.config = SimpleNamespace(encoders={"text": 0}), Config(modalities=["text"])
+        self.model = SimpleNamespace(encoders={"text": 0}, experiment=Config(modalities=["text"]))
 
     def __call__(self, path, text):
         self.first()
@@ -391,7 +391,8 @@ def test_a_running_answer_does_not_hold_the_end_up_and_leaves_no_upload(place, t
         from senticlip import config, serve
 
         class Slow:
-            model, config = types.SimpleNamespace(encoders={"vision": 0}), config.Config(modalities=["vision"])
+            experiment = config.Config(modalities=["vision"])
+            model = types.SimpleNamespace(encoders={"vision": 0}, experiment=experiment)
 
             def __call__(self, path, text):
                 time.sleep(60)

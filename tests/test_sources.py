@@ -28,7 +28,7 @@ def read(tmp_path):
         torch.manual_seed(0)
         model = create_model(config.override({"vision.train": "frozen"}), {})
         model.encoders["vision"].register_forward_hook(lambda *_: runs.append((frames, size)))
-        store = clip_set([clip], model, None, tmp_path / "cache").stores["vision"]
+        store = clip_set([clip], model, tmp_path / "cache").stores["vision"]
         return store.gather(np.array([0]))[0][0]
 
     return features, runs
@@ -51,7 +51,7 @@ def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
     config = Config(modalities=["vision", "audio"], head="linear", width=8, heads=2).override(changes)
     model = create_model(config, {"audio": config.audio.bands})
     silent = [Clip("a", write_clip(tmp_path / "a.mp4", 90, 0))]
-    clip_set(silent, model, None, tmp_path / "cache", data="DIR")
+    clip_set(silent, model, tmp_path / "cache", data="DIR")
     assert "DIR: no audio in any of 1 clips: the model answers by the rest\n" in capsys.readouterr().err
 
 

@@ -412,7 +412,7 @@ def test_the_average_moves_within_the_bounds_of_s_and_is_kept(place, tmp_path):
     model = SentimentModel.from_pretrained(tmp_path / "run")
     assert 1 < max(abs(s.item()) for s in model.network.combine.s.values()) <= 5
     model.network.temperature.fill_(1)  # as it was while it was trained
-    clips = clip_set(read_clips(place / "data", "valid"), model, model.tokenizer, data=place / "data")
+    clips = clip_set(read_clips(place / "data", "valid"), model, data=place / "data")
     found = score(outputs(model, clips).log_probs.numpy(), clips.labels["M"])
     assert found["nll"] == pytest.approx(result["valid"]["nll"], abs=1e-5)
 
@@ -463,10 +463,10 @@ def test_the_logged_losses_are_means_over_the_rows(place):
     with torch.no_grad():
         whole = trainee(**inputs)
         parts = [trainee(**{name: value[rows] for name, value in inputs.items()}) for rows in (slice(3), slice(3, 5))]
-    assert trainee.logged == ["weight_text", "weight_vision", "loss_text", "loss_vision"]
-    for name in trainee.logged:
-        assert whole[name].shape == (5,)
-        assert torch.cat([part[name] for part in parts]).mean() == pytest.approx(float(whole[name].mean()), abs=1e-5)
+    assert list(whole["log"]) == ["weight_text", "weight_vision", "loss_text", "loss_vision"]
+    for name, rows in whole["log"].items():
+        assert rows.shape == (5,)
+        assert torch.cat([part["log"][name] for part in parts]).mean() == pytest.approx(float(rows.mean()), abs=1e-5)
 
 
 def test_every_part_learns_at_its_own_rate(place, tmp_path):

@@ -212,7 +212,7 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     said = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
     said += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
     say(options, "  ".join([prediction.label, *said]))
-    known = " and ".join(SURFACE[name] for name in reads(predictor.model, predictor.config))
+    known = " and ".join(SURFACE[name] for name in reads(predictor.model))
     for kind, is_left in (("video", options.video and known == "text"), ("text", options.text and "text" not in known)):
         if is_left:
             say(options, f"not read, since this model reads {known} alone: the {kind}")

@@ -72,7 +72,7 @@ def _answers(
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if target in clip.labels]
     if not clips:
         raise UserError(f"{data}: no clip of {split} has a label {target}")
-    rows = clip_set(clips, predictor.model, predictor.tokenizer, data=data)
+    rows = clip_set(clips, predictor.model, data=data)
     output = outputs(predictor.model, rows)
     if broken := [clip.id for clip, good in zip(clips, output.are_numbers(), strict=True) if not good]:
         told = f"{len(broken)} of {len(clips)} answers are NaN, the first for {broken[0]}"

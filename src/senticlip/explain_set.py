@@ -133,7 +133,7 @@ def answered(
 ) -> list[Answered]:
     """Predict each clip as it is, without each modality and given each alone; features come from the cache."""
     model, target = predictor.model, predictor.config.target
-    rows = clip_set(clips, model, predictor.tokenizer, data=data)
+    rows = clip_set(clips, model, data=data)
     found = []
     for begin in range(0, len(clips), size):
         chosen = list(range(begin, min(begin + size, len(clips))))
@@ -220,7 +220,7 @@ def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, 
     """Write the page of one error; none for a clip that lacks all that the model reads, nor of a model that reads
     feature files, since features cannot be shown."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
-    if row.blank or not set(predictor.config.modalities) <= set(reads(predictor.model, predictor.config)):
+    if row.blank or not set(predictor.config.modalities) <= set(reads(predictor.model)):
         return entry
     found = explanation(predictor, row.clip, method)
     write(found, folder / name)

@@ -49,7 +49,7 @@ class Graph(nn.Module):
     def __init__(self, model: SentimentModel) -> None:
         super().__init__()
         self.model = model
-        self.names = reads(model, model.experiment)
+        self.names = reads(model)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Encode every frame, also padded ones, which the fusion network ignores."""
@@ -114,7 +114,7 @@ def export(
     config = predictor.config
     # read first: an export takes minutes
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
-    if set(config.modalities) != set(reads(predictor.model, config)) or config.model != "clip_ca_msa":
+    if set(config.modalities) != set(reads(predictor.model)) or config.model != "clip_ca_msa":
         raise UsageError(f"{run}: only CLIP-CA-MSA that reads clips has an ONNX form (and int8), not this one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
     import onnx
 
     model, config = predictor.model, predictor.config
-    about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model, config)}
+    about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model)}
     about |= {"experiment": config.to_dict(), "temperature": model.network.temperature.tolist()}
     if "vision" in model.encoders:
         about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}

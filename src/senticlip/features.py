@@ -66,7 +66,7 @@ def features(
     if lost:
         raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split, a feature file needs both")
     model = model.to(runtime.device(device)).requires_grad_(False).eval()
-    found = clip_set(clips, model, model.tokenizer)
+    found = clip_set(clips, model)
     stores = {**found.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
     splits = {}
     for split in SPLITS:

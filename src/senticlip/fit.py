@@ -153,9 +153,8 @@ def fit(
         model.compile_encoders()
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
-        values, *more = prediction.predictions if trainee.logged else [prediction.predictions]
-        log = {name: float(rows.mean()) for name, rows in zip(trainee.logged, more, strict=True)}
-        return score(values, prediction.label_ids) | log
+        values, log = prediction.predictions
+        return score(values, prediction.label_ids) | {name: float(rows.mean()) for name, rows in log.items()}
 
     shown = EpochProgress(config)
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]

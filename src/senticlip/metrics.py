@@ -19,6 +19,9 @@ ACC_3_BINS = (-0.1, 0.1)
 ACC_5_BINS = (-0.7, -0.1, 0.1, 0.7)
 """MMSA's Acc-5 cuts."""
 
+SAMPLES, EDGES = 4000, (0.025, 0.975)
+"""Of a bootstrap: how many resamplings, and the quantiles between which its interval lies."""
+
 
 def score_class(score: ArrayLike, bins: tuple[float, ...] = ACC_3_BINS) -> NDArray[np.int64]:
     """The class of each score (clipped to [-1, 1]); an upper edge belongs to the class below it, as in MMSA.
@@ -141,9 +144,6 @@ def paired_bootstrap(
     second: ArrayLike,
     groups: ArrayLike | None = None,
     runs: ArrayLike | None = None,
-    samples: int = 4000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """How much better ``first`` is than ``second`` on the same rows.
 
@@ -154,24 +154,22 @@ def paired_bootstrap(
         groups: n ids; rows of one id are resampled together. With the answers of several seeds give the clips' ids, so
             that k answers about one clip do not count as k clips.
         runs: n indices from 0, the seed of each row; the difference is then the mean of the seeds' differences.
-        samples: the number of resamplings.
-        level: of the percentile interval.
-        seed: of the resampling.
 
     Returns:
-        For ``accuracy`` and ``macro_f1``: ``difference`` (first − second), ``low``, ``high`` and the two-sided ``p``:
-        twice the smaller share of resampled differences ≤ 0 or ≥ 0, with one added to count and total; at most 1.
+        For ``accuracy`` and ``macro_f1``: ``difference`` (first − second), ``low`` and ``high`` of the 95 % percentile
+        interval over SAMPLES resamplings, and the two-sided ``p``: twice the smaller share of resampled differences ≤ 0
+        or ≥ 0, with one added to count and total; at most 1.
     """
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
     table = _by_group([truth * classes + first, truth * classes + second], groups, runs)
-    drawn = from_confusion(_resample(table, samples, seed))
+    drawn = from_confusion(_resample(table))
     whole = from_confusion(table.sum(0).reshape(-1, classes, classes))
     result = {}
     for name in ("accuracy", "macro_f1"):
         differences = (drawn[name][:, ::2] - drawn[name][:, 1::2]).mean(1)
-        low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-        tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (samples + 1)
+        low, high = np.quantile(differences, EDGES)
+        tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (SAMPLES + 1)
         result[name] = {
             "difference": float((whole[name][::2] - whole[name][1::2]).mean()),
             "low": float(low),
@@ -181,20 +179,12 @@ def paired_bootstrap(
     return result
 
 
-def bootstrap_interval(
-    truth: ArrayLike,
-    predicted: ArrayLike,
-    groups: ArrayLike | None = None,
-    samples: int = 4000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """The percentile interval of ``accuracy`` and ``macro_f1``; arguments as in :func:`paired_bootstrap`."""
+def bootstrap_interval(truth: ArrayLike, predicted: ArrayLike) -> dict[str, tuple[float, float]]:
+    """The 95 % percentile interval of ``accuracy`` and ``macro_f1``; n class indices each."""
     classes = len(LABELS)
     cells = np.asarray(truth, dtype=np.int64) * classes + np.asarray(predicted, dtype=np.int64)
-    drawn = from_confusion(_resample(_by_group([cells], groups), samples, seed))
-    edges = [(1 - level) / 2, (1 + level) / 2]
-    low_high = {name: np.quantile(drawn[name][:, 0], edges) for name in ("accuracy", "macro_f1")}
+    drawn = from_confusion(_resample(_by_group([cells], None)))
+    low_high = {name: np.quantile(drawn[name][:, 0], EDGES) for name in ("accuracy", "macro_f1")}
     return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
 
 
@@ -212,15 +202,15 @@ def _by_group(
     return table
 
 
-def _resample(table: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.float64]:
-    """Confusion matrices samples×k×C×C of groups drawn with replacement (each drawn whole)."""
+def _resample(table: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Confusion matrices SAMPLES×k×C×C of groups drawn with replacement (each drawn whole)."""
     groups, systems, cells = table.shape
-    random, classes = np.random.default_rng(seed), round(cells**0.5)
+    random, classes = np.random.default_rng(0), round(cells**0.5)
     flat = table.reshape(groups, -1).astype(np.float64)
     step = max(1, 4_000_000 // max(groups, 1))  # keeps the drawn weights below 32 MB
-    sizes = [min(step, samples - start) for start in range(0, samples, step)]
+    sizes = [min(step, SAMPLES - start) for start in range(0, SAMPLES, step)]
     drawn = [random.multinomial(groups, np.full(groups, 1 / groups), size) @ flat for size in sizes]
-    return np.concatenate(drawn).reshape(samples, systems, classes, classes)
+    return np.concatenate(drawn).reshape(SAMPLES, systems, classes, classes)
 
 
 def _ratio(top: ArrayLike, bottom: ArrayLike) -> NDArray[np.float64]:

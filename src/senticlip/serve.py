@@ -156,7 +156,7 @@ def app(
     Raises:
         UsageError: a model that reads feature files.
     """
-    modalities = [SURFACE[modality] for modality in reads(predictor.model, predictor.config)]
+    modalities = [SURFACE[modality] for modality in reads(predictor.model)]
     if not modalities:
         raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart

@@ -45,9 +45,9 @@ def hears(config: Config) -> bool:
     return "audio" in config.modalities and FROM_FILE[0] not in others
 
 
-def reads(model: Any, config: Config) -> list[str]:
+def reads(model: Any) -> list[str]:
     """The modalities that a model (also an exported one) reads from clips, not from feature files."""
-    return [*model.encoders, *(["audio"] if hears(config) else [])]
+    return [*model.encoders, *(["audio"] if hears(model.experiment) else [])]
 
 
 def feature_rows(
@@ -90,14 +90,13 @@ def feature_widths(config: Config, data: str | Path) -> dict[str, int]:
 
 
 def clip_set(
-    clips: list[Clip], model: SentimentModel, tokenizer: Any, root: Path | None = None, data: str | Path | None = None
+    clips: list[Clip], model: SentimentModel, root: Path | None = None, data: str | Path | None = None
 ) -> ClipSet:
     """One split as the model reads it; the features of frozen encoders come from the cache.
 
     Args:
         clips: the split.
         model: on its device; its frozen encoders are run here on clips that are not in the cache.
-        tokenizer: of the text encoder (None without text).
         root: of the caches.
         data: the data set, for the modalities without an encoder.
 
@@ -110,7 +109,7 @@ def clip_set(
     if data is not None:
         stores = {name: rows for name, (rows, _) in feature_rows(config, clips, data, root).items()}
     if "text" in model.encoders:
-        ids, mask = tokenize(tokenizer, [clip.text for clip in clips], config.text.max_length)
+        ids, mask = tokenize(model.tokenizer, [clip.text for clip in clips], config.text.max_length)
         words = ArrayRows(ids.numpy(), mask.numpy())
 
         def ids_of(places: list[int]) -> Iterable[np.ndarray]:

@@ -174,7 +174,7 @@ def _split(data: str | Path, config: Config, split: str, model: SentimentModel) 
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
     if not clips:
         raise UserError(f"{data}: no clip of {split} has a label {config.target} — give the column or another target")
-    return clip_set(clips, model, model.tokenizer, data=data)
+    return clip_set(clips, model, data=data)
 
 
 def adopt(model: SentimentModel, stage: SentimentModel) -> None:

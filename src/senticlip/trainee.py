@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,12 @@ class Trainee(nn.Module):
 
     accepts_loss_kwargs = False
     steps: Tensor
-    logged: list[str]
 
     def __init__(self, model: SentimentModel) -> None:
         super().__init__()
         self.experiment, self.model = model.experiment, model
         self.average = copy.deepcopy(model).requires_grad_(False).eval() if model.experiment.train.ema else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.logged = []
 
     @torch.no_grad()
     def step_finished(self) -> None:
@@ -50,8 +49,8 @@ class Trainee(nn.Module):
             else:  # parameters: one pass over memory
                 mean.lerp_(value, 1 - decay)
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Loss and prediction (log-probabilities B×C, or scores B); in evaluation what ``logged`` names, B each."""
+    def forward(self, **inputs: Tensor) -> dict[str, Any]:
+        """``loss`` and ``prediction`` (log-probabilities B×C, or scores B); in evaluation ``log``, by name B each."""
         batch = to_batch(inputs)
         model = self.model if self.training or self.average is None else self.average
         batch = model.encode(self.disturb(batch) if self.training else batch)
@@ -67,8 +66,7 @@ class Trainee(nn.Module):
         # a value for each row, so that their mean is right where the last batch is smaller
         log = {f"weight_{name}": weight for name, weight in output.weights.items()}
         log |= {name: part.expand(len(prediction)) for name, part in parts.items()}
-        self.logged = list(log)
-        return {"loss": loss, "prediction": prediction, **log}
+        return {"loss": loss, "prediction": prediction, "log": log}
 
     def disturb(self, batch: Batch) -> Batch:
         """Augment a training batch: sample and augment frames, recombine modalities, drop modalities at random."""

@@ -74,8 +74,11 @@ def test_gradients_equal_chinese_clips(clip):
     wanted = dict(reference.vision_model.named_parameters())
     assert list(wanted) == [name for name, _ in encoder.body.named_parameters()]
     for name, found in encoder.body.named_parameters():
-        torch.testing.assert_close(found.grad, wanted.pop(name).grad, atol=1e-5, rtol=1e-4, msg=name)
-    assert not wanted
+        if found.grad is None:  # the last layer's softmax cancels it; there is nothing but rounding to learn
+            assert name.endswith("layers.1.self_attn.k_proj.bias")
+            assert wanted[name].grad.abs().max() < 1e-5
+        else:
+            torch.testing.assert_close(found.grad, wanted[name].grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_quick_gelu_equals_transformers_in_training_and_in_inference():

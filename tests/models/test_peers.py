@@ -102,10 +102,14 @@ class TestMulT(Small):
 
 class TestSelfMM(Small):
     model = "self_mm"
-    changes = {"options.train_size": 5}
+
+    def network(self, *args, rows=5, **changes):
+        network = super().network(*args, **changes)
+        network.prepare(range(rows))
+        return network
 
     def test_the_state_goes_to_a_file_of_another_size(self):
-        network, other = self.network(), self.network(**{"options.train_size": 0})
+        network, other = self.network(), self.network(rows=0)
         network.loss(network(features()), features())
         other.load_state_dict(network.state_dict())
         torch.testing.assert_close(other.labels, network.labels)
@@ -113,7 +117,7 @@ class TestSelfMM(Small):
         torch.testing.assert_close(answers(other.eval()(batch)), answers(network.eval()(batch)))
 
     def test_a_row_out_of_the_training_set_is_named(self):
-        network, batch = self.network(**{"options.train_size": 3}), features()
+        network, batch = self.network(rows=3), features()
         with pytest.raises(UsageError, match="row 4"):
             network.loss(network(batch), batch)
 
@@ -142,7 +146,7 @@ class TestSelfMM(Small):
         torch.testing.assert_close(network.centres_fused, seen[[1, 0], :128])
 
     def test_the_lstms_learn_at_their_own_rates(self):
-        options = {"train_size": 5, "audio_lr": 0.1, "vision_lr": 0.2, "sequence_decay": 0.3}
+        options = {"audio_lr": 0.1, "vision_lr": 0.2, "sequence_decay": 0.3}
         config = self.config(
             ("text", "vision", "audio"), options=options, **{"train.lr": 0.4, "train.weight_decay": 0.5}
         )
@@ -437,7 +441,7 @@ def test_the_rows_of_two_processes_in_the_order_of_their_ranks(monkeypatch):
 
 
 def test_self_mm_learns_nothing_from_what_is_not_there():
-    network: SelfMM = TestSelfMM().network(("text", "vision"), **{"options.train_size": 4})
+    network: SelfMM = TestSelfMM().network(("text", "vision"), rows=4)
     batch = features(4, absent=((1, "vision"), (2, "vision")))
     network.train()
     for epoch in (1, 2, 3):

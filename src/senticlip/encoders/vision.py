@@ -129,7 +129,7 @@ class ClassTokenLayer(nn.Module):
     """A CLIP tower's last layer, computed for the class token only: nothing reads the layer's other outputs.
 
     One query needs no keys and values: q · (W_k x) = (W_kᵀ q) · x, and Σ a W_v x = W_v Σ a x. This saves nearly all of
-    the layer's time. The parameters are the layer's own, under the same names.
+    the layer's time. The parameters are the layer's own, under the same names; the softmax cancels the key's bias.
 
     Shape:
         N×T×D → N×1×D; the submodule ``attention_weights`` returns N×heads×1×T (heat maps hook it)
@@ -145,16 +145,14 @@ class ClassTokenLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output for the first token."""
         attention, x = self.self_attn, self.layer_norm1(hidden_states)
-        k, v = attention.k_proj, attention.v_proj
-        to_keys, to_values = (part.weight.unflatten(0, (attention.num_heads, -1)) for part in (k, v))  # H×w×D
+        parts = attention.k_proj.weight, attention.v_proj.weight
+        to_keys, to_values = (part.unflatten(0, (attention.num_heads, -1)) for part in parts)  # H×w×D
         q = attention.q_proj(x[:, 0]).unflatten(1, (attention.num_heads, -1))  # N×H×w
         asked = (q.transpose(0, 1) @ to_keys).transpose(0, 1)  # N×H×D
-        # the same for all T, so the softmax cancels it; without it the key's bias has no gradient, and DDP stops
-        bias = (q * k.bias.unflatten(0, q.shape[1:])).sum(-1, keepdim=True)
-        weights = self.attention_weights(attention.scale * (asked @ x.transpose(1, 2) + bias)[:, :, None])  # N×H×1×T
+        weights = self.attention_weights(attention.scale * (asked @ x.transpose(1, 2))[:, :, None])  # N×H×1×T
         kept = nn.functional.dropout(weights, attention.dropout, self.training)[:, :, 0]
         context = ((kept @ x).transpose(0, 1) @ to_values.transpose(1, 2)).transpose(0, 1)  # N×H×w
-        context = context + kept.sum(-1, keepdim=True) * v.bias.unflatten(0, q.shape[1:])
+        context = context + kept.sum(-1, keepdim=True) * attention.v_proj.bias.unflatten(0, q.shape[1:])
         token = hidden_states[:, 0] + attention.out_proj(context.flatten(1))
         return (token + self.mlp(self.layer_norm2(token)))[:, None]
 

@@ -94,8 +94,8 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
                 raise UsageError(f"options.{name}: {wrong[0]!r} — there is {', '.join(words[name])}")
         elif name.endswith("dropout") and not 0 <= value < 1:
             raise UsageError(f"options.{name}: {value} — must be at least 0 and below 1")
-        else:  # counts are at least 1 (but train_size), other numbers at least 0
-            least = 1 if type(value) is int and name != "train_size" else 0
+        else:  # counts are at least 1, other numbers at least 0
+            least = 1 if type(value) is int else 0
             if not least <= value < math.inf:
                 raise UsageError(f"options.{name}: {value} — must be at least {least}")
     if options.get("width", 0) % options.get("heads", 1):

@@ -40,14 +40,13 @@ class SelfMM(Peer):
     """The network, and buffers that hold the generated labels and features of each training row.
 
     ``labels`` heads×N (NaN: not seen yet), ``seen_<head>`` N×h features, ``centres_<head>`` 2×h (negative, positive)
-    are in the checkpoint, but not needed to predict. N is ``options.train_size``; :meth:`prepare` changes it. The
-    trainer gives each row's index in the training set as ``batch.rows`` and calls :meth:`epoch_started`.
+    are in the checkpoint, but not needed to predict. N is the size that :meth:`prepare` was told. The trainer gives
+    each row's index in the training set as ``batch.rows`` and calls :meth:`epoch_started`.
     """
 
     labels: Tensor
     TASKS = ("regression",)  # it makes labels on a scale
     DEFAULTS = {
-        "train_size": 0,
         "text_pool": "first",
         "audio_hidden": 16,
         "vision_hidden": 64,
@@ -79,7 +78,7 @@ class SelfMM(Peer):
             {n: Branch(widths[n], o[f"{n}_post"], o[f"{n}_dropout"]) for n in self.heads}
         )
         self.epoch = 1
-        self._resize_buffers(o["train_size"])
+        self._resize_buffers(0)
 
     def prepare(self, training: Sized) -> None:
         """Reset the buffers to the size of the training set."""
@@ -123,7 +122,7 @@ class SelfMM(Peer):
         truth, index = batch.labels[self.target].to(self.labels), batch.rows
         known = ~truth.isnan()
         if int(index.max()) >= self.labels.shape[1]:
-            raise UsageError(f"self_mm: options.train_size is {self.labels.shape[1]}, but row {int(index.max())} came")
+            raise UsageError(f"self_mm: prepared for {self.labels.shape[1]} rows, but row {int(index.max())} came")
         own = self.labels[:, index]
         own = torch.where(own.isnan(), truth, own)  # heads×B: the joint label until there is a better one
         own, joint = own.nan_to_num(), truth.nan_to_num()  # 0 · NaN would be the gradient of a row without a label
