@@ -47,9 +47,7 @@ class AudioReader:
         if self._container is not None:
             self._container.close()
 
-    def read(
-        self, start: float | None = None, end: float | None = None, rate: int = RATE, most: float | None = None
-    ) -> np.ndarray:
+    def read(self, start: float | None = None, end: float | None = None, most: float = MOST) -> np.ndarray:
         """See :func:`read_audio`."""
         begun = self._container is not None
         try:
@@ -59,15 +57,15 @@ class AudioReader:
             zero, at = clock_start(container), start or 0.0
             if start or begun:
                 _seek(container, sound, at - WARM + zero)
-            stop = min(at + (MOST if most is None else most), math.inf if end is None else end)
-            first, parts = _between(container, sound, at + zero - WARM / 2 if start else -math.inf, stop + zero, rate)
+            stop = min(at + most, math.inf if end is None else end)
+            first, parts = _between(container, sound, at + zero - WARM / 2 if start else -math.inf, stop + zero)
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
         heard = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        begin = max(0, round((at + zero - first) * rate)) if start else 0
+        begin = max(0, round((at + zero - first) * RATE)) if start else 0
         if math.isinf(stop):
             return heard[begin:]
-        return heard[begin : begin + max(0, round((stop - max(at, first - zero)) * rate))]
+        return heard[begin : begin + max(0, round((stop - max(at, first - zero)) * RATE))]
 
 
 def audio_start(path: str | Path) -> float:
@@ -80,26 +78,21 @@ def audio_start(path: str | Path) -> float:
 
 
 def read_audio(
-    path: str | Path,
-    start: float | None = None,
-    end: float | None = None,
-    rate: int = RATE,
-    most: float | None = None,
+    path: str | Path, start: float | None = None, end: float | None = None, most: float = MOST
 ) -> np.ndarray:
-    """The sound of a file or of a piece of it: mono float32 in [-1, 1] at ``rate``; empty if it has none.
+    """The sound of a file or of a piece of it: mono float32 in [-1, 1], RATE samples a second; empty if it has none.
 
     Args:
         path: a video or sound file; of several tracks that is heard which players play.
         start: seconds; the file's beginning by default.
         end: seconds; the file's end by default.
-        rate: samples per second.
-        most: so many seconds are read at most; MOST by default.
+        most: so many seconds are read at most.
 
     Raises:
         UserError: the file cannot be opened.
     """
     with AudioReader(path) as reader:
-        return reader.read(start, end, rate, most)
+        return reader.read(start, end, most)
 
 
 def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
@@ -114,9 +107,7 @@ def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
         container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has nothing there
 
 
-def _between(
-    container: InputContainer, sound: AudioStream, start: float, end: float, rate: int
-) -> tuple[float, list[np.ndarray]]:
+def _between(container: InputContainer, sound: AudioStream, start: float, end: float) -> tuple[float, list[np.ndarray]]:
     """The file's clock (seconds) at the first samples of the first packet that ends after ``start``, and the samples
     from there until the clock reaches ``end``."""
     parts, first, now, resampler, kind = [], None, clock_start(container), None, None
@@ -129,7 +120,7 @@ def _between(
         if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
             # the channel layout may change within a recording, and a resampler takes one kind of frame only
             parts += _pieces(resampler, None)
-            resampler = av.AudioResampler("fltp", "mono" if frame.layout.nb_channels == 1 else "stereo", rate)
+            resampler = av.AudioResampler("fltp", "mono" if frame.layout.nb_channels == 1 else "stereo", RATE)
         parts += _pieces(resampler, frame)
         if now > end:
             break

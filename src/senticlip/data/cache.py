@@ -7,6 +7,7 @@ leaves nothing that is read, and two writers only do some work twice.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -56,6 +57,14 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
+
+    def take(self, places: np.ndarray) -> Store:
+        """Some of the rows, in this order; −1 is an empty one."""
+        taken, there = copy.copy(self), places >= 0
+        taken.keys = [self.keys[place] if place >= 0 else MISSING for place in places]
+        parts = (np.where(there, part[places], 0) for part in (self.shard, self.start, self.lengths))
+        taken.shard, taken.start, taken.lengths = parts
+        return taken
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:

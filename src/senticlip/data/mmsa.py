@@ -35,7 +35,7 @@ class Features(NamedTuple):
     rows: dict[str, Store]
     widths: dict[str, int]
 
-    def choose(self, name: str, clips: list[Clip]) -> Chosen:
+    def choose(self, name: str, clips: list[Clip]) -> Store:
         """The rows of a modality for ``clips``, found by id; a clip that the file does not have is an empty row.
 
         Raises:
@@ -58,24 +58,7 @@ class Features(NamedTuple):
             raise UserError(
                 f"{self.path}: has none of the clips, such as {clips[0].id}; its first is {self.clips[0].id}"
             )
-        return Chosen(self.rows[name], chosen)
-
-
-class Chosen:
-    """Some rows of a store, in an order of their own; place -1 is an empty row."""
-
-    def __init__(self, store: Store, places: np.ndarray) -> None:
-        self.store, self.places = store, places
-        self.lengths = np.array([store.lengths[place] if place >= 0 else 0 for place in places], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values k×Lmax×d and mask k×Lmax of some rows."""
-        places = self.places[indices]
-        values, mask = self.store.gather(np.maximum(places, 0))
-        return values, mask & (places >= 0)[:, None]
+        return self.rows[name].take(chosen)
 
 
 def _loose(name: str) -> str:
