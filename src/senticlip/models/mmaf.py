@@ -67,10 +67,9 @@ class MMAF(Peer):
         parts = len(self.names) + len(self.pairs)
         self.gate = nn.Linear(parts * d, parts) if parts > 1 else None
         self.drop = nn.Dropout(o["dropout"])
-        tasks = {"fused": "M", **{name: OWN_LABEL[name] for name in self.names if OWN_LABEL[name] in o["tasks"]}}
-        self.tasks = tasks
-        self.heads = nn.ModuleDict({name: nn.Linear(d, len(LABELS)) for name in tasks})
-        self.weigh: Any = LOSSES[config.loss](list(tasks)) if len(tasks) > 1 else None
+        self.tasks = ["fused", *(name for name in self.names if OWN_LABEL[name] in o["tasks"])]
+        self.heads = nn.ModuleDict({name: nn.Linear(d, len(LABELS)) for name in self.tasks})
+        self.weigh: Any = LOSSES[config.loss](self.tasks) if len(self.tasks) > 1 else None
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
         """Logits of the joint task, and of each modality where its task is trained."""
@@ -115,12 +114,12 @@ class MMAF(Peer):
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of each task over the rows that have its label and its modality."""
-        losses, observed = {}, {}
-        for name, task in self.tasks.items():
-            labels = batch.labels[self.target if name == "fused" else task]
+        losses, observed, inputs = {}, {}, self.inputs(batch)
+        for name in self.tasks:
+            labels = batch.labels[self.target if name == "fused" else OWN_LABEL[name]]
             known = ~labels.isnan()
             if name != "fused":
-                known = known & self.inputs(batch)[name].mask.any(1)
+                known = known & inputs[name].mask.any(1)
             observed[name] = count_of(known) > 0
             losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), known)
         logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
