@@ -199,7 +199,8 @@ def test_rollout_is_a_distribution_over_tokens(models, name):
 
 
 def test_rollout_without_a_class_token_is_the_mean_of_all_patches(tmp_path):
-    model = build(tmp_path, tiny.timm_folder(tmp_path / "vit", "test_vit_relpos"), 160)
+    args = {"class_token": False, "global_pool": "avg"}
+    model = build(tmp_path, tiny.timm_folder(tmp_path / "vit", "test_vit", **args), 160)
     found = cam.rollout(model, clip(160))
     assert found.shape == (2, 10, 10)
     torch.testing.assert_close(found.sum((1, 2)), torch.ones(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -70,13 +71,14 @@ def clip_folder(folder: Path, size: int = 32, seed: int = 0) -> Path:
     return folder
 
 
-def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0) -> Path:
+def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0, **model_args: Any) -> Path:
     """A random timm network as the hub has them."""
     torch.manual_seed(seed)
-    model = timm.create_model(name, pretrained=False)
+    model = timm.create_model(name, pretrained=False, **model_args)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**model.pretrained_cfg, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     entry = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": settings}
+    entry |= {"model_args": model_args}
     (folder / "config.json").write_text(json.dumps(entry))
     save_file(model.state_dict(), folder / "model.safetensors")
     return folder
