@@ -220,3 +220,9 @@ def test_a_long_text_is_a_text(tmp_path):
     (row,) = manifest.read(tmp_path / "m.csv")
     assert row["text"] == "好" * 200_000
     assert read_clips(tmp_path / "m.csv")[0].text == row["text"]
+
+
+def test_a_manifest_in_big5_is_no_gbk(tmp_path):
+    text = "媽媽說晚餐已經準備好了"
+    (tmp_path / "m.csv").write_bytes(f"id,text\n1,{text}\n2,謝謝\n".encode("cp950"))
+    assert [row["text"] for row in manifest.read(tmp_path / "m.csv")] == [text, "謝謝"]

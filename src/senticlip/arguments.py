@@ -195,7 +195,9 @@ def _to_show(verbs: Verbs) -> None:
     p.add_argument("--asr-model", default="small", help="its size or folder (default: small)")
     p.add_argument("--cut", default="windows", help="without any words: windows or shots")
     p.add_argument("--seconds", type=float, default=5.0, help="about how long a window is (default: 5)")
-    p.add_argument("--track", type=int, help="which of the film's own subtitle tracks, from 0")
+    p.add_argument(
+        "--track", type=int, help="which of the film's own subtitle tracks, from 0 (default: the Chinese one)"
+    )
     _device(p)
 
     p = verbs.add("explain", "why this answer: a page with heat maps, attention, and the answer without each part")

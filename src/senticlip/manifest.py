@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from senticlip.data.subtitles import SUFFIXES
-from senticlip.data.table import LONGEST_CELL, NAMES, told_encoding
+from senticlip.data.table import LONGEST_CELL, NAMES, likeliest, told_encoding
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import UsageError, UserError, whole
@@ -181,7 +181,7 @@ def _tell_unread(manifest: Path, names: Iterable[Any]) -> None:
 
 
 def _encoding(path: Path) -> str:
-    """What the first bytes tell, else UTF-8 if all of the file is that, else GB18030."""
+    """What the first bytes tell, else UTF-8 if all of the file is that, else Big5 or GB18030, as of a table."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         if told := told_encoding(file.read(4000)):
@@ -191,5 +191,6 @@ def _encoding(path: Path) -> str:
             for chunk in iter(lambda: file.read(1 << 20), b""):
                 decoder.decode(chunk)
         except UnicodeDecodeError:
-            return "gb18030"
+            file.seek(0)
+            return likeliest(file.read(1 << 20).rpartition(b"\n")[0])
     return "utf-8"

@@ -42,7 +42,7 @@ try:
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.exceptions import HTTPException
 
-    from senticlip.middleware import Limit, PlainForm
+    from senticlip.middleware import PLAIN, Limit, PlainForm
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
@@ -61,7 +61,7 @@ GARBLED = re.compile(r"(?:[\x00-\x7f]|([\xa1-\xd7])[\xa1-\xfe]|[\xd8-\xfe][\xa1-
 The group is there with a frequent character: the first byte of a rare one is a small letter of Latin-1 (informação).
 """
 
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+FORMS = ("multipart/form-data", PLAIN)
 
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]

@@ -63,7 +63,7 @@ def feature_rows(
     """
     root, names = root or cache_root(), ready_made(config)
     found: dict[str, tuple[Rows, int]] = {}
-    lengths: Any = []  # of vision's rows, also of clips that are not asked for: a model is made before it meets them
+    lengths: Any = []  # of vision's rows; a feature file tells those of all its clips before a model is made
     folder = Path(data) / "OpenFace"
     if hears(config):
         found["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)

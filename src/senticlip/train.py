@@ -18,12 +18,12 @@ from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
 from senticlip.files import alone, disk
 from senticlip.fit import fit
-from senticlip.metrics import ACC_3_BINS
+from senticlip.metrics import score_class
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.progress import announce, console
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import LABELS, OWN_LABEL, UsageError, UserError
+from senticlip.structures import LABELS, OWN_LABEL, UsageError, UserError, polarity
 
 
 def train(
@@ -164,9 +164,10 @@ def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], mo
     if told:
         console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(told)}", soft_wrap=True, highlight=False)
     clips = read_clips(data, None, config.protocol, config.seed)
-    small = sum(0 < abs(clip.labels.get(config.target, 0.0)) <= ACC_3_BINS[1] for clip in clips)
+    scores = [clip.labels[config.target] for clip in clips if config.target in clip.labels]
+    small = sum(score_class(score) != polarity(score) for score in scores)
     if small and getattr(model.network, "outputs", len(LABELS)) == 1:
-        lie = f"{small} labels {config.target} lie between -0.1 and 0.1 and are not 0"
+        lie = f"{small} labels {config.target} lie between -0.1 and 0.1, their sign is not 0"
         console.print(f"{data}: {lie}: a score so small is neutral, they are not", soft_wrap=True, highlight=False)
 
 

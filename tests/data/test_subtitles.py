@@ -1,5 +1,6 @@
 """Subtitles: whatever stands on the screen becomes lines of what is said, in order and apart."""
 
+import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -218,6 +219,22 @@ def test_times_that_are_none_of_a_film(tmp_path):
 def test_times_with_a_colon_before_milliseconds(tmp_path):
     assert read(write(tmp_path, "a.srt", SRT.replace(",", ":"))) == LINES
     assert read(write(tmp_path, "a.srt", SRT.replace("00:00:03,000", "00:00:03:000"))) == LINES
+
+
+def test_timings_of_other_hands(tmp_path):
+    """.NET's seven digits, a space that does not break, and words that have an arrow."""
+    for time in ("00:00:01,000", "00:00:01.0000000"):
+        assert read(write(tmp_path, "a.srt", SRT.replace("00:00:01,000", time))) == LINES
+    assert read(write(tmp_path, "a.srt", re.sub("(?m)^(.*-->.*)$", "\\1\u00a0", SRT))) == LINES
+    assert read(write(tmp_path, "a.srt", "1\n00:00:01,000 --> 00:00:02,000\n8:30 --> 9\n")) == [
+        Line(1.0, 2.0, "8:30 --> 9")
+    ]
+
+
+def test_japanese_is_no_gbk(tmp_path):
+    words = "彼女は東京大学で日本語を勉強しています。とても楽しいです。"
+    srt = "".join(f"{i}\n00:00:0{i},000 --> 00:00:0{i},900\n{words}\n\n" for i in range(1, 7))
+    assert words in read(write(tmp_path, "a.srt", srt, "euc_jp"))[0].text
 
 
 @pytest.mark.parametrize("time", ["00:00:03:12", "00:00:03;12", "00: 00: 03, 000", "0:00:003,0"])

@@ -325,9 +325,11 @@ def test_a_photo_turned_by_its_exif(tmp_path, orientation):
     assert np.abs(read_frames(tmp_path / "a.jpg", 1).pixels[0].astype(int) - wanted).mean() < 1
 
 
-@pytest.mark.parametrize(("degrees", "aspect"), [(0, 96 * 4 / (64 * 3)), (90, 64 * 3 / (96 * 4))])
-def test_pixels_that_are_no_squares(tmp_path, degrees, aspect):
-    path = write(tmp_path / "a.mp4", rotation=degrees, pixel=Fraction(4, 3))
+@pytest.mark.parametrize("size", [(96, 64), (96, 96)])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_pixels_that_are_no_squares(tmp_path, degrees, size):
+    path = write(tmp_path / "a.mp4", rotation=degrees, pixel=Fraction(4, 3), size=size)
+    aspect = (size[0] * 4 / (size[1] * 3)) ** (-1 if degrees % 180 else 1)
     assert probe(path).aspect == pytest.approx(aspect)
     assert _pictures(path, [0.0])[0].size == (pytest.approx(256 * aspect, abs=0.5), 256)
 

@@ -1,8 +1,8 @@
 """CH-SIMS v1 and v2 folders, and CSV files of one's own → Clips; the three splits; what is wrong with a data set.
 
 A folder holds ``Raw/VIDEO/CLIP.mp4`` and ``label.csv`` or ``meta.csv`` (Yu et al. 2020; Liu et al. 2022 for v2), as
-found in the wild: with a header or without, columns in any order, ``1`` for ``0001``, UTF-8, a BOM, or GBK. A CSV file
-of one's own has the columns path, text, label, and if one likes split, id, video_id, start, end, label_T/A/V.
+found in the wild: with a header or without, columns in any order, ``1`` for ``0001``, UTF-8, a BOM, GBK or Big5. A CSV
+file of one's own has the columns path, text, label, and if one likes split, id, video_id, start, end, label_T/A/V.
 """
 
 from __future__ import annotations

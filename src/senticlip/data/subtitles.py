@@ -31,10 +31,11 @@ _SOUNDS = (
 )
 _NOTES = re.compile(rf"[\[【(（]\s*{_SOUNDS}\s*[\]】)）]|[♩♪♫♬♭♯🎵🎶🎼]+", re.IGNORECASE)
 _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]{0,200}\}|\{[^{}]{0,200}\\[a-zA-Z][^{}]{0,200}\}")
-_TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,6}|:\d{3})?"
-_TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[ \t]|$)", re.MULTILINE)
-_LIKE_TIMING = re.compile(r"^[ \t]*-?\d+[ \t]*:[\d:;.,' \t-]*-->[ \t]*-?\d", re.MULTILINE)
-_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0e-\x1f]")
+_HIDDEN = "\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+_TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,9}|:\d{3})?"
+_TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[\s{_HIDDEN}]|$)", re.MULTILINE)
+_LIKE_TIMING = re.compile(r"^[ \t]*-?\d+[ \t]*[:;][ \t]*\d+[ \t]*[:;][\d:;.,' \t-]*-->[ \t]*-?\d", re.MULTILINE)
+_INVISIBLE = re.compile(f"[{_HIDDEN}\x00-\x08\x0e-\x1f]")
 
 
 class Line(NamedTuple):
@@ -71,7 +72,8 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     text = re.sub(r"\r{1,3}\n|\r", "\n", guess_text(data, path))
     if not text.strip():
         return []
-    cues = _timed(text, path) if "[Events]" not in text and _LIKE_TIMING.search(text) else _by_pysubs2(text, path)
+    has_timings = "[Events]" not in text and (_TIMING.search(text) or _LIKE_TIMING.search(text))
+    cues = _timed(text, path) if has_timings else _by_pysubs2(text, path)
     if not cues:
         raise UserError(f"{path}: no timed line in it — is it a {path.suffix[1:]} file?")
     return merge(cues, shift)

@@ -96,8 +96,7 @@ class VideoReader:
         """See :func:`read_frames`."""
         wanted = list(times) if times is not None else self._spaced(frames, start, end)
         order = sorted(range(len(wanted)), key=wanted.__getitem__)
-        # plus a thousandth of a tick, or a time that was rounded down would miss the frame that begins there
-        stamps = [floor((Fraction(wanted[i]) + self._zero) / self._decoder.tick + Fraction(1, 1000)) for i in order]
+        stamps = [self._stamp(wanted[i]) for i in order]
         pixels: dict[int, np.ndarray] = {}
         shown: list[int] = [0] * len(wanted)
         shape: tuple[int, ...] = ()
@@ -129,6 +128,10 @@ class VideoReader:
         if start is not None and first >= self._end:
             raise UserError(f"{self.path}: no frame at {start:.2f} s, the video ends at {float(self._end):.2f} s")
         return [first + (2 * i + 1) * (last - first) / (2 * frames) for i in range(frames)]
+
+    def _stamp(self, time: float | Fraction) -> int:
+        """Plus a thousandth of a tick, or a time that was rounded down would miss the frame that begins there."""
+        return floor((Fraction(time) + self._zero) / self._decoder.tick + Fraction(1, 1000))
 
     def _seconds(self, stamp: int) -> float:
         return float(stamp * self._decoder.tick - self._zero)
@@ -245,9 +248,10 @@ def probe(path: str | Path) -> VideoInfo:
             for track in streams.subtitles
         ]
         rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
-        _, height, width = reader.read(times=[float(reader._start)]).pixels.shape[1:]
+        ((_, frame),) = decoder.frames([reader._stamp(reader._start)])
+        _, height, width = upright(frame).shape
         pixel = float(decoder.stream.sample_aspect_ratio or 1)
-        aspect = width / height * (pixel if width == decoder.stream.codec_context.width else 1 / pixel)
+        aspect = width / height * (1 / pixel if frame.rotation % 180 else pixel)
         problem, start = _cut_off(reader, rate), float(reader._start)
         return VideoInfo(reader.duration, width, height, aspect, rate, has_audio, names, codec, problem, start)
 
