@@ -158,6 +158,7 @@ def fit(
 
     shown = EpochProgress(config)
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
+    board = None
     if arguments.process_index == 0:
         board = SummaryWriter(str(Path(arguments.output_dir or "").parent / TENSORBOARD))
         callbacks += [shown, TensorBoardCallback(board)]
@@ -177,8 +178,10 @@ def fit(
     if checkpoint is None or not _stopped(checkpoint, config.train.patience):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:  # a bar that is left alive hides the terminal's cursor
+        finally:  # a bar that is left alive hides the terminal's cursor, a board writes on to a folder that may go
             shown.progress.stop()
+            if board is not None:
+                board.close()
     else:  # it was killed after its last epoch
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer.state.best_model_checkpoint = str(best)  # its path is stale if the folder was moved
