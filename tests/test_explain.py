@@ -167,6 +167,21 @@ def check_page(result, folder, text):
     return page
 
 
+@pytest.mark.parametrize("read", ["text", "vision"])
+def test_what_comes_from_a_feature_file_is_not_looked_at(video, tmp_path, read):
+    run_folder(tmp_path, tiny.clip_folder(tmp_path / "clip"))
+    encoders = {"text": tmp_path / "text", "vision": tmp_path / "clip"}
+    changes = {f"{name}.encoder": str(encoders[name]) if name == read else "features" for name in encoders}
+    sizes = {"text.max_length": 16, "vision.size": 32}
+    config = from_dict({"width": 16, "heads": 2, "head": "linear"}).override({**sizes, **changes})
+    model = create_model(config, {name: 5 for name in encoders if name != read})
+    model.save_pretrained(tmp_path / "half")
+    if read == "text":
+        tiny.tokenizer().save_pretrained(tmp_path / "half" / "tokenizer")
+    page = check_page(senticlip.explain(tmp_path / "half", video, "好", tmp_path / "out"), tmp_path / "out", "好")
+    assert ("模型不读文本" in page) == (read == "vision")
+
+
 def test_the_page_stands_alone(run, video, tmp_path):
     text = "天气好，<script>很高兴"
     result = senticlip.explain(run, video, text, tmp_path / "out")

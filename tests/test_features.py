@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
+import tiny
 from senticlip.config import Config
 from senticlip.data.mmsa import read_features
 from senticlip.data.sims import read_clips
@@ -80,8 +81,12 @@ def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder):
     sizes = {"text.encoder": "features", "vision.encoder": "features", "head": "linear", "text.train": "frozen"}
     reader = create_model(Config().override({**sizes, "vision.train": "frozen"}), {"text": 4, "vision": 4})
     reader.save_pretrained(tmp_path / "reader")
-    with pytest.raises(UsageError, match="reader: it has no encoders"):
+    with pytest.raises(UsageError, match="reader: not all that it reads has an encoder"):
         features(folder, tmp_path / "g.pkl", Config(), run=tmp_path / "reader")
+    half = {"vision.encoder": str(tiny.timm_folder(tmp_path / "net")), "vision.train": "full"}
+    create_model(reader.experiment.override(half), {"text": 4}).save_pretrained(tmp_path / "half")
+    with pytest.raises(UsageError, match="half: not all that it reads has an encoder"):
+        features(folder, tmp_path / "g.pkl", Config(), run=tmp_path / "half")
 
 
 def test_what_comes_out_is_read_by_mmsas_keys_and_by_us(tmp_path, folder, encoder):

@@ -163,6 +163,16 @@ def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path, capsys
     assert (learned["target"], learned["modalities"]) == ("M", ["text"])
 
 
+def test_a_training_of_one_step_learns(place, tmp_path):
+    """A warm-up of a tenth would be that step, at a rate of 0."""
+    for rate in (1e-9, 0.1):
+        changes = {"train.epochs": 1, "train.batch_size": 12, "train.lr": rate}
+        train(settings(place, modalities=["text"], **changes), place / "data", tmp_path / str(rate))
+    one, two = (weights(tmp_path / str(rate)) for rate in (1e-9, 0.1))
+    name = next(name for name in one if name.startswith("network.heads") and name.endswith("weight"))
+    assert not torch.allclose(one[name], two[name], atol=1e-2)
+
+
 def test_labels_that_no_score_can_hit_are_told(place, tmp_path, capsys):
     table = tmp_path / "own.csv"
     rows = [

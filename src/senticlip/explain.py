@@ -151,7 +151,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         method or "",
         dropped=predictor.config.vision.cutaways == "drop",
         unread=unread(predictor, clip.text),
-        reads_text="text" in predictor.config.modalities,
+        reads_text="text" in predictor.model.encoders,
     )
 
 

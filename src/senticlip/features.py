@@ -17,7 +17,7 @@ from senticlip.data.table import SPLITS
 from senticlip.encoders.text import tokenize
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
-from senticlip.sources import cache_root, clip_set
+from senticlip.sources import cache_root, clip_set, ready_made
 from senticlip.structures import LABELS as CLASSES
 from senticlip.structures import Clip, UsageError, UserError, polarity
 
@@ -58,9 +58,9 @@ def features(
     if Path(out).suffix.lower() in OTHER_FORMATS:
         raise UsageError(f"--out {out}: a feature file is a pickle — give a name that ends in .pkl")
     model = _untrained(config) if run is None else SentimentModel.from_pretrained(run)
-    if not model.encoders:
-        raise UsageError(f"--run {run}: it has no encoders, but reads a feature file or sound — give another")
     config = model.experiment
+    if not model.encoders or {*ready_made(config)} - {"audio"}:
+        raise UsageError(f"--run {run}: not all that it reads has an encoder, or it reads sound alone — give another")
     clips = read_clips(data, None, protocol or config.protocol, config.seed)
     lost = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
     if lost:

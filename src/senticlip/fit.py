@@ -146,6 +146,9 @@ def fit(
 
     # an incomplete last batch is left out, unless it is the only one
     arguments.dataloader_drop_last = len(training) >= config.train.batch_size
+    steps = config.train.epochs * max(1, len(training) // (config.train.batch_size * config.train.accumulation))
+    if config.train.warmup * steps < 1:  # rounded up it would be one step, at a rate of 0: of few steps that is much
+        arguments.warmup_steps = 0
     if getattr(model.network, "outputs", len(LABELS)) == 1 and config.train.metric == "nll":
         arguments.metric_for_best_model = "mae"  # a regression model has no likelihood
     trainee = Trainee(model)

@@ -166,6 +166,8 @@ def cross_attention(output: Output, features: Batch) -> dict[str, torch.Tensor]:
     for name, maps in output.attention.items():
         sides = []
         for modality, length in zip(name.split("_asks_"), maps.shape[-2:], strict=True):
+            if modality not in features.modalities:  # it comes from a feature file
+                break
             mask = features.modalities[modality].mask[0]
             lead = length - len(mask)
             if lead not in (0, 1):

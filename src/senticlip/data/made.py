@@ -26,6 +26,7 @@ from numpy.random import Generator
 from senticlip.data.faces import OVERSAMPLE, Expression, Person, Pose, draw
 from senticlip.data.lines import Grammar, Line
 from senticlip.data.scenes import BACKGROUNDS, COLORS, Scene, backdrop
+from senticlip.files import make_folder, workshop
 from senticlip.structures import LABELS, UsageError, polarity
 
 SPLITS = {"train": 440, "valid": 120, "test": 520}
@@ -86,7 +87,7 @@ def make(
         The content of ``truth.json``: ``spec``, ``best`` (split → text, video, fused), ``clips`` (id → truth).
 
     Raises:
-        UsageError: ``out`` holds something else.
+        UsageError: ``out`` holds something else, or its folder cannot be made. UserError: the disk is full.
     """
     out, splits = Path(out), splits or SPLITS
     spec = {"seed": seed, "sound": sound, "splits": splits, "version": 2}
@@ -95,11 +96,12 @@ def make(
         if truth["spec"] == spec:
             return truth
     plans = plan(splits, seed)
-    building = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    make_folder(out.parent)
     videos = list({p.video_id: [q for q in plans if q.video_id == p.video_id] for p in plans}.items())
-    jobs = [(building / "Raw" / name, group, sound) for name, group in videos]
     frames: dict[str, Any] = {}
-    try:
+    with workshop(out) as folder:
+        building = folder / "made"
+        jobs = [(building / "Raw" / name, group, sound) for name, group in videos]
         for done in _work(jobs, workers):
             frames |= done
             if progress:
@@ -113,8 +115,6 @@ def make(
         (building / "truth.json").write_text(json.dumps(truth, ensure_ascii=False), encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(building, out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return truth
 
 
