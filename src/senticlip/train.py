@@ -62,6 +62,7 @@ def train(
     out, chosen, mine = Path(out), runtime.device(device), origin(config, data)
     if resume and (result := is_finished(out, mine)):
         return result
+    _check_start(config, data)
     if config.train.compile:
         runtime.check_compiler(chosen)
     first = runtime.first_process()
@@ -69,7 +70,6 @@ def train(
         if first:
             begin(out, mine, resume)
         stages = stages_of(config, data)
-        _check_start(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
         _check_sizes(model, stages)
