@@ -139,7 +139,7 @@ def test_a_playlist_is_no_video_and_shows_nothing_of_this_machine(place, predict
         assert answer.json()["error"].startswith(f"{name}: not a video file")
 
 
-def test_every_error_is_one_line():
+def test_every_error_is_one_line(caplog):
     def broken():
         raise RuntimeError("no")
 
@@ -149,6 +149,7 @@ def test_every_error_is_one_line():
         (404, client.get("/nothing")),
         (405, client.get("/predict")),
         (400, client.post("/predict", content=b"abc", headers=multipart)),
+        (400, client.post("/predict", content=b"-x", headers={"content-type": "multipart/form-data; boundary=abcd"})),
         (400, client.post("/predict", data={"video": "no file"})),
         (400, client.post("/predict", files={"text": ("a.txt", b"no field")})),
         (400, client.post("/predict", data={"text": "好" * 10_001})),
@@ -158,6 +159,7 @@ def test_every_error_is_one_line():
         assert list(answer.json()) == ["error"]
         assert "\n" not in answer.json()["error"]
         assert answer.headers.get("allow") == ("POST" if status == 405 else None)
+    assert not [record for record in caplog.records if "multipart" in record.name]
 
 
 @pytest.mark.parametrize("body", [f"text={TEXT}", f"text={quote(TEXT)}", f"text={quote_plus(TEXT + ' ')}"])

@@ -168,6 +168,7 @@ def app(
         docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
         redoc_url=None,
     )
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: its sender is told
     answers.add_middleware(PlainForm)
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
