@@ -17,7 +17,7 @@ from PIL import Image
 import senticlip
 from senticlip import cam
 from senticlip.answers import make_callable, shown
-from senticlip.data.video import Frames, VideoReader, probe, read_frames
+from senticlip.data.video import Frames, VideoReader, read_frames
 from senticlip.files import make_folder, write_whole
 from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.pages import CHINESE, page
@@ -179,8 +179,9 @@ def _maps(
 
 def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
     """The frames as they look on a screen, read one at a time: many 8K frames would not fit into memory."""
-    pictures, aspect = [], probe(video).aspect
+    pictures = []
     with VideoReader(video) as reader:
+        aspect = reader.aspect
         for time in times:
             whole = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
             height = min(HEIGHT, WIDEST / aspect)

@@ -23,7 +23,7 @@ from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.progress import announce, console
 from senticlip.sources import clip_set, feature_widths
-from senticlip.structures import LABELS, OWN_LABEL, UsageError, UserError, polarity
+from senticlip.structures import LABELS, OWN_LABEL, Clip, UsageError, UserError, polarity
 
 
 def train(
@@ -102,7 +102,7 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
 
     Where ``data`` lacks a stage's label, it is trained on the main training's. With ``start`` there are none.
     """
-    there, needed = _labels(config, data), {}
+    there, needed = _labels(read_clips(data, None, config.protocol, config.seed)), {}
     for name in () if config.start else config.stages:
         stage = config.stage(name)
         shared = {*stage.modalities} & {*config.modalities} - {"audio"}  # which has no encoder
@@ -145,14 +145,15 @@ def _check_sizes(model: SentimentModel, stages: dict[str, Config]) -> None:
             )
 
 
-def _labels(config: Config, data: str | Path) -> set[str]:
+def _labels(clips: list[Clip]) -> set[str]:
     """The labels that at least one clip has."""
-    return {label for clip in read_clips(data, None, config.protocol, config.seed) for label in clip.labels}
+    return {label for clip in clips for label in clip.labels}
 
 
 def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], model: SentimentModel) -> None:
     """Say what needs the modalities' own labels, where the data has none, and which labels no score can hit."""
-    missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(config, data))
+    clips = read_clips(data, None, config.protocol, config.seed)
+    missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(clips))
     told = [f"stage {name} learns {stage.target}" for name, stage in stages.items() if stage != config.stage(name)]
     hears = "audio" in config.modalities
     needs = {
@@ -163,7 +164,6 @@ def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], mo
     told += [f"{key} changes nothing without it" for key, lacks in needs.items() if lacks]
     if told:
         console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(told)}", soft_wrap=True, highlight=False)
-    clips = read_clips(data, None, config.protocol, config.seed)
     scores = [clip.labels[config.target] for clip in clips if config.target in clip.labels]
     small = sum(score_class(score) != polarity(score) for score in scores)
     if small and getattr(model.network, "outputs", len(LABELS)) == 1:

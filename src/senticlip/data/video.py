@@ -32,9 +32,8 @@ class VideoInfo(NamedTuple):
     """The properties of a video file.
 
     The first frame is at ``start`` on a player's clock, and all last for ``duration`` (both seconds); ``width`` and
-    ``height`` in pixels, after rotation, ``aspect`` that of the picture on a screen (pixels may be no squares);
-    ``subtitle_tracks``: a name for each; ``problem``: a line for the user if the file is shorter than its header says,
-    else None.
+    ``height`` in pixels, after rotation; ``aspect``: as the reader's; ``subtitle_tracks``: a name for each;
+    ``problem``: a line for the user if the file is shorter than its header says, else None.
     """
 
     duration: float
@@ -83,6 +82,13 @@ class VideoReader:
     def duration(self) -> float:
         """Seconds from the first frame to the end of the last that is in the file."""
         return float(self._end - self._start)
+
+    @property
+    def aspect(self) -> float:
+        """Width by height of the first picture on a screen: pixels may be no squares, and it may be turned."""
+        ((_, frame),) = self._decoder.frames([self._stamp(self._start)])
+        wide = frame.width * float(self._decoder.stream.sample_aspect_ratio or 1) / frame.height
+        return 1 / wide if frame.rotation % 180 else wide
 
     def read(
         self,
@@ -248,12 +254,9 @@ def probe(path: str | Path) -> VideoInfo:
             for track in streams.subtitles
         ]
         rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
-        ((_, frame),) = decoder.frames([reader._stamp(reader._start)])
-        _, height, width = upright(frame).shape
-        pixel = float(decoder.stream.sample_aspect_ratio or 1)
-        aspect = width / height * (1 / pixel if frame.rotation % 180 else pixel)
         problem, start = _cut_off(reader, rate), float(reader._start)
-        return VideoInfo(reader.duration, width, height, aspect, rate, has_audio, names, codec, problem, start)
+        _, height, width = reader.read(times=[start]).pixels.shape[1:]
+        return VideoInfo(reader.duration, width, height, reader.aspect, rate, has_audio, names, codec, problem, start)
 
 
 def faults(clip: Clip) -> list[str]:
