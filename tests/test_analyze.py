@@ -147,6 +147,28 @@ def test_resume_of_another_film_is_refused(film, srt, tmp_path):
     assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6
 
 
+def test_a_page_of_another_film_does_not_pass_for_this_one(film, srt, tmp_path, monkeypatch):
+    list(analyze(FakePredictor(), film, srt, tmp_path / "out"))
+    monkeypatch.setattr(room.pyarrow.csv, "write_csv", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError, match="killed"):
+        list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))
+    with pytest.raises(UsageError, match="leave out --resume"):
+        list(analyze(FakePredictor(), film, srt, tmp_path / "out", resume=True))
+
+
+def test_a_film_that_was_replaced_is_another(film, srt, tmp_path):
+    path, other = tmp_path / "a.mp4", bytearray(film.read_bytes())
+    path.write_bytes(other)
+    before = path.stat()
+    with pytest.raises(RuntimeError, match="killed"):
+        list(analyze(FakePredictor(fail_after=1), path, srt, tmp_path / "out"))
+    other[-1] ^= 1
+    path.write_bytes(other)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UsageError, match="leave out --resume"):
+        list(analyze(FakePredictor(), path, srt, tmp_path / "out", resume=True))
+
+
 def test_one_analyze_at_a_time_writes_into_a_folder(film, srt, tmp_path):
     rows = analyze(FakePredictor(), film, srt, tmp_path / "out")
     first = next(rows)
@@ -175,6 +197,24 @@ def test_lines_after_the_film(film, srt, capsys):
     assert [row["text"] for row in rows] == WORDS
     with pytest.raises(UserError, match="all lines begin after the end"):
         analyze(FakePredictor(), film, srt, shift=500)
+
+
+def test_a_film_whose_sound_goes_on_after_its_pictures(film, srt, tmp_path):
+    """As of a still, or a screen that was recorded: a player shows the last picture."""
+    heard = []
+
+    class Listener(FakePredictor):
+        def batch(self, clips, read, listen):
+            heard.extend(len(listen(clip.video, clip.start, clip.end)) / RATE for clip in clips)
+            return super().batch(clips, read)
+
+    loud = add_sound(film, tmp_path / "loud.mp4", 20)
+    rows = list(analyze(Listener(), loud, srt, shift=7))
+    assert [row["video_positive"] is not None for row in rows] == [True] * 6
+    assert all(row["video_positive"] > row["video_negative"] for row in rows[3:])  # the last picture is a glad one
+    assert heard == pytest.approx([1.8] * 6, abs=0.01)
+    ends = [row["end"] for row in analyze(FakePredictor(), loud, seconds=2)]
+    assert (len(ends), ends[-1]) == (10, pytest.approx(20, abs=0.1))
 
 
 def test_a_film_that_was_cut_off_is_told(film, tmp_path, capsys):
@@ -240,6 +280,31 @@ def test_times_that_are_none(film, wrong):
         analyze(FakePredictor(), film, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"transcribe": True, "shift": 1.0}, "--transcribe reads no subtitles"),
+        ({"transcribe": True, "track": 0}, "--transcribe reads no subtitles"),
+        ({"transcribe": True, "subtitles": "a.srt"}, "--transcribe reads no subtitles"),
+        ({"subtitles": "a.srt", "track": 0}, "--track is for the film's own subtitles"),
+        ({"shift": 1.0}, "no subtitles in it, and none given .*; --shift has nothing to move"),
+    ],
+)
+def test_options_without_effect_are_refused(film, options, told):
+    with pytest.raises(UsageError, match=told):
+        analyze(FakePredictor(), film, **options)
+
+
+def test_subtitles_that_are_pictures_are_told(tmp_path, capsys):
+    path = test_subtitles.film(tmp_path / "film.mkv", [], pictures="chi")
+    assert all(row["text"] == "" for row in analyze(FakePredictor(), path))
+    told = "its subtitles are pictures, not text — give the lines as a file: --subtitles F.srt"
+    assert capsys.readouterr().err == f"{path}: {told}; the film is cut without words\n"
+    path = test_subtitles.film(tmp_path / "both.mkv", [("eng", test_subtitles.SRT)], pictures="chi")
+    assert len(list(analyze(FakePredictor(), path))) == 2
+    assert capsys.readouterr().err.startswith(f"{path}: subtitle track 0 is read, no Chinese one")
+
+
 def test_another_precision_is_another_job(film, srt, tmp_path):
     with pytest.raises(RuntimeError):
         list(analyze(FakePredictor(fail_after=1, precision="bf16"), film, srt, tmp_path / "out"))
@@ -264,19 +329,23 @@ def test_without_words(film, tmp_path):
 
 
 def test_transcribed_lines(film, monkeypatch, tmp_path):
+    said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 5.5, "然后呢")]
+
     class Whisper:
         def __init__(self, folder, **options):
             assert folder == str(tmp_path)
 
         def transcribe(self, path, **options):
             assert options["language"] == "zh"
-            said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 5.5, "然后呢")]
             return [types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in said], None
 
     monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=Whisper))
     monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
     rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model=str(tmp_path)))
     assert [row["text"] for row in rows] == ["真好", "然后呢"]
+    del said[0], said[1]
+    with pytest.raises(UserError, match="no speech is heard in it — leave out --transcribe"):
+        analyze(FakePredictor(), film, transcribe=True, asr_model=str(tmp_path))
 
 
 def test_a_part_that_a_disk_has_lost_is_made_again(film, srt, tmp_path):

@@ -42,6 +42,7 @@ def whisper(monkeypatch):
         def transcribe(self, sound, **options):
             assert options["language"] == "zh"
             assert np.abs(np.fft.rfft(sound)).argmax() * 16000 / len(sound) == pytest.approx(800, abs=2)
+            asked.seconds = len(sound) / 16000
             if asked.error:
                 raise asked.error
             return (types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in asked.said), None
@@ -61,6 +62,19 @@ def test_lines_as_they_are_said(film, whisper, tmp_path, monkeypatch):
     assert whisper.options["device"] == "auto"
     monkeypatch.setattr("senticlip.data.audio.audio_start", lambda path: 3.0)  # the film's sound begins late
     assert transcribe(film, str(tmp_path))[0] == Line(3.0, 5.0, "真好")
+
+
+def test_a_gap_in_the_sound_takes_its_time(whisper, tmp_path):
+    path = tmp_path / "gap.mkv"
+    with av.open(str(path), "w") as file:
+        track = file.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for i in (*range(10), *range(30, 40)):
+            sound = 20000 * np.sin(2 * np.pi * 800 * np.arange(1600) / 16000)
+            frame = av.AudioFrame.from_ndarray(sound.astype("<i2")[None], "s16", "mono")
+            frame.sample_rate, frame.pts = 16000, 1600 * i
+            file.mux(track.encode(frame))
+    transcribe(path, str(tmp_path))
+    assert whisper.seconds == 4
 
 
 def test_the_extra_is_missing(film, monkeypatch):

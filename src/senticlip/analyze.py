@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import resources
 from math import isfinite
 from pathlib import Path
@@ -19,12 +20,14 @@ import pyarrow.csv
 from senticlip import answers
 from senticlip.answers import HEADS
 from senticlip.data import subtitles as subs
-from senticlip.data.audio import AudioReader
+from senticlip.data.audio import AudioReader, audio_end
+from senticlip.data.cache import file_keys
 from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
-from senticlip.data.video import VideoReader, probe
+from senticlip.data.video import Frames, VideoReader, probe
 from senticlip.files import alone, write_text, write_whole
 from senticlip.progress import console
+from senticlip.sources import cache_root
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 BATCH = 8
@@ -33,6 +36,9 @@ BATCH = 8
 THUMBNAIL = 96
 """Height of a thumbnail, pixels."""
 
+LONGER = 1.0
+"""Seconds by which sound outlasts the pictures if the film goes on without them; encoders round by less."""
+
 SCHEMA = pa.schema(
     [("start", pa.float64()), ("end", pa.float64()), ("text", pa.string()), *answers.FIELDS], {"senticlip": "timeline"}
 )
@@ -40,11 +46,12 @@ _PART = SCHEMA.append(pa.field("thumbnail", pa.binary()))
 
 
 class _Job(NamedTuple):
-    """One film to analyze: its lines, its end (seconds), where the timeline is written, and the job's key."""
+    """One film to analyze: its lines, its end and its pictures' (seconds), where its timeline goes, the job's key."""
 
     video: Path
     lines: list[Line]
     end: float
+    last: float
     aspect: float
     out: Path | None
     key: str
@@ -80,7 +87,7 @@ def analyze(
         out: a folder for timeline.parquet, timeline.csv and timeline.html; None writes nothing.
         shift: seconds added to every subtitle's times.
         resume: continue where a killed run stopped.
-        transcribe: have faster-whisper (extra ``asr``) write the lines, and ignore all subtitles.
+        transcribe: have faster-whisper (extra ``asr``) write the lines, and ignore the film's own subtitles.
         cut: the lines of a film without any text: ``windows`` of about ``seconds`` each, or ``shots``.
         track: which of the film's own subtitle tracks.
         asr_model: size or folder of the speech model.
@@ -93,35 +100,61 @@ def analyze(
             or subtitles that cannot be read; another process writes to ``out``.
     """
     video = Path(video)
-    if cut not in ("windows", "shots"):
-        raise UsageError(f"cut {cut!r}: unknown — choose windows or shots")
-    if not isfinite(shift):
-        raise UsageError(f"--shift {shift}: must be a number of seconds")
+    _check_options(cut, shift, transcribe, subtitles, track)
     info = probe(video)
     if info.problem:
         console.print(info.problem, soft_wrap=True)
-    end = info.start + info.duration
+    last = end = info.start + info.duration
+    if info.has_audio and not info.problem and (sound := audio_end(video)) > end + LONGER:
+        end = sound
     if transcribe:
         from senticlip.speech import transcribe as listen
 
         lines = listen(video, asr_model, device)
+        if not lines:
+            raise UserError(f"{video}: no speech is heard in it — leave out --transcribe")
     elif subtitles is not None:
         lines = subs.read(subtitles, shift)
     else:
-        lines = subs.embedded(video, track, shift)
-        if not lines and not (shift < 0 and subs.embedded(video, track)):
-            told = f"{video}: no subtitles in it, and none given (--subtitles F.srt): the pictures alone are cut"
-            console.print(told, soft_wrap=True, highlight=False)
-            lines = shots(video, end) if cut == "shots" else windows(end, seconds)
+        own = _own(video, track, shift)
+        lines = own if own is not None else shots(video, end) if cut == "shots" else windows(end, seconds)
     _check_times(lines, subtitles or video, video, end, shift)
     predictor = run
     if isinstance(run, (str, Path)):
         import senticlip
 
         predictor = senticlip.load(run, device=device, precision=precision)
-    key = _key(predictor, video, lines)
-    job = _Job(video, lines, end, info.aspect, None if out is None else Path(out), key)
+    key = "" if out is None else _key(predictor, video, lines)
+    job = _Job(video, lines, end, last, info.aspect, None if out is None else Path(out), key)
     return _stream(job, predictor, resume, progress or (lambda done, total: None))
+
+
+def _check_options(cut: str, shift: float, transcribe: bool, subtitles: str | Path | None, track: int | None) -> None:
+    """Refuse options that are none, and those that would have no effect."""
+    if cut not in ("windows", "shots"):
+        raise UsageError(f"cut {cut!r}: unknown — choose windows or shots")
+    if not isfinite(shift):
+        raise UsageError(f"--shift {shift}: must be a number of seconds")
+    if transcribe and (shift or subtitles is not None or track is not None):
+        raise UsageError(
+            "--transcribe reads no subtitles — leave out --subtitles, --track and --shift, or --transcribe"
+        )
+    if subtitles is not None and track is not None:
+        raise UsageError("--track is for the film's own subtitles — leave out --subtitles or --track")
+
+
+def _own(video: Path, track: int | None, shift: float) -> list[Line] | None:
+    """The film's own lines, None if it has none; the user is told of that, and of tracks that cannot be read."""
+    told: list[str] = []
+    lines: list[Line] | None = subs.embedded(video, track, shift, told.append)
+    if not lines and not (shift < 0 and subs.embedded(video, track)):
+        none = told[0] if told else f"{video}: no subtitles in it, and none given (--subtitles F.srt)"
+        if shift:
+            raise UsageError(f"{none}; --shift has nothing to move")
+        lines, told = None, [f"{none}; the film is cut without words"]
+    for line in told:
+        console.print(line, soft_wrap=True, highlight=False)
+    return lines
 
 
 def _check_times(lines: list[Line], source: str | Path, video: Path, end: float, shift: float) -> None:
@@ -139,9 +172,8 @@ def _check_times(lines: list[Line], source: str | Path, video: Path, end: float,
 
 def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
     """A hash of what the timeline depends on: the model and its precision, the film, the lines."""
-    stat = video.stat()
     model = [answers.fingerprint(predictor.run), predictor.precision]
-    film = [str(video.resolve()), stat.st_size, stat.st_mtime_ns]
+    film = [str(video.resolve()), file_keys([video], cache_root())[video]]
     said = json.dumps([*model, *film, BATCH, lines], ensure_ascii=False)
     return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
@@ -202,16 +234,20 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
         raise UserError(f"{out}: cannot be written — {error.strerror}") from None
 
 
-def _of(reader: VideoReader | AudioReader) -> Callable[..., Any]:
-    """A function like ``read_frames`` or ``read_audio`` that reads from the open film and ignores the path."""
-    return lambda _, *piece, **options: reader.read(*piece, **options)
+def _frames_of(reader: VideoReader, last: float) -> Callable[..., Frames]:
+    """``read_frames`` from the open film, whose pictures end at ``last``: after that a player shows the last one."""
+
+    def read(_: Path, frames: int, start: float, end: float, **options: Any) -> Frames:
+        return reader.read(frames, start, end, None if start < last else [last], **options)
+
+    return read
 
 
 def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
     """The rows of one batch of lines."""
     chosen = job.lines[first : first + BATCH]
     clips = [
-        # a line after the last frame has text only
+        # a line after the film has text only
         Clip(
             f"line {number}",
             job.video if line.start < job.end else None,
@@ -224,7 +260,8 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
 
     # opened for each batch: decoded AAC noise depends on all that was decoded before, and a resumed run starts there
     with AudioReader(job.video) as sound:
-        found = list(answers.answer(predictor, clips, read=_of(reader), listen=_of(sound)))
+        pictures = _frames_of(reader, job.last)
+        found = list(answers.answer(predictor, clips, read=pictures, listen=lambda _, *piece: sound.read(*piece)))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
         if job.parts is not None:
             shutil.rmtree(job.parts, ignore_errors=True)  # there is nothing to go on from
@@ -270,6 +307,9 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
 
     table = pa.concat_tables(answers.read_parquet(part).drop_columns("thumbnail") for part in files)
     table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
+    # of another job: it would pass for finished if this one were killed just now
+    with suppress(OSError):  # what cannot be written is told below
+        (out / "timeline.parquet").unlink(missing_ok=True)
     write_whole(out / "timeline.html", write_page)
     write_whole(out / "timeline.csv", write_csv)
     answers.write_parquet(out / "timeline.parquet", table)

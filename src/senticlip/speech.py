@@ -35,7 +35,8 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
     kind, colon, number = (device or "auto").partition(":")
     if colon and not number.isdecimal():
         raise UsageError(f"--device {device}: unknown — choose cpu, cuda or cuda:N")
-    sound = read_audio(video, most=math.inf)  # faster-whisper itself reads the first track, not the one that is played
+    # faster-whisper itself reads the first track, not the one that is played, and joins what a gap divides
+    sound = read_audio(video, most=math.inf, gaps=True)
     options: dict[str, Any] = {"device": kind, "device_index": int(number or 0), "compute_type": "default"}
     try:
         whisper = WhisperModel(folder, **options)

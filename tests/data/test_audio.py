@@ -15,7 +15,16 @@ from av.stream import Disposition
 from tests.tiny import write_clip
 
 from senticlip.data import audio
-from senticlip.data.audio import RATE, AudioReader, audio_start, audio_store, log_mel, mel_filters, read_audio
+from senticlip.data.audio import (
+    RATE,
+    AudioReader,
+    audio_end,
+    audio_start,
+    audio_store,
+    log_mel,
+    mel_filters,
+    read_audio,
+)
 from senticlip.structures import Clip, UserError
 
 
@@ -222,6 +231,19 @@ def test_a_piece_that_begins_in_a_gap_has_all_that_follows_it(tmp_path):
         sound = read_audio(path, *piece)
         assert len(sound) == pytest.approx(seconds * RATE, abs=RATE // 50), piece
         assert pitch(sound) == pytest.approx(1000, abs=5)
+    joined, whole = read_audio(path), read_audio(path, gaps=True)
+    assert (len(joined), len(whole)) == (7 * RATE, 10 * RATE)
+    np.testing.assert_array_equal(whole, np.insert(joined, 3 * RATE, np.zeros(3 * RATE)))
+    assert audio_end(path) == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "aac"), ("a.mpg", "mp2"), ("a.ts", "mp2"), ("a.wav", "pcm_s16le"), ("a.avi", "mp3")]
+)
+def test_a_sound_without_gaps_gets_none_and_its_end_is_known(tmp_path, name, codec):
+    path = write_tones(tmp_path / name, codec)
+    np.testing.assert_array_equal(read_audio(path, gaps=True), read_audio(path))
+    assert audio_end(path) == pytest.approx(10, abs=0.15)
 
 
 def test_so_much_is_heard_and_no_more(tmp_path):

@@ -132,6 +132,34 @@ def test_a_title_that_stays_does_not_swallow_the_film():
     assert lines[0] == Line(0.0, 5.0, "字幕组")
 
 
+def test_a_title_that_begins_with_a_line_or_in_it_takes_nothing_from_it():
+    with_it = [_Cue(1, 3, ["我真的很高兴"]), _Cue(1, 60, ["字幕组制作"]), _Cue(5, 7, ["我非常难过"])]
+    wanted = [Line(1, 3, "我真的很高兴"), Line(3, 5, "字幕组制作"), Line(5, 7, "我非常难过")]
+    assert merge(with_it) == wanted
+    assert merge([with_it[1], with_it[0], with_it[2]]) == wanted
+    in_it = [_Cue(1, 3.5, ["见到你"]), _Cue(1.5, 40, ["第一章"]), _Cue(1.5, 40, ["第一章"]), _Cue(5, 7, ["难过"])]
+    assert merge(in_it) == [Line(1, 3.5, "见到你"), Line(3.5, 5, "第一章"), Line(5, 7, "难过")]
+    assert merge([*in_it[:2], _Cue(3.2, 5, ["是吗"])]) == [Line(1, 3.2, "见到你"), Line(3.2, 5, "是吗")]
+
+
+def test_a_sign_does_not_swallow_the_lines_under_it():
+    lines = [_Cue(2, 4, ["我真的很高兴"]), _Cue(4.5, 6, ["我非常难过"]), _Cue(6.5, 8.5, ["没什么"])]
+    wanted = [Line(cue.start, cue.end, cue.rows[0]) for cue in lines]
+    assert merge([_Cue(1, 10, ["医院"]), *lines]) == [Line(1, 2, "医院"), *wanted]
+    assert merge([_Cue(2, 10, ["医院"]), *lines]) == [wanted[0], Line(4, 4.5, "医院"), *wanted[1:]]
+
+
+def test_what_is_no_sign():
+    """Translations in parts, a sign in motion under a line, one interjection, slow karaoke."""
+    parts = [_Cue(1, 3, ["it"]), _Cue(3, 5, ["is"]), _Cue(5, 8, ["long"])]
+    assert merge([_Cue(1, 8, ["很长"]), *parts]) == [Line(1, 8, "很长 it is long")]
+    moves = [_Cue(2 + i / 25, 2 + (i + 1) / 25, ["牌"]) for i in range(50)]
+    assert merge([_Cue(1, 6, ["对白"]), *moves]) == [Line(1, 6, "对白牌")]
+    assert merge([_Cue(1, 6, ["对白"]), _Cue(3, 4, ["啊"])]) == [Line(1, 6, "对白啊")]
+    syllables = [_Cue(1 + i, 2 + i, ["我爱你们"[i]]) for i in range(4)]
+    assert merge([_Cue(1, 5, ["我爱你们"]), *syllables]) == [Line(1, 5, "我爱你们")]
+
+
 def test_a_karaoke_line_that_grows():
     cues = [_Cue(1, 1.5, ["我"]), _Cue(1.5, 2, ["我爱"]), _Cue(2, 4, ["我爱你"])]
     assert merge(cues) == [Line(1.0, 4.0, "我爱你")]
@@ -183,7 +211,7 @@ def test_a_last_row_that_is_a_number(tmp_path, numbered):
     st.lists(
         st.tuples(
             st.floats(0, 60, allow_nan=False),
-            st.floats(-1, 8, allow_nan=False),
+            st.floats(-1, 16, allow_nan=False),
             st.lists(st.text("好坏a ♪"), max_size=3),
         ),
         max_size=20,
@@ -246,6 +274,13 @@ def test_what_looks_like_a_timing_and_is_none_is_refused(tmp_path, time):
         read(write(tmp_path, "a.srt", f"1\n{time} --> {time}\n你好\n"))
 
 
+@pytest.mark.parametrize("arrow", ["->", "–>", "—>", "→", "-->"])
+def test_another_arrow_and_wide_colons_are_no_timing(tmp_path, arrow):
+    time = "00：00：03，000" if arrow == "-->" else "00:00:03,000"
+    with pytest.raises(UserError, match=rf"a\.srt, row 6: {time} {arrow} 00:00:04,000 is no timing"):
+        read(write(tmp_path, "a.srt", SRT.replace("00:00:03,000 -->", f"{time} {arrow}")))
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UsageError, match="no such subtitle file"):
         read(tmp_path / "none.srt")
@@ -259,11 +294,16 @@ def test_bad_files(tmp_path):
 
 
 def film(
-    path: Path, tracks: list[tuple[str, str]], pictures: str = "", late: int = 0, kinds: tuple[Disposition, ...] = ()
+    path: Path,
+    tracks: list[tuple[str, str]],
+    pictures: str = "",
+    late: int = 0,
+    kinds: tuple[Disposition, ...] = (),
+    titles: tuple[str, ...] = (),
 ) -> Path:
     """A short film with subtitle tracks, copied in from .srt files, and one of pictures in the language ``pictures``.
 
-    ``late``: where its clock begins, seconds; ``kinds``: of the tracks.
+    ``late``: where its clock begins, seconds; ``kinds`` and ``titles``: of the tracks.
     """
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=10)
@@ -274,6 +314,8 @@ def film(
             stream.metadata["language"] = language
         for stream, kind in zip(streams, kinds, strict=bool(kinds)):
             stream.disposition = kind
+        for stream, title in zip(streams, titles, strict=bool(titles)):
+            stream.metadata["title"] = title
         if pictures:
             pgs = out.add_mux_stream("hdmv_pgs_subtitle")
             pgs.metadata["language"] = pictures
@@ -335,9 +377,25 @@ def test_embedded_times_are_a_players(tmp_path):
 
 
 def test_tracks_of_pictures_are_passed_over(tmp_path):
+    told = []
     path = film(tmp_path / "both.mkv", [("eng", SRT)], pictures="chi")
+    assert embedded(path, tell=told.append) == LINES
+    assert [line.split(" — ")[0] for line in told] == [
+        f"{path}: subtitle track 0 is read, no Chinese one: those are pictures, not text"
+    ]
+    path = film(tmp_path / "pictures.mkv", [], pictures="chi")
+    assert embedded(path, tell=told.append) == []
+    assert told[1:] == [f"{path}: its subtitles are pictures, not text — give the lines as a file: --subtitles F.srt"]
+    for tracks, pictures in (([("chi", SRT)], "chi"), ([("eng", SRT)], "eng"), ([("eng", SRT)], ""), ([], "")):
+        embedded(film(tmp_path / "other.mkv", tracks, pictures), tell=told.append)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("title", ["简体中文", "繁體", "CHS&JPN", "Mandarin (Simplified)"])
+def test_a_title_tells_a_chinese_track(tmp_path, title):
+    tracks = [("eng", SRT.replace("今天我真的很高兴", "Hello")), ("und", SRT)]
+    path = film(tmp_path / "film.mkv", tracks, kinds=(Disposition.default, Disposition(0)), titles=("Full", title))
     assert embedded(path) == LINES
-    assert embedded(film(tmp_path / "pictures.mkv", [], pictures="chi")) == []
 
 
 def test_what_a_vtt_holds_beside_its_lines_is_not_said(tmp_path):

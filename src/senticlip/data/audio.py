@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,7 +16,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from senticlip.data.cache import Store, cached, clip_keys
-from senticlip.data.sequential import clock_start, open_container, pictures, sound_of
+from senticlip.data.sequential import clock_start, open_container, packets, pictures, sound_of
 from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
@@ -28,6 +29,9 @@ MOST = 600.0
 
 WARM = 0.1
 """Seconds that are decoded before a piece and discarded."""
+
+GAP = 0.05
+"""Seconds without sound from which on it is a gap: times are rounded, to a millisecond in Matroska."""
 
 
 class AudioReader:
@@ -47,7 +51,9 @@ class AudioReader:
         if self._container is not None:
             self._container.close()
 
-    def read(self, start: float | None = None, end: float | None = None, most: float = MOST) -> np.ndarray:
+    def read(
+        self, start: float | None = None, end: float | None = None, most: float = MOST, gaps: bool = False
+    ) -> np.ndarray:
         """See :func:`read_audio`."""
         begun = self._container is not None
         try:
@@ -58,7 +64,7 @@ class AudioReader:
             if start or begun:
                 _seek(container, sound, at - WARM + zero)
             stop = min(at + most, math.inf if end is None else end)
-            first, parts = _between(container, sound, at + zero - WARM / 2 if start else -math.inf, stop + zero)
+            first, parts = _between(container, sound, at + zero - WARM / 2 if start else -math.inf, stop + zero, gaps)
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
         heard = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -77,8 +83,24 @@ def audio_start(path: str | Path) -> float:
         return float(sound.start_time * sound.time_base) - clock_start(container)
 
 
+def audio_end(path: str | Path) -> float:
+    """When the sound of a file ends, in seconds on a player's clock, by its last packet; 0 if none is found."""
+    with open_container(path) as container:
+        sound, zero = sound_of(container), clock_start(container)
+        if sound is None or sound.time_base is None:
+            return 0.0
+        with suppress(av.FFmpegError):  # no way to seek: all packets are read
+            _seek(container, sound, zero + (container.duration or 0) / av.time_base - 1)
+        ends = (p.pts + (p.duration or 0) for p in packets(container, sound) if p.pts is not None and p.size)
+        return max(0.0, float(max(ends, default=0) * sound.time_base) - zero)
+
+
 def read_audio(
-    path: str | Path, start: float | None = None, end: float | None = None, most: float = MOST
+    path: str | Path,
+    start: float | None = None,
+    end: float | None = None,
+    most: float = MOST,
+    gaps: bool = False,
 ) -> np.ndarray:
     """The sound of a file or of a piece of it: mono float32 in [-1, 1], RATE samples a second; empty if it has none.
 
@@ -87,12 +109,13 @@ def read_audio(
         start: seconds; the file's beginning by default.
         end: seconds; the file's end by default.
         most: so many seconds are read at most.
+        gaps: silence where sound is missing in between, so that times stay right; else what is there is joined.
 
     Raises:
         UserError: the file cannot be opened.
     """
     with AudioReader(path) as reader:
-        return reader.read(start, end, most)
+        return reader.read(start, end, most, gaps)
 
 
 def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
@@ -107,16 +130,24 @@ def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
         container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has nothing there
 
 
-def _between(container: InputContainer, sound: AudioStream, start: float, end: float) -> tuple[float, list[np.ndarray]]:
+def _between(
+    container: InputContainer, sound: AudioStream, start: float, end: float, gaps: bool
+) -> tuple[float, list[np.ndarray]]:
     """The file's clock (seconds) at the first samples of the first packet that ends after ``start``, and the samples
-    from there until the clock reaches ``end``."""
-    parts, first, now, resampler, kind = [], None, clock_start(container), None, None
+    from there until the clock reaches ``end``; with ``gaps``, silence where none are."""
+    parts: list[np.ndarray] = []
+    first, now, resampler, kind = None, clock_start(container), None, None
+    longest, heard = (container.duration or 0) / av.time_base, 0.0  # what a damaged time tells must not fill the memory
     for frame in pictures(container, sound):
         now = now if frame.time is None else frame.time
         if now + frame.samples / frame.rate <= start:  # there may be a gap before the piece
             now += frame.samples / frame.rate
             continue
         first = now if first is None else first
+        if gaps and GAP < (gap := now - first - heard) <= longest:
+            parts += [*_pieces(resampler, None), np.zeros(round(gap * RATE), np.float32)]
+            resampler, kind, heard = None, None, heard + gap
+        heard += frame.samples / frame.rate
         if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
             # the channel layout may change within a recording, and a resampler takes one kind of frame only
             parts += _pieces(resampler, None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from senticlip.data.table import chinese, surely
 from senticlip.structures import UsageError, UserError
 
 SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
-TOGETHER = 10.0
-"""Lines that merely touch are merged up to this many seconds; real ones are no longer."""
+TOGETHER, LEAST = 10.0, 0.5
+"""Lines that merely touch are merged up to so many seconds; real ones are no longer, and none is shorter."""
 
 _COLUMNS = ("layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect", "text")
-_CHINESE = {"zh", "chi", "zho", "chs", "cht", "cmn", "yue"}
+_CHINESE = re.compile(r"^(?:zh|chi|zho|cmn|yue)\b|[中简繁簡]|\b(?:chs|cht|chinese|mandarin)\b", re.IGNORECASE)
 _PICTURES = "are pictures, not text — give the lines as a file: --subtitles F.srt"
 _SOUNDS = (
     r"(?:[^\]】)）]{0,8}(?:音乐|音樂|配乐|歌声|掌声|掌聲|笑声|笑聲|哭声|铃声|枪声|脚步声|雷声|敲门声)"
@@ -34,7 +35,7 @@ _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]{0,200}\}|\{[^{}]{0
 _HIDDEN = "\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
 _TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,9}|:\d{3})?"
 _TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[\s{_HIDDEN}]|$)", re.MULTILINE)
-_LIKE_TIMING = re.compile(r"^[ \t]*-?\d+[ \t]*[:;][ \t]*\d+[ \t]*[:;][\d:;.,' \t-]*-->[ \t]*-?\d", re.MULTILINE)
+_LIKE_TIMING = re.compile(r"(?m)^[ \t]*-?\d+[ \t]*[:;：][ \t]*\d+[ \t]*[:;：][\d:;：.,，' \t-]*([-–—]+>|→)[ \t]*-?\d")
 _INVISIBLE = re.compile(f"[{_HIDDEN}\x00-\x08\x0e-\x1f]")
 
 
@@ -144,7 +145,9 @@ def _by_pysubs2(text: str, path: Path) -> list[_Cue]:
         raise UserError(f"{path}: not readable as {path.suffix[1:]} subtitles ({reason})") from None
 
 
-def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) -> list[Line]:
+def embedded(
+    video: str | Path, track: int | None = None, shift: float = 0.0, tell: Callable[[str], None] = lambda told: None
+) -> list[Line]:
     """The lines of a subtitle track inside a video file, on a player's clock; an empty list if it has none of text.
 
     Args:
@@ -152,11 +155,11 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
         track: which of its subtitle tracks, from 0; None for a Chinese one of text, else any of text; of several that
             which players show (the default one), and none of signs alone (forced), if there is another.
         shift: seconds added to every time.
+        tell: called with a line for the user where tracks of pictures are passed over that he may want.
 
     Raises:
         UsageError: no such track. UserError: the file cannot be opened, or the track asked for holds pictures.
     """
-    from av.codec.codec import Properties
     from av.error import FFmpegError
     from av.stream import Discard
     from av.subtitles.subtitle import AssSubtitle
@@ -170,9 +173,8 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
     with container:
         streams = list(container.streams.subtitles)
         if track is None:
-            streams = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
-            streams = [s for s in streams if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
-        if track is not None and not 0 <= track < len(streams):
+            streams = _texts(streams, lambda told: tell(f"{video}: {told}"))
+        elif not 0 <= track < len(streams):
             there = f"there are 0 to {len(streams) - 1}" if streams else "it has none, give a file: --subtitles F.srt"
             raise UsageError(f"{video}: no subtitle track {track} — {there}")
         if not streams:
@@ -205,11 +207,29 @@ def embedded(video: str | Path, track: int | None = None, shift: float = 0.0) ->
     return merge(cues, shift)
 
 
+def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
+    """The tracks of text; ``tell`` is called if those of pictures are all there are, or the only Chinese ones."""
+    from av.codec.codec import Properties
+
+    known = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
+    texts = [s for s in known if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
+    if known and not texts:
+        tell(f"its subtitles {_PICTURES}")
+    elif any(map(_is_chinese, known)) and not any(map(_is_chinese, texts)):
+        tell(f"subtitle track {streams.index(_spoken(texts))} is read, no Chinese one: those {_PICTURES}")
+    return texts
+
+
+def _is_chinese(stream: Any) -> bool:
+    """By its language or, since that is often missing or wrong, its title."""
+    return _CHINESE.search(f"{stream.language or ''} {stream.metadata.get('title', '')}") is not None
+
+
 def _spoken(streams: list[Any]) -> Any:
     """The track that most likely has all that is said."""
     from av.stream import Disposition
 
-    some = [s for s in streams if (s.language or "").split("-")[0].lower() in _CHINESE] or streams
+    some = [s for s in streams if _is_chinese(s)] or streams
     some = [s for s in some if not s.disposition & Disposition.forced] or some
     return next((s for s in some if s.disposition & Disposition.default), some[0])
 
@@ -228,36 +248,59 @@ def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
 
     A row that the cue before showed already (rolling captions, second layers) is left out; cues that are on the screen
     together (karaoke syllables, two styles, two speakers) become one line, as do those that grow by a syllable; what
-    then still overlaps ends where the next begins. Times are shifted; what ends before 0 is dropped.
+    then still overlaps ends where the next begins, and a title begins where what is said ends. Times are shifted; what
+    ends before 0 is dropped.
     """
-    ordered = sorted((cue for cue in cues if cue.end > cue.start), key=lambda cue: cue.start)
-    lines: list[Line] = []
+    said = [_Cue(c.start, c.end, [row for row in map(clean, c.rows) if row]) for c in cues if c.end > c.start]
+    ordered = sorted((cue for cue in said if cue.rows), key=lambda cue: cue.start)
+    titles = [_stays(cue, ordered, place) for place, cue in enumerate(ordered)]
+    lines: list[tuple[Line, bool]] = []
     shown: list[str] = []
     brief = False
-    for cue in ordered:
-        rows = [row for row in (clean(row) for row in cue.rows) if row]
-        if not rows:
-            continue
-        last = lines[-1] if lines else None
+    # of those that begin together a title comes last
+    for cue, title in sorted(zip(ordered, titles, strict=True), key=lambda pair: (pair[0].start, pair[1])):
+        last, sign = lines[-1] if lines else (None, False)
         touches = last is not None and cue.start - last.end < 0.1
-        fresh = _fresh(shown, rows) if touches else rows
-        shown = rows if last is None or not touches or cue.start >= last.end else shown + fresh
+        fresh = _fresh(shown, cue.rows) if touches else cue.rows
+        shown = cue.rows if last is None or not touches or cue.start >= last.end else shown + fresh
         text = _join(fresh)
         # a karaoke line; after a whole second it is an answer that begins with the same word
         grows = last is not None and text.startswith(last.text) and (brief or cue.start < last.end)
         brief = cue.end - cue.start < 1
-        if last is not None and touches and (not text or grows or _together(last, cue)):
+        if last is not None and touches and (not text or grows or _together(last, cue, title or sign)):
             if not grows:
                 text = last.text if text in last.text else _join([last.text, text])
-            lines[-1] = Line(last.start, max(last.end, cue.end), text)
+            lines[-1] = Line(last.start, max(last.end, cue.end), text), sign
         elif text:
-            lines.append(Line(cue.start, cue.end, text))
-    ends = [line.start for line in lines[1:]] + [float("inf")]
-    moved = [
-        Line(round(max(0.0, line.start + shift), 3), round(min(line.end, end) + shift, 3), line.text)
-        for line, end in zip(lines, ends, strict=False)
-    ]
+            lines.append((Line(cue.start, cue.end, text), title))
+    moved = (Line(round(max(0.0, start + shift), 3), round(end + shift, 3), text) for start, end, text in _apart(lines))
     return [line for line in moved if line.end > line.start]
+
+
+def _stays(cue: _Cue, ordered: list[_Cue], place: int) -> bool:
+    """Whether the cue at ``place`` is a title or a sign: longer than a line, or lines come and go while it is shown."""
+    if cue.end - cue.start > TOGETHER:
+        return True
+    during = ordered[place + 1 : bisect_left(ordered, cue.end, key=lambda other: other.start)]
+    # what begins or ends with it is a part of it, as of a translation
+    inside = [c for c in during if c.start - cue.start > LEAST < cue.end - c.end and c.end - c.start >= LEAST]
+    inside = [c for c in inside if _join(c.rows) not in _join(cue.rows)]
+    return bool(inside) and min(c.end for c in inside) <= max(c.start for c in inside)
+
+
+def _apart(lines: list[tuple[Line, bool]]) -> list[Line]:
+    """Lines that do not overlap: each ends where the next begins, but a title begins where the line before it ends."""
+    apart: list[tuple[Line, bool]] = []
+    for line, title in lines:
+        while apart and apart[-1][0].start >= line.start and (apart[-1][1] or not title):
+            apart.pop()  # nothing is left for it
+        last, sign = apart[-1] if apart else (Line(0, 0, ""), True)
+        if title and not sign:
+            line = line._replace(start=max(line.start, last.end))
+        elif apart:
+            apart[-1] = last._replace(end=min(last.end, line.start)), sign
+        apart.append((line, title))
+    return [line for line, _ in apart if line.end > line.start]
 
 
 def _fresh(shown: list[str], rows: list[str]) -> list[str]:
@@ -268,12 +311,12 @@ def _fresh(shown: list[str], rows: list[str]) -> list[str]:
     return rows
 
 
-def _together(line: Line, cue: _Cue) -> bool:
-    """Whether the two are on the screen at the same time for most of it (and not one a title that stays)."""
+def _together(line: Line, cue: _Cue, title: bool) -> bool:
+    """Whether the two are on the screen at the same time for most of it; half is enough if neither is a ``title``."""
     both = min(line.end, cue.end) - max(line.start, cue.start)
     length, other = line.end - line.start, cue.end - cue.start
     span = max(line.end, cue.end) - min(line.start, cue.start)
-    return both >= 0.8 * span or (span <= TOGETHER and both >= 0.5 * min(length, other))
+    return both >= 0.8 * span or (span <= TOGETHER and not title and both >= 0.5 * min(length, other))
 
 
 def _join(parts: list[str]) -> str:
@@ -286,9 +329,7 @@ def _join(parts: list[str]) -> str:
 
 
 def guess_text(data: bytes, path: Path) -> str:
-    """The text of a subtitle file: a byte order mark, UTF-8, UTF-16, else the encoding that gives the likeliest words.
-
-    What is neither GB18030 nor Big5 goes to charset-normalizer.
+    """The text of a subtitle file: a byte order mark, UTF-8, UTF-16, else GB18030 or Big5 if likely, else a guess.
 
     Raises:
         UserError: nothing reads it.
