@@ -124,6 +124,24 @@ def test_a_hub_id_is_read_and_not_written_into(place, tmp_path, monkeypatch):
     assert compare("someone/a", "someone/b", place / "data")["b"] == found
 
 
+def test_clips_that_say_nothing_and_clips_without_the_label_are_told(place, tmp_path, capsys):
+    shutil.copytree(place / "a", tmp_path / "a", ignore=shutil.ignore_patterns("*.csv"))
+    videos = [clip.video for clip in read_clips(place / "data", "test")]
+    table = tmp_path / "own.csv"
+    rows = [f"{videos[0]},天气好,1,1,val", f"{videos[1]},,-1,-1,val", f"{videos[2]},nan,1,,val"]
+    table.write_text("\n".join(["path,text,label,label_T,split", *rows]), encoding="utf-8")
+    found = evaluate(tmp_path / "a", table, "val")
+    assert (found["n"], found["unread"], Path(found["predictions"]).name) == (3, 2, "predictions-valid.csv")
+    with Path(found["predictions"]).open(encoding="utf-8", newline="") as file:
+        (said,) = {row["predicted"] for row in list(csv.DictReader(file))[1:]}
+    told = capsys.readouterr().err
+    assert told == f"{table}: 2 of 3 clips have nothing that this model reads; they are answered {said!r}\n"
+    assert evaluate(tmp_path / "a", table, "valid", target="T")["n"] == 2
+    assert f"{table}: 1 of 3 clips of valid have no label T: left out\n" in capsys.readouterr().err
+    assert "unread" not in evaluate(place / "a", place / "data")
+    assert capsys.readouterr().err == ""
+
+
 def test_what_cannot_be_asked(place):
     with pytest.raises(UsageError, match="--target Q: choose one of M, T, A, V"):
         evaluate(place / "a", place / "data", target="Q")

@@ -83,7 +83,7 @@ def test_a_tables_chinese_columns_are_a_manifests_and_what_is_not_read_is_told(t
     assert capsys.readouterr() == ("", "")
     for name, data in (
         ("m.csv", "path,transcript,id\na.mp4,好,1\n"),
-        ("m.jsonl", '{"path": "a", "transcript": 1}\n' * 2),
+        ("m.jsonl", '{"path": "a", "transcript": 1}\n{"path": "b", "transcript": 1}\n'),
     ):
         (tmp_path / name).write_text(data, encoding="utf-8")
         assert [row["text"] for row in manifest.read(tmp_path / name)] == [None] * (
@@ -199,6 +199,28 @@ def test_names_of_columns_and_empty_cells_as_pandas_writes_them(kind, tmp_path):
     empty = {**dict.fromkeys(manifest.COLUMNS), "error": None}
     assert first == {**empty, "id": "1", "path": "a.mp4", "text": "好", "start": "1.5"}
     assert second == {**empty, "id": "2", "path": "b.mp4"}
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "<NA>"])
+def test_words_for_nothing_are_nothing(word, tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text(f"path,text,start\na.mp4,{word},{word}\n{word},{word},\n", encoding="utf-8")
+    first, second = manifest.read(path)
+    assert first == full({"path": "a.mp4"}, "a.mp4")
+    assert second["error"].endswith("row 3: neither path nor text")
+
+
+def test_an_id_that_comes_twice_is_told_once(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "m.csv"
+    path.write_text("id,text\na,好\nb,坏\nb,好\na,坏\n", encoding="utf-8")
+    assert [row["id"] for row in manifest.read(path)] == ["a", "b", "b", "a"]
+    out, told = capsys.readouterr()
+    assert out == ""
+    said = "the id 'b' was there before; give every row one of its own, to tell their answers apart"
+    assert told == f"{path}, row 4: {said}\n"
+    monkeypatch.setattr(manifest, "REMEMBERED", 1)
+    list(manifest.read(path))
+    assert f"{path}, row 5: the id 'a' was there before" in capsys.readouterr().err
 
 
 def test_what_is_no_text_is_the_rows_fault(tmp_path):

@@ -13,7 +13,9 @@ import numpy as np
 from senticlip import metrics
 from senticlip.checkpoint import as_probabilities, outputs, read_metrics, rows_digest
 from senticlip.config import Config
+from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
+from senticlip.data.table import SPLIT_NAMES
 from senticlip.files import write_text
 from senticlip.predictor import Predictor
 from senticlip.progress import console
@@ -52,7 +54,8 @@ def evaluate(
         accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n, target; MMSA's acc_2, f1_2
         and the same ``_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips
         that have its modality) and ``equal_weights``; a regression model's scores; a reduced precision's
-        ``disagreement``; ``predictions``, the file of the answers.
+        ``disagreement``; ``unread``, how many clips have nothing that the model reads, if any; ``predictions``, the
+        file of the answers.
 
     Raises:
         UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
@@ -69,9 +72,14 @@ def _answers(
     predictor = Predictor(run, device, precision)
     config = predictor.config
     target = target or config.target
-    clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if target in clip.labels]
+    split = SPLIT_NAMES.get(split.casefold(), split)
+    every = read_clips(data, split, config.protocol, config.seed)
+    clips = [clip for clip in every if target in clip.labels]
     if not clips:
         raise UserError(f"{data}: no clip of {split} has a label {target}")
+    if left := len(every) - len(clips):
+        told = f"{data}: {left} of {len(every)} clips of {split} have no label {target}: left out"
+        console.print(told, soft_wrap=True)
     rows = clip_set(clips, predictor.model, data=data)
     output = outputs(predictor.model, rows)
     if broken := [clip.id for clip, good in zip(clips, output.are_numbers(), strict=True) if not good]:
@@ -80,6 +88,8 @@ def _answers(
     _tell_changed_rows(Path(run), data, config)
     truth = polarity(rows.labels[target])
     result = judge(output, truth, rows.labels[target]) | {"target": target}
+    if unread := _tell_unread(data, rows, _predicted(output)):
+        result["unread"] = unread
     if predictor.disagreement:
         result["disagreement"] = predictor.disagreement
     temperature = getattr(predictor.model.network, "temperature", None)
@@ -102,6 +112,16 @@ def _answers(
         else:  # a RUN without write permission can be evaluated, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, _predicted(output), result)
+
+
+def _tell_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
+    """How many clips have nothing that the model reads: their answers say nothing, and count all the same."""
+    nothing = np.all([store.lengths == 0 for store in rows.stores.values()], axis=0)
+    if nothing.any():
+        said = " or ".join(LABELS[index] for index in np.unique(predicted[nothing]))
+        told = f"{data}: {nothing.sum()} of {len(rows)} clips have nothing that this model reads"
+        console.print(f"{told}; they are answered {said!r}", soft_wrap=True)
+    return int(nothing.sum())
 
 
 def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:

@@ -17,13 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from senticlip.data.subtitles import SUFFIXES
-from senticlip.data.table import LONGEST_CELL, NAMES, likeliest, told_encoding
+from senticlip.data.table import EMPTY, LONGEST_CELL, NAMES, likeliest, told_encoding
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import UsageError, UserError, whole
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
+REMEMBERED = 100_000
+"""Ids of the first rows that are looked for in all: with more, a long manifest would take more memory."""
+
 _SHORT: Any = object()
 """Stands where a CSV's row ends before its header does."""
 
@@ -69,16 +72,25 @@ def read(manifest: Path) -> Iterator[dict[str, str | None]]:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     if manifest.suffix.lower() not in readers:
         raise UsageError(f"{manifest}: not a manifest — choose .csv, .jsonl or .parquet")
+    seen: set[str | None] | None = set()
     for number, row in readers[manifest.suffix.lower()](manifest):
-        yield _record(f"{manifest}, row {number}", number, row)
+        record = _record(f"{manifest}, row {number}", number, row)
+        if seen is not None and record["id"] in seen:
+            told = f"{manifest}, row {number}: the id {record['id']!r} was there before"
+            console.print(f"{told}; give every row one of its own, to tell their answers apart", soft_wrap=True)
+            seen = None
+        elif seen is not None and len(seen) < REMEMBERED:
+            seen.add(record["id"])
+        yield record
 
 
 def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[str, str | None]:
     """A row as read → the columns of SCHEMA; under None a CSV's cells that have no column."""
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
-    # pandas writes a cell in which nothing is as NaN
-    full = {key: v for key, v in row.items() if v is not None and v is not _SHORT and v == v and str(v).strip()}
+    # pandas writes a cell in which nothing is as NaN, or as that word
+    there = {key: v for key, v in row.items() if v is not None and v is not _SHORT and v == v}
+    full = {key: v for key, v in there.items() if str(v).strip() not in EMPTY}
     cells = _named(full)
     said = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
     sound = {name: whole(said[name]) for name in COLUMNS if name in said}

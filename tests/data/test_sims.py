@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from senticlip.data.sims import check, normal_id, read_clips
-from senticlip.data.table import score
+from senticlip.data.sims import check, read_clips
+from senticlip.data.table import EMPTY, normal_id, score, without_zeros
 from senticlip.structures import LABELS, UsageError, UserError
 
 COLUMNS = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
@@ -147,8 +147,9 @@ def test_random_protocols(tmp_path_factory, rows, seed, protocol):
 def test_split_is_chosen_and_named(tmp_path):
     folder = folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今").replace("train", "test"))
     assert [clip.id for clip in read_clips(folder, "test")] == ["video_0001/0002"]
-    with pytest.raises(UserError, match=r"no clips in split 'valid' — there is train, test"):
-        read_clips(folder, "valid")
+    for name in ("valid", "val", "dev", "Validation"):  # as the table may call it
+        with pytest.raises(UserError, match=r"no clips in split 'valid' — there is train, test"):
+            read_clips(folder, name)
     with pytest.raises(UsageError, match=r"split 'dev2': unknown — choose one of train, valid, test"):
         read_clips(folder, "dev2")
     with pytest.raises(UsageError, match="protocol"):
@@ -352,6 +353,70 @@ def test_texts_alone(tmp_path):
 def test_ids_meet_without_their_zeros(number, width):
     assert normal_id(f"{number:0{width}}") == normal_id(str(number)) == normal_id(f"{number}.0")
     assert normal_id(f"video_{number:0{width}}") == normal_id(f"video_{number}")
+    fractions = {f"2.{'0' * zeros}{number}" for zeros in range(width)}
+    assert len({without_zeros(f"d{fraction}") for fraction in fractions}) == len(fractions)
+
+
+def test_a_missing_clip_is_not_replaced_by_one_of_a_similar_name(tmp_path):
+    rows = [["BVx", name, f"好{name}", "1", "1", "1", "1", "Positive", "train"] for name in ("aB", "d2.05", "c1")]
+    folder = write_folder(tmp_path, rows)
+    text = (folder / "label.csv").read_text(encoding="utf-8")
+    text = text.replace("BVx,aB", "BVx,Ab").replace("BVx,d2.05", "BVx,d2.5").replace("BVx,c1", "BVx,c01")
+    (folder / "label.csv").write_text(text, encoding="utf-8")
+    there = folder / "Raw" / "BVx"
+    problems = check(folder, videos=False).problems
+    assert [line.split(": ")[1] for line in problems] == [f"{there / name} does not exist" for name in ("Ab", "d2.5")]
+
+
+def test_an_id_may_be_a_files_name(tmp_path):
+    folder = folder_of(tmp_path, GOOD.replace("0001,今", "0001.mp4,今"), GOOD.replace("0001,今", "2.MP4,今"))
+    assert [clip.id for clip in read_clips(folder)] == ["video_0001/0001", "video_0001/0002"]
+    (folder / "Raw" / "video_0001" / "0001.mkv").write_bytes(b"x")
+    assert read_clips(folder)[0].video == folder / "Raw" / "video_0001" / "0001.mp4"
+
+
+@pytest.mark.parametrize("suffix", [".mpeg", ".3gp", ".m2ts", ".mts"])
+def test_files_of_cameras_and_old_telephones_are_clips(suffix, tmp_path):
+    folder = folder_of(tmp_path, GOOD)
+    (folder / "Raw" / "video_0001" / "0001.mp4").unlink()
+    write_video(folder / "Raw" / "video_0001" / f"0001{suffix}")
+    assert check(folder).problems == []
+    assert read_clips(folder)[0].id == "video_0001/0001"
+
+
+@pytest.mark.parametrize("column", ["video", "filename", "file", "path", "start", "end", "开始"])
+def test_ids_name_the_clips_of_a_folder_whatever_else_is_told_of_them(column, tmp_path):
+    folder = folder_of(tmp_path, f"{GOOD},00:12", GOOD.replace("0001,今", "0002,今") + ",99")
+    table = folder / "label.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("mode", f"mode,{column}"), encoding="utf-8")
+    first, second = read_clips(folder)
+    assert [first.id, second.id] == ["video_0001/0001", "video_0001/0002"]
+    assert {(clip.start, clip.end) for clip in (first, second)} == {(None, None)}
+    told = f"{table}: not read, since a clip is the whole file that video_id and clip_id name: {column}"
+    assert told in check(folder, videos=False).warnings
+
+
+def test_without_raw_a_path_names_the_clip(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"x")
+    table = tmp_path / "mine.csv"
+    table.write_text("video_id,clip_id,path,text,label,start,end\nfilm,1,film.mp4,好,1,2,3\n", encoding="utf-8")
+    (clip,) = read_clips(table)
+    assert (clip.video, clip.start, clip.end) == (tmp_path / "film.mp4", 2, 3)
+    assert not any("not read" in line for line in check(table, videos=False).warnings)
+
+
+@pytest.mark.parametrize("cell", EMPTY)
+def test_words_for_nothing_are_no_text(cell, tmp_path):
+    folder = folder_of(tmp_path, GOOD.replace("今天很好", cell))
+    assert read_clips(folder)[0].text is None
+    assert f"{folder}/label.csv, row 2: no text" in check(folder, videos=False).warnings
+
+
+def test_a_second_table_is_told(tmp_path):
+    folder = folder_of(tmp_path, GOOD)
+    assert not any("not read" in line for line in check(folder, videos=False).warnings)
+    (folder / "meta.csv").write_text("anything", encoding="utf-8")
+    assert f"{folder}/meta.csv: not read, since label.csv is there, too" in check(folder, videos=False).warnings
 
 
 def test_own_csv_may_name_source_videos(tmp_path):

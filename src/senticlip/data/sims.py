@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from senticlip.data.table import (
+    EMPTY,
     SPLIT_NAMES,
     SPLITS,
     TARGET_COLUMNS,
@@ -25,11 +26,11 @@ from senticlip.data.table import (
     columns_of,
     finite,
     located,
-    normal_id,
     only_0_and_1,
     read_table,
     score,
     unread,
+    without_zeros,
 )
 from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
 
@@ -64,7 +65,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Args:
         path: a folder with ``label.csv`` or ``meta.csv`` beside ``Raw/`` (without ``Raw/``, but with
             ``Processed/unaligned_39.pkl``, clips have no video), or one CSV file.
-        split: train, valid or test; None (or ``all``) for all.
+        split: train, valid or test, or another of its names in tables (val); None (or ``all``) for all.
         protocol: ``official`` (the table's own; one without splits: ``tenth``), ``tenth`` (random 8:1:1 over clips, as
             the paper seems to have done) or ``video`` (8:1:1 such that no source video is in two splits).
         seed: of the two random protocols; the same rows in another order are split alike.
@@ -72,7 +73,8 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Raises:
         UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
     """
-    if split not in (None, "all", *SPLITS):
+    split = SPLIT_NAMES.get((split or "all").casefold(), split or "all")
+    if split not in ("all", *SPLITS):
         raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
     table, rows = _read(Path(path), protocol)
     problems = [problem for row in rows for problem in row.problems]
@@ -80,7 +82,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
         more = f" (and {len(problems) - 1} more: senticlip data check {path})" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     clips = _split(rows, protocol, seed)
-    chosen = [clip for clip in clips if split in (None, "all", clip.split)]
+    chosen = [clip for clip in clips if split in ("all", clip.split)]
     if not chosen:
         there = ", ".join(name for name in SPLITS if any(clip.split == name for clip in clips))
         raise UserError(f"{table}: no clips in split {split!r} — there is {there}: give some rows that split")
@@ -179,19 +181,16 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
     """The label file that was found and its rows."""
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
-    if path.is_dir():
-        tables = [path / name for name in ("label.csv", "meta.csv") if (path / name).is_file()]
-        if not tables and (path / "Processed").is_dir():
-            return _from_features(path)
-        if not tables:
-            raise UserError(f"{path}: no label.csv and no meta.csv in it — is this a CH-SIMS folder?")
-        table = tables[0]
-    elif path.is_file() and path.suffix.lower() in (".pkl", ".pickle"):
+    places = [path / "label.csv", path / "meta.csv"] if path.is_dir() else [path]
+    tables = [place for place in places if place.is_file()]
+    pickled = tables == [path] and path.suffix.lower() in (".pkl", ".pickle")
+    if pickled or (not tables and (path / "Processed").is_dir()):
         return _from_features(path)
-    elif path.is_file():
-        table = path
-    else:
+    if not tables and path.is_dir():
+        raise UserError(f"{path}: no label.csv and no meta.csv in it — is this a CH-SIMS folder?")
+    if not tables:
         raise UsageError(f"{path}: no such folder or CSV file")
+    table = tables[0]
     whole = read_table(table)
     columns, lines = columns_of(table, whole)
     named, width = len(lines) < len(whole), len(whole[0].cells)
@@ -212,9 +211,11 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
-    rows[0].warnings.extend(only_0_and_1(table, columns, lines) + (unread(table, whole) if named else []))
+    told = [f"{other}: not read, since {table.name} is there, too" for other in tables[1:]]
+    told += only_0_and_1(table, columns, lines) + (unread(table, columns, whole[0].cells) if named else [])
     if protocol == "official" and "split" not in columns:
-        rows[0].warnings.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
+        told.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
+    rows[0].warnings.extend(told)
     return table, rows
 
 
@@ -267,7 +268,7 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
         problems.append(f"{where}, columns start and end: the piece ends at {times['end']:g} s, before it begins")
     video, name, source, faults = find(cells, line.row)
     problems += [f"{where}: {fault}" for fault in faults]
-    text = cells.get("text") or None
+    text = None if cells.get("text", "") in EMPTY else cells["text"]
     if text is None and "text" in columns:
         warnings.append(f"{where}: no text")
     if text is None and video is None and not faults:
@@ -310,13 +311,14 @@ def _by_id(folder: Path, keep: Callable[[Path], bool]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if keep(path):
-            found[normal_id(path.name if path.is_dir() else path.stem)].append(path)
+            found[without_zeros(path.name if path.is_dir() else path.stem)].append(path)
     return found
 
 
 def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path | None, str]:
     """The one entry that ``name`` means, or None and why."""
-    near = found.get(normal_id(name), [])
+    stem = name.rsplit(".", 1)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
+    near = found.get(without_zeros(name)) or found.get(without_zeros(stem), [])
     exact = [path for path in near if name in (path.stem, path.name)]
     if len(exact or near) == 1:
         return (exact or near)[0], ""

@@ -21,7 +21,13 @@ LONGEST_CELL = 16 << 20
 SAMPLE = 100_000
 """Characters of a file that tell its encoding."""
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv")
+EMPTY = ("", "nan", "NaN", "None", "null", "<NA>")
+"""What stands in a cell without a text; all but the first are what pandas makes of nothing where it writes words."""
+
+VIDEO_SUFFIXES = (
+    ".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv",
+    ".mpeg", ".3gp", ".ogv", ".m2ts", ".mts", ".f4v",
+)  # fmt: skip
 SPLITS = ("train", "valid", "test")
 
 SPLIT_NAMES = {name: name for name in SPLITS} | {
@@ -43,7 +49,8 @@ NAMES = {
     "划分": "split", "开始": "start", "结束": "end",
 }  # fmt: skip
 _COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
-_KNOWN = {*_COLUMNS, "path", "id", "start", "end"}
+_OWN = ("path", "start", "end")
+_KNOWN = {*_COLUMNS, *_OWN, "id"}
 TARGET_COLUMNS = {"label": "M", "label_t": "T", "label_a": "A", "label_v": "V"}
 
 
@@ -163,12 +170,18 @@ def read_table(path: Path) -> list[Line]:
 
 
 def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Line]]:
-    """Where each column is, by its header or by what stands in it, and the lines below the header."""
+    """Where each column is, by its header or by what stands in it, and the lines below the header.
+
+    Where ids name the clips (in a CH-SIMS folder, or without paths), path, start and end are left out.
+    """
     first = lines[0].cells
     names = [NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
     if len(_KNOWN & set(names)) >= min(2, len(names)):
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
+        # in a CH-SIMS folder a column "video" or "filename" may hold anything, "start" where the film had the clip
+        if {"video_id", "clip_id"} <= columns.keys() and ("path" not in columns or (table.parent / "Raw").is_dir()):
+            columns = {name: index for name, index in columns.items() if name not in _OWN}
     else:
         columns = _guess(lines)
         columns = {} if _is_foreign_header(first, columns) else columns
@@ -232,9 +245,15 @@ def _wordy(cells: list[str]) -> tuple[int, int]:
     return sum(len(set(re.findall("[\u4e00-\u9fff]", cell))) for cell in cells), sum(len(set(cell)) for cell in cells)
 
 
+def without_zeros(name: str) -> str:
+    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` meet, and so do ``video_1`` and ``video_0001``; but not
+    ``2.5`` and ``2.05``."""
+    return re.sub(r"(?<!\d)(?<!\d\.)0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip()))
+
+
 def normal_id(name: str) -> str:
-    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` meet, and so do ``video_1`` and ``video_0001``."""
-    return re.sub(r"0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip())).casefold()
+    """An id without leading zeros, in small letters."""
+    return without_zeros(name).casefold()
 
 
 def score(cell: str) -> float | None:
@@ -254,19 +273,20 @@ def finite(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def unread(table: Path, lines: list[Line]) -> list[str]:
+def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]:
     """A warning if a header names columns that are not read: who called the videos' something else would miss them.
 
     Of two that mean the same, the first is read.
     """
-    known: set[str] = set()
-    left = []
-    for cell in filter(None, lines[0].cells):
+    left, own = [], []
+    for index, cell in enumerate(header):
         name = NAMES.get(cell.casefold(), cell.casefold())
-        if name in known or name not in _KNOWN:
+        if name in _OWN and name not in columns:
+            own.append(cell)
+        elif cell and (name not in _KNOWN or columns[name] != index):
             left.append(cell)
-        known.add(name)
-    return [f"{table}: not read: {', '.join(left)}"] if left and known & _KNOWN else []
+    told = {"not read": left, "not read, since a clip is the whole file that video_id and clip_id name": own}
+    return [f"{table}: {what}: {', '.join(cells)}" for what, cells in told.items() if cells]
 
 
 def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
