@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from senticlip import metrics
@@ -85,11 +86,22 @@ def test_paired_bootstrap_finds_a_difference_and_none_in_itself():
     for name, value in result.items():
         assert value["low"] < value["difference"] < value["high"], name
         assert value["low"] > 0
-        assert value["p"] == pytest.approx(2 / 4001)  # the least that 4000 resamplings can show
+        assert value["p"] == pytest.approx(1 / 4001)  # the least that 4000 exchanges can show
     turned = metrics.paired_bootstrap(truth, bad, good)
     assert turned["accuracy"]["difference"] == pytest.approx(-result["accuracy"]["difference"])
     same = metrics.paired_bootstrap(truth, good, good)
     assert same["macro_f1"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
+
+
+@pytest.mark.parametrize(("better", "worse"), [(1, 0), (4, 0), (6, 1), (9, 9), (16, 6)])
+def test_p_is_that_of_the_sign_test(better, worse):
+    """Of accuracy: McNemar's exact test on the clips that one system alone gets right."""
+    truth = np.ones(60, int)
+    first, second = (np.repeat([2, 1, 1], [wrong, 30, 30 - wrong]) for wrong in (worse, better))
+    second = second[::-1]
+    found = metrics.paired_bootstrap(truth, first, second)["accuracy"]
+    exact = binomtest(better, better + worse).pvalue
+    assert found["p"] == pytest.approx(exact, abs=4 * (exact * (1 - exact) / 4000) ** 0.5 + 1 / 4000)
 
 
 def test_pooled_seeds_count_a_clip_once():

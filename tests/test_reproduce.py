@@ -449,7 +449,7 @@ def test_random_weights_are_marked_and_not_judged():
     text = layout.as_markdown(results._table_blocks(tables[0], found["4"], 1))
     for row in tables[0].rows:
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
-    assert "† random weights, not pretrained: tests the path, not the paper" in text
+    assert "† random weights, not pretrained, and no prompt is learned: tests the path, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
     latex = results.in_latex(tables, found, 1, Asked(preset, "small", [], "data"))
     assert r"the joint label M; one seed; $^\dagger$ random weights}" in latex

@@ -1,11 +1,13 @@
 """What is measured: pure functions on numpy arrays, fractions in [0, 1] (never per cent).
 
 Classes are indices into LABELS. Regression scores are in label units and follow MMSA's definitions for CH-SIMS
-(github.com/thuiar/MMSA, ``utils/metricsTop.py``). Bootstraps: Efron & Tibshirani, An Introduction to the Bootstrap.
+(github.com/thuiar/MMSA, ``utils/metricsTop.py``). Bootstraps: Efron & Tibshirani, An Introduction to the Bootstrap;
+randomisation: Noreen, Computer-Intensive Methods for Testing Hypotheses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ ACC_5_BINS = (-0.7, -0.1, 0.1, 0.7)
 """MMSA's Acc-5 cuts."""
 
 SAMPLES, EDGES = 4000, (0.025, 0.975)
-"""Of a bootstrap: how many resamplings, and the quantiles between which its interval lies."""
+"""Of a bootstrap: how many resamplings (and exchanges), and the quantiles between which its interval lies."""
 
 
 def score_class(score: ArrayLike, bins: tuple[float, ...] = ACC_3_BINS) -> NDArray[np.int64]:
@@ -157,24 +159,25 @@ def paired_bootstrap(
 
     Returns:
         For ``accuracy`` and ``macro_f1``: ``difference`` (first − second), ``low`` and ``high`` of the 95 % percentile
-        interval over SAMPLES resamplings, and the two-sided ``p``: twice the smaller share of resampled differences ≤ 0
-        or ≥ 0, with one added to count and total; at most 1.
+        interval over SAMPLES resamplings, and the two-sided ``p`` of the randomisation test: the share of
+        SAMPLES random exchanges of the two systems' answers, a group's all together, whose difference is as large, with
+        one added to count and total. Where few answers differ the interval is too narrow; ``p`` is right.
     """
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
     table = _by_group([truth * classes + first, truth * classes + second], groups, runs)
-    drawn = from_confusion(_resample(table))
-    whole = from_confusion(table.sum(0).reshape(-1, classes, classes))
+    drawn, exchanged = from_confusion(_resample(table)), from_confusion(_exchange(table))
+    whole = from_confusion(table.sum(0).reshape(1, -1, classes, classes))
     result = {}
     for name in ("accuracy", "macro_f1"):
-        differences = (drawn[name][:, ::2] - drawn[name][:, 1::2]).mean(1)
-        low, high = np.quantile(differences, EDGES)
-        tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (SAMPLES + 1)
+        found, resampled, chance = ((x[name][:, ::2] - x[name][:, 1::2]).mean(1) for x in (whole, drawn, exchanged))
+        low, high = np.quantile(resampled, EDGES)
+        as_large = np.abs(chance) >= np.abs(found) - 1e-12  # sums of the same numbers in another order
         result[name] = {
-            "difference": float((whole[name][::2] - whole[name][1::2]).mean()),
+            "difference": float(found[0]),
             "low": float(low),
             "high": float(high),
-            "p": float(min(1.0, 2 * tail)),
+            "p": float((as_large.sum() + 1) / (SAMPLES + 1)),
         }
     return result
 
@@ -204,13 +207,26 @@ def _by_group(
 
 def _resample(table: NDArray[np.int64]) -> NDArray[np.float64]:
     """Confusion matrices SAMPLES×k×C×C of groups drawn with replacement (each drawn whole)."""
+    groups, random = len(table), np.random.default_rng(0)
+    return _weighted(table, lambda size: random.multinomial(groups, np.full(groups, 1 / groups), size))
+
+
+def _exchange(table: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Confusion matrices SAMPLES×k×C×C with the answers of each pair of systems exchanged in random groups."""
+    random = np.random.default_rng(0)
+    other = table.reshape(len(table), -1, 2, table.shape[-1])[:, :, ::-1].reshape(table.shape)
+    changes = _weighted(other - table, lambda size: random.integers(0, 2, (size, len(table))))
+    return changes + table.sum(0).reshape(changes.shape[1:])
+
+
+def _weighted(table: NDArray[np.int64], draw: Callable[[int], NDArray[np.int64]]) -> NDArray[np.float64]:
+    """The sum of a table's groups, SAMPLES times, with the weights size×groups that ``draw`` gives."""
     groups, systems, cells = table.shape
-    random, classes = np.random.default_rng(0), round(cells**0.5)
-    flat = table.reshape(groups, -1).astype(np.float64)
+    flat, classes = table.reshape(groups, -1).astype(np.float64), round(cells**0.5)
     step = max(1, 4_000_000 // max(groups, 1))  # keeps the drawn weights below 32 MB
     sizes = [min(step, SAMPLES - start) for start in range(0, SAMPLES, step)]
-    drawn = [random.multinomial(groups, np.full(groups, 1 / groups), size) @ flat for size in sizes]
-    return np.concatenate(drawn).reshape(SAMPLES, systems, classes, classes)
+    drawn = np.concatenate([draw(size) @ flat for size in sizes])
+    return drawn.reshape(SAMPLES, systems, classes, classes)
 
 
 def _ratio(top: ArrayLike, bottom: ArrayLike) -> NDArray[np.float64]:

@@ -168,13 +168,15 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The stages of ``config`` written out in full, so that what a row changes does not reach into them.
 
-    All rows then share the encoders; only another encoder is trained again.
+    All rows then share the encoders; only another encoder is trained again, by the stages that read with it.
     """
-    encoders = {key: value for key, value in changes.items() if key.endswith(".encoder")}
     pinned = {}
     for name in config.stages:
-        stage = config.stage(name).override(encoders).to_dict()
-        pinned[name] = {key: value for key, value in stage.items() if key not in ("stages", "seed")}
+        stage = config.stage(name)
+        reads = {*stage.modalities} | ({"label"} if "vision" in stage.modalities else set())
+        encoders = {k: v for k, v in changes.items() if k.endswith(".encoder") and k.split(".")[0] in reads}
+        written = stage.override(encoders).to_dict()
+        pinned[name] = {key: value for key, value in written.items() if key not in ("stages", "seed")}
     return pinned
 
 
