@@ -414,6 +414,23 @@ def test_the_best_epoch_by_the_metric_is_kept(place, tmp_path, capsys, name, err
     assert len(curve) <= result["best_epoch"] + 2
 
 
+def test_a_score_that_nears_the_labels_is_no_reason_to_stop(place, tmp_path, monkeypatch):
+    """Until it is there, all clips are of one class, and the metric stands still."""
+
+    def far_off(*args):
+        model = create_model(*args)
+        torch.nn.init.constant_(model.network.fusion.bias, 3)
+        return model
+
+    monkeypatch.setattr(training, "create_model", far_off)
+    changes = {"model": "lmf", "train.metric": "accuracy", "train.patience": 1, "train.epochs": 4}
+    result = train(settings(place, **changes), place / "data", tmp_path / "run")
+    curve = [(row["accuracy"], row["mae"]) for row in result["history"] if "mae" in row]
+    assert len({accuracy for accuracy, _ in curve}) == 1
+    assert [mae for _, mae in curve] == sorted((mae for _, mae in curve), reverse=True)
+    assert (len(curve), result["best_epoch"]) == (4, 4)
+
+
 def test_the_average_moves_within_the_bounds_of_s_and_is_kept(place, tmp_path):
     changes = {"train.ema": 0.9, "train.scalar_lr": 100.0, "train.lr": 0.01}
     result = train(settings(place, **changes), place / "data", tmp_path / "run")

@@ -21,6 +21,12 @@ from senticlip.progress import bar
 from senticlip.structures import LABELS, SURFACE, UserError, polarity
 from senticlip.trainee import Trainee
 
+CHOICE, TIE = "choice", 1e-6
+"""What chooses a regression model's epoch: the metric, and of equal ones the least MAE, by this weight.
+
+Until its scores have come near the labels' range they are all one class, and early stopping would end it there.
+"""
+
 
 class Fitter(Trainer):
     """transformers.Trainer with a learning rate for each part."""
@@ -149,15 +155,19 @@ def fit(
     steps = config.train.epochs * max(1, len(training) // (config.train.batch_size * config.train.accumulation))
     if config.train.warmup * steps < 1:  # rounded up it would be one step, at a rate of 0: of few steps that is much
         arguments.warmup_steps = 0
-    if getattr(model.network, "outputs", len(LABELS)) == 1 and config.train.metric == "nll":
-        arguments.metric_for_best_model = "mae"  # a regression model has no likelihood
+    metric = config.train.metric
+    if getattr(model.network, "outputs", len(LABELS)) == 1:  # a regression model has no likelihood
+        arguments.metric_for_best_model = "mae" if metric == "nll" else CHOICE
     trainee = Trainee(model)
     if config.train.compile:
         model.compile_encoders()
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         values, log = prediction.predictions
-        return score(values, prediction.label_ids) | {name: float(rows.mean()) for name, rows in log.items()}
+        found = score(values, prediction.label_ids)
+        if arguments.metric_for_best_model == CHOICE:
+            found[CHOICE] = found[metric] - TIE * found["mae"]
+        return found | {name: float(rows.mean()) for name, rows in log.items()}
 
     shown = EpochProgress(config)
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
