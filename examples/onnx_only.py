@@ -6,13 +6,16 @@ python examples/onnx_only.py model.onnx clip.mp4 --text "你今天心情很好"
 
 import argparse
 import json
+import os
 from itertools import takewhile
 
 import av
 import numpy as np
-import onnxruntime
 from av.stream import Disposition
 from tokenizers import Tokenizer
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime  # after that line, or it tells Microsoft of each use
 
 
 def cubic(x: np.ndarray) -> np.ndarray:

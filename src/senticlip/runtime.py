@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -13,6 +14,8 @@ from senticlip.structures import UsageError
 # Set before torch is imported. Without a network, the hub would be waited for 90 seconds.
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would tell Microsoft of each use
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where HOME cannot be written, and goes on
 # oneDNN caches 1024 kernels, one for each shape: with texts of all lengths, memory grew during a film.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 # OpenMP threads wait by spinning, GCC's for milliseconds, which is slow beside another busy process.
