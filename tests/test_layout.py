@@ -7,7 +7,7 @@ TABLE = (["", "Acc"], [["a_b", "50.00 ± 1.00"], ["<i> †", "−1 %"]], {(1, 1)
 
 def test_items_side_by_side_are_one_list():
     page = as_html([("li", "a"), ("li", "b"), ("p", "c"), ("li", "d")], None)
-    assert "<body><ul><li>a</li><li>b</li></ul><p>c</p><ul><li>d</li></ul></body>" in page
+    assert "<main><ul><li>a</li><li>b</li></ul><p>c</p><ul><li>d</li></ul></main>" in page
 
 
 def test_markdown():

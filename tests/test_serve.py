@@ -64,7 +64,8 @@ class Said:
 
     def __init__(self, label, first=lambda: None):
         self.label, self.first = label, first
-        self.model = SimpleNamespace(encoders={"text": 0}, experiment=Config(modalities=["text"]))
+        self.config, self.tokenizer = Config(modalities=["text"]), None
+        self.model = SimpleNamespace(encoders={"text": 0}, experiment=self.config)
 
     def __call__(self, path, text):
         self.first()
@@ -110,7 +111,7 @@ def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, pred
     assert (answer.status_code, answer.json()["error"]) == (400, f"{empty}; send a form: -F video=@clip.mp4 -F text=…")
     for fields, name in (({"txt": TEXT}, "txt"), ({"text": [TEXT, TEXT]}, "text")):
         answer = client.post("/predict", files=video(place), data=fields)
-        told = f"{name}: send the fields video and text, each once, and no others"
+        told = f"{name}: send video and text, each once, and no other field"
         assert (answer.status_code, answer.json()["error"]) == (400, told)
     for where in ("/predict", "/explain"):
         answer = client.post(where, files={"video": ("片段.mp4", b"no video at all")})
@@ -119,6 +120,32 @@ def test_what_the_sender_can_mend_is_told_by_the_names_that_he_knows(place, pred
         assert line.startswith("片段.mp4: not a video")
         assert str(left) not in line
     assert not list(left.iterdir())
+
+
+def test_a_form_that_was_cut_off_is_not_answered_from_what_is_there(place, predictor):
+    client, kind = TestClient(app(predictor, "run")), {"content-type": "multipart/form-data; boundary=x"}
+    part = '--x\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n'
+    text = part.format("text", "").encode() + TEXT.encode() + b"\r\n"
+    clip = part.format("video", '; filename=""').encode() + (place / "clip.mp4").read_bytes()
+    for end in (b"", b"\r\n--x", b"\r\n--x-"):
+        answer = client.post("/predict", content=text + clip + end, headers=kind)
+        wanted = "the form ends before its last boundary — send all of it"
+        assert (answer.status_code, answer.json()) == (400, {"error": wanted})
+    # nor is a file without a name passed over
+    whole = client.post("/predict", content=text + clip + b"\r\n--x--", headers=kind)
+    assert whole.json() == predictor(place / "clip.mp4", TEXT).to_json()
+    packed = client.post("/predict", content=text, headers={**kind, "content-encoding": "gzip"})
+    assert (packed.status_code, packed.json()["error"]) == (415, "the form is packed (gzip) — send it as it is")
+
+
+def test_what_is_not_read_is_told(place, predictor):
+    words = load(place / "words", "cpu")
+    answer = TestClient(app(words, "words")).post("/predict", files=video(place), data={"text": TEXT})
+    told = "video: send text, each once, and no other field"
+    assert (answer.status_code, answer.json()["error"]) == (400, told)
+    long = TestClient(app(predictor, "run")).post("/predict", data={"text": 30 * "好"}).json()
+    assert long.pop("unread") == 30 - (20 - 2)
+    assert long == predictor(text=18 * "好").to_json()
 
 
 def test_a_playlist_is_no_video_and_shows_nothing_of_this_machine(place, predictor, tmp_path):
@@ -170,14 +197,15 @@ def test_a_plain_form_is_utf_8(predictor, body):
     assert found == predictor(text=TEXT).to_json()
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
-def test_a_text_that_is_not_utf_8_is_refused_and_not_answered(predictor, encoding):
+@pytest.mark.parametrize("words", ["你今天心情很好，我们走 OK", "今天好囧", "這部電影很無聊"])
+@pytest.mark.parametrize("encoding", ["gbk", "big5", "utf-16", "utf-8"])
+def test_a_text_that_is_not_utf_8_is_refused_and_not_answered(predictor, encoding, words):
     """Windows' curl sends a console's GBK; starlette reads that as Latin-1, and any answer to it would be wrong."""
-    client, words = TestClient(app(predictor, "run")), "你今天心情很好，我们走 OK"
+    client, words = TestClient(app(predictor, "run")), words.translate({ord("们"): "們"} if encoding == "big5" else {})
     head = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
     for kind, body in (
-        ("multipart/form-data; boundary=x", head + words.encode(encoding) + b"\r\n--x--\r\n"),
-        ("application/x-www-form-urlencoded", b"text=" + words.encode(encoding)),
+        ("multipart/form-data; boundary=x", head + words.encode(encoding, "replace") + b"\r\n--x--\r\n"),
+        ("application/x-www-form-urlencoded", b"text=" + words.encode(encoding, "replace")),
     ):
         answer = client.post("/predict", content=body, headers={"content-type": kind})
         wanted = (200, predictor(text=words).to_json()) if encoding == "utf-8" else (400, None)
@@ -257,7 +285,10 @@ def test_the_page_asks_for_what_the_model_reads(place, predictor):
 
 def test_the_interface_is_told_without_a_third_party():
     client = TestClient(app(Said("neutral"), "run"))
-    assert "/predict" in client.get("/openapi.json").json()["paths"]
+    told = client.get("/openapi.json").json()
+    assert "/predict" in told["paths"]
+    assert told["servers"] == [{"url": "."}]  # below whatever path a proxy has put it
+    assert client.post("/predict/", follow_redirects=False).status_code == 404  # whose path a redirect would lose
     assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
 
 
@@ -347,7 +378,8 @@ def test_an_address_that_is_taken_or_none_is_wrong_use(place):
         app(features, "run")
 
 
-def test_the_verb_answers_until_it_is_interrupted(place):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_verb_answers_until_it_is_interrupted(place, how):
     command = [sys.executable, "-m", "senticlip", "serve", str(place / "run"), "--port", "0", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -355,7 +387,7 @@ def test_the_verb_answers_until_it_is_interrupted(place):
         url = process.stderr.readline().split()[1]
         with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
             assert json.load(answer)["status"] == "ok"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         out, errors = process.communicate(timeout=30)
     finally:
         process.kill()
@@ -363,7 +395,7 @@ def test_the_verb_answers_until_it_is_interrupted(place):
     assert json.loads(out) == {"url": url}
 
 
-@pytest.mark.parametrize("how", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+@pytest.mark.parametrize("how", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT]])
 def test_an_unfinished_upload_does_not_hold_the_end_up(place, how):
     code = "import sys; from senticlip import serve; serve.GRACE = 0.5; serve.serve(sys.argv[1], port=0)"
     process = subprocess.Popen(
@@ -386,7 +418,7 @@ def test_an_unfinished_upload_does_not_hold_the_end_up(place, how):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_running_answer_does_not_hold_the_end_up_and_leaves_no_upload(place, tmp_path, how):
     code = """if True:
         import time, types, senticlip

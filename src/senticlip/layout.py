@@ -49,7 +49,8 @@ def as_html(blocks: list[Block], folder: Path) -> str:
                 # what is in brackets goes below, or no screen would be wide enough
                 cells = [re.sub(r" ([(\[].*[)\]])", r"<br><small>\1</small>", cell) for cell in cells]
                 lines.append("".join(f"<td>{cell}</td>" for cell in cells))
-            body.append(f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>')
+            table = "".join(f"<tr>{line}</tr>" for line in lines)
+            body.append(f'<div class="wide" tabindex="0"><table>{table}</table></div>')
         elif kind == "figure":
             picture = (folder / content[0]).read_text(encoding="utf-8")
             body.append(f"<figure>{picture}<figcaption>{html.escape(content[1])}</figcaption></figure>")
@@ -57,7 +58,7 @@ def as_html(blocks: list[Block], folder: Path) -> str:
             tag = {"#": "h1", "##": "h2", "p": "p", "li": "li"}[kind]
             line = f"<{tag}>{html.escape(content)}</{tag}>"
             body.append(f"<ul>{line}</ul>" if kind == "li" else line)
-    text = "".join(body).replace("</ul><ul>", "")  # items side by side are one list
+    text = f"<main>{''.join(body).replace('</ul><ul>', '')}</main>"  # items side by side are one list
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA, run again</title>'
     )

@@ -1,34 +1,73 @@
-"""ASGI middleware of the server: plain forms are in UTF-8, and a body has a limit."""
+"""ASGI middleware of the server: forms are whole and in UTF-8, and a body has a limit."""
 
 from __future__ import annotations
 
+import codecs
 import re
 from asyncio import CancelledError
+from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-PLAIN = "application/x-www-form-urlencoded"
+MULTIPART, PLAIN = b"multipart/form-data", b"application/x-www-form-urlencoded"
+
+ENDING = 4096
+"""Bytes at the end of a form among which its closing boundary is looked for."""
+
+MARKING = "utf_8_marking"
+"""UTF-8 as a codec's name, with U+FFFD for what is none: all that can be told to starlette is a name."""
 
 
-class PlainForm:
-    """Middleware for plain forms in UTF-8, as ``curl -d`` sends them: starlette would decode raw bytes as Latin-1."""
+def _marking(name: str) -> codecs.CodecInfo | None:
+    def decode(data: Any, errors: str = "strict", /) -> tuple[str, int]:
+        return codecs.utf_8_decode(data, "replace", True)
+
+    return codecs.CodecInfo(codecs.utf_8_encode, decode, name=MARKING) if name == MARKING else None
+
+
+codecs.register(_marking)
+
+
+class Forms:
+    """Middleware for forms, which must be whole and in UTF-8.
+
+    starlette would read raw bytes as Latin-1, and take the fields of a form that was cut off for all of it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request; of a plain form, percent-encode all bytes beyond ASCII."""
-        kind = dict(scope.get("headers", ())).get(b"content-type", b"")
+        """Handle a request: percent-encode a plain form's bytes beyond ASCII, mark a multipart form's that are wrong,
+        and look for its closing boundary."""
+        headers = dict(scope.get("headers", ()))
+        if packed := headers.get(b"content-encoding", b"identity").decode("latin-1").replace("identity", ""):
+            line = f"the form is packed ({packed}) — send it as it is"
+            await JSONResponse({"error": line}, 415)(scope, receive, send)
+            return
+        told = headers.get(b"content-type", b"")
+        kind, options = parse_options_header(told)
+        close, last = b"--" + options.get(b"boundary", b"") + b"--", b""
+        if kind == MULTIPART and b"charset" not in options:
+            marked = told + b"; charset=" + MARKING.encode()
+            scope = {**scope, "headers": [(k, marked if v is told else v) for k, v in scope["headers"]]}
 
-        async def encoded() -> Message:
+        async def whole() -> Message:
+            nonlocal last
             message = await receive()
-            body = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], message.get("body", b""))
+            body = message.get("body", b"")
+            if kind == PLAIN:
+                body = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], body)
+            last = (last + body)[-ENDING:]
+            ends = message["type"] == "http.request" and not message.get("more_body")
+            if kind == MULTIPART and ends and close not in last:
+                raise HTTPException(400, "the form ends before its last boundary — send all of it")
             return {**message, "body": body} if "body" in message else message
 
-        plain = kind.decode("latin-1").lower().startswith(PLAIN)
-        await self.app(scope, encoded if plain else receive, send)
+        await self.app(scope, whole, send)
 
 
 class Limit:

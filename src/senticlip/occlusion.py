@@ -57,8 +57,10 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
 def unread(predictor: Any, text: str | None) -> str:
     """The end of a text that the model does not read, since the text has too many tokens; empty if it reads all."""
     text = spoken(text)
+    if text is None or predictor.tokenizer is None:
+        return ""
     most = predictor.config.text.max_length
-    if text is None or predictor.tokenizer is None or len(predictor.tokenizer(text)["input_ids"]) <= most:
+    if len(predictor.tokenizer(text)["input_ids"]) <= most:
         return ""  # even so, its last characters may belong to no token
     read = characters(predictor.tokenizer, text, most)
     return text[max((one.end for one in read), default=len(text)) :].strip()

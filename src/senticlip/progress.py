@@ -15,7 +15,7 @@ from senticlip.config import Config
 
 Row = TypeVar("Row")
 
-console = Console(stderr=True, markup=False)  # names of files may hold brackets
+console = Console(stderr=True, markup=False, emoji=False)  # names of files may hold brackets and :x:
 
 
 def bar(**options: Any) -> Progress:

@@ -16,11 +16,9 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-import threading
 from asyncio import get_running_loop, run_coroutine_threadsafe
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,8 @@ from typing import Annotated, Any
 
 import senticlip
 from senticlip.explain import explanation, heated, html
-from senticlip.files import is_full
+from senticlip.files import is_full, terminable
+from senticlip.occlusion import unread
 from senticlip.pages import page
 from senticlip.sources import reads
 from senticlip.structures import SURFACE, Clip, UsageError, UserError, spoken
@@ -42,7 +41,7 @@ try:
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.exceptions import HTTPException
 
-    from senticlip.middleware import PLAIN, Limit, PlainForm
+    from senticlip.middleware import MULTIPART, PLAIN, Forms, Limit
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
@@ -54,14 +53,6 @@ GRACE = 10
 
 LONGEST = 10_000
 """Characters of a text: models read far fewer, but an explanation shows and tries each."""
-
-GARBLED = re.compile(r"(?:[\x00-\x7f]|([\xa1-\xd7])[\xa1-\xfe]|[\xd8-\xfe][\xa1-\xfe])*")
-"""Chinese in GBK, as a console of Windows sends it, once starlette has taken what is not UTF-8 for Latin-1.
-
-The group is there with a frequent character: the first byte of a rare one is a small letter of Latin-1 (informação).
-"""
-
-FORMS = ("multipart/form-data", PLAIN)
 
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]
@@ -76,7 +67,7 @@ def serve(
     precision: str = "fp32",
     ready: Callable[[str], None] = print,
 ) -> str:
-    """Serve a model until interrupted (Ctrl-C or SIGTERM); return the address.
+    """Serve a model until interrupted (Ctrl-C, SIGTERM or SIGHUP); return the address.
 
     If an answer is still being computed GRACE seconds later, the process ends there: a computation cannot be stopped.
 
@@ -113,7 +104,7 @@ def serve(
             )
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
-        with suppress(KeyboardInterrupt), _terminable():
+        with suppress(KeyboardInterrupt), terminable():
             ready(url)
             server.run(sockets=[door])
     if running:  # Python would wait for it
@@ -122,19 +113,6 @@ def serve(
         sys.stdout.flush()
         os._exit(0)
     return url
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as Ctrl-C; by itself it would end the process with no time to tidy up."""
-    if threading.current_thread() is not threading.main_thread():  # no other may change what signals do
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def app(
@@ -165,14 +143,17 @@ def app(
         title="senticlip",
         version=senticlip.__version__,
         description=__doc__ or "",
+        servers=[{"url": "."}],  # it may lie behind a proxy, below a path that only the proxy knows
+        redirect_slashes=False,
         docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
         redoc_url=None,
     )
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: its sender is told
-    answers.add_middleware(PlainForm)
+    answers.add_middleware(Forms)
     answers.add_middleware(Limit, most=most)
     _tell_errors(answers)
-    answer = _in_turn(ending, set() if running is None else running)
+    fields = ["video"] * (modalities != ["text"]) + ["text"] * ("text" in modalities)
+    answer = _in_turn(fields, ending, set() if running is None else running)
 
     @answers.head("/", include_in_schema=False, response_class=HTMLResponse)
     @answers.get("/", response_class=HTMLResponse)
@@ -186,7 +167,11 @@ def app(
 
     @answers.post("/predict")
     async def predict(request: Request, video: Video = None, text: Text = None) -> Any:
-        return await answer(request, video, text, lambda clip: predictor(clip.video, clip.text).to_json())
+        def say(clip: Clip) -> dict[str, Any]:
+            rest = unread(predictor, clip.text)
+            return predictor(clip.video, clip.text).to_json() | ({"unread": len(rest)} if rest else {})
+
+        return await answer(request, video, text, say)
 
     if not explains:
         return answers
@@ -202,14 +187,14 @@ def app(
     return answers
 
 
-def _in_turn(ending: Callable[[], bool], running: set[str]) -> Callable[..., Awaitable[Any]]:
+def _in_turn(fields: list[str], ending: Callable[[], bool], running: set[str]) -> Callable[..., Awaitable[Any]]:
     """A function that answers one request after the other; ``ending`` and ``running`` as of ``app``."""
     one = ThreadPoolExecutor(1)  # each thread that computes has OpenMP start others, and glibc keep memory
 
     async def answer(request: Request, video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
         names = [name for name, _ in (await request.form()).multi_items()]
-        if odd := [name for name in names if name not in ("video", "text") or names.count(name) > 1]:
-            raise UsageError(f"{odd[0][:40]}: send the fields video and text, each once, and no others")
+        if odd := [name for name in names if name not in fields or names.count(name) > 1]:
+            raise UsageError(f"{odd[0][:40]}: send {' and '.join(fields)}, each once, and no other field")
         words, loop = _words(text), get_running_loop()
 
         def turn() -> Any:
@@ -234,13 +219,14 @@ def _tell_errors(answers: FastAPI) -> None:
 
     @answers.exception_handler(UserError)
     def mend(request: Request, error: UserError) -> JSONResponse:
-        form = request.headers.get("content-type", "").lower().startswith(FORMS)  # else none of its fields was read
+        kind = request.headers.get("content-type", "").lower().encode()
+        form = kind.startswith((MULTIPART, PLAIN))  # else none of its fields was read
         advice = "" if form else "; send a form: -F video=@clip.mp4 -F text=…"
         return JSONResponse({"error": f"{error}{advice}"}, 400)
 
     @answers.exception_handler(RequestValidationError)
     def reject(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"error": "video must be a file of the form, text a plain field of it"}, 400)
+        return JSONResponse({"error": "video must be a file of the form (with a filename=), text a plain field"}, 400)
 
     @answers.exception_handler(OSError)
     def no_room(request: Request, error: OSError) -> JSONResponse:
@@ -280,10 +266,10 @@ def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iter
 
     The file's folder is added to ``folders``.
     """
-    if video is None or not video.filename:
+    if video is None or not (video.filename or video.size):  # both are empty where no file was chosen
         yield Clip("", None, text)
         return
-    name = spoken(Path(video.filename).name) or "video"
+    name = spoken(Path(video.filename or "").name) or "video"
     with tempfile.TemporaryDirectory(prefix="senticlip-") as folder:
         folders.add(folder)
         ending = re.search(r"\.[A-Za-z0-9]{1,5}$", name)
@@ -297,9 +283,5 @@ def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iter
 
 
 def _is_garbled(text: str) -> bool:
-    """Whether the bytes were those of another encoding; a damaged one alone is none."""
-    odd = sum(ord(c) > 127 for c in text)
-    if 10 * text.count("\ufffd") > odd:
-        return True
-    pairs = GARBLED.fullmatch(text) if odd else None
-    return pairs is not None and (pairs[1] is not None or re.search("[A-Za-z]", text) is None)
+    """Whether the bytes were those of another encoding (UTF-16 has zeros); a damaged one alone is none."""
+    return "\0" in text or 10 * text.count("\ufffd") > sum(ord(c) > 127 for c in text)
