@@ -17,7 +17,19 @@ LEVELS = [
     {"models"},
     {"sources", "checkpoint", "card", "tables"},
     {"predictor", "precision", "compiled", "export", "quantize"},
-    {"trainee", "fit", "train", "evaluate", "features", "answers", "manifest", "crashes", "speech", "analyze"}
+    {
+        "trainee",
+        "fit",
+        "train",
+        "evaluate",
+        "features",
+        "answers",
+        "manifest",
+        "cluster",
+        "crashes",
+        "speech",
+        "analyze",
+    }
     | {"bulk", "cut", "cam", "occlusion", "explain", "explain_set", "middleware", "serve"},
     {"layout", "results", "reproduce", "pretrain", "demo"},
     {"arguments", "cli", "__main__"},

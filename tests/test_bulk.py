@@ -428,6 +428,29 @@ def test_on_ray_the_driver_is_killed(run, archive, undisturbed, tmp_path):
     assert files(tmp_path) == undisturbed
 
 
+def test_on_ray_who_ends_it_is_no_video(run, archive, tmp_path):
+    code = (
+        "import sys, time; from senticlip.bulk import bulk; from senticlip.files import terminable\n"
+        f"with terminable():\n for row in bulk(*sys.argv[1:], workers=2, rows_per_part={PART}): time.sleep(1)"
+    )
+    command, home = [sys.executable, "-c", code, run, archive, tmp_path], {**os.environ, "HOME": str(tmp_path / "home")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=home)
+    begun = tmp_path / ".part-000006.parquet.begun"
+    deadline = time.monotonic() + 300
+    while not any(tmp_path.glob("part-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    begun.write_text("|")  # as of a worker that is killed with this job
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert errors.endswith("KeyboardInterrupt\n")
+    assert "SIGTERM received" not in errors  # Ray's own way
+    assert not (tmp_path / "home" / ".ray").exists()  # a token for all that is to come; HOME may not be writable
+    assert not list(tmp_path.glob(".*.begun"))
+
+
 def test_on_ray_a_model_that_cannot_be_loaded_is_one_line(run, archive, tmp_path, capfd):
     broken = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(broken / "tokenizer")

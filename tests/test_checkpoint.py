@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -149,8 +150,11 @@ def test_a_finished_run_stays_where_its_checkpoints_were_half_removed(place, tmp
         with pytest.raises(Killed):
             train(stopping(place), place / "data", tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+    written = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
     train(stopping(place), place / "data", tmp_path / "run", resume=True)
     assert_same(weights(stopped[0]), weights(tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == written
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_finished_run_without_its_weights_is_trained_again_a_stage_too(place, tmp_path):
@@ -163,9 +167,12 @@ def test_a_finished_run_without_its_weights_is_trained_again_a_stage_too(place, 
     assert_same(before, weights(tmp_path / "run"))
 
 
-def test_an_empty_folder_is_nobodys(place, tmp_path):
-    """A full disk leaves one."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_empty_folder_is_nobodys(place, tmp_path, killed):
+    """A full disk leaves one, and a kill one with a file half written."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    if killed:
+        (tmp_path / "run" / "checkpoints" / ".origin.json.3e2ccf788eb6.partial").write_text("{")
     assert (
         train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run", resume=True)["best_epoch"] == 1
     )
@@ -344,6 +351,16 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_a_kill_left_of_a_file_goes_once_it_is_old(tmp_path):
+    names = [f".a.txt.{'0' * 12}.partial", f".a.txt.{'1' * 12}.partial", ".other.of-somebody.partial"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (0, 0))
+    files.write_text(tmp_path / "a.txt", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", *names[1:]}  # one may still be written
 
 
 def test_the_card_says_calibrated_only_where_something_was(place):

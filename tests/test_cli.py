@@ -291,6 +291,33 @@ def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch):
         fails(130, f"^senticlip: {said}$", *arguments)
 
 
+@pytest.mark.parametrize(("name", "ignored"), [("SIGTERM", False), ("SIGHUP", False), ("SIGHUP", True)])
+def test_a_signal_ends_it_like_ctrl_c_unless_it_is_ignored(name, ignored):
+    """Ctrl-C itself is ignored where a shell has put the command in the background."""
+    code = f"""if True:
+        import os, signal
+        from senticlip import cli
+
+        def verb(options):
+            try:
+                os.kill(os.getpid(), signal.{name})
+                return {{}}
+            finally:
+                print("tidied", flush=True)
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.SIG_IGN if {ignored} else signal.SIG_DFL
+        signal.signal(signal.{name}, before)
+        cli.VERBS["predict"] = verb
+        try:
+            cli.main(["predict", "run"])
+        finally:
+            assert signal.getsignal(signal.{name}) == before"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    told = "" if ignored else "senticlip: interrupted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0 if ignored else 130, "tidied\n", told)
+
+
 def test_demo_reads_the_tiny_preset_and_its_changes(say, monkeypatch):
     seen = []
 

@@ -92,6 +92,38 @@ def test_it_shows_clips_of_the_split_that_was_asked_about(tmp_path, monkeypatch)
     assert asked == [read_clips(tmp_path / "out" / "data", "test", "tenth", 3)[0].video]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_no_run_is_not_deleted(tmp_path, monkeypatch, begun):
+    mine = tmp_path / "out" / "run-video"
+    (mine / "deep").mkdir(parents=True)
+    (mine / "deep" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"run-video: is no run, and would be deleted — choose another --out"):
+        demo(tmp_path / "out")
+    assert (mine / "deep" / "notes.txt").read_text() == "mine"
+    (mine / "deep" / "notes.txt").rename(mine / ".notes")  # as of a kill before it was begun
+    if begun:
+        (mine / "config.json").touch()
+        (mine / "checkpoints").mkdir()
+        (mine / "checkpoints" / "origin.json").write_text('{"rows": ""}')
+    (tmp_path / "out" / "run-text").mkdir()
+    there = []
+
+    def train(config, data, run, resume):
+        there.append({path.name for path in run.parent.iterdir()} - {".lock"})
+        if run.name == "run-video":
+            raise Enough
+
+    best = {"best": {"test": dict.fromkeys(("fused", "text", "video"))}}
+    monkeypatch.setattr("senticlip.demo.make", lambda *_, **__: best)
+    monkeypatch.setattr("senticlip.demo.train", train)
+    monkeypatch.setattr("senticlip.demo.evaluate", lambda *_: {})
+    monkeypatch.setattr("senticlip.demo.read_metrics", lambda run: {"history": []})
+    monkeypatch.setattr("senticlip.demo.stages_of", lambda *_: [])
+    with pytest.raises(Enough):
+        demo(tmp_path / "out")
+    assert there == [{"run-text", "run-video"}, {"run-video"}, set()]
+
+
 def test_it_needs_text_and_video(tmp_path):
     for modalities in (["text"], ["vision", "audio"]):
         with pytest.raises(UsageError, match="modalities: the demo compares text and video"):

@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -21,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from senticlip import answers, manifest, runtime
+from senticlip import answers, manifest
+from senticlip.cluster import on_ray
 from senticlip.crashes import deadly
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
@@ -32,9 +31,6 @@ from senticlip.structures import Clip, UsageError, UserError
 
 BATCH = 16
 """Clips in a batch: always the same ones, so that a part that is answered again is the same to the last bit."""
-
-RETRIES = 8
-"""How often a part is tried again after its worker died: a clip that kills every worker must not be tried for ever."""
 
 PATIENCE = 3
 """Attempts at a part that ended without a word after which its videos are first decoded in another process."""
@@ -83,9 +79,7 @@ def bulk(
     if rows_per_part < 1:
         raise UsageError(f"rows per part {rows_per_part}: must be at least 1")
     if not (run if run.suffix == ".onnx" else run / "model.safetensors").is_file():
-        raise UsageError(
-            f"{run}: no trained model here (config.json and model.safetensors) — senticlip train makes one"
-        )
+        raise UsageError(f"{run}: no trained model (config.json, model.safetensors) — senticlip train makes one")
     if precision not in (PRECISIONS if run.is_dir() else PRECISIONS[:1]):
         raise UsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)} (of an ONNX file: fp32)")
     distributed = has_ray()
@@ -100,11 +94,10 @@ def bulk(
 
 def has_ray() -> bool:
     """Whether the extra ``ray`` is installed."""
-    try:
+    with suppress(ImportError):
         importlib.import_module("ray.data")
-    except ImportError:
-        return False
-    return True
+        return True
+    return False
 
 
 def part_path(out: Path, number: int) -> Path:
@@ -158,16 +151,15 @@ def _stream(
         numbers = range(cut.num_row_groups)
         there = [number for number in numbers if _is_done(part_path(out, number), job["retry"])]
         todo = sorted(set(numbers) - set(there))
-        for number in todo:  # what is there is not made again
-            part_path(out, number).unlink(missing_ok=True)
         done = sum(cut.row_group(number).num_rows for number in there)
         progress(done, cut.num_rows)
         for number in there:
             if (table := answers.sound_parquet(part_path(out, number))) is None:
-                part_path(out, number).unlink(missing_ok=True)
                 todo, done = sorted([*todo, number]), done - cut.row_group(number).num_rows
             else:
                 yield from table.to_pylist()
+        for number in todo:  # what is there is not made again
+            part_path(out, number).unlink(missing_ok=True)
         for number in _made(job, todo, address, workers):
             rows = answers.read_parquet(part_path(out, number)).to_pylist()
             done += len(rows)
@@ -186,7 +178,7 @@ def _is_done(part: Path, retry: bool) -> bool:
 def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
     """The number of each part in ``todo``, when its file is written."""
     if todo and (workers != 1 or address):
-        yield from _on_ray(job, todo, address, workers)
+        yield from on_ray(Worker, job, todo, address, workers)
     elif todo:
         yield from map(Worker(job).make, todo)
 
@@ -228,10 +220,8 @@ class Worker:
             try:
                 made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
                 answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
-            except BaseException:  # a full disk, or Ctrl-C: no video has killed this process
+            finally:  # also on a full disk, or at Ctrl-C: no video has killed this process
                 begun.unlink(missing_ok=True)
-                raise
-            begun.unlink(missing_ok=True)
         return number
 
     def _rows(self, number: int) -> list[dict[str, Any]]:
@@ -282,69 +272,6 @@ class Worker:
         if path is None and text is None:
             raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
         return Clip(row["id"], path, text, start=times["start"], end=times["end"])
-
-
-def _on_ray(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
-    """The same on Ray Data: actors hold the model, few parts are in flight, a dead worker's part is tried again."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import logging
-    import warnings
-
-    import ray
-    import ray.data
-
-    # there is no other way yet to set how often a part is tried again
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-    if address:
-        _reach(address)
-    own = not ray.is_initialized()
-    try:
-        if own:
-            where: dict[str, Any] = {"address": address}
-            if not address:  # one of our own, whatever else runs here
-                where = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-        # all cores are for workers: the read task, which yields the parts' numbers, costs nothing
-        pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
-        made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
-            Worker,
-            fn_constructor_kwargs={"job": job, "threads": None if gpus else 1},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
-            num_cpus=1,
-            num_gpus=1 if gpus else None,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
-        )
-        # Ray has set up its own logging by now; errors are raised
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        for row in made.iter_rows():
-            yield int(row["id"])
-    except ConnectionError as error:
-        reason = " ".join(str(error).split())[:120]
-        told = f"--address {address}: the Ray cluster refuses the connection ({reason}) — one that asks for a token"
-        raise UserError(f"{told} needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token") from None
-    except ray.exceptions.RayError as error:
-        said = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
-        kind, line = said[-1] if said else ("User", f"a worker failed: {' '.join(str(error).split())[-300:]}")
-        raise (UserError if kind == "User" else UsageError)(line) from None
-    finally:
-        if own:
-            ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Check that something listens at the address: Ray itself would wait for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # "auto", "local"
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--address {address}: no Ray cluster answers ({error})") from None
 
 
 answers.make_callable(__name__)

@@ -20,7 +20,7 @@ from senticlip.data.cache import file_keys
 from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.mmsa import feature_file
 from senticlip.data.sims import read_clips
-from senticlip.files import write_text
+from senticlip.files import alone, write_text
 from senticlip.models.base import SentimentModel
 from senticlip.progress import console
 from senticlip.sources import cache_root
@@ -155,8 +155,12 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     if begun and not _difference(begun, mine):  # a finished run has no origin.json: this one is trained again
         return None
     if finished and not _difference(finished, mine):
-        there = _has_weights(out) and (out / "config.json").is_file()
-        return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")} if there else None
+        if not (_has_weights(out) and (out / "config.json").is_file()):
+            return None
+        if folder.exists():  # a kill left it
+            with suppress(UserError), alone(out, "training"):
+                shutil.rmtree(folder, ignore_errors=True)
+        return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
     if other := begun if any(folder.glob("checkpoint-*")) else finished:
         raise UserError(
             f"{out}: holds a run of {_difference(other, mine)} — choose another --out, or leave out --resume"
@@ -187,8 +191,8 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
 
 
 def _holds(path: Path) -> bool:
-    """Whether a path exists and is no empty folder, which a full disk may have left."""
-    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
+    """Whether a path exists and is no folder that a full disk or a kill has left: empty, but for files half written."""
+    return os.path.lexists(path) and not (path.is_dir() and all(each.match(".*.partial") for each in path.iterdir()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

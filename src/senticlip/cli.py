@@ -12,22 +12,24 @@ from typing import Any
 
 from senticlip import runtime
 from senticlip.arguments import fail, joined, parser
+from senticlip.files import terminable
 from senticlip.structures import SURFACE, UsageError, UserError
 
 INTERRUPTED = {
     **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
     **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
 }
-"""What to tell at Ctrl-C, by verb, where the work can be continued."""
+"""What to tell at Ctrl-C, SIGTERM or SIGHUP, by verb, where the work can be continued."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
-    options = parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; in JSON that reads as one
+    options = parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     try:
-        result = VERBS[options.verb](options)
+        with terminable():
+            result = VERBS[options.verb](options)
         if options.json and runtime.first_process():
             # a terminal in ASCII would be told \xNN, which is no JSON
             spoken = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
@@ -219,6 +221,7 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     if rest := unread(predictor, options.text):
         most = predictor.config.text.max_length
         say(options, f"not read, since this model reads {most} tokens: the last {len(rest)} characters of the text")
+        result |= {"unread": len(rest)}
     for name, probabilities in prediction.modalities.items():
         shown = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
         say(options, f"{name:>6} alone says  {shown}  (weight {prediction.weights[name]:.2f})")

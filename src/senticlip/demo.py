@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from senticlip.checkpoint import read_metrics, share_stage
+from senticlip.checkpoint import CHECKPOINTS, read_json, read_metrics, share_stage
 from senticlip.config import Config
 from senticlip.data.made import make
 from senticlip.data.sims import read_clips
@@ -18,11 +17,11 @@ from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain, inline
 from senticlip.explain_set import KINDS, kind
-from senticlip.files import alone, write_text
+from senticlip.files import alone, workshop, write_text
 from senticlip.pages import page as template
 from senticlip.predictor import load
 from senticlip.progress import counter
-from senticlip.structures import Clip, UsageError, polarity
+from senticlip.structures import Clip, UsageError, UserError, polarity
 from senticlip.tables import load_preset
 from senticlip.train import stages_of, train
 
@@ -41,8 +40,8 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
         ``{"accuracy": …, "macro_f1": …, "report": path}`` of the fused model on test.
 
     Raises:
-        UserError: another demo is writing there. UsageError: ``out``/data is something else, or the experiment reads no
-            text or no video.
+        UserError: another demo is writing there, or a folder of a run is something else. UsageError: so is
+            ``out``/data, or the experiment reads no text or no video.
     """
     config = config or load_preset("tiny")
     if not set(ALONE.values()) <= set(config.modalities):
@@ -52,6 +51,8 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
 
 
 def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
+    for name in ALONE:
+        _check_is_run(out / f"run-{name}")
     with counter("clips") as progress:
         best = make(out / "data", config.seed, sound, progress=progress)["best"]["test"]
     runs = {"fused": config} | {name: config.override({"modalities": [m]}) for name, m in ALONE.items()}
@@ -59,7 +60,9 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
     for name, experiment in runs.items():
         run = out / ("run" if name == "fused" else f"run-{name}")
         if name != "fused":  # its encoder was trained by itself, as a stage of the fused model
-            shutil.rmtree(run, ignore_errors=True)
+            if run.exists():
+                with workshop(run) as folder:  # it goes as a whole: what a kill left of it would be nobody's
+                    run.rename(folder / run.name)
             for stage in stages_of(experiment, out / "data"):
                 share_stage(run, stage, out / "run" / "stages" / stage)
         train(experiment, out / "data", run, resume=name != "fused")
@@ -70,6 +73,17 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
     explain(load(out / "run"), asked["path"], asked["text"], out / "explain")
     write_text(out / "report.html", page(found, shown))
     return {name: found["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
+
+
+def _check_is_run(run: Path) -> None:
+    """What is deleted must be a run, or what a kill has left of its beginning: links to stages, and hidden files.
+
+    Raises:
+        UserError: it is something else.
+    """
+    files = (path for path in (run, *run.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    if any(files) and not read_metrics(run) and not read_json(run / CHECKPOINTS / "origin.json"):
+        raise UserError(f"{run}: is no run, and would be deleted — choose another --out")
 
 
 def strip(predictions: Path, there: dict[str, Clip], per_kind: int = 2) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Atomic writes, one writer at a time in a folder, and a full disk as a one-line error."""
+"""Atomic writes, one writer at a time in a folder, a full disk as a one-line error, and an end that tidies up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import glob
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -52,6 +56,30 @@ def is_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM and SIGHUP as Ctrl-C; by themselves they would end the process with no time to tidy up.
+
+    What somebody handles or ignores (nohup) stays as it is.
+    """
+    here = threading.current_thread() is threading.main_thread()  # no other may change what signals do
+    both = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if here else set()
+    mine = [number for number in both if signal.getsignal(number) == signal.SIG_DFL]
+    try:
+        for number in mine:
+            signal.signal(number, _interrupt)
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does just now (uvicorn has a way of its own), also in a job in the background, which ignores that."""
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(number, frame)
+
+
+@contextmanager
 def alone(folder: Path, what: str, patience: float = 0, key: str = "--out") -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is missing; the kernel frees the lock of a killed process.
 
@@ -83,6 +111,14 @@ def abandoned(path: Path) -> bool:
     return time.time() - path.stat().st_mtime > ABANDONED
 
 
+def _sweep(found: Iterable[Path]) -> None:
+    """Remove those of the files and folders that killed processes have left."""
+    for left in found:
+        with suppress(OSError):  # gone meanwhile, or not ours
+            if abandoned(left):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextmanager
 def workshop(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out``, in which it is made before it is renamed; those of killed processes go.
@@ -90,10 +126,7 @@ def workshop(out: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"):
-        with suppress(OSError):  # gone meanwhile, or not ours
-            if abandoned(left):
-                shutil.rmtree(left)
+    _sweep(out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"))
     with disk(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         yield Path(folder)
 
@@ -112,8 +145,16 @@ def make_folder(out: str | Path, key: str = "--out") -> Path:
     return folder
 
 
+@cache
+def _tidy(folder: Path) -> None:
+    """Remove half-written files from a folder, once a process: one of many files takes long to list."""
+    _sweep(folder.glob(f".*.{'[0-9a-f]' * 12}.partial"))
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: ``write`` gets a temporary path in the same folder, which is then renamed to ``path``.
+
+    Those that killed processes have left in the folder go.
 
     Raises:
         UserError: it cannot be written (no space, no permission).
@@ -121,6 +162,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     # a unique name, since two processes may write the same file at once
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
+        _tidy(path.parent)
         with disk(path):
             write(partial)
             with partial.open("rb+") as file:

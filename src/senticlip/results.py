@@ -203,7 +203,8 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequ
         lines = [_line(name, entry, columns) for name, entry in rows.items()]
         blocks.append(("table", (header, lines, best(rows))))
         if any(entry["random"] for entry in rows.values()):
-            blocks.append(("p", f"{DAGGER} random weights, not pretrained, and no prompt is learned: tests the path, not the paper."))
+            told = f"{DAGGER} random weights, not pretrained, and no prompt is learned: tests the path, not the paper."
+            blocks.append(("p", told))
         for name, entry in rows.items():
             if errors := entry["errors"]:
                 where = f" for {len(errors)} of {seeds} seeds" if len(errors) < seeds else ""

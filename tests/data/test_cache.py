@@ -203,6 +203,16 @@ def test_a_damaged_shard_is_computed_again(tmp_path):
     assert again.done == keys
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda shard: shard.write_bytes(shard.read_bytes()[:-7])])
+def test_a_shard_that_goes_after_it_was_opened_is_one_line(tmp_path, damage):
+    store = cached(tmp_path, SPEC, keys_of(5), Computer(keys_of(5)))
+    (shard,) = tmp_path.glob("*/shard-*.npy")
+    damage(shard)
+    said = f"^cache {shard.parent}: gone or damaged — the same command computes it again$"
+    with pytest.raises(UserError, match=said):
+        store.gather(np.arange(5))
+
+
 def limited(root: Path, result) -> None:
     """A writer who may write files of 40 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

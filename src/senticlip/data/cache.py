@@ -68,13 +68,20 @@ class Store:
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
-            self._maps[number] = np.load(self.paths[number], mmap_mode="r")
+            try:
+                self._maps[number] = np.load(self.paths[number], mmap_mode="r")
+            except (FileNotFoundError, ValueError, EOFError):
+                told = f"cache {self.paths[number].parent}: gone or damaged"
+                raise UserError(f"{told} — the same command computes it again") from None
         return self._maps[number]
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values k×Lmax×… (zero where masked) and mask k×Lmax of some rows.
 
         Row by row: fancy indexing of each shard takes 1.3 to 1.7 times as long, since it copies twice.
+
+        Raises:
+            UserError: a file of the cache has gone since it was opened.
         """
         indices = np.asarray(indices)
         lengths = self.lengths[indices]

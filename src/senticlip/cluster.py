@@ -1,0 +1,114 @@
+"""The parts of bulk on Ray: a cluster of one's own or one that is running, and its errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from senticlip import runtime
+from senticlip.structures import UsageError, UserError
+
+RETRIES = 8
+"""How often a part is tried again after its worker died: a clip that kills every worker must not be tried for ever."""
+
+
+def on_ray(
+    worker: type, job: dict[str, Any], todo: list[int], address: str | None, workers: int | None
+) -> Iterator[int]:
+    """The number of each part in ``todo``, when its file is written.
+
+    Actors hold the model, few parts are in flight, a dead worker's part is tried again.
+
+    Args:
+        worker: made of a job; called with a batch of parts' numbers.
+        job: as of ``bulk``.
+        todo: the parts.
+        address: of a cluster that is running; None starts one.
+        workers: how many; by default as many as there are GPUs, else cores.
+
+    Raises:
+        UserError, UsageError: a worker's; UserError: the cluster cannot be reached or started, a worker failed.
+    """
+    import ray
+    import ray.data
+
+    # there is no other way yet to set how often a part is tried again
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    if address:
+        _reach(address)
+    own = not ray.is_initialized()
+    try:
+        if own:
+            _begin(address, workers)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        # all cores are for workers: the read task, which yields the parts' numbers, costs nothing
+        pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
+        made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
+            worker,
+            fn_constructor_kwargs={"job": job, "threads": None if gpus else 1},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
+            num_cpus=1,
+            num_gpus=1 if gpus else None,
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+        )
+        # Ray has set up its own logging by now; errors are raised
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        yield from (int(row["id"]) for row in made.iter_rows())
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        raise _told(error, address) from None
+    finally:
+        if own:
+            ray.shutdown()
+        for begun in Path(job["out"]).glob(".*.begun"):  # the workers ended with this job, not of a video
+            begun.unlink(missing_ok=True)
+
+
+def _begin(address: str | None, workers: int | None) -> None:
+    """Connect to a cluster, or start one of our own, whatever else runs here."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    where: dict[str, Any] = {"address": address}
+    if not address:
+        where = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written to ~/.ray, for all to come
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+    if callable(before):  # Ray's own dumps the stack and aborts
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, before)
+
+
+def _told(error: Exception, address: str | None) -> UserError:
+    """An error of Ray, or of a worker, as one line."""
+    line = " ".join(str(error).split())
+    if isinstance(error, ConnectionError) or type(error).__name__ == "AuthenticationError":
+        told = f"--address {address or 'local'}: the Ray cluster refuses the connection ({line[:120]})"
+        return UserError(f"{told} — one that asks for a token needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token")
+    said = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
+    kind, line = said[-1] if said else ("User", f"a worker failed: …{line[-300:]}")
+    return (UserError if kind == "User" else UsageError)(line)
+
+
+def _reach(address: str) -> None:
+    """Check that something listens at the address: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto", "local"
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--address {address}: no Ray cluster answers ({error})") from None
