@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.fakes import FakePredictor
 from tests.tiny import write_clip
 
@@ -523,10 +524,34 @@ def test_retry_answers_the_parts_again_in_which_rows_failed(run, tmp_path, monke
     write_clip(tmp_path / "late.mp4", 60, 0, size=32)
     assert "no such video" in again()["d"]
     assert made == []
+    before = files(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk.answers, "write_parquet", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            again(retry=True)
+    assert files(tmp_path / "out") == before  # what was answered stays until it is replaced
     assert again(retry=True) == dict.fromkeys("abcd")
     assert made == [1]
     assert again(retry=True) == dict.fromkeys("abcd")
     assert made == []
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_is_trained_again_meanwhile_is_told(run, archive, tmp_path, monkeypatch):
+    mine, real = shutil.copytree(run, tmp_path / "run"), senticlip.predictor.load
+
+    def late(*args, **options):
+        loaded, weights = real(*args, **options), load_file(mine / "model.safetensors")
+        save_file({name: value + 1 for name, value in weights.items()}, mine / "model.safetensors")
+        return loaded
+
+    monkeypatch.setattr(senticlip.predictor, "load", late)
+    with pytest.raises(UserError, match="another model since this began"):
+        list(bulk.bulk(mine, archive, tmp_path / "out", workers=1, rows_per_part=PART))
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 def test_folders_need_not_be_utf_8_and_tables_come_from_windows(run, tmp_path):

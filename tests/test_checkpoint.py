@@ -155,6 +155,11 @@ def test_a_finished_run_stays_where_its_checkpoints_were_half_removed(place, tmp
     assert_same(weights(stopped[0]), weights(tmp_path / "run"))
     assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == written
     assert not (tmp_path / "run" / "checkpoints").exists()
+    another = tmp_path / "run" / "checkpoints" / "checkpoint-4"  # of a training that replaces this one, and was killed
+    another.mkdir(parents=True)
+    (another.parent / "origin.json").write_text('{"experiment": {}, "data": "another"}')
+    train(stopping(place), place / "data", tmp_path / "run", resume=True)
+    assert another.exists()
 
 
 def test_a_finished_run_without_its_weights_is_trained_again_a_stage_too(place, tmp_path):

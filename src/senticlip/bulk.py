@@ -138,7 +138,8 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
     if not (stamp.is_file() and answers.about_parquet(parts)):  # what was cut without a stamp may be another manifest's
         manifest.split(source, parts, rows_per_part)
     write_text(stamp, json.dumps(key, indent=1))
-    return {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
+    job = {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
+    return job | {"fingerprint": key["run"]}
 
 
 def _stream(
@@ -158,9 +159,8 @@ def _stream(
                 todo, done = sorted([*todo, number]), done - cut.row_group(number).num_rows
             else:
                 yield from table.to_pylist()
-        for number in todo:  # what is there is not made again
-            part_path(out, number).unlink(missing_ok=True)
-        for number in _made(job, todo, address, workers):
+        again = [number for number in todo if part_path(out, number).exists()]  # it stays until it is replaced
+        for number in _made(job | {"again": again}, todo, address, workers):
             rows = answers.read_parquet(part_path(out, number)).to_pylist()
             done += len(rows)
             progress(done, cut.num_rows)
@@ -195,10 +195,18 @@ class Worker:
 
     @cached_property
     def predictor(self) -> Any:
-        """The model, loaded for the first part: where it cannot be, Ray would tell of an actor that died."""
+        """The model, loaded for the first part: where it cannot be, Ray would tell of an actor that died.
+
+        Raises:
+            UserError: it is another one than when bulk began; others: as ``senticlip.load``.
+        """
         from senticlip.predictor import load
 
-        return load(self.job["run"], device=self.job["device"], precision=self.job["precision"])
+        run = self.job["run"]
+        loaded = load(run, device=self.job["device"], precision=self.job["precision"])
+        if answers.fingerprint(run) != self.job["fingerprint"]:  # after loading, or it might change in between
+            raise UserError(f"{run}: another model since this began — bring the first back, or choose another --out")
+        return loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The interface for Ray Data: numbers of parts → the same, when their files are written."""
@@ -207,9 +215,9 @@ class Worker:
         return {"id": batch["id"]}
 
     def make(self, number: int) -> int:
-        """Answer a part and write its file, unless it exists."""
+        """Answer a part and write its file, unless it exists and is not to be made again."""
         path = part_path(self.out, number)
-        if not path.is_file():
+        if number in self.job["again"] or not path.is_file():
             rows, _ = self._rows(number), self.predictor  # who dies of loading it is no video's victim
             begun = path.with_name(f".{path.name}.begun")
             with disk(self.out), begun.open("a") as file:

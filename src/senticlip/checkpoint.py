@@ -157,7 +157,7 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     if finished and not _difference(finished, mine):
         if not (_has_weights(out) and (out / "config.json").is_file()):
             return None
-        if folder.exists():  # a kill left it
+        if folder.exists() and not begun:  # a kill left it; with origin.json it is another training's
             with suppress(UserError), alone(out, "training"):
                 shutil.rmtree(folder, ignore_errors=True)
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}

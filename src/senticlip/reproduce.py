@@ -12,7 +12,7 @@ from traceback import format_exception_only
 from typing import Any
 
 from senticlip import results
-from senticlip.checkpoint import encoder_keys, feature_keys, read_json, rows_digest, share_stage
+from senticlip.checkpoint import CHECKPOINTS, encoder_keys, feature_keys, read_json, rows_digest, share_stage
 from senticlip.config import Config, parse_overrides
 from senticlip.data.sims import read_clips
 from senticlip.data.table import SPLITS
@@ -187,6 +187,7 @@ class Runner:
             write_text(folder / RESULT, json.dumps(found, ensure_ascii=False))
             if (folder / NOT_KEPT).is_file() and digest(config) not in self.shared:
                 (folder / WEIGHTS).unlink()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a kill may have left them
         return found
 
     def train(self, config: Config, seed: int, as_stage: str | None = None) -> Path:
