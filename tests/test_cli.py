@@ -172,6 +172,18 @@ def test_evaluate_of_several_runs_is_their_mean_and_deviation(place, say, fails)
     assert say("evaluate", *runs, place / "of-T", "--data", place / "data", "--target", "M")[0] == 0
 
 
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 2)])
+def test_runs_that_drew_their_own_clips_are_told(place, say, tmp_path, seeds):
+    runs = [tmp_path / f"run{number}" for number in range(3)]
+    for run, seed in zip(runs, seeds, strict=True):
+        experiment = load_run(place).override({"protocol": "tenth", "seed": seed})
+        create_model(experiment).save_pretrained(run)
+        (run / "metrics.json").write_text(json.dumps({"experiment": experiment.to_dict()}))
+    told = say("evaluate", *runs, "--data", place / "data")[1]
+    assert ("each has drawn clips of its own" in told) == (len({*seeds}) > 1)
+    assert "different experiments" not in told
+
+
 def test_wrong_use_is_one_line(place, fails):
     fails(2, "required: VERB — see senticlip --help")
     fails(2, "invalid choice: 'fly'", "fly")

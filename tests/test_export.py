@@ -273,8 +273,8 @@ def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video,
     assert "exporting a.onnx" in terminal.getvalue()
     assert "comparing" in terminal.getvalue()
     monkeypatch.setattr("senticlip.export.trace", lambda model: pytest.fail("exported first"))
-    with pytest.raises(UsageError, match="split 'dev'"):
-        export(run, tmp_path / "b.onnx", data=tmp_path / "data.csv", split="dev")
+    with pytest.raises(UsageError, match="split 'draft'"):
+        export(run, tmp_path / "b.onnx", data=tmp_path / "data.csv", split="draft")
     with pytest.raises(UsageError, match=r"must end in \.onnx"):
         export(tmp_path / "no run", tmp_path / "model.bin")
     assert {path.name for path in tmp_path.iterdir()} == {"data.csv", "a.onnx"}

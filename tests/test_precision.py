@@ -16,8 +16,8 @@ import senticlip
 import tiny
 from senticlip import quantize
 from senticlip.models.base import SentimentModel
-from senticlip.precision import PRECISIONS, _to_bf16, compare, disagreement, lowered, probe
-from senticlip.structures import Clip, Output, UsageError, UserError
+from senticlip.precision import _to_bf16, compare, disagreement, lowered, probe
+from senticlip.structures import PRECISIONS, Clip, Output, UsageError, UserError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.files import alone
 from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
-from senticlip.tables import Asked, digest, load_tables
+from senticlip.tables import Asked, digest, load_preset, load_tables
 
 PRESET = """
 text: {train: frozen}
@@ -449,7 +449,7 @@ def test_random_weights_are_marked_and_not_judged():
     text = layout.as_markdown(results._table_blocks(tables[0], found["4"], 1))
     for row in tables[0].rows:
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
-    assert "† random weights, not pretrained, and no prompt is learned: tests the path, not the paper" in text
+    assert "† random weights, not pretrained: tests the path, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
     latex = results.in_latex(tables, found, 1, Asked(preset, "small", [], "data"))
     assert r"the joint label M; one seed; $^\dagger$ random weights}" in latex
@@ -470,6 +470,18 @@ def test_seeds_that_failed_are_counted():
     assert f"\n{table.rows[0].name} (1 of 2 seeds) & \\textbf{{100.00}} & " in latex
     assert f"\n{table.rows[1].name} & " in latex
     assert f"| {table.rows[0].name} (1 of 2 seeds) |" in text
+
+
+def test_the_majority_need_not_be_the_same_class_in_every_seed():
+    def drawn(*splits):
+        labels = zip((-1.0, 1.0, -1.0), splits, strict=True)
+        return [Clip(str(i), text="好", labels={"M": label}, split=split) for i, (label, split) in enumerate(labels)]
+
+    first, second = drawn("train", "valid", "test"), drawn("valid", "train", "test")
+    asked = Asked(load_preset("tiny"), "tiny", [], "d.csv")
+    for seeds, often in (([first, second], "what is most frequent in training"), ([second], "“positive”")):
+        told = [text for _, text in results.story([], {}, seeds, asked) if "Majority" in text]
+        assert told[0].startswith(f"Majority baseline: always answering {often} scores ")
 
 
 def test_the_figure_and_the_majority_count_clips():

@@ -26,8 +26,7 @@ from senticlip.data import subtitles
 from senticlip.data.cache import file_key
 from senticlip.data.table import finite, located
 from senticlip.files import alone, disk, write_text
-from senticlip.precision import PRECISIONS
-from senticlip.structures import Clip, UsageError, UserError
+from senticlip.structures import PRECISIONS, Clip, UsageError, UserError
 
 BATCH = 16
 """Clips in a batch: always the same ones, so that a part that is answered again is the same to the last bit."""
@@ -82,7 +81,7 @@ def bulk(
         raise UsageError(f"{run}: no trained model (config.json, model.safetensors) — senticlip train makes one")
     if precision not in (PRECISIONS if run.is_dir() else PRECISIONS[:1]):
         raise UsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)} (of an ONNX file: fp32)")
-    distributed = has_ray()
+    distributed = (workers != 1 or bool(address)) and has_ray()
     if address and not distributed:
         raise UsageError("--address needs Ray: pip install 'senticlip[ray]'")
     if (workers or 1) > 1 and not distributed:

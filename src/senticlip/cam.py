@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from senticlip.cut import Split, is_vit, to_grid
 from senticlip.encoders.vision import VisionEncoder
-from senticlip.models.base import SentimentModel
 from senticlip.structures import Batch, Output, Sequence, UsageError
+
+if TYPE_CHECKING:
+    from senticlip.models.base import SentimentModel
 
 CHUNK = 128
 """Ablated channels that go through the model together."""

@@ -9,7 +9,7 @@ import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.mmsa import feature_file
 from senticlip.data.sims import read_clips
 from senticlip.files import alone, write_text
-from senticlip.models.base import SentimentModel
 from senticlip.progress import console
 from senticlip.sources import cache_root
 from senticlip.structures import Clip, Output, UsageError, UserError, polarity
+
+if TYPE_CHECKING:
+    from senticlip.models.base import SentimentModel
 
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
 CHECKPOINTS = "checkpoints"

@@ -140,15 +140,19 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Each run, and the mean and standard deviation over them."""
     from senticlip.checkpoint import read_metrics
+    from senticlip.data.sims import read_clips
     from senticlip.results import spread
 
     if len({result["target"] for result in results}) > 1:
         raise UsageError("RUN: they were trained for different labels — choose one with --target")
     scores = spread(results)
     _say_runs(options, results)
-    experiments = [read_metrics(Path(run)).get("experiment", {}) | {"seed": 0} for run in options.runs]
-    if any(experiment != experiments[0] for experiment in experiments):
+    trained = [read_metrics(Path(run)).get("experiment", {}) for run in options.runs]
+    if any(one | {"seed": 0} != trained[0] | {"seed": 0} for one in trained):
         say(options, "these are different experiments, not seeds of one")
+    splits = [read_clips(options.data, options.split, one["protocol"], one["seed"]) for one in trained if one]
+    if len({tuple(clip.id for clip in clips) for clips in splits}) > 1:
+        say(options, "each has drawn clips of its own: what follows varies by them, too")
     names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
     told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in names.items()]
     say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(told)}")

@@ -188,12 +188,12 @@ def compare(
     """Two runs on the same clips: both metrics, the difference A − B and its paired bootstrap.
 
     Raises:
-        UserError: the runs split the data differently, so that their clips are not the same, or were trained for
-            different labels and no ``target`` is given.
+        UserError: the runs split the data differently, so that their clips are not the same.
+        UsageError: they were trained for different labels, and no ``target`` is given.
     """
     a, b = (_answers(run, data, split, device, target, precision) for run in (run_a, run_b))
     if [clip.id for clip in a.clips] != [clip.id for clip in b.clips]:
         raise UserError(f"{run_a} and {run_b} split {data} differently (protocol, seed or target): nothing to compare")
     if (a.truth != b.truth).any():
-        raise UserError(f"{run_a} and {run_b} were trained for different labels — choose one with --target")
+        raise UsageError(f"{run_a} and {run_b} were trained for different labels — choose one with --target")
     return {"a": a.result, "b": b.result, "difference": metrics.paired_bootstrap(a.truth, a.predicted, b.predicted)}

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from senticlip.config import from_dict
 from senticlip.data.sims import read_clips
 from senticlip.files import workshop
-from senticlip.models.base import SentimentModel
 from senticlip.progress import spinner
 from senticlip.quantize import quantize
 from senticlip.sources import reads
 from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError, whole
 
 if TYPE_CHECKING:
+    from senticlip.models.base import SentimentModel
     from senticlip.predictor import Predictor
 
 FORMAT = 2

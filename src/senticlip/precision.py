@@ -24,8 +24,6 @@ from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, User
 if TYPE_CHECKING:
     from senticlip.predictor import Predictor
 
-PRECISIONS = ("fp32", "bf16", "int8")
-
 PATIENCE = 1800.0
 """Seconds to wait for another process that makes the same file: an export of the paper's size takes a minute."""
 

@@ -18,10 +18,20 @@ from senticlip.data.loader import ArrayRows, Rows, padded, to_batch
 from senticlip.data.video import Frames, read_frames
 from senticlip.encoders.text import tokenize
 from senticlip.metrics import score_class
-from senticlip.models.base import SentimentModel, run_folder
-from senticlip.precision import PRECISIONS, lowered
+from senticlip.precision import lowered
 from senticlip.sources import hears
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Output, Prediction, UsageError, UserError, spoken
+from senticlip.structures import (
+    LABELS,
+    PRECISIONS,
+    SURFACE,
+    Batch,
+    Clip,
+    Output,
+    Prediction,
+    UsageError,
+    UserError,
+    spoken,
+)
 
 
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
@@ -63,6 +73,8 @@ class Predictor:
 
             self.model = OnnxModel(self.run)
         else:
+            from senticlip.models.base import SentimentModel, run_folder
+
             where = runtime.device(device)
             self.run = run_folder(run)
             self.model = SentimentModel.from_pretrained(self.run).to(where)

@@ -133,8 +133,9 @@ class Runner:
         experiments: dict[str, tuple[str, Config]] = {}
         for table in tables:
             for row in table.rows:
-                for config in row.configs.values():
-                    experiments.setdefault(digest(config), (f"Table {table.number}, {row.name}", config))
+                for target, config in row.configs.items():
+                    name = f"Table {table.number}, {row.name}" + (f" ({target})" if len(row.configs) > 1 else "")
+                    experiments.setdefault(digest(config), (name, config))
         from senticlip.train import stages_of
 
         self.shared = {digest(s) for _, c in experiments.values() for s in stages_of(c, self.data).values()}

@@ -157,6 +157,7 @@ def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], 
     first = " (those of seed 0; each seed draws its own)" if drawn else ""
     bases = [majority(clips, target) for clips in (splits if drawn else splits[:1])]
     base, scores = bases[0], spread(bases)
+    often = f"“{base['label']}”" if len({each["label"] for each in bases}) == 1 else "what is most frequent in training"
     judge = f", judged by {WORDS[target]}" if target != "M" else ""
     blocks: list[Block] = [
         ("#", "The tables of CLIP-CA-MSA, run again"),
@@ -169,7 +170,7 @@ def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], 
         ),
         (
             "p",
-            f"Majority baseline: always answering “{base['label']}” scores {_shown(scores['accuracy'], drawn)} "
+            f"Majority baseline: always answering {often} scores {_shown(scores['accuracy'], drawn)} "
             f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips){judge}.",
         ),
         ("figure", ("labels.svg", f"Classes by split and label{first} (the paper's Fig. 4)")),
@@ -203,8 +204,9 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequ
         lines = [_line(name, entry, columns) for name, entry in rows.items()]
         blocks.append(("table", (header, lines, best(rows))))
         if any(entry["random"] for entry in rows.values()):
-            told = f"{DAGGER} random weights, not pretrained, and no prompt is learned: tests the path, not the paper."
-            blocks.append(("p", told))
+            chance = [config for row in table.rows for config in row.configs.values() if rows[row.name]["random"]]
+            fixed = ", with a fixed prompt" if any(config.prompt == "discrete" for config in chance) else ""
+            blocks.append(("p", f"{DAGGER} random weights, not pretrained{fixed}: tests the path, not the paper."))
         for name, entry in rows.items():
             if errors := entry["errors"]:
                 where = f" for {len(errors)} of {seeds} seeds" if len(errors) < seeds else ""

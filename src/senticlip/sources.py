@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from senticlip.data.loader import ArrayRows, ClipSet, Rows, padded, to_batch
 from senticlip.data.mmsa import feature_file, read_features
 from senticlip.data.openface import WIDTH, openface_store
 from senticlip.encoders.text import tokenize
-from senticlip.models.base import SentimentModel
 from senticlip.progress import console
 from senticlip.structures import SURFACE, Clip, UsageError, UserError
+
+if TYPE_CHECKING:
+    from senticlip.models.base import SentimentModel
 
 
 def cache_root() -> Path:

@@ -23,6 +23,9 @@ OWN_LABEL = {"text": "T", "audio": "A", "vision": "V"}
 MODALITIES = ("text", "vision", "audio")
 """The modalities, in the order in which models read them."""
 
+PRECISIONS = ("fp32", "bf16", "int8")
+"""In what a model may compute."""
+
 SURFACE = {"text": "text", "vision": "video", "audio": "audio"}
 """What a modality is called in everything that a user reads."""
 

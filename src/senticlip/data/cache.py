@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from senticlip import runtime
 from senticlip.data.video import Frames, read_frames
@@ -318,6 +317,8 @@ def decoded(
     Raises:
         UserError: a video that cannot be read.
     """
+    import torch
+
     count, threads = workers or runtime.cores(), torch.get_num_threads()
     # each worker resizes with one torch thread, so that there are never more threads than cores
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

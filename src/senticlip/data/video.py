@@ -8,17 +8,18 @@ from fractions import Fraction
 from math import floor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import torch
 from av.subtitles.stream import SubtitleStream
 from av.video.frame import VideoFrame
-from torch import Tensor
 
 from senticlip.data.cutaways import GRID, main_shot, without_bars
 from senticlip.data.decode import Decoder
 from senticlip.structures import Clip, UsageError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Frames(NamedTuple):
@@ -179,9 +180,11 @@ def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Ten
     Within 1/255 (in pure noise a pixel in 100 000 is off by 2). Where the height shrinks much more than the width,
     Pillow goes down first since version 13: what is clipped between the two steps differs then, in noise by up to 30.
     """
+    import torch  # here, so that ``data check`` need not wait for it
+
     if not len(pixels):
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    if not isinstance(pixels, (np.ndarray, Tensor)):
+    if not isinstance(pixels, (np.ndarray, torch.Tensor)):
         return torch.cat([resize(frame[None], size) for frame in pixels])
     frames = torch.as_tensor(pixels)
     if min(frames.shape[-2:]) < size:
