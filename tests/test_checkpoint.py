@@ -358,6 +358,17 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
 
 
+def test_a_workshop_removes_folders_alone(tmp_path):
+    mine, left = tmp_path / ".run-20240101", tmp_path / ".run-abcdefgh"
+    mine.write_text("of the user")
+    left.mkdir()
+    for path in (mine, left):
+        os.utime(path, (0, 0))
+    with files.workshop(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == [mine]
+
+
 def test_what_a_kill_left_of_a_file_goes_once_it_is_old(tmp_path):
     names = [f".a.txt.{'0' * 12}.partial", f".a.txt.{'1' * 12}.partial", ".other.of-somebody.partial"]
     for name in names:

@@ -24,9 +24,10 @@ from senticlip.data.audio import AudioReader, audio_end
 from senticlip.data.cache import file_keys
 from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
+from senticlip.data.tracks import embedded
 from senticlip.data.video import Frames, VideoReader, probe
 from senticlip.files import alone, write_text, write_whole
-from senticlip.progress import console
+from senticlip.progress import console, spinner
 from senticlip.sources import cache_root
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
@@ -106,12 +107,13 @@ def analyze(
         console.print(info.problem, soft_wrap=True)
     last = end = info.start + info.duration
     if info.has_audio and not info.problem and (sound := audio_end(video)) > end + LONGER:
+        told = f"{video}: the sound goes on for {sound - end:.0f} s after the pictures, whose last one stays"
+        console.print(told, soft_wrap=True, highlight=False)
         end = sound
     if transcribe:
         from senticlip.speech import transcribe as listen
 
-        lines = listen(video, asr_model, device)
-        if not lines:
+        if not (lines := listen(video, asr_model, device)):
             raise UserError(f"{video}: no speech is heard in it — leave out --transcribe")
     elif subtitles is not None:
         lines = subs.read(subtitles, shift)
@@ -130,15 +132,13 @@ def analyze(
 
 
 def _check_options(cut: str, shift: float, transcribe: bool, subtitles: str | Path | None, track: int | None) -> None:
-    """Refuse options that are none, and those that would have no effect."""
+    """Refuse options that are none or would have no effect."""
     if cut not in ("windows", "shots"):
         raise UsageError(f"cut {cut!r}: unknown — choose windows or shots")
     if not isfinite(shift):
         raise UsageError(f"--shift {shift}: must be a number of seconds")
     if transcribe and (shift or subtitles is not None or track is not None):
-        raise UsageError(
-            "--transcribe reads no subtitles — leave out --subtitles, --track and --shift, or --transcribe"
-        )
+        raise UsageError("--transcribe reads no subtitles — leave it out, or --subtitles, --track and --shift")
     if subtitles is not None and track is not None:
         raise UsageError("--track is for the film's own subtitles — leave out --subtitles or --track")
 
@@ -146,8 +146,8 @@ def _check_options(cut: str, shift: float, transcribe: bool, subtitles: str | Pa
 def _own(video: Path, track: int | None, shift: float) -> list[Line] | None:
     """The film's own lines, None if it has none; the user is told of that, and of tracks that cannot be read."""
     told: list[str] = []
-    lines: list[Line] | None = subs.embedded(video, track, shift, told.append)
-    if not lines and not (shift < 0 and subs.embedded(video, track)):
+    lines: list[Line] | None = embedded(video, track, shift, told.append)
+    if not lines and not (shift < 0 and embedded(video, track)):
         none = told[0] if told else f"{video}: no subtitles in it, and none given (--subtitles F.srt)"
         if shift:
             raise UsageError(f"{none}; --shift has nothing to move")
@@ -172,9 +172,10 @@ def _check_times(lines: list[Line], source: str | Path, video: Path, end: float,
 
 def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
     """A hash of what the timeline depends on: the model and its precision, the film, the lines."""
-    model = [answers.fingerprint(predictor.run), predictor.precision]
-    film = [str(video.resolve()), file_keys([video], cache_root())[video]]
-    said = json.dumps([*model, *film, BATCH, lines], ensure_ascii=False)
+    with spinner(f"reading {video.name}"):
+        film = [str(video.resolve()), file_keys([video], cache_root())[video]]
+    job = [answers.fingerprint(predictor.run), predictor.precision, *film, BATCH, lines]
+    said = json.dumps(job, ensure_ascii=False)
     return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
@@ -307,8 +308,7 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
 
     table = pa.concat_tables(answers.read_parquet(part).drop_columns("thumbnail") for part in files)
     table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
-    # of another job: it would pass for finished if this one were killed just now
-    with suppress(OSError):  # what cannot be written is told below
+    with suppress(OSError):  # of another job, it would pass for finished if this one were killed just now
         (out / "timeline.parquet").unlink(missing_ok=True)
     write_whole(out / "timeline.html", write_page)
     write_whole(out / "timeline.csv", write_csv)

@@ -93,10 +93,11 @@ def bulk(
 
 def has_ray() -> bool:
     """Whether the extra ``ray`` is installed."""
-    with suppress(ImportError):
+    try:
         importlib.import_module("ray.data")
-        return True
-    return False
+    except ImportError:
+        return False
+    return True
 
 
 def part_path(out: Path, number: int) -> Path:

@@ -185,7 +185,7 @@ def compare(
     target: str | None = None,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Two runs on the same clips: both metrics, the difference A − B and its paired bootstrap.
+    """Two runs on the same clips: both metrics, the difference A − B with its interval and p.
 
     Raises:
         UserError: the runs split the data differently, so that their clips are not the same.

@@ -59,7 +59,7 @@ def is_full(error: BaseException | None) -> bool:
 def terminable() -> Iterator[None]:
     """SIGTERM and SIGHUP as Ctrl-C; by themselves they would end the process with no time to tidy up.
 
-    What somebody handles or ignores (nohup) stays as it is.
+    What somebody handles or ignores (nohup) stays as it is. Inside a long call of a library it waits for its end.
     """
     here = threading.current_thread() is threading.main_thread()  # no other may change what signals do
     both = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if here else set()
@@ -126,7 +126,7 @@ def workshop(out: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    _sweep(out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}"))
+    _sweep(left for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}") if left.is_dir())
     with disk(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         yield Path(folder)
 

@@ -203,7 +203,7 @@ def fit(
         model.load_state_dict(trainee.average.state_dict())
     model.encoders.update(frozen)
     model.eval()
-    return _summary(trainer.state, arguments)
+    return _summary(trainer.state)
 
 
 def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -231,11 +231,14 @@ def _stopped(checkpoint: Path, patience: int) -> bool:
     return callback.get("attributes", {}).get("early_stopping_patience_counter", 0) >= patience
 
 
-def _summary(state: Any, arguments: TrainingArguments) -> dict[str, Any]:
-    metric = f"eval_{arguments.metric_for_best_model}"
-    rows = [row for row in state.log_history if metric in row]
-    best = (max if arguments.greater_is_better else min)(rows, key=lambda row: row[metric])
+def _summary(state: Any) -> dict[str, Any]:
+    rows = [row for row in state.log_history if "eval_accuracy" in row]
+    best = next(row for row in rows if row["step"] == state.best_global_step)
     valid = {name[5:]: round(value, 6) for name, value in best.items() if name.startswith("eval_")}
     keep = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
-    history = [{k.removeprefix("eval_"): v for k, v in row.items()} for row in state.log_history if "epoch" in row]
+    history = [
+        {k.removeprefix("eval_"): v for k, v in row.items() if k != f"eval_{CHOICE}"}
+        for row in state.log_history
+        if "epoch" in row
+    ]
     return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep if k in valid}, "history": history}

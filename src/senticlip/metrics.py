@@ -147,7 +147,7 @@ def paired_bootstrap(
     groups: ArrayLike | None = None,
     runs: ArrayLike | None = None,
 ) -> dict[str, dict[str, float]]:
-    """How much better ``first`` is than ``second`` on the same rows.
+    """How much better ``first`` is than ``second`` on the same rows: a bootstrap, and a test by randomisation.
 
     Args:
         truth: n class indices.

@@ -44,14 +44,14 @@ class Forms:
         """Handle a request: percent-encode a plain form's bytes beyond ASCII, mark a multipart form's that are wrong,
         and look for its closing boundary."""
         headers = dict(scope.get("headers", ()))
-        if packed := headers.get(b"content-encoding", b"identity").decode("latin-1").replace("identity", ""):
-            line = f"the form is packed ({packed}) — send it as it is"
+        told, packed = (headers.get(name, b"") for name in (b"content-type", b"content-encoding"))
+        kind, options = parse_options_header(told)
+        if kind in (MULTIPART, PLAIN) and packed.lower() not in (b"", b"identity"):
+            line = f"the form is packed ({packed.decode('latin-1')}) — send it as it is"
             await JSONResponse({"error": line}, 415)(scope, receive, send)
             return
-        told = headers.get(b"content-type", b"")
-        kind, options = parse_options_header(told)
         close, last = b"--" + options.get(b"boundary", b"") + b"--", b""
-        if kind == MULTIPART and b"charset" not in options:
+        if kind == MULTIPART:  # of two charsets the last counts
             marked = told + b"; charset=" + MARKING.encode()
             scope = {**scope, "headers": [(k, marked if v is told else v) for k, v in scope["headers"]]}
 

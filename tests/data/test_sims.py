@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from senticlip.data.sims import check, read_clips
-from senticlip.data.table import EMPTY, normal_id, score, without_zeros
+from senticlip.data.table import EMPTY, score, without_zeros
 from senticlip.structures import LABELS, UsageError, UserError
 
 COLUMNS = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
@@ -150,8 +150,9 @@ def test_split_is_chosen_and_named(tmp_path):
     for name in ("valid", "val", "dev", "Validation"):  # as the table may call it
         with pytest.raises(UserError, match=r"no clips in split 'valid' — there is train, test"):
             read_clips(folder, name)
-    with pytest.raises(UsageError, match=r"split 'dev2': unknown — choose one of train, valid, test"):
-        read_clips(folder, "dev2")
+    for wrong in ("dev2", ""):  # as of a variable that is not set
+        with pytest.raises(UsageError, match=f"split '{wrong}': unknown — choose one of train, valid, test"):
+            read_clips(folder, wrong)
     with pytest.raises(UsageError, match="protocol"):
         read_clips(folder, protocol="fifth")
 
@@ -351,8 +352,8 @@ def test_texts_alone(tmp_path):
 
 @given(st.integers(0, 99999), st.integers(1, 8))
 def test_ids_meet_without_their_zeros(number, width):
-    assert normal_id(f"{number:0{width}}") == normal_id(str(number)) == normal_id(f"{number}.0")
-    assert normal_id(f"video_{number:0{width}}") == normal_id(f"video_{number}")
+    assert without_zeros(f"{number:0{width}}") == without_zeros(str(number)) == without_zeros(f"{number}.0")
+    assert without_zeros(f"video_{number:0{width}}") == without_zeros(f"video_{number}")
     fractions = {f"2.{'0' * zeros}{number}" for zeros in range(width)}
     assert len({without_zeros(f"d{fraction}") for fraction in fractions}) == len(fractions)
 

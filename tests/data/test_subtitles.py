@@ -12,7 +12,8 @@ from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from senticlip.data.subtitles import Line, _Cue, clean, embedded, guess_text, merge, read
+from senticlip.data.subtitles import Cue, Line, clean, guess_text, merge, read
+from senticlip.data.tracks import embedded
 from senticlip.data.video import probe
 from senticlip.structures import UsageError, UserError
 
@@ -121,52 +122,55 @@ def test_ass_styles_drawings_comments_karaoke_and_layers(tmp_path):
 
 
 def test_two_languages_and_two_speakers():
-    assert merge([_Cue(0, 2, ["你好"]), _Cue(0, 2, ["Hello"])]) == [Line(0.0, 2.0, "你好 Hello")]
-    assert merge([_Cue(0, 3, ["你来吗"]), _Cue(1.5, 4, ["不来"])]) == [Line(0.0, 4.0, "你来吗不来")]
+    assert merge([Cue(0, 2, ["你好"]), Cue(0, 2, ["Hello"])]) == [Line(0.0, 2.0, "你好 Hello")]
+    assert merge([Cue(0, 3, ["你来吗"]), Cue(1.5, 4, ["不来"])]) == [Line(0.0, 4.0, "你来吗不来")]
 
 
 def test_a_title_that_stays_does_not_swallow_the_film():
-    cues = [_Cue(0, 3600, ["字幕组"])] + [_Cue(t, t + 2, [f"第{t}句"]) for t in range(5, 3000, 5)]
+    cues = [Cue(0, 3600, ["字幕组"])] + [Cue(t, t + 2, [f"第{t}句"]) for t in range(5, 3000, 5)]
     lines = merge(cues)
     assert len(lines) == len(cues)
     assert lines[0] == Line(0.0, 5.0, "字幕组")
 
 
 def test_a_title_that_begins_with_a_line_or_in_it_takes_nothing_from_it():
-    with_it = [_Cue(1, 3, ["我真的很高兴"]), _Cue(1, 60, ["字幕组制作"]), _Cue(5, 7, ["我非常难过"])]
+    with_it = [Cue(1, 3, ["我真的很高兴"]), Cue(1, 60, ["字幕组制作"]), Cue(5, 7, ["我非常难过"])]
     wanted = [Line(1, 3, "我真的很高兴"), Line(3, 5, "字幕组制作"), Line(5, 7, "我非常难过")]
     assert merge(with_it) == wanted
     assert merge([with_it[1], with_it[0], with_it[2]]) == wanted
-    in_it = [_Cue(1, 3.5, ["见到你"]), _Cue(1.5, 40, ["第一章"]), _Cue(1.5, 40, ["第一章"]), _Cue(5, 7, ["难过"])]
+    in_it = [Cue(1, 3.5, ["见到你"]), Cue(1.5, 40, ["第一章"]), Cue(1.5, 40, ["第一章"]), Cue(5, 7, ["难过"])]
     assert merge(in_it) == [Line(1, 3.5, "见到你"), Line(3.5, 5, "第一章"), Line(5, 7, "难过")]
-    assert merge([*in_it[:2], _Cue(3.2, 5, ["是吗"])]) == [Line(1, 3.2, "见到你"), Line(3.2, 5, "是吗")]
+    assert merge([*in_it[:2], Cue(3.2, 5, ["是吗"])]) == [Line(1, 3.2, "见到你"), Line(3.2, 5, "是吗")]
 
 
 def test_a_sign_does_not_swallow_the_lines_under_it():
-    lines = [_Cue(2, 4, ["我真的很高兴"]), _Cue(4.5, 6, ["我非常难过"]), _Cue(6.5, 8.5, ["没什么"])]
+    lines = [Cue(2, 4, ["我真的很高兴"]), Cue(4.5, 6, ["我非常难过"]), Cue(6.5, 8.5, ["没什么"])]
     wanted = [Line(cue.start, cue.end, cue.rows[0]) for cue in lines]
-    assert merge([_Cue(1, 10, ["医院"]), *lines]) == [Line(1, 2, "医院"), *wanted]
-    assert merge([_Cue(2, 10, ["医院"]), *lines]) == [wanted[0], Line(4, 4.5, "医院"), *wanted[1:]]
+    assert merge([Cue(1, 10, ["医院"]), *lines]) == [Line(1, 2, "医院"), *wanted]
+    assert merge([Cue(2, 10, ["医院"]), *lines]) == [wanted[0], Line(4, 4.5, "医院"), *wanted[1:]]
 
 
 def test_what_is_no_sign():
     """Translations in parts, a sign in motion under a line, one interjection, slow karaoke."""
-    parts = [_Cue(1, 3, ["it"]), _Cue(3, 5, ["is"]), _Cue(5, 8, ["long"])]
-    assert merge([_Cue(1, 8, ["很长"]), *parts]) == [Line(1, 8, "很长 it is long")]
-    moves = [_Cue(2 + i / 25, 2 + (i + 1) / 25, ["牌"]) for i in range(50)]
-    assert merge([_Cue(1, 6, ["对白"]), *moves]) == [Line(1, 6, "对白牌")]
-    assert merge([_Cue(1, 6, ["对白"]), _Cue(3, 4, ["啊"])]) == [Line(1, 6, "对白啊")]
-    syllables = [_Cue(1 + i, 2 + i, ["我爱你们"[i]]) for i in range(4)]
-    assert merge([_Cue(1, 5, ["我爱你们"]), *syllables]) == [Line(1, 5, "我爱你们")]
+    parts = [Cue(1, 3, ["it"]), Cue(3, 5, ["is"]), Cue(5, 8, ["long"])]
+    assert merge([Cue(1, 8, ["很长"]), *parts]) == [Line(1, 8, "很长 it is long")]
+    spelled = [Cue(0, 1, ["wo"]), Cue(1, 2, ["ai"]), Cue(2, 3, ["ni"]), Cue(3, 5, ["men"])]
+    for written in ([Cue(0, 5, ["我爱你们"]), *spelled], [spelled[0], Cue(0, 5, ["我爱你们"]), *spelled[1:]]):
+        assert [{*line.text.split()} for line in merge(written)] == [{"我爱你们", "wo", "ai", "ni", "men"}]
+    moves = [Cue(2 + i / 25, 2 + (i + 1) / 25, ["牌"]) for i in range(50)]
+    assert merge([Cue(1, 6, ["对白"]), *moves]) == [Line(1, 6, "对白牌")]
+    assert merge([Cue(1, 6, ["对白"]), Cue(3, 4, ["啊"])]) == [Line(1, 6, "对白啊")]
+    syllables = [Cue(1 + i, 2 + i, ["我爱你们"[i]]) for i in range(4)]
+    assert merge([Cue(1, 5, ["我爱你们"]), *syllables]) == [Line(1, 5, "我爱你们")]
 
 
 def test_a_karaoke_line_that_grows():
-    cues = [_Cue(1, 1.5, ["我"]), _Cue(1.5, 2, ["我爱"]), _Cue(2, 4, ["我爱你"])]
+    cues = [Cue(1, 1.5, ["我"]), Cue(1.5, 2, ["我爱"]), Cue(2, 4, ["我爱你"])]
     assert merge(cues) == [Line(1.0, 4.0, "我爱你")]
 
 
 def test_an_answer_that_begins_with_the_same_word():
-    cues = [_Cue(0, 2, ["妈"]), _Cue(2, 5, ["妈妈你听我说"])]
+    cues = [Cue(0, 2, ["妈"]), Cue(2, 5, ["妈妈你听我说"])]
     assert merge(cues) == [Line(0, 2, "妈"), Line(2, 5, "妈妈你听我说")]
 
 
@@ -219,7 +223,7 @@ def test_a_last_row_that_is_a_number(tmp_path, numbered):
     st.floats(-30, 30, allow_nan=False),
 )
 def test_lines_are_in_order_apart_and_said(cues, shift):
-    lines = merge([_Cue(start, start + length, rows) for start, length, rows in cues], shift)
+    lines = merge([Cue(start, start + length, rows) for start, length, rows in cues], shift)
     for line in lines:
         assert 0 <= line.start < line.end
         assert line.text == clean(line.text)
@@ -391,7 +395,7 @@ def test_tracks_of_pictures_are_passed_over(tmp_path):
     assert len(told) == 2
 
 
-@pytest.mark.parametrize("title", ["简体中文", "繁體", "CHS&JPN", "Mandarin (Simplified)"])
+@pytest.mark.parametrize("title", ["简体中文", "繁體", "CHS&JPN", "chs_eng", "zh-Hans", "国语", "Mandarin (PRC)"])
 def test_a_title_tells_a_chinese_track(tmp_path, title):
     tracks = [("eng", SRT.replace("今天我真的很高兴", "Hello")), ("und", SRT)]
     path = film(tmp_path / "film.mkv", tracks, kinds=(Disposition.default, Disposition(0)), titles=("Full", title))

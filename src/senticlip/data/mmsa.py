@@ -17,7 +17,7 @@ import numpy as np
 
 from senticlip.data import unpickle
 from senticlip.data.cache import Store, cached, file_keys
-from senticlip.data.table import SPLITS, normal_id
+from senticlip.data.table import SPLITS, without_zeros
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import Clip, UserError
@@ -62,7 +62,7 @@ class Features(NamedTuple):
 
 
 def _loose(name: str) -> str:
-    return "/".join(normal_id(part) for part in name.split("/"))
+    return "/".join(without_zeros(part).casefold() for part in name.split("/"))
 
 
 def feature_file(data: str | Path) -> Path:

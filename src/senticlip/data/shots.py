@@ -48,7 +48,7 @@ def shots(video: str | Path, end: float) -> list[Line]:
 
     Args:
         video: any file that FFmpeg reads.
-        end: when the pictures end, in seconds on a player's clock (the sound, or a header, may promise more).
+        end: of the film and its last shot, in seconds on a player's clock (a header may promise more).
 
     Raises:
         UserError: not a readable video, or one without times.

@@ -73,7 +73,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Raises:
         UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
     """
-    split = SPLIT_NAMES.get((split or "all").casefold(), split or "all")
+    split = "all" if split is None else SPLIT_NAMES.get(split.casefold(), split)
     if split not in ("all", *SPLITS):
         raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
     table, rows = _read(Path(path), protocol)

@@ -10,9 +10,9 @@ import html
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pysubs2
 
@@ -24,8 +24,6 @@ TOGETHER, LEAST = 10.0, 0.5
 """Lines that merely touch are merged up to so many seconds; real ones are no longer, and none is shorter."""
 
 _COLUMNS = ("layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect", "text")
-_CHINESE = re.compile(r"^(?:zh|chi|zho|cmn|yue)\b|[中简繁簡]|\b(?:chs|cht|chinese|mandarin)\b", re.IGNORECASE)
-_PICTURES = "are pictures, not text — give the lines as a file: --subtitles F.srt"
 _SOUNDS = (
     r"(?:[^\]】)）]{0,8}(?:音乐|音樂|配乐|歌声|掌声|掌聲|笑声|笑聲|哭声|铃声|枪声|脚步声|雷声|敲门声)"
     r"|[^\]】)）]{0,24}\b(?:music|applause|laughter|laughs|singing|cheering|sighs?)\b)[^\]】)）]{0,8}"
@@ -47,7 +45,7 @@ class Line(NamedTuple):
     text: str
 
 
-class _Cue(NamedTuple):
+class Cue(NamedTuple):
     """A subtitle as written: its rows on the screen."""
 
     start: float
@@ -95,7 +93,7 @@ def _usual_columns(text: str) -> str:
     return re.sub(r"^(Dialogue:|Comment:)(.*)$", line, text, flags=re.MULTILINE)
 
 
-def _timed(text: str, path: Path) -> list[_Cue]:
+def _timed(text: str, path: Path) -> list[Cue]:
     """The cues of SRT or WebVTT: what stands between the lines with times, without numbers and names of cues."""
     is_vtt = text.startswith("WEBVTT")
     found = list(_TIMING.finditer(text))
@@ -118,7 +116,7 @@ def _timed(text: str, path: Path) -> list[_Cue]:
             del rows[-2]
         words = "\n".join(rows).replace("\\N", "\n").replace("\\h", " ")  # as in ASS, from which some were made
         start, end = map(_seconds, told[0].split("-->"))
-        cues.append(_Cue(start, end, words.split("\n")))
+        cues.append(Cue(start, end, words.split("\n")))
     return cues
 
 
@@ -130,11 +128,11 @@ def _seconds(time: str) -> float:
     return sum(float(part) * 60**i for i, part in enumerate(reversed(time.split(":"))))
 
 
-def _by_pysubs2(text: str, path: Path) -> list[_Cue]:
+def _by_pysubs2(text: str, path: Path) -> list[Cue]:
     bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
     try:
         return [
-            _Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
+            Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
             for event in pysubs2.SSAFile.from_string(
                 _usual_columns(text), "ass" if bare else None, keep_unknown_html_tags=True
             )
@@ -143,95 +141,6 @@ def _by_pysubs2(text: str, path: Path) -> list[_Cue]:
     except (pysubs2.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not readable as {path.suffix[1:]} subtitles ({reason})") from None
-
-
-def embedded(
-    video: str | Path, track: int | None = None, shift: float = 0.0, tell: Callable[[str], None] = lambda told: None
-) -> list[Line]:
-    """The lines of a subtitle track inside a video file, on a player's clock; an empty list if it has none of text.
-
-    Args:
-        video: any container that FFmpeg reads.
-        track: which of its subtitle tracks, from 0; None for a Chinese one of text, else any of text; of several that
-            which players show (the default one), and none of signs alone (forced), if there is another.
-        shift: seconds added to every time.
-        tell: called with a line for the user where tracks of pictures are passed over that he may want.
-
-    Raises:
-        UsageError: no such track. UserError: the file cannot be opened, or the track asked for holds pictures.
-    """
-    from av.error import FFmpegError
-    from av.stream import Discard
-    from av.subtitles.subtitle import AssSubtitle
-
-    from senticlip.data.sequential import clock_start, open_container
-
-    try:
-        container = open_container(video)
-    except (FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{video}: cannot be opened — {getattr(error, 'strerror', None) or error}") from None
-    with container:
-        streams = list(container.streams.subtitles)
-        if track is None:
-            streams = _texts(streams, lambda told: tell(f"{video}: {told}"))
-        elif not 0 <= track < len(streams):
-            there = f"there are 0 to {len(streams) - 1}" if streams else "it has none, give a file: --subtitles F.srt"
-            raise UsageError(f"{video}: no subtitle track {track} — {there}")
-        if not streams:
-            return []
-        stream = streams[track] if track is not None else _spoken(streams)
-        if stream.codec_context is None:
-            raise UserError(f"{video}: there is no decoder for subtitle track {track} — give a file: --subtitles F.srt")
-        zero = clock_start(container)
-        for other in container.streams:
-            if other.index != stream.index:
-                other.discard = Discard.all
-        cues = []
-        for packet in container.demux(stream):
-            if packet.pts is None or not packet.size:
-                continue
-            start = float(packet.pts * packet.time_base) - zero
-            end = start + float((packet.duration or 0) * packet.time_base)
-            try:
-                subtitles = packet.decode()
-            except FFmpegError:
-                continue  # one damaged line is no reason to lose the film
-            for subtitle in subtitles:
-                if not isinstance(subtitle, AssSubtitle):
-                    raise UserError(f"{video}: its subtitles {_PICTURES}")
-                # ReadOrder, Layer, Style, Name, three margins, Effect, Text
-                words = subtitle.ass.decode("utf-8", errors="replace").split(",", 8)[-1]
-                event = pysubs2.SSAEvent(text=words)
-                if not event.is_drawing:
-                    cues.append(_Cue(start, end, event.plaintext.split("\n")))
-    return merge(cues, shift)
-
-
-def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
-    """The tracks of text; ``tell`` is called if those of pictures are all there are, or the only Chinese ones."""
-    from av.codec.codec import Properties
-
-    known = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
-    texts = [s for s in known if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
-    if known and not texts:
-        tell(f"its subtitles {_PICTURES}")
-    elif any(map(_is_chinese, known)) and not any(map(_is_chinese, texts)):
-        tell(f"subtitle track {streams.index(_spoken(texts))} is read, no Chinese one: those {_PICTURES}")
-    return texts
-
-
-def _is_chinese(stream: Any) -> bool:
-    """By its language or, since that is often missing or wrong, its title."""
-    return _CHINESE.search(f"{stream.language or ''} {stream.metadata.get('title', '')}") is not None
-
-
-def _spoken(streams: list[Any]) -> Any:
-    """The track that most likely has all that is said."""
-    from av.stream import Disposition
-
-    some = [s for s in streams if _is_chinese(s)] or streams
-    some = [s for s in some if not s.disposition & Disposition.forced] or some
-    return next((s for s in some if s.disposition & Disposition.default), some[0])
 
 
 def clean(text: str) -> str:
@@ -243,7 +152,7 @@ def clean(text: str) -> str:
     return text if any(unicodedata.category(c)[0] in "LN" or c in "?!？！…" for c in text) else ""
 
 
-def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
+def merge(cues: Iterable[Cue], shift: float = 0.0) -> list[Line]:
     """Cues as written → lines as said.
 
     A row that the cue before showed already (rolling captions, second layers) is left out; cues that are on the screen
@@ -251,7 +160,7 @@ def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
     then still overlaps ends where the next begins, and a title begins where what is said ends. Times are shifted; what
     ends before 0 is dropped.
     """
-    said = [_Cue(c.start, c.end, [row for row in map(clean, c.rows) if row]) for c in cues if c.end > c.start]
+    said = [Cue(c.start, c.end, [row for row in map(clean, c.rows) if row]) for c in cues if c.end > c.start]
     ordered = sorted((cue for cue in said if cue.rows), key=lambda cue: cue.start)
     titles = [_stays(cue, ordered, place) for place, cue in enumerate(ordered)]
     lines: list[tuple[Line, bool]] = []
@@ -277,12 +186,16 @@ def merge(cues: Iterable[_Cue], shift: float = 0.0) -> list[Line]:
     return [line for line in moved if line.end > line.start]
 
 
-def _stays(cue: _Cue, ordered: list[_Cue], place: int) -> bool:
+def _stays(cue: Cue, ordered: list[Cue], place: int) -> bool:
     """Whether the cue at ``place`` is a title or a sign: longer than a line, or lines come and go while it is shown."""
     if cue.end - cue.start > TOGETHER:
         return True
-    during = ordered[place + 1 : bisect_left(ordered, cue.end, key=lambda other: other.start)]
-    # what begins or ends with it is a part of it, as of a translation
+    begin, end = (bisect_left(ordered, time, key=lambda other: other.start) for time in (cue.start - LEAST, cue.end))
+    during, around = ordered[place + 1 : end], ordered[begin:place] + ordered[place + 1 : end]
+    first = any(abs(c.start - cue.start) <= LEAST < cue.end - c.end for c in around)
+    if first and any(abs(c.end - cue.end) <= LEAST < c.start - cue.start for c in around):
+        return False  # they are its translation, or its syllables
+    # what begins or ends with it is a part of it, too
     inside = [c for c in during if c.start - cue.start > LEAST < cue.end - c.end and c.end - c.start >= LEAST]
     inside = [c for c in inside if _join(c.rows) not in _join(cue.rows)]
     return bool(inside) and min(c.end for c in inside) <= max(c.start for c in inside)
@@ -311,7 +224,7 @@ def _fresh(shown: list[str], rows: list[str]) -> list[str]:
     return rows
 
 
-def _together(line: Line, cue: _Cue, title: bool) -> bool:
+def _together(line: Line, cue: Cue, title: bool) -> bool:
     """Whether the two are on the screen at the same time for most of it; half is enough if neither is a ``title``."""
     both = min(line.end, cue.end) - max(line.start, cue.start)
     length, other = line.end - line.start, cue.end - cue.start

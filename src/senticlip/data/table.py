@@ -251,11 +251,6 @@ def without_zeros(name: str) -> str:
     return re.sub(r"(?<!\d)(?<!\d\.)0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip()))
 
 
-def normal_id(name: str) -> str:
-    """An id without leading zeros, in small letters."""
-    return without_zeros(name).casefold()
-
-
 def score(cell: str) -> float | None:
     """A label: a number from -1 to 1 or a word; None if it is neither."""
     if cell.casefold() in SCORES:

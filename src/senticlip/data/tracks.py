@@ -1,0 +1,104 @@
+"""The subtitle tracks inside a video file: which is read, and its lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pysubs2
+from av.codec.codec import Properties
+from av.error import FFmpegError
+from av.stream import Discard, Disposition
+from av.subtitles.subtitle import AssSubtitle
+
+from senticlip.data.sequential import clock_start, open_container
+from senticlip.data.subtitles import Cue, Line, merge
+from senticlip.structures import UsageError, UserError
+
+CHINESE = {"zh", "chi", "zho", "chs", "cht", "cmn", "yue"}
+TITLED = re.compile(r"[中简繁簡粤粵]|[国國][语語]|(?<![a-z])(?:zh|chs|cht|chinese|mandarin)(?![a-z])", re.IGNORECASE)
+"""Languages and titles of Chinese tracks."""
+
+_PICTURES = "are pictures, not text — give the lines as a file: --subtitles F.srt"
+
+
+def embedded(
+    video: str | Path, track: int | None = None, shift: float = 0.0, tell: Callable[[str], None] = lambda told: None
+) -> list[Line]:
+    """The lines of a subtitle track inside a video file, on a player's clock; an empty list if it has none of text.
+
+    Args:
+        video: any container that FFmpeg reads.
+        track: which of its subtitle tracks, from 0; None for a Chinese one of text, else any of text; of several that
+            which players show (the default one), and none of signs alone (forced), if there is another.
+        shift: seconds added to every time.
+        tell: called with a line for the user where tracks of pictures are passed over that he may want.
+
+    Raises:
+        UsageError: no such track. UserError: the file cannot be opened, or the track asked for holds pictures.
+    """
+    try:
+        container = open_container(video)
+    except (FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{video}: cannot be opened — {getattr(error, 'strerror', None) or error}") from None
+    with container:
+        streams = list(container.streams.subtitles)
+        if track is None:
+            streams = _texts(streams, lambda told: tell(f"{video}: {told}"))
+        elif not 0 <= track < len(streams):
+            there = f"there are 0 to {len(streams) - 1}" if streams else "it has none, give a file: --subtitles F.srt"
+            raise UsageError(f"{video}: no subtitle track {track} — {there}")
+        if not streams:
+            return []
+        stream = streams[track] if track is not None else _spoken(streams)
+        if stream.codec_context is None:
+            raise UserError(f"{video}: there is no decoder for subtitle track {track} — give a file: --subtitles F.srt")
+        zero = clock_start(container)
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all
+        cues = []
+        for packet in container.demux(stream):
+            if packet.pts is None or not packet.size:
+                continue
+            start = float(packet.pts * packet.time_base) - zero
+            end = start + float((packet.duration or 0) * packet.time_base)
+            try:
+                subtitles = packet.decode()
+            except FFmpegError:
+                continue  # one damaged line is no reason to lose the film
+            for subtitle in subtitles:
+                if not isinstance(subtitle, AssSubtitle):
+                    raise UserError(f"{video}: its subtitles {_PICTURES}")
+                # ReadOrder, Layer, Style, Name, three margins, Effect, Text
+                words = subtitle.ass.decode("utf-8", errors="replace").split(",", 8)[-1]
+                event = pysubs2.SSAEvent(text=words)
+                if not event.is_drawing:
+                    cues.append(Cue(start, end, event.plaintext.split("\n")))
+    return merge(cues, shift)
+
+
+def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
+    """The tracks of text; ``tell`` is called if those of pictures are all there are, or the only Chinese ones."""
+    known = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
+    texts = [s for s in known if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
+    if known and not texts:
+        tell(f"its subtitles {_PICTURES}")
+    elif any(map(_is_chinese, known)) and not any(map(_is_chinese, texts)):
+        tell(f"subtitle track {streams.index(_spoken(texts))} is read, no Chinese one: those {_PICTURES}")
+    return texts
+
+
+def _is_chinese(stream: Any) -> bool:
+    """By its language or, since that is often missing or wrong, its title."""
+    language = (stream.language or "").split("-")[0].lower()
+    return language in CHINESE or TITLED.search(stream.metadata.get("title", "")) is not None
+
+
+def _spoken(streams: list[Any]) -> Any:
+    """The track that most likely has all that is said."""
+    some = [s for s in streams if _is_chinese(s)] or streams
+    some = [s for s in some if not s.disposition & Disposition.forced] or some
+    return next((s for s in some if s.disposition & Disposition.default), some[0])
