@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import email.message
 import re
 from asyncio import CancelledError
 from typing import Any
 
-from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MULTIPART, PLAIN = b"multipart/form-data", b"application/x-www-form-urlencoded"
+MULTIPART, PLAIN = "multipart/form-data", "application/x-www-form-urlencoded"
 
 ENDING = 4096
 """Bytes at the end of a form among which its closing boundary is looked for."""
@@ -45,12 +45,14 @@ class Forms:
         and look for its closing boundary."""
         headers = dict(scope.get("headers", ()))
         told, packed = (headers.get(name, b"") for name in (b"content-type", b"content-encoding"))
-        kind, options = parse_options_header(told)
+        parsed = email.message.Message()
+        parsed["content-type"] = told.decode("latin-1")
+        kind, boundary = parsed.get_content_type(), parsed.get_boundary("")
         if kind in (MULTIPART, PLAIN) and packed.lower() not in (b"", b"identity"):
             line = f"the form is packed ({packed.decode('latin-1')}) — send it as it is"
             await JSONResponse({"error": line}, 415)(scope, receive, send)
             return
-        close, last = b"--" + options.get(b"boundary", b"") + b"--", b""
+        close, last = f"--{boundary}--".encode("latin-1"), b""
         if kind == MULTIPART:  # of two charsets the last counts
             marked = told + b"; charset=" + MARKING.encode()
             scope = {**scope, "headers": [(k, marked if v is told else v) for k, v in scope["headers"]]}

@@ -219,7 +219,7 @@ def _tell_errors(answers: FastAPI) -> None:
 
     @answers.exception_handler(UserError)
     def mend(request: Request, error: UserError) -> JSONResponse:
-        kind = request.headers.get("content-type", "").lower().encode()
+        kind = request.headers.get("content-type", "").lower()
         form = kind.startswith((MULTIPART, PLAIN))  # else none of its fields was read
         advice = "" if form else "; send a form: -F video=@clip.mp4 -F text=…"
         return JSONResponse({"error": f"{error}{advice}"}, 400)
