@@ -59,6 +59,14 @@ def left(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def hang_ups():
+    """Are not ignored: under nohup the tests, and so the servers that they start, would begin with that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class Said:
     """A model that reads text and says one thing; ``first`` happens before."""
 
