@@ -178,7 +178,11 @@ def _is_done(part: Path, retry: bool) -> bool:
 def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
     """The number of each part in ``todo``, when its file is written."""
     if todo and (workers != 1 or address):
-        yield from on_ray(Worker, job, todo, address, workers)
+        try:
+            yield from on_ray(Worker, job, todo, address, workers)
+        finally:
+            for begun in Path(job["out"]).glob(".*.begun"):  # their workers ended with this job, not of a video
+                begun.unlink(missing_ok=True)
     elif todo:
         yield from map(Worker(job).make, todo)
 

@@ -148,7 +148,8 @@ def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]
     scores = spread(results)
     _say_runs(options, results)
     trained = [read_metrics(Path(run)).get("experiment", {}) for run in options.runs]
-    if any(one | {"seed": 0} != trained[0] | {"seed": 0} for one in trained):
+    experiments = [one | {"seed": 0} for one in trained]
+    if any(experiment != experiments[0] for experiment in experiments):
         say(options, "these are different experiments, not seeds of one")
     splits = [read_clips(options.data, options.split, one["protocol"], one["seed"]) for one in trained if one]
     if len({tuple(clip.id for clip in clips) for clips in splits}) > 1:

@@ -11,7 +11,6 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from senticlip import runtime
@@ -72,8 +71,6 @@ def on_ray(
     finally:
         if own:
             ray.shutdown()
-        for begun in Path(job["out"]).glob(".*.begun"):  # the workers ended with this job, not of a video
-            begun.unlink(missing_ok=True)
 
 
 def _begin(address: str | None, workers: int | None) -> None:

@@ -15,7 +15,7 @@ from senticlip.checkpoint import as_probabilities, outputs, read_metrics, rows_d
 from senticlip.config import Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
-from senticlip.data.table import SPLIT_NAMES
+from senticlip.data.table import split_named
 from senticlip.files import write_text
 from senticlip.predictor import Predictor
 from senticlip.progress import console
@@ -72,7 +72,7 @@ def _answers(
     predictor = Predictor(run, device, precision)
     config = predictor.config
     target = target or config.target
-    split = SPLIT_NAMES.get(split.casefold(), split)
+    split = split_named(split)
     every = read_clips(data, split, config.protocol, config.seed)
     clips = [clip for clip in every if target in clip.labels]
     if not clips:

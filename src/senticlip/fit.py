@@ -232,7 +232,7 @@ def _stopped(checkpoint: Path, patience: int) -> bool:
 
 
 def _summary(state: Any) -> dict[str, Any]:
-    rows = [row for row in state.log_history if "eval_accuracy" in row]
+    rows = (row for row in state.log_history if "eval_accuracy" in row)
     best = next(row for row in rows if row["step"] == state.best_global_step)
     valid = {name[5:]: round(value, 6) for name, value in best.items() if name.startswith("eval_")}
     keep = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")

@@ -55,7 +55,7 @@ class Forms:
         close, last = f"--{boundary}--".encode("latin-1"), b""
         if kind == MULTIPART:  # of two charsets the last counts
             marked = told + b"; charset=" + MARKING.encode()
-            scope = {**scope, "headers": [(k, marked if v is told else v) for k, v in scope["headers"]]}
+            scope = {**scope, "headers": [(k, marked if k == b"content-type" else v) for k, v in scope["headers"]]}
 
         async def whole() -> Message:
             nonlocal last

@@ -29,6 +29,7 @@ from senticlip.data.table import (
     only_0_and_1,
     read_table,
     score,
+    split_named,
     unread,
     without_zeros,
 )
@@ -73,7 +74,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Raises:
         UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
     """
-    split = "all" if split is None else SPLIT_NAMES.get(split.casefold(), split)
+    split = split_named(split)
     if split not in ("all", *SPLITS):
         raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
     table, rows = _read(Path(path), protocol)

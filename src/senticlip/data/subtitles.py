@@ -191,7 +191,8 @@ def _stays(cue: Cue, ordered: list[Cue], place: int) -> bool:
     if cue.end - cue.start > TOGETHER:
         return True
     begin, end = (bisect_left(ordered, time, key=lambda other: other.start) for time in (cue.start - LEAST, cue.end))
-    during, around = ordered[place + 1 : end], ordered[begin:place] + ordered[place + 1 : end]
+    during = ordered[place + 1 : end]
+    around = ordered[begin:place] + during
     first = any(abs(c.start - cue.start) <= LEAST < cue.end - c.end for c in around)
     if first and any(abs(c.end - cue.end) <= LEAST < c.start - cue.start for c in around):
         return False  # they are its translation, or its syllables

@@ -259,6 +259,11 @@ def score(cell: str) -> float | None:
     return value if value is not None and -1 <= value <= 1 else None
 
 
+def split_named(name: str | None) -> str:
+    """The split that a user means: ``valid`` by any of its names, ``all`` by None; an unknown name as it is."""
+    return "all" if name is None else SPLIT_NAMES.get(name.casefold(), name)
+
+
 def finite(cell: str) -> float | None:
     """A finite number; None if it is none."""
     try:
