@@ -21,6 +21,12 @@ def test_focal():
     assert float(cross_entropy(LOGITS, torch.tensor([0]))) == pytest.approx(math.log(6), abs=1e-6)
 
 
+def test_the_focus_has_a_gradient_of_its_own():
+    """d/dz of −(1−p)² log p, by finite differences."""
+    logits, target = torch.randn(4, 3, dtype=torch.double), torch.tensor([0, 1, 2, 2])
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, target, 2.0), logits.requires_grad_())
+
+
 def test_class_weights():
     weighed = cross_entropy(LOGITS, torch.tensor([0]), weight=torch.tensor([3.0, 1.0, 1.0]))
     assert float(weighed) == pytest.approx(3 * math.log(6), abs=1e-5)

@@ -46,6 +46,16 @@ def test_the_calibration_error_by_hand():
     assert metrics.calibration_error([0], [[1 / 3, 1 / 3, 1 / 3]]) == pytest.approx(2 / 3)
 
 
+def test_the_calibration_error_has_fifteen_bins():
+    rng = np.random.default_rng(0)
+    probabilities, truth, gaps = rng.dirichlet([1, 1, 1], 300), rng.integers(0, 3, 300), []
+    top, right = probabilities.max(1), probabilities.argmax(1) == truth
+    for k in range(15):
+        inside = (top > k / 15) & (top <= (k + 1) / 15)
+        gaps.append(abs(right[inside].sum() - top[inside].sum()) / 300)
+    assert metrics.calibration_error(truth, probabilities) == pytest.approx(sum(gaps))
+
+
 def test_regression_bins_are_those_of_mmsa():
     scores = [-2, -1, -0.7, -0.69, -0.1, -0.09, 0, 0.1, 0.11, 0.7, 0.71, 1, 3]
     assert metrics.score_class(scores).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 from tests.tiny import write_clip
+from transformers.audio_utils import mel_filter_bank, spectrogram
 
 from senticlip.data import audio
 from senticlip.data.audio import (
@@ -60,6 +61,13 @@ def test_log_mel_of_a_tone_lies_in_its_band():
         assert abs(int(found[5].argmax()) - int(expected)) <= 1
     assert found.shape == (1 + (8000 - 640) // 320, 33)
     assert found.dtype == np.float32
+
+
+def test_log_mel_is_that_of_another_library():
+    sound = np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32)
+    bank = mel_filter_bank(321, 33, 20.0, RATE / 2, RATE, norm=None, mel_scale="htk")
+    power = spectrogram(sound, np.hanning(640), 640, 320, power=2.0, center=False, mel_filters=bank, mel_floor=0.0)
+    np.testing.assert_allclose(log_mel(sound), np.log(power.T + 1e-6), atol=1e-3)
 
 
 def test_short_and_silent_sounds():

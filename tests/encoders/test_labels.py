@@ -11,12 +11,14 @@ from senticlip.structures import UsageError
 
 
 @torch.inference_mode()
-def test_class_vectors_of_a_sentence_encoder_have_no_common_part(tmp_path):
+@pytest.mark.parametrize("names", [("消极", "中性", "积极"), ("坏", "一般", "非常好")])  # of one length, and of three
+def test_class_vectors_of_a_sentence_encoder_have_no_common_part(tmp_path, names):
     text, vision = text_folder(tmp_path / "text"), timm_folder(tmp_path / "vision")
     changes = {"text.encoder": str(text), "vision.encoder": str(vision), "text.max_length": 20, "width": 16, "heads": 2}
+    changes["label.names"] = list(names)
     found = create_model(Config().override(changes)).eval().network.labels()
     reference, means = AutoModel.from_pretrained(text).eval(), []
-    for name in ("消极", "中性", "积极"):  # one by one: no padding
+    for name in names:  # one by one: no padding
         ids = tokenizer()(f"这段视频的情感是{name}的", return_tensors="pt")["input_ids"]
         means.append(reference(ids).last_hidden_state[0].mean(0))
     wanted = torch.stack(means)

@@ -34,10 +34,20 @@ class TestTFN(Small):
         nn.init.constant_(network.out.bias, 50.0)
         assert network(features()).score.tolist() == pytest.approx([3.0] * 5)
 
-    def test_classification_has_logits(self):
-        output = self.network(**{"options.task": "classification"}).eval()(features())
+    def test_classification_has_logits_and_their_smoothed_and_weighted_cross_entropy(self):
+        network, batch = (
+            self.network(**{"options.task": "classification", "train.label_smoothing": 0.3}).eval(),
+            features(),
+        )
+        network.class_weights.copy_(torch.tensor([3.0, 1.0, 0.5]))
+        output = network(batch)
         assert output.score is None
-        assert output.logits["fused"].shape == (5, 3)
+        batch.labels["M"][1] = torch.nan
+        rows = []
+        for row in (0, 2, 3, 4):
+            true, log = int(batch.labels["M"][row].sign()) + 1, output.logits["fused"][row].log_softmax(-1)
+            rows.append([3.0, 1.0, 0.5][true] * -(0.7 * log[true] + 0.3 * log.mean()))
+        torch.testing.assert_close(network.loss(output, batch)[0], torch.stack(rows).mean())
 
 
 class TestLMF(Small):
@@ -46,8 +56,8 @@ class TestLMF(Small):
 
     def test_every_parameter_is_in_one_group(self):
         network = self.network()
-        found = network.param_groups(self.config())
-        assert [group["lr"] for group in found] == [5e-4, 1e-4]
+        found = network.param_groups(self.config(**{"train.weight_decay": 0.3}))
+        assert [(group["lr"], group["weight_decay"]) for group in found] == [(5e-4, 0.3), (1e-4, 0.3)]
         parts = [id(p) for group in found for p in group["params"]]
         assert sorted(parts) == sorted(id(p) for p in network.parameters())
 

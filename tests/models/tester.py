@@ -66,8 +66,8 @@ class ModelTester:
         network, batch = self.network().eval(), features(absent=[(1, "text"), (2, "vision")])
         longer = {}
         for name, (values, mask) in batch.modalities.items():
-            junk = torch.where(mask[..., None], values, torch.tensor(7e3))
-            tail = torch.full((5, 3, DIMS[name]), -9e3)
+            junk = torch.where(mask[..., None], values, torch.nan)
+            tail = torch.full((5, 3, DIMS[name]), torch.inf)
             longer[name] = Sequence(torch.cat([junk, tail], 1), torch.nn.functional.pad(mask, (0, 3)))
         torch.testing.assert_close(answers(network(batch)), answers(network(batch._replace(modalities=longer))))
 
