@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import sys
-import types
 
 import numpy as np
 import pyarrow.csv
@@ -19,6 +17,7 @@ from tests.test_export import add_sound
 from senticlip import analyze as room
 from senticlip.analyze import analyze
 from senticlip.data.audio import RATE
+from senticlip.data.subtitles import Line
 from senticlip.data.video import VideoReader, probe, read_frames
 from senticlip.structures import UsageError, UserError
 
@@ -329,23 +328,19 @@ def test_without_words(film, tmp_path):
 
 
 def test_transcribed_lines(film, monkeypatch, tmp_path):
-    said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 5.5, "然后呢")]
-
-    class Whisper:
-        def __init__(self, folder, **options):
-            assert folder == str(tmp_path)
-
-        def transcribe(self, path, **options):
-            assert options["language"] == "zh"
-            return [types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in said], None
-
-    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=Whisper))
-    monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
-    rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model=str(tmp_path)))
+    asked, said = [], [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
+    monkeypatch.setattr("senticlip.speech.transcript", lambda *options: asked.append(options) or said)
+    rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model="tiny", device="cpu"))
     assert [row["text"] for row in rows] == ["真好", "然后呢"]
-    del said[0], said[1]
+    assert asked == [(film, "tiny", "cpu")]
+    (tmp_path / "file").touch()
+    for run, out, wrong in ((tmp_path / "none", None, "none"), (FakePredictor(), tmp_path / "file", "no folder")):
+        with pytest.raises(UsageError, match=wrong):  # told before what takes hours
+            analyze(run, film, out=out, transcribe=True)
+    assert len(asked) == 1
+    said.clear()
     with pytest.raises(UserError, match="no speech is heard in it — leave out --transcribe"):
-        analyze(FakePredictor(), film, transcribe=True, asr_model=str(tmp_path))
+        analyze(FakePredictor(), film, transcribe=True)
 
 
 def test_a_part_that_a_disk_has_lost_is_made_again(film, srt, tmp_path):

@@ -28,6 +28,7 @@ LEVELS = [
         "cluster",
         "crashes",
         "speech",
+        "dialogue",
         "analyze",
     }
     | {"bulk", "cut", "cam", "occlusion", "explain", "explain_set", "middleware", "serve"},

@@ -474,6 +474,8 @@ def kill_a_worker(out: Path, killed: list[int]) -> None:
 def test_no_cluster_answers(run, archive, tmp_path):
     with pytest.raises(UserError, match="no Ray cluster answers"):
         list(bulk.bulk(run, archive, tmp_path, address="127.0.0.1:1", rows_per_part=PART))
+    with pytest.raises(UsageError, match="give HOST:PORT of ray start --head"):
+        list(bulk.bulk(run, archive, tmp_path, address="ray://127.0.0.1:10001", rows_per_part=PART))
 
 
 def hurt(path):

@@ -246,3 +246,21 @@ def test_a_score_is_explained_by_its_fall(tmp_path):
     assert up.shape == down.shape
     assert not torch.equal(up, down)
     assert (up * down).max() == 0  # what speaks for one speaks against the other
+
+
+@pytest.mark.parametrize("name", ["chinese_clip", "vit", "efficientnet"])
+def test_another_thread_may_use_the_model_meanwhile(models, monkeypatch, name):
+    """Heat maps hook into modules, or replace their forward, but not into the model's own."""
+    model, batch, touched = models(name), clip(SIZES[name]), []
+    own, hooked, passing = set(model.modules()), torch.nn.Module.register_forward_hook, cut.passing
+
+    def hook(module, *args, **options):
+        touched.append(module)
+        return hooked(module, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", hook)
+    monkeypatch.setattr(cut, "passing", lambda body, stage: touched.append(body) or passing(body, stage))
+    for method in cam.methods_for(model):
+        cam.METHODS[method](model, batch, 1)
+    assert touched
+    assert own.isdisjoint(touched)

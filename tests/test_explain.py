@@ -289,13 +289,13 @@ def test_conflict_is_said_in_both_languages():
     assert sentences(found)[0][1] == "Words and picture agree: both are negative."
     found = found._replace(alone={**apart, "audio": said("negative")})
     assert sentences(found)[0] == (
-        "文本、视频与声音不一致：只看文本是积极，只看视频是消极，只听声音是消极；模型采信了视频与声音，可能是反话。",
+        "文本、视频与音频不一致：只看文本是积极，只看视频是消极，只听音频是消极；模型采信了视频与音频，可能是反话。",
         "Words, picture and sound disagree: the words alone are positive, the picture alone is negative, "
         "the sound alone is negative; the model believes the picture and sound. It may be irony.",
     )
     found = found._replace(alone={**found.alone, "text": said("negative")})
     assert sentences(found)[0] == (
-        "文本、视频与声音一致，都是消极。",
+        "文本、视频与音频一致，都是消极。",
         "Words, picture and sound agree: all are negative.",
     )
 

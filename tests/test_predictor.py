@@ -116,6 +116,12 @@ def test_a_piece_has_finite_times(place):
         load(place / "run")(place / "clip.mp4", end=float("inf"))
 
 
+def test_times_are_any_numbers(place):
+    predictor = load(place / "run")
+    wanted = predictor(place / "dark.mp4", start=0.25, end=0.75)
+    assert predictor(place / "dark.mp4", start=np.float32(0.25), end=torch.tensor(0.75)) == wanted
+
+
 def test_only_the_piece_is_heard(place):
     predictor = load(place / "clip_ca_msa", "cpu")
     whole, piece, high = (

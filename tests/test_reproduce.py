@@ -99,9 +99,8 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
     assert "<svg" in page
     latex = (out / "tables.tex").read_text(encoding="utf-8")
     assert "\\textbf{100.00 $\\pm$ 0.00}" in latex
-    assert (
-        r"\caption{Multimodal models, judged by the joint label M; mean $\pm$ standard deviation over 2 seeds}" in latex
-    )
+    assert r"\caption{Multimodal models, judged by the joint label M; per cent, mean $\pm$ standard" in latex
+    assert "deviation over 2 seeds}" in latex
     assert "k/228" in page
     versus = json.loads((out / "results.json").read_text())["tables"]["1"]["M"]["TFN"]["versus"]
     assert versus["accuracy"]["difference"] == pytest.approx(0.6)
@@ -452,7 +451,7 @@ def test_random_weights_are_marked_and_not_judged():
     assert "† random weights, not pretrained: tests the path, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
     latex = results.in_latex(tables, found, 1, Asked(preset, "small", [], "data"))
-    assert r"the joint label M; one seed; $^\dagger$ random weights}" in latex
+    assert r"the joint label M; per cent, one seed; $^\dagger$ random weights}" in latex
     real = results.collect(load_tables(preset, ["4"], {"M"}, random=False), runs, 1)
     assert not any(entry["random"] for entry in real["4"]["M"].values())
 

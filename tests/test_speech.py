@@ -10,7 +10,7 @@ from av.stream import Disposition
 from tests.fakes import write_film
 
 from senticlip.data.subtitles import Line
-from senticlip.speech import transcribe
+from senticlip.speech import NEEDED, transcript
 from senticlip.structures import UsageError, UserError
 
 
@@ -31,9 +31,13 @@ def film(tmp_path_factory):
 
 
 @pytest.fixture
-def whisper(monkeypatch):
-    """faster-whisper, as far as it is used, and a film with sound."""
-    asked = types.SimpleNamespace(folder=None, options=None, said=[], error=None)
+def whisper(monkeypatch, tmp_path):
+    """faster-whisper, as far as it is used, a folder with a model, and a film with sound."""
+    asked = types.SimpleNamespace(folder=None, options=None, said=[], error=None, seeds=[], times=0)
+    asked.model = tmp_path / "model"
+    asked.model.mkdir()
+    for name in NEEDED:
+        (asked.model / name).write_text(name)
 
     class Model:
         def __init__(self, folder, **options):
@@ -42,26 +46,45 @@ def whisper(monkeypatch):
         def transcribe(self, sound, **options):
             assert options["language"] == "zh"
             assert np.abs(np.fft.rfft(sound)).argmax() * 16000 / len(sound) == pytest.approx(800, abs=2)
-            asked.seconds = len(sound) / 16000
+            asked.seconds, asked.times = len(sound) / 16000, asked.times + 1
             if asked.error:
                 raise asked.error
             return (types.SimpleNamespace(start=s, end=e, text=t) for s, e, t in asked.said), None
 
-    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=Model))
-    monkeypatch.setattr("senticlip.data.video.probe", lambda path: types.SimpleNamespace(has_audio=True))
+    names = types.SimpleNamespace(_MODELS={"turbo": "mobius/turbo"})
+    module = types.SimpleNamespace(WhisperModel=Model, utils=names, __version__="1")
+    monkeypatch.setitem(sys.modules, "faster_whisper", module)
+    monkeypatch.setitem(sys.modules, "ctranslate2", types.SimpleNamespace(set_random_seed=asked.seeds.append))
+    monkeypatch.setattr("senticlip.speech.probe", lambda path: types.SimpleNamespace(has_audio=True))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return asked
 
 
-def test_lines_as_they_are_said(film, whisper, tmp_path, monkeypatch):
-    whisper.said = [(0.0, 2.0, " 真好 "), (2.0, 4.0, "♪"), (4.0, 4.0, "无"), (4.0, 5.50049, "然后呢")]
-    assert transcribe(film, str(tmp_path), "cuda:1") == [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
-    assert whisper.folder == str(tmp_path)
-    assert whisper.options["device"] == "cuda"
-    transcribe(film, str(tmp_path))
+def test_lines_as_they_are_said_within_the_sound(film, whisper):
+    whisper.said = [(0.0, 0.25, " 真好 "), (0.3, 0.5, "♪"), (0.5, 0.5, "无"), (0.5, 2.0, "然后呢"), (2.0, 4.0, "谢谢")]
+    assert transcript(film, str(whisper.model), "cuda:1") == [Line(0.0, 0.25, "真好"), Line(0.5, 1.0, "然后呢")]
+    assert whisper.folder == str(whisper.model)
+    assert (whisper.options["device"], whisper.options["device_index"], whisper.seeds) == ("cuda", 1, [0])
+
+
+def test_where_the_sound_begins_late_so_do_the_lines(film, whisper, monkeypatch):
+    whisper.said = [(0.0, 0.25, "真好")]
+    monkeypatch.setattr("senticlip.speech.audio_start", lambda path: 3.0)
+    assert transcript(film, str(whisper.model)) == [Line(3.0, 3.25, "真好")]
     assert whisper.options["device"] == "auto"
-    monkeypatch.setattr("senticlip.data.audio.audio_start", lambda path: 3.0)  # the film's sound begins late
-    assert transcribe(film, str(tmp_path))[0] == Line(3.0, 5.0, "真好")
+
+
+def test_a_film_is_listened_to_once_by_each_model(film, whisper, tmp_path):
+    whisper.said = [(0.0, 0.25, "真好")]
+    first = transcript(film, str(whisper.model))
+    whisper.said = [(0.0, 0.25, "不好")]
+    assert transcript(film, str(whisper.model)) == first
+    (whisper.model / "model.bin").write_text("another")
+    assert transcript(film, str(whisper.model)) == [Line(0.0, 0.25, "不好")]
+    for kept in (tmp_path / "cache" / "transcripts").iterdir():
+        kept.write_text("damaged")
+    transcript(film, str(whisper.model))
+    assert whisper.times == 3
 
 
 def test_a_gap_in_the_sound_takes_its_time(whisper, tmp_path):
@@ -73,51 +96,55 @@ def test_a_gap_in_the_sound_takes_its_time(whisper, tmp_path):
             frame = av.AudioFrame.from_ndarray(sound.astype("<i2")[None], "s16", "mono")
             frame.sample_rate, frame.pts = 16000, 1600 * i
             file.mux(track.encode(frame))
-    transcribe(path, str(tmp_path))
+    transcript(path, str(whisper.model))
     assert whisper.seconds == 4
 
 
 def test_the_extra_is_missing(film, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
     with pytest.raises(UsageError, match=r"pip install 'senticlip\[asr\]'"):
-        transcribe(film)
+        transcript(film)
 
 
 def test_the_model_is_missing(film, whisper, tmp_path):
     with pytest.raises(UsageError) as error:
-        transcribe(film)
+        transcript(film)
     assert "--asr-model small: Systran/faster-whisper-small is not on this disk" in str(error.value)
     assert "--asr-model FOLDER" in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(UsageError, match="no such folder"):
-        transcribe(film, str(tmp_path / "none"))
+    for model, said in (("turbo", "mobius/turbo is not"), (str(tmp_path / "none"), "no such folder"), (" ", "no name")):
+        with pytest.raises(UsageError, match=said):
+            transcript(film, model)
+    (whisper.model / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=r"no tokenizer\.json in .*/model — copy"):
+        transcript(film, str(whisper.model))
 
 
 def test_a_downloaded_model_needs_no_network(film, whisper, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     place = tmp_path / "models--Systran--faster-whisper-small"
     folder = place / "snapshots" / ("a" * 40)
-    for file in (place / "refs" / "main", folder / "config.json", folder / "model.bin"):
+    for file in (place / "refs" / "main", folder / "config.json", *(folder / name for name in NEEDED)):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("a" * 40)
-    transcribe(film)
+    transcript(film)
     assert whisper.folder == str(folder)
 
 
-def test_a_device_that_is_none(film, whisper, tmp_path):
+def test_a_device_that_is_none(film, whisper):
     with pytest.raises(UsageError, match="--device cuda:x: unknown"):
-        transcribe(film, str(tmp_path), "cuda:x")
+        transcript(film, str(whisper.model), "cuda:x")
 
 
 def test_there_is_no_sound(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
     with pytest.raises(UserError, match="no sound"):
-        transcribe(write_film(tmp_path / "a.mp4", ["positive"]))
+        transcript(write_film(tmp_path / "a.mp4", ["positive"]))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA\nfailed"), ValueError("no model.bin"), OSError("damaged")])
-def test_what_goes_wrong_is_one_line(error, film, whisper, tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA\nfailed"), ValueError("no model.bin"), Exception("EOF")])
+def test_what_goes_wrong_is_one_line(error, film, whisper):
     whisper.error = error
     with pytest.raises(UserError, match="not transcribed") as told:
-        transcribe(film, str(tmp_path))
+        transcript(film, str(whisper.model))
     assert "\n" not in str(told.value)

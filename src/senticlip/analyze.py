@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +18,12 @@ import pyarrow.csv
 
 from senticlip import answers
 from senticlip.answers import HEADS
-from senticlip.data import subtitles as subs
 from senticlip.data.audio import AudioReader, audio_end
 from senticlip.data.cache import file_keys
-from senticlip.data.shots import shots, windows
 from senticlip.data.subtitles import Line
-from senticlip.data.tracks import embedded
 from senticlip.data.video import Frames, VideoReader, probe
-from senticlip.files import alone, write_text, write_whole
+from senticlip.dialogue import Source
+from senticlip.files import alone, make_folder, write_text, write_whole
 from senticlip.progress import console, spinner
 from senticlip.sources import cache_root
 from senticlip.structures import LABELS, Clip, UsageError, UserError
@@ -101,7 +98,8 @@ def analyze(
             or subtitles that cannot be read; another process writes to ``out``.
     """
     video = Path(video)
-    _check_options(cut, shift, transcribe, subtitles, track)
+    source = Source(subtitles, shift, track, transcribe, asr_model, cut, seconds)
+    source.check()
     info = probe(video)
     if info.problem:
         console.print(info.problem, soft_wrap=True)
@@ -110,64 +108,23 @@ def analyze(
         told = f"{video}: the sound goes on for {sound - end:.0f} s after the pictures, whose last one stays"
         console.print(told, soft_wrap=True, highlight=False)
         end = sound
-    if transcribe:
-        from senticlip.speech import transcribe as listen
-
-        if not (lines := listen(video, asr_model, device)):
-            raise UserError(f"{video}: no speech is heard in it — leave out --transcribe")
-    elif subtitles is not None:
-        lines = subs.read(subtitles, shift)
-    else:
-        own = _own(video, track, shift)
-        lines = own if own is not None else shots(video, end) if cut == "shots" else windows(end, seconds)
-    _check_times(lines, subtitles or video, video, end, shift)
-    predictor = run
-    if isinstance(run, (str, Path)):
-        import senticlip
-
-        predictor = senticlip.load(run, device=device, precision=precision)
+    if transcribe:  # takes long: a model or a folder that cannot be used is told before
+        run = _loaded(run, device, precision)
+        out = out and make_folder(out)
+    lines = source.lines(video, end, device)
+    predictor = _loaded(run, device, precision)
     key = "" if out is None else _key(predictor, video, lines)
     job = _Job(video, lines, end, last, info.aspect, None if out is None else Path(out), key)
     return _stream(job, predictor, resume, progress or (lambda done, total: None))
 
 
-def _check_options(cut: str, shift: float, transcribe: bool, subtitles: str | Path | None, track: int | None) -> None:
-    """Refuse options that are none or would have no effect."""
-    if cut not in ("windows", "shots"):
-        raise UsageError(f"cut {cut!r}: unknown — choose windows or shots")
-    if not isfinite(shift):
-        raise UsageError(f"--shift {shift}: must be a number of seconds")
-    if transcribe and (shift or subtitles is not None or track is not None):
-        raise UsageError("--transcribe reads no subtitles — leave it out, or --subtitles, --track and --shift")
-    if subtitles is not None and track is not None:
-        raise UsageError("--track is for the film's own subtitles — leave out --subtitles or --track")
+def _loaded(run: Any, device: str | None, precision: str) -> Any:
+    """The Predictor of a RUN, or ``run`` itself if it is one."""
+    if not isinstance(run, (str, Path)):
+        return run
+    import senticlip
 
-
-def _own(video: Path, track: int | None, shift: float) -> list[Line] | None:
-    """The film's own lines, None if it has none; the user is told of that, and of tracks that cannot be read."""
-    told: list[str] = []
-    lines: list[Line] | None = embedded(video, track, shift, told.append)
-    if not lines and not (shift < 0 and embedded(video, track)):
-        none = told[0] if told else f"{video}: no subtitles in it, and none given (--subtitles F.srt)"
-        if shift:
-            raise UsageError(f"{none}; --shift has nothing to move")
-        lines, told = None, [f"{none}; the film is cut without words"]
-    for line in told:
-        console.print(line, soft_wrap=True, highlight=False)
-    return lines
-
-
-def _check_times(lines: list[Line], source: str | Path, video: Path, end: float, shift: float) -> None:
-    """Refuse lines that cannot belong to this film; tell the user of those that begin after its end."""
-    if not lines:
-        moved = f" after 0 s, since --shift {shift:g} moves all before it" if shift < 0 else ""
-        raise UserError(f"{source}: no line is said{moved} — leave out the subtitles to cut by time")
-    late = sum(line.start >= end for line in lines)
-    if late == len(lines):
-        raise UserError(f"{source}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
-    if late:
-        told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
-        console.print(told, soft_wrap=True)
+    return senticlip.load(run, device=device, precision=precision)
 
 
 def _key(predictor: Any, video: Path, lines: list[Line]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ absent."""
 
 def shown(path: str | Path) -> str:
     """A file's name as valid UTF-8, for a page."""
-    return os.fsencode(Path(path).name).decode("utf-8", "replace")
+    return Path(path).name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ and values by one column each.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def ablation_cam(
 
     ``advance`` is called with (channels done, channels in all).
     """
-    split = Split(_encoder(model))
+    split = Split(_copied(model))
     images, places = seen_frames(model, batch)
     activations, residual = split.before(images)
     features = model.encode(batch)
@@ -112,7 +113,7 @@ class _Answer(nn.Module):
     def __init__(self, model: SentimentModel, batch: Batch, index: int) -> None:
         super().__init__()
         self.model, self.index = model, index
-        self.split = Split(_encoder(model))
+        self.split = Split(_copied(model))
         with torch.no_grad():
             self.features = model.encode(batch)
         self.mask = batch.modalities["vision"].mask
@@ -188,7 +189,7 @@ def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
     Raises:
         UsageError: no ViT.
     """
-    encoder = _encoder(model)
+    encoder = _copied(model)
     if encoder.kind != "chinese_clip" and not (is_vit(encoder.body) and hasattr(encoder.body.blocks[0].attn, "qkv")):
         raise UsageError("attention rollout needs a ViT as vision.encoder")
     prefix = 1 if encoder.kind == "chinese_clip" else encoder.body.num_prefix_tokens
@@ -220,3 +221,8 @@ def methods_for(model: SentimentModel) -> list[str]:
 
 def _encoder(model: SentimentModel) -> Any:
     return model.encoders["vision"]
+
+
+def _copied(model: SentimentModel) -> Any:
+    """Heat maps put hooks into the encoder while they are made; another thread may be using the model."""
+    return copy.deepcopy(_encoder(model))

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from senticlip import runtime
+from senticlip.progress import console
 from senticlip.structures import UsageError, UserError
 
 RETRIES = 8
@@ -51,6 +52,9 @@ def on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        kind = "GPU" if gpus else "CPU"
+        if address and ray.available_resources().get(kind, 0) < 1:
+            console.print(f"--address {address}: waits, others use every {kind} of the cluster", highlight=False)
         # all cores are for workers: the read task, which yields the parts' numbers, costs nothing
         pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
         made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
@@ -94,15 +98,22 @@ def _told(error: Exception, address: str | None) -> UserError:
     line = " ".join(str(error).split())
     if isinstance(error, ConnectionError) or type(error).__name__ == "AuthenticationError":
         told = f"--address {address or 'local'}: the Ray cluster refuses the connection ({line[:120]})"
-        return UserError(f"{told} — one that asks for a token needs RAY_AUTH_MODE=token here, and ~/.ray/auth_token")
+        told += " — is it the port of ray start --head (6379)? If the cluster asks for a token"
+        return UserError(f"{told}: RAY_AUTH_MODE=token here, and its ~/.ray/auth_token")
     said = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
     kind, line = said[-1] if said else ("User", f"a worker failed: …{line[-300:]}")
     return (UserError if kind == "User" else UsageError)(line)
 
 
 def _reach(address: str) -> None:
-    """Check that something listens at the address: Ray itself would wait for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
+    """Check that something listens at the address: Ray itself would wait for minutes.
+
+    Raises:
+        UsageError: it has a scheme (Ray's client cannot run this). UserError: nothing answers.
+    """
+    if "://" in address:
+        raise UsageError(f"--address {address}: give HOST:PORT of ray start --head (port 6379), without ://")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto", "local"
     try:

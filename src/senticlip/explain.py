@@ -274,7 +274,7 @@ def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
 
 
 def _named(modalities: Iterable[str]) -> tuple[str, str]:
-    """文本、视频与声音; words, picture and sound."""
+    """文本、视频与音频; words, picture and sound."""
     names = list(modalities)
     return _joined([CHINESE[name] for name in names], "、", "与"), _joined(
         [SAID[name] for name in names], ", ", " and "

@@ -17,7 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from senticlip.data.subtitles import SUFFIXES
-from senticlip.data.table import EMPTY, LONGEST_CELL, NAMES, likeliest, told_encoding
+from senticlip.data.table import (
+    EMPTY,
+    LONGEST_CELL,
+    NAMES,
+    check_no_workbook,
+    delimiter_of,
+    likeliest,
+    told_encoding,
+)
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import UsageError, UserError, whole
@@ -126,9 +134,12 @@ def _named(row: dict[Any, Any]) -> dict[str, Any]:
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     csv.field_size_limit(LONGEST_CELL)
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
-        reader = csv.DictReader(
-            file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",", strict=True, restval=_SHORT
-        )
+        try:
+            between = delimiter_of(file.readline(LONGEST_CELL))
+        except UnicodeDecodeError:
+            between = ","  # told below
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=between, strict=True, restval=_SHORT)
         start = 1
         try:
             _known(manifest, reader.fieldnames or [])
@@ -196,7 +207,9 @@ def _encoding(path: Path) -> str:
     """What the first bytes tell, else UTF-8 if all of the file is that, else Big5 or GB18030, as of a table."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
-        if told := told_encoding(file.read(4000)):
+        first = file.read(4000)
+        check_no_workbook(first, path)
+        if told := told_encoding(first):
             return told
         file.seek(0)
         try:

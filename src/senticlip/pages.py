@@ -8,7 +8,7 @@ import jinja2
 
 from senticlip.structures import LABELS, bounded
 
-CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文本", "video": "视频", "audio": "声音"}
+CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "text": "文本", "video": "视频", "audio": "音频"}
 
 
 def page(template: str, **values: Any) -> str:

@@ -211,4 +211,6 @@ def _checked(clip: Clip) -> Clip:
         raise UsageError(f"{name}: {clip.video!r} is no path — give one, or None for none")
     if not all(time is None or (isinstance(time, SupportsFloat) and isfinite(time)) for time in (clip.start, clip.end)):
         raise UsageError(f"{clip.video}: a piece from {clip.start!r} to {clip.end!r} s — give finite times")
-    return clip._replace(text=spoken(clip.text), video=Path(clip.video) if clip.video else None)
+    start, end = (None if time is None else float(time) for time in (clip.start, clip.end))
+    video = Path(clip.video) if clip.video else None
+    return clip._replace(text=spoken(clip.text), video=video, start=start, end=end)

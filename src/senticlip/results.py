@@ -248,7 +248,7 @@ def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Aske
         r"% \usepackage{booktabs}; names in Chinese want XeLaTeX and \usepackage{ctex}. Per cent; MAE and Corr not.",
         f"% {' '.join(asked.told(seeds).split())}.",
     ]
-    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    over = f"per cent, mean ± standard deviation over {seeds} seeds" if seeds > 1 else "per cent, one seed"
     for table in tables:
         parts += [f"% {sentence}" for sentence in asked.own(table)]
         for target, rows in found[table.number].items():

@@ -1,17 +1,29 @@
-"""Transcripts of videos by faster-whisper (extra ``asr``)."""
+"""Transcripts of videos by faster-whisper (extra ``asr``), which are kept in the cache: they take long."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from senticlip.data.audio import RATE, audio_start, read_audio
+from senticlip.data.cache import file_keys
 from senticlip.data.subtitles import Line, clean
+from senticlip.data.video import probe
+from senticlip.files import make_folder, write_text
+from senticlip.progress import counter, spinner
+from senticlip.sources import cache_root
 from senticlip.structures import UsageError, UserError
 
+NEEDED = ("model.bin", "tokenizer.json")
+"""Files of a speech model without which faster-whisper fails late, or asks the hub for them."""
 
-def transcribe(video: str | Path, model: str = "small", device: str | None = None) -> list[Line]:
-    """The transcript of a video's speech, in Chinese, as timed lines.
+
+def transcript(video: str | Path, model: str = "small", device: str | None = None) -> list[Line]:
+    """The transcript of a video's speech, in Chinese, as timed lines; from the cache if it was made before.
 
     Args:
         video: any file with sound; of several tracks that is heard which players play.
@@ -22,39 +34,75 @@ def transcribe(video: str | Path, model: str = "small", device: str | None = Non
         UsageError: the extra or the model is missing, or no such device. UserError: no sound that can be read.
     """
     try:
-        from faster_whisper import WhisperModel
+        import faster_whisper
     except ImportError:
         raise UsageError("--transcribe needs faster-whisper: pip install 'senticlip[asr]'") from None
-    from senticlip.data.audio import audio_start, read_audio
-    from senticlip.data.video import probe
-
+    video = Path(video)
     if not probe(video).has_audio:
         raise UserError(f"{video}: no sound in it — nothing can be transcribed")
-    late = audio_start(video)  # faster-whisper counts from the first sample
-    folder = model if Path(model).is_dir() else _fetch(model)
+    folder = _folder(model)
     kind, colon, number = (device or "auto").partition(":")
     if colon and not number.isdecimal():
         raise UsageError(f"--device {device}: unknown — choose cpu, cuda or cuda:N")
-    # faster-whisper itself reads the first track, not the one that is played, and joins what a gap divides
-    sound = read_audio(video, most=math.inf, gaps=True)
-    options: dict[str, Any] = {"device": kind, "device_index": int(number or 0), "compute_type": "default"}
-    try:
-        whisper = WhisperModel(folder, **options)
-        segments, _ = whisper.transcribe(sound, language="zh", vad_filter=True)
-        lines = [Line(round(s.start + late, 3), round(s.end + late, 3), clean(s.text)) for s in segments]
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{video}: not transcribed — {' '.join(str(error).split())}") from None
+    with spinner(f"reading {video.name}"):
+        keys = file_keys([video, folder / NEEDED[0]], cache_root())
+    spec = json.dumps([1, faster_whisper.__version__, *keys.values()])
+    place = cache_root() / "transcripts" / f"{hashlib.blake2b(spec.encode(), digest_size=12).hexdigest()}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return [Line(*line) for line in json.loads(place.read_text(encoding="utf-8"))]
+    lines = _heard(video, folder, {"device": kind, "device_index": int(number or 0), "compute_type": "default"})
+    with suppress(UserError):  # a cache that cannot be written
+        make_folder(place.parent)
+        write_text(place, json.dumps(lines, ensure_ascii=False))
+    return lines
+
+
+def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
+    """What faster-whisper hears in a video."""
+    from ctranslate2 import set_random_seed
+    from faster_whisper import WhisperModel
+
+    late = audio_start(video)  # faster-whisper counts from the first sample
+    with counter(f"listening to {video.name}, seconds") as progress:
+        # faster-whisper itself reads the first track, not the one that is played, and joins what a gap divides
+        sound = read_audio(video, most=math.inf, gaps=True)
+        last, lines = len(sound) / RATE, []
+        set_random_seed(0)  # where it is not sure, it draws
+        try:
+            segments, _ = WhisperModel(str(folder), **options).transcribe(sound, language="zh", vad_filter=True)
+            for segment in segments:
+                end = min(segment.end, last)  # it fills the last half minute with silence, and may hear words in it
+                lines.append(Line(round(segment.start + late, 3), round(end + late, 3), clean(segment.text)))
+                progress(round(end), round(last))
+        except Exception as error:  # tokenizers has none of its own
+            raise UserError(f"{video}: not transcribed — {' '.join(str(error).split())}") from None
     return [line for line in lines if line.text and line.end > line.start]
 
 
-def _fetch(model: str) -> str:
+def _folder(model: str) -> Path:
+    """The local folder of a speech model: itself, or by its size, from disk, else from the hub.
+
+    Raises:
+        UsageError: there is none, or a file is missing in it.
+    """
+    if not model.strip():
+        raise UsageError("--asr-model: no name was given — is a variable of the shell unset?")
+    folder = Path(model) if Path(model).is_dir() else _fetch(model)
+    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+        raise UsageError(f"--asr-model {model}: no {missing[0]} in {folder} — copy or convert the model again")
+    return folder
+
+
+def _fetch(model: str) -> Path:
     """The local folder of a model by its size, from disk, else from the hub if that can be reached."""
+    from faster_whisper import utils
+
     from senticlip.encoders.hub import fetch
 
     if "/" in model:
         raise UsageError(f"--asr-model {model}: no such folder")
     try:
-        return str(fetch(f"Systran/faster-whisper-{model}", "asr"))
+        return fetch(getattr(utils, "_MODELS", {}).get(model, f"Systran/faster-whisper-{model}"), "asr")
     except UsageError as error:
         reason = str(error).split(";")[0].removeprefix("asr: ")
         raise UsageError(f"--asr-model {model}: {reason}; give a folder with the model: --asr-model FOLDER") from None

@@ -103,6 +103,15 @@ def test_faults_and_clips_without_sound(tmp_path):
     assert values.shape[2] == 33
 
 
+def test_a_sound_of_few_samples_a_second_is_refused(tmp_path):
+    """32 kB would last for hours."""
+    for rate in (1, 999):
+        path = write_wav(tmp_path / "a.wav", np.zeros(16000, np.float32), rate)
+        with pytest.raises(UserError, match=rf"a\.wav: its sound cannot be read \({rate} samples a second\)"):
+            read_audio(path)
+    assert len(read_audio(write_wav(tmp_path / "a.wav", np.zeros(3000, np.float32), 1000))) == 3 * RATE
+
+
 def test_a_recording_whose_clock_began_elsewhere(tmp_path):
     path = tmp_path / "off.ts"
     with av.open(str(path), "w", options={"output_ts_offset": "1000"}) as file:

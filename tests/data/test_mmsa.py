@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -127,6 +128,34 @@ def test_names_and_labels_without_end_are_refused(tmp_path):
         (tmp_path / "f.pkl").write_bytes(pickle.dumps({"train": part, "valid": empty, "test": empty}))
         with pytest.raises(UserError, match=message):
             feature_clips(tmp_path / "f.pkl")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"regression_labels": [np.zeros(1_000_000, np.float32)] * 100}, "labels: expected a number for each clip"),
+        ({"regression_labels": np.zeros((4_000_000, 2), np.int8)}, "train: 1 ids, but 8000000 regression_labels"),
+        ({"id": ["$_$" + "a" * 1_000_000] * 100}, "id: more text than the file is long"),
+        ({"raw_text": [b"a" * 60_000] * 2500}, "raw_text: more text than the file is long"),
+    ],
+)
+def test_what_a_file_names_often_is_not_copied_as_often(tmp_path, part, message):
+    empty = {"id": [], "regression_labels": []}
+    part = {"id": ["a"], "regression_labels": [0.0], **part}
+    path = save(tmp_path / "f.pkl", {"train": part, "valid": empty, "test": empty})
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        feature_clips(path)
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+
+
+def test_a_label_may_lie_in_an_array_of_its_own(tmp_path):
+    data = made(rows=2)
+    data["train"]["regression_labels"] = [np.array([0.5]), [np.float32(-1)]]
+    data["valid"]["regression_labels"] = np.array([[0.25], [1]])
+    clips = feature_clips(save(tmp_path / "f.pkl", data))
+    assert [clip.labels["M"] for clip in clips[:4]] == [0.5, -1, 0.25, 1]
 
 
 def test_a_file_cut_off_anywhere_is_one_line(tmp_path):

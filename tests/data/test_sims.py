@@ -514,6 +514,18 @@ def test_every_word_has_its_score(value, words):
     assert {score(word.replace("_", " ")) for word in words.split()} == {value}
 
 
+def test_numbers_as_they_are_typeset_and_in_full_width(tmp_path):
+    (tmp_path / "a.csv").write_text("文本,标签\n坏,−0.6\n差,－０．８\n好,０．４\n", encoding="utf-8")
+    assert [clip.labels["M"] for clip in read_clips(tmp_path / "a.csv")] == [-0.6, -0.8, 0.4]
+
+
+def test_each_modalitys_label_by_a_chinese_name(tmp_path):
+    rows = "文本,标签,文本标签,语音标签,视频标签,数据集划分\n好,积极,弱积极,中性,弱消极,测试集\n"
+    (tmp_path / "a.csv").write_text(rows, encoding="utf-8")
+    (clip,) = read_clips(tmp_path / "a.csv")
+    assert (clip.labels, clip.split) == ({"M": 1, "T": 0.5, "A": 0, "V": -0.5}, "test")
+
+
 def test_a_stray_zero_byte_is_no_utf_16(tmp_path):
     (tmp_path / "own.csv").write_text("path,text,label\n,你\0好,1\n", encoding="utf-8")
     assert read_clips(tmp_path / "own.csv")[0].text == "你好"

@@ -4,6 +4,7 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from time import process_time
 
 import av
 import numpy as np
@@ -229,6 +230,33 @@ def test_lines_are_in_order_apart_and_said(cues, shift):
         assert line.text == clean(line.text)
         assert "♪" not in line.text
     assert all(a.end <= b.start + 0.0015 for a, b in pairwise(lines))
+
+
+@pytest.mark.parametrize(
+    "cues",
+    [
+        [Cue(0, 2, [f"第{i}句话"]) for i in range(12000)],
+        [Cue(i / 3000, 9 - i / 3000, [f"第{i}句话"]) for i in range(12000)],
+        [Cue(0, 2, [f"{name}{i}" for i in range(60000)]) for name in "ab"],
+        [Cue(0, 9, ["好" * 100_000]), *(Cue(0, 9, [f"第{i}句话"]) for i in range(12000))],
+    ],
+    ids=["at one time", "one in another", "rows", "a long one"],
+)
+def test_thousands_on_the_screen_together_take_seconds(cues):
+    begun = process_time()
+    assert len(merge(cues)) == 1
+    assert process_time() - begun < 10
+
+
+def test_a_row_of_dashes_is_read_in_no_time(tmp_path):
+    begun = process_time()
+    assert read(write(tmp_path, "a.srt", f"{SRT}1:1:{'-' * 300_000}\n"))[0] == LINES[0]
+    assert process_time() - begun < 10
+
+
+def test_an_emoji_of_several_stays_one():
+    assert clean("\u200b一家\ufeff👨\u200d👩\u200d👧\u200f") == "一家👨\u200d👩\u200d👧"
+    assert clean("\u200d\u200b") == ""
 
 
 def test_shift(tmp_path):

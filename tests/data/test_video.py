@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from tests.data.edits import with_edits
 
 from senticlip.data import decode
+from senticlip.data import sequential as sequential_module
 from senticlip.data.decode import Decoder
 from senticlip.data.video import VideoReader, probe, read_frames, resize
 from senticlip.explain import _pictures
@@ -351,6 +352,37 @@ def test_huge(tmp_path):
     assert got.pixels.shape == (2, 3, 224, 224)
     assert [number(p) for p in got.pixels] == [0, 1]
     assert probe(path)[1:3] == (7680, 4320)
+
+
+def test_pictures_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    large = Image.new("1", (9000, 8000))
+    large.save(tmp_path / "a.png")
+    large.save(tmp_path / "a.apng", format="PNG", save_all=True, append_images=[ImageOps.invert(large)])
+    for name in ("a.png", "a.apng"):
+        for ask in (probe, read_frames):
+            with pytest.raises(UserError, match=rf"{name}: its pictures are .* too large — .* 67 million pixels are"):
+                ask(tmp_path / name)
+    small, larger = (write(tmp_path / f"{width}.h264", size=(width, 64), stamps=list(range(5))) for width in (96, 192))
+    both = tmp_path / "both.h264"
+    both.write_bytes(small.read_bytes() + larger.read_bytes())
+    assert {frame.width for frame in decoded(both)} == {96, 192}
+    monkeypatch.setattr(sequential_module, "MOST_PIXELS", 10_000)
+    assert {frame.width for frame in decoded(both)} == {96}
+    with pytest.raises(UserError, match=r"192\.h264: pictures of 192 x 64 pixels — make them smaller"):
+        read_frames(larger)
+
+
+def decoded(path: Path) -> list[av.VideoFrame]:
+    container, stream = sequential_module.open_video(path)
+    with container:
+        return list(sequential_module.pictures(container, stream))
+
+
+def test_a_name_is_no_pattern_of_other_names(tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(tmp_path / "x1.png")
+    Image.new("RGB", (WIDTH, HEIGHT), "blue").save(tmp_path / "x%d.png")
+    assert read_frames(tmp_path / "x%d.png", 1).pixels[0, :, 0, 0].tolist() == [0, 0, 255]
+    assert len(read_frames(write(tmp_path / "a%d.mp4"), 3).pixels) == 3
 
 
 def test_a_long_film_is_not_decoded(tmp_path, monkeypatch):

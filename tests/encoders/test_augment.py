@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -64,6 +66,37 @@ def test_frames_of_a_clip_are_changed_alike_and_clips_differ():
     changed = augment(vision, 1.0).values
     assert torch.equal(changed, changed[:, :1].expand_as(changed))
     assert len({tuple(clip.flatten().tolist()) for clip in changed[:, 0]}) == 4
+
+
+def lit(values, rows=400):
+    """Clips of one frame whose upper and lower half have these two values, after augmentation: B×3×12×12."""
+    halves = torch.tensor(values, dtype=torch.uint8).repeat_interleave(6)[:, None].expand(12, 12)
+    frames = halves.expand(rows, 1, 3, 12, 12)
+    return augment(Sequence(frames, torch.ones(rows, 1, dtype=torch.bool)), 1.0).values[:, 0].float()
+
+
+def test_light_changes_by_40_at_most_and_nothing_comes_in_from_outside():
+    found = lit((128, 128))
+    moved = found.flatten(1).median(1).values - 128  # a box is a third of each side at most
+    assert -40.5 <= float(moved.min()) < -38 < 38 < float(moved.max()) <= 40.5
+    boxes = (found != found.flatten(1).median(1).values[:, None, None, None]).flatten(1).any(1)
+    assert float(boxes.float().mean()) < 0.4  # a third have a box; no frame has black edges
+
+
+def test_contrast_is_stretched_about_the_middle_by_half_at_most():
+    found = lit((96, 160)).flatten(1)
+    spread = (found.max(1).values - found.min(1).values) / 64
+    assert math.exp(-0.4) - 0.02 < float(spread.min()) < 0.69 < 1.47 < float(spread.max()) < math.exp(0.4) + 0.02
+    centre = (found.max(1).values + found.min(1).values) / 2 - 128
+    assert float(centre.abs().max()) <= 41
+
+
+def test_three_clips_of_ten_lose_their_colours():
+    frames = torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(600, 1, 3, 12, 12)
+    changed = augment(Sequence(frames, torch.ones(600, 1, dtype=torch.bool)), 1.0).values
+    found = changed[:, 0].flatten(2).median(2).values
+    grey = (found[:, 0] == found[:, 2]).float().mean()
+    assert float(grey) == pytest.approx(0.3, abs=0.07)
 
 
 def test_masked_frames_change_nothing_and_are_not_changed():

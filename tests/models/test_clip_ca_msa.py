@@ -14,9 +14,9 @@ from transformers import BertConfig
 from senticlip.config import Config
 from senticlip.data.loader import ArrayRows
 from senticlip.models.clip_ca_msa import ClipCaMsa, Whiten
-from senticlip.models.fusion import CrossAttentionBlock, CrossAttentionFusion
-from senticlip.models.heads import SimilarityHead
-from senticlip.models.temporal import MeanTemporal
+from senticlip.models.fusion import ConcatFusion, CrossAttentionBlock, CrossAttentionFusion
+from senticlip.models.heads import LinearHead, PooledHead, SimilarityHead
+from senticlip.models.temporal import LSTMTemporal, MeanTemporal, TransformerTemporal
 from senticlip.structures import Sequence
 
 SPEC = BertConfig(
@@ -185,15 +185,16 @@ def test_small_differences_are_whitened_and_sets_read_in_parts():
 
 def test_the_sound_by_itself_learns_its_own_label():
     names = ("text", "vision", "audio")
-    network = TestPaper().network(names, **{"audio.own": 0.5}).eval()
+    network = TestPaper().network(names, **{"audio.own": 0.5, "train.label_smoothing": 0.3}).eval()
     batch = features(names=names, absent=[(1, "audio")])
     batch.labels["A"][2] = torch.nan
     output = network(batch)
     logits, target = output.features["audio_own"].detach().numpy(), np.sign(batch.labels["A"].numpy())
     heard = [0, 3, 4]  # row 1 has no sound, of row 2 the label is not known
-    chances = softmax(logits[heard])[range(3), [int(target[row]) + 1 for row in heard]]
+    logs = np.log(softmax(logits[heard]))
+    smoothed = 0.7 * logs[range(3), [int(target[row]) + 1 for row in heard]] + 0.3 * logs.mean(1)
     loss, parts = network.loss(output, batch)
-    np.testing.assert_allclose(parts["loss_own"], -np.log(chances).mean(), rtol=1e-5)
+    np.testing.assert_allclose(parts["loss_own"], -smoothed.mean(), rtol=1e-5)
     network.config.audio.own = 0.0
     np.testing.assert_allclose(loss.item(), network.loss(output, batch)[0].item() + 0.5 * parts["loss_own"], rtol=1e-5)
 
@@ -224,6 +225,87 @@ def linear(x, weight, bias):
     return x @ weight.detach().numpy().T + bias.detach().numpy()
 
 
+def attended(module, asks, answer):
+    """softmax(Q Kᵀ / √d_k) V in each of two heads of width 4, joined; and the maps."""
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    q, k, v = (
+        linear(x, weight[i * 8 : i * 8 + 8], bias[i * 8 : i * 8 + 8]) for i, x in enumerate((asks, answer, answer))
+    )
+    heads, maps = [], []
+    for h in (slice(0, 4), slice(4, 8)):
+        maps.append(softmax(q[:, h] @ k[:, h].T / 2.0))
+        heads.append(maps[-1] @ v[:, h])
+    return linear(np.concatenate(heads, 1), module.out_proj.weight, module.out_proj.bias), np.stack(maps)
+
+
+def feed_forward(x, first, last):
+    inner = torch.nn.functional.gelu(torch.from_numpy(linear(x, first.weight, first.bias)))
+    return linear(inner.numpy(), last.weight, last.bias)
+
+
+def encoded(x, encoder, layers):
+    """A post-norm Transformer, norm after each sum."""
+    assert len(encoder.layers) == layers
+    for layer in encoder.layers:
+        x = norm(x + attended(layer.self_attn, x, x)[0], layer.norm1)
+        x = norm(x + feed_forward(x, layer.linear1, layer.linear2), layer.norm2)
+    return x
+
+
+def test_equation_8():
+    """[H_CLS, H_1 … H_m] + positions through the Transformer; a frame that is not real is not there."""
+    torch.manual_seed(0)
+    config = Config().override({"width": 8, "heads": 2, "layers": 3, "vision.frames": 5})
+    temporal = TransformerTemporal(config).eval()
+    frames, mask = torch.randn(1, 4, 8), torch.tensor([[True, False, True, True]])
+    found = temporal(Sequence(frames, mask))
+    assert found.mask.tolist() == [[True, True, False, True, True]]
+    x = torch.cat([temporal.cls[None], frames[0]]) + temporal.positions[:5]
+    expected = encoded(x[[0, 1, 3, 4]].detach().numpy(), temporal.encoder, 3)
+    np.testing.assert_allclose(found.values[0, [0, 1, 3, 4]].detach().numpy(), expected, atol=1e-5)
+
+
+def test_the_lstm_is_as_deep_as_the_transformer():
+    torch.manual_seed(0)
+    temporal, frames = LSTMTemporal(Config().override({"width": 8, "heads": 2, "layers": 3})), torch.randn(1, 4, 8)
+    other = torch.nn.LSTM(8, 8, 3)
+    other.load_state_dict(temporal.lstm.state_dict())
+    states = other(frames[0])[0]
+    found = temporal(Sequence(frames, torch.ones(1, 4, dtype=torch.bool))).values[0]
+    torch.testing.assert_close(found, torch.cat([states[-1:], states]))
+
+
+def test_concatenation():
+    """One sequence of all, each modality with a vector of its own, as deep as cross-attention has blocks."""
+    torch.manual_seed(0)
+    config, names = Config().override({"width": 8, "heads": 2}), ["text", "vision", "audio"]
+    fusion = ConcatFusion(config, names).eval()
+    inputs = {n: Sequence(torch.randn(1, k, 8), torch.ones(1, k, dtype=torch.bool)) for k, n in enumerate(names, 2)}
+    found, maps = fusion(inputs)
+    assert not maps
+    parts = [inputs[n].values[0].numpy() + kind for n, kind in zip(names, fusion.kinds.detach().numpy(), strict=True)]
+    expected = encoded(np.concatenate(parts), fusion.encoder, len(CrossAttentionFusion(config, names).blocks))
+    joined = np.concatenate([found[n].values[0].detach().numpy() for n in names])
+    np.testing.assert_allclose(joined, expected, atol=1e-5)
+
+
+def test_all_parts_drop_at_the_rate_of_the_config():
+    config, names = Config().override({"width": 8, "heads": 2, "dropout": 0.3}), ["text", "vision"]
+    parts = [TransformerTemporal(config), CrossAttentionFusion(config, names), ConcatFusion(config, names)]
+    parts += [PooledHead(config), LinearHead(config)]
+    counts = []
+    for part in parts:
+        dropouts = [module.p for module in part.modules() if isinstance(module, torch.nn.Dropout)]
+        attentions = [m.dropout for m in part.modules() if isinstance(m, torch.nn.MultiheadAttention)]
+        assert {*dropouts, *attentions} == {0.3}
+        counts.append((len(dropouts), len(attentions)))
+    assert counts == [(3 * config.layers, config.layers), (4, 2), (6, 2), (1, 0), (1, 0)]
+    states = Sequence(torch.randn(50, 3, 8), torch.ones(50, 3, dtype=torch.bool))
+    for head in parts[3:]:
+        assert not torch.equal(head(states), head(states))
+        torch.testing.assert_close(head.eval()(states), head(states))
+
+
 def test_equations_9_to_12():
     """softmax(Q Kᵀ / √d_k) V in each head, then add & norm, feed-forward, add & norm."""
     torch.manual_seed(0)
@@ -232,22 +314,12 @@ def test_equations_9_to_12():
     query, context = torch.randn(1, 3, 8), torch.randn(1, 4, 8)
     real = torch.tensor([[True, True, True, False]])
     found, weights = block(Sequence(query, torch.ones(1, 3, dtype=torch.bool)), Sequence(context, real), attention=True)
-    weight, bias = block.attention.in_proj_weight, block.attention.in_proj_bias
     asks, answer = query[0].numpy(), context[0, :3].numpy()
-    q, k, v = (
-        linear(x, weight[i * 8 : i * 8 + 8], bias[i * 8 : i * 8 + 8]) for i, x in enumerate((asks, answer, answer))
-    )
-    heads, maps = [], []
-    for h in (slice(0, 4), slice(4, 8)):
-        maps.append(softmax(q[:, h] @ k[:, h].T / 2.0))
-        heads.append(maps[-1] @ v[:, h])
-    out = block.attention.out_proj
-    s = norm(linear(np.concatenate(heads, 1), out.weight, out.bias) + asks, block.norm)
-    first, last = block.feed_forward[0], block.feed_forward[3]
-    inner = torch.nn.functional.gelu(torch.from_numpy(linear(s, first.weight, first.bias)))
-    expected = norm(s + linear(inner.numpy(), last.weight, last.bias), block.norm2)
+    heard, maps = attended(block.attention, asks, answer)
+    s = norm(heard + asks, block.norm)
+    expected = norm(s + feed_forward(s, block.feed_forward[0], block.feed_forward[3]), block.norm2)
     np.testing.assert_allclose(found[0].detach().numpy(), expected, atol=1e-5)
-    np.testing.assert_allclose(weights[0, :, :, :3].detach().numpy(), np.stack(maps), atol=1e-6)
+    np.testing.assert_allclose(weights[0, :, :, :3].detach().numpy(), maps, atol=1e-6)
 
 
 def test_what_was_heard_is_joined_with_the_original_input():

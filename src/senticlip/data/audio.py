@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,6 +27,9 @@ TOGETHER = 2048
 
 MOST = 600.0
 """Seconds of a clip that are read at most: a whole film as one clip, or highly compressed silence, must fit memory."""
+
+LOWEST = 1000
+"""Samples a second of a sound at least: a few bytes that tell of fewer would last for hours."""
 
 WARM = 0.1
 """Seconds that are decoded before a piece and discarded."""
@@ -139,6 +143,8 @@ def _between(
     first, now, resampler, kind = None, clock_start(container), None, None
     longest, heard = (container.duration or 0) / av.time_base, 0.0  # what a damaged time tells must not fill the memory
     for frame in pictures(container, sound):
+        if frame.rate < LOWEST:
+            raise OSError(errno.EINVAL, f"{frame.rate} samples a second")
         now = now if frame.time is None else frame.time
         if now + frame.samples / frame.rate <= start:  # there may be a gap before the piece
             now += frame.samples / frame.rate

@@ -21,7 +21,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from senticlip.data.sequential import Sequential, open_video, packets, times_are_guessed
+from senticlip.data.sequential import MOST_PIXELS, SMALLER, Sequential, open_video, packets, times_are_guessed
 from senticlip.structures import UserError
 
 NEAR = 20
@@ -328,6 +328,9 @@ class Decoder:
                 self._slow.container.close()
             self._slow = Sequential(self.path)
         found = self._slow.at(stamp)
+        size = self.stream.width * self.stream.height
+        if found is None and not 0 < size <= MOST_PIXELS:  # FFmpeg unsets the size of most that it refuses
+            raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
         if found is None:
             raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
         return found

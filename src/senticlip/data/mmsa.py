@@ -160,26 +160,30 @@ def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[
         plain = isinstance(item, str | bytes | float | np.generic) or item is None
         if not plain and not (isinstance(item, int) and abs(item) < 1 << 63):
             raise UserError(f"{path}, {split}, {key}, row {row}: expected text or a number, not {type(item).__name__}")
+    if sum(len(item) for item in found if isinstance(item, str | bytes)) > Path(path).stat().st_size:
+        # a row may name a long text again in two bytes, and each would be copied
+        raise UserError(f"{path}, {split}, {key}: more text than the file is long — write each row's own")
     return found
 
 
 def _numbers(path: str | Path, split: str, key: str, value: Any, count: int) -> np.ndarray:
     """One number for each of the ``count`` rows of a split, float64."""
+    value = value if isinstance(value, list | np.ndarray) else [value]
     try:
         if isinstance(value, list) and not all(_is_number(each) for each in value):
             raise TypeError
-        numbers = np.asarray(value, dtype=np.float64).ravel()
+        found = len(value) if isinstance(value, list) else value.size
+        if found != count:  # before anything is copied
+            raise UserError(f"{path}, {split}: {count} ids, but {found} {key}")
+        return np.asarray(value, dtype=np.float64).ravel()
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{path}, {split}, {key}: expected a number for each clip") from None
-    if len(numbers) != count:
-        raise UserError(f"{path}, {split}: {count} ids, but {len(numbers)} {key}")
-    return numbers
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or one in a list of its own."""
+    """A number, or one in a list or an array of its own."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return isinstance(value, int | float | np.number | np.ndarray)
+    return value.size == 1 if isinstance(value, np.ndarray) else isinstance(value, int | float | np.number)
 
 
 def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:

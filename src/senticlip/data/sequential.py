@@ -32,13 +32,19 @@ FORMATS = (
 """The formats that may be opened: they contain their streams. A playlist (HLS, concat, DASH …) could make FFmpeg read
 any file on this machine, or wait for ever."""
 
+MOST_PIXELS = 64 << 20
+"""Pixels of a picture at most, above 8K's 32 << 20: a file of 1 MB may hold a picture that fills the memory."""
+
+SMALLER = f"make them smaller, {MOST_PIXELS // 10**6} million pixels are the most"
+
 _PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 """What encoders of MPEG-4 write into its header if B-frames are packed."""
 
 
 def open_container(path: str | Path, **options: str) -> InputContainer:
-    """FFmpeg's container of a file, whatever its name (a colon is no protocol) and however broken its titles."""
-    options |= {"format_whitelist": FORMATS}
+    """FFmpeg's container of a file, whatever its name (a colon is no protocol, ``%d`` no sequence of pictures) and
+    however broken its titles."""
+    options |= {"format_whitelist": FORMATS, "pattern_type": "none", "max_pixels": str(MOST_PIXELS)}
     return av.open(os.path.abspath(path), metadata_errors="replace", options=options)
 
 
@@ -84,9 +90,13 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     if stream.codec_context is None:
         container.close()
         raise UserError(f"{path}: there is no decoder for its video here — convert it to H.264")
+    if stream.width * stream.height > MOST_PIXELS:  # many have no size until they are decoded
+        container.close()
+        raise UserError(f"{path}: pictures of {stream.width} x {stream.height} pixels — {SMALLER}")
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all
+    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # those above were for the header alone
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
     return container, stream

@@ -22,6 +22,9 @@ from senticlip.structures import UsageError, UserError
 SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
 TOGETHER, LEAST = 10.0, 0.5
 """Lines that merely touch are merged up to so many seconds; real ones are no longer, and none is shorter."""
+MANY, LONGEST = 200, 10_000
+"""So many neighbours of a cue and rows of a screen are looked at, and to a line of so many characters nothing is added:
+no film has more, and with a file that was made to have more all would take hours."""
 
 _COLUMNS = ("layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect", "text")
 _SOUNDS = (
@@ -33,8 +36,10 @@ _TAGS = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]{0,200}\}|\{[^{}]{0
 _HIDDEN = "\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
 _TIME = r"-?(?:(\d{1,9}):)?-?\d{1,2}:\d{1,2}(?:[.,]\d{1,9}|:\d{3})?"
 _TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[\s{_HIDDEN}]|$)", re.MULTILINE)
-_LIKE_TIMING = re.compile(r"(?m)^[ \t]*-?\d+[ \t]*[:;：][ \t]*\d+[ \t]*[:;：][\d:;：.,，' \t-]*([-–—]+>|→)[ \t]*-?\d")
-_INVISIBLE = re.compile(f"[{_HIDDEN}\x00-\x08\x0e-\x1f]")
+_LIKE_TIMING = re.compile(
+    r"(?m)^[ \t]*-?\d+[ \t]*[:;：][ \t]*\d+[ \t]*[:;：][\d:;：.,，' \t-]{0,40}([-–—]{1,9}>|→)[ \t]*-?\d"
+)
+_INVISIBLE = re.compile(f"(?!\u200d)[{_HIDDEN}\x00-\x08\x0e-\x1f]")  # U+200D joins the parts of an emoji
 
 
 class Line(NamedTuple):
@@ -171,14 +176,15 @@ def merge(cues: Iterable[Cue], shift: float = 0.0) -> list[Line]:
         last, sign = lines[-1] if lines else (None, False)
         touches = last is not None and cue.start - last.end < 0.1
         fresh = _fresh(shown, cue.rows) if touches else cue.rows
-        shown = cue.rows if last is None or not touches or cue.start >= last.end else shown + fresh
+        shown = cue.rows if last is None or not touches or cue.start >= last.end else (shown + fresh)[-MANY:]
         text = _join(fresh)
         # a karaoke line; after a whole second it is an answer that begins with the same word
         grows = last is not None and text.startswith(last.text) and (brief or cue.start < last.end)
         brief = cue.end - cue.start < 1
         if last is not None and touches and (not text or grows or _together(last, cue, title or sign)):
             if not grows:
-                text = last.text if text in last.text else _join([last.text, text])
+                full = len(last.text) > LONGEST or text in last.text
+                text = last.text if full else _join([last.text, text])
             lines[-1] = Line(last.start, max(last.end, cue.end), text), sign
         elif text:
             lines.append((Line(cue.start, cue.end, text), title))
@@ -191,14 +197,15 @@ def _stays(cue: Cue, ordered: list[Cue], place: int) -> bool:
     if cue.end - cue.start > TOGETHER:
         return True
     begin, end = (bisect_left(ordered, time, key=lambda other: other.start) for time in (cue.start - LEAST, cue.end))
-    during = ordered[place + 1 : end]
-    around = ordered[begin:place] + during
+    during = ordered[place + 1 : min(end, place + 1 + MANY)]
+    around = ordered[max(begin, place - MANY) : place] + during
     first = any(abs(c.start - cue.start) <= LEAST < cue.end - c.end for c in around)
     if first and any(abs(c.end - cue.end) <= LEAST < c.start - cue.start for c in around):
         return False  # they are its translation, or its syllables
     # what begins or ends with it is a part of it, too
     inside = [c for c in during if c.start - cue.start > LEAST < cue.end - c.end and c.end - c.start >= LEAST]
-    inside = [c for c in inside if _join(c.rows) not in _join(cue.rows)]
+    words = _join(cue.rows)
+    inside = [c for c in inside if _join(c.rows) not in words]
     return bool(inside) and min(c.end for c in inside) <= max(c.start for c in inside)
 
 
@@ -219,7 +226,7 @@ def _apart(lines: list[tuple[Line, bool]]) -> list[Line]:
 
 def _fresh(shown: list[str], rows: list[str]) -> list[str]:
     """``rows`` without those at their head that end what was ``shown``."""
-    for count in range(min(len(shown), len(rows)), 0, -1):
+    for count in range(min(len(shown), len(rows), MANY), 0, -1):
         if shown[-count:] == rows[:count]:
             return rows[count:]
     return rows

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -36,17 +37,23 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
     "testing": "test", "测试": "test", "测试集": "test",
 }  # fmt: skip
 SCORES = {
-    "negative": -1.0, "neg": -1.0, "消极": -1.0, "负面": -1.0, "负向": -1.0, "负": -1.0, "weakly negative": -0.5,
+    "negative": -1.0, "neg": -1.0, "消极": -1.0, "负面": -1.0, "负向": -1.0, "负": -1.0, "負面": -1.0, "消極": -1.0,
+    "weakly negative": -0.5, "弱消极": -0.5, "弱负面": -0.5,
     "neutral": 0.0, "neu": 0.0, "中性": 0.0, "中立": 0.0, "中": 0.0,
-    "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "正向": 1.0, "正": 1.0, "weakly positive": 0.5,
+    "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "正向": 1.0, "正": 1.0, "積極": 1.0,
+    "weakly positive": 0.5, "弱积极": 0.5, "弱正面": 0.5,
 }  # fmt: skip
 NAMES = {
     "mode": "split", "sentence": "text", "content": "text", "subtitle": "text", "label_m": "label",
     "video": "path", "file": "path", "t": "label_t", "a": "label_a", "v": "label_v",
     "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "文本内容": "text",
-    "标签": "label", "情感": "label", "情感标签": "label", "情感类别": "label", "编号": "id",
+    "标签": "label", "情感": "label", "情感标签": "label", "情感类别": "label", "情感极性": "label",
+    "標籤": "label", "編號": "id", "编号": "id", "文本标签": "label_t", "视频标签": "label_v", "视觉标签": "label_v",
+    "音频标签": "label_a", "语音标签": "label_a",
     "路径": "path", "视频": "path", "文件": "path", "视频路径": "path", "video_path": "path", "filename": "path",
-    "划分": "split", "开始": "start", "结束": "end",
+    "视频文件": "path", "文件名": "path", "視頻": "path", "影片": "path", "劃分": "split",
+    "划分": "split", "数据划分": "split", "数据集划分": "split",
+    "开始": "start", "结束": "end", "开始时间": "start", "结束时间": "end",
 }  # fmt: skip
 _COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
 _OWN = ("path", "start", "end")
@@ -70,6 +77,7 @@ def decode(data: bytes, path: Path) -> str:
     Raises:
         UserError: none of them reads it.
     """
+    check_no_workbook(data, path)
     if (told := surely(data)) is not None:
         return told
     try:
@@ -80,6 +88,21 @@ def decode(data: bytes, path: Path) -> str:
         return data.decode(likeliest(data))
     except UnicodeDecodeError:
         raise UserError(f"{path}, row {line}: neither UTF-8 nor GBK nor Big5 — save the file as UTF-8") from None
+
+
+def check_no_workbook(data: bytes, path: Path) -> None:
+    """Excel's own files are no tables in text, whatever their name.
+
+    Raises:
+        UserError: it is one.
+    """
+    if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path}: is an Excel workbook — save it as CSV UTF-8 (另存为 → CSV UTF-8)")
+
+
+def delimiter_of(line: str) -> str:
+    """What separates the cells of a table, by its first line: comma, tab or semicolon."""
+    return max(",\t;", key=line.count)
 
 
 def likeliest(data: bytes) -> str:
@@ -151,8 +174,7 @@ def read_table(path: Path) -> list[Line]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read — {error.strerror}") from None
     text = decode(data, path).replace("\0", "").lstrip("\ufeff")  # some programs write a second mark
-    first = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = max(",\t;", key=first.count)
+    delimiter = delimiter_of(text.lstrip("\r\n").split("\n", 1)[0])
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines, start = [], 1
@@ -191,7 +213,7 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
     if "label" not in columns or not (ids or {"path", "text"} & set(columns)):
         raise UserError(
             f"{table}, row 1: has the columns {', '.join(first)} — expected video_id, clip_id, text, label, mode"
-            " (CH-SIMS) or path, text, label"
+            " (CH-SIMS) or path, text, label (路径, 文本, 标签)"
         )
     return columns, lines
 
@@ -265,9 +287,9 @@ def split_named(name: str | None) -> str:
 
 
 def finite(cell: str) -> float | None:
-    """A finite number; None if it is none."""
+    """A finite number, also with a typeset minus or in full width (－０．５); None if it is none."""
     try:
-        value = float(cell)
+        value = float(unicodedata.normalize("NFKC", cell).replace("−", "-"))
     except ValueError:
         return None
     return value if math.isfinite(value) else None

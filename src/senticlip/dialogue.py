@@ -1,0 +1,85 @@
+"""The lines of a film: its subtitles, those in the file itself, what is heard in it, or pieces of time or shots."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple
+
+from senticlip.data import subtitles as subs
+from senticlip.data.shots import shots, windows
+from senticlip.data.subtitles import Line
+from senticlip.data.tracks import embedded
+from senticlip.progress import console
+from senticlip.structures import UsageError, UserError
+
+
+class Source(NamedTuple):
+    """Where the lines of a film come from; the fields are those of ``analyze``."""
+
+    subtitles: str | Path | None
+    shift: float
+    track: int | None
+    transcribe: bool
+    asr_model: str
+    cut: str
+    seconds: float
+
+    def check(self) -> None:
+        """Refuse options that are none or would have no effect.
+
+        Raises:
+            UsageError: there are such.
+        """
+        if self.cut not in ("windows", "shots"):
+            raise UsageError(f"cut {self.cut!r}: unknown — choose windows or shots")
+        if not isfinite(self.shift):
+            raise UsageError(f"--shift {self.shift}: must be a number of seconds")
+        if self.transcribe and (self.shift or self.subtitles is not None or self.track is not None):
+            raise UsageError("--transcribe reads no subtitles — leave it out, or --subtitles, --track and --shift")
+        if self.subtitles is not None and self.track is not None:
+            raise UsageError("--track is for the film's own subtitles — leave out --subtitles or --track")
+
+    def lines(self, video: Path, end: float, device: str | None) -> list[Line]:
+        """The lines of ``video``, which ends at ``end`` seconds; ``device``: of the speech model.
+
+        Raises:
+            UsageError, UserError: no line, or none that can belong to this film; what cannot be read.
+        """
+        if self.transcribe:
+            from senticlip.speech import transcript
+
+            if not (heard := transcript(video, self.asr_model, device)):
+                raise UserError(f"{video}: no speech is heard in it — leave out --transcribe")
+            return heard
+        found = subs.read(self.subtitles, self.shift) if self.subtitles is not None else self._own(video)
+        if found is None:
+            found = shots(video, end) if self.cut == "shots" else windows(end, self.seconds)
+        self._check_times(found, video, end)
+        return found
+
+    def _own(self, video: Path) -> list[Line] | None:
+        """The film's own lines, None if it has none; the user is told of that, and of tracks that cannot be read."""
+        told: list[str] = []
+        found: list[Line] | None = embedded(video, self.track, self.shift, told.append)
+        if not found and not (self.shift < 0 and embedded(video, self.track)):
+            none = told[0] if told else f"{video}: no subtitles in it, and none given (--subtitles F.srt)"
+            if self.shift:
+                raise UsageError(f"{none}; --shift has nothing to move")
+            found, told = None, [f"{none}; the film is cut without words"]
+        for line in told:
+            console.print(line, soft_wrap=True, highlight=False)
+        return found
+
+    def _check_times(self, lines: list[Line], video: Path, end: float) -> None:
+        """Refuse lines that cannot belong to this film; tell the user of those that begin after its end."""
+        source = self.subtitles or video
+        if not lines:
+            moved = f" after 0 s, since --shift {self.shift:g} moves all before it" if self.shift < 0 else ""
+            raise UserError(f"{source}: no line is said{moved} — leave out the subtitles to cut by time")
+        late = sum(line.start >= end for line in lines)
+        if late == len(lines):
+            raise UserError(f"{source}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
+        if late:
+            told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
+            console.print(told, soft_wrap=True)
