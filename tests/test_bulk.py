@@ -574,3 +574,15 @@ def as_parquet(table: Path) -> bytes:
     with table.open(encoding="utf-8", newline="") as file:
         pq.write_table(pa.Table.from_pylist(list(csv.DictReader(file))), sink)
     return sink.getvalue()
+
+
+def test_the_words_of_a_piece_are_those_said_in_it(tmp_path):
+    """A line that goes over an edge of the piece is heard in it; one that only touches it is not."""
+    times = ((0, 1), (1, 2), (2, 4), (4, 5))
+    lines = [f"{i}\n00:00:0{a},000 --> 00:00:0{b},000\n{'甲乙丙丁'[i]}\n" for i, (a, b) in enumerate(times)]
+    (tmp_path / "a.srt").write_text("\n".join(lines), encoding="utf-8")
+    worker = bulk.Worker.__new__(bulk.Worker)
+    worker.root, worker.lines = tmp_path, subtitles.read
+    row = {"id": "x", "path": "a.mp4", "text": None, "subtitles": "a.srt", "start": "1.0", "end": "3.0", "error": None}
+    clip = worker._clip(row)
+    assert (clip.text.split(), clip.start, clip.end) == (["乙", "丙"], 1.0, 3.0)

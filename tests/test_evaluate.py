@@ -16,12 +16,13 @@ from sklearn.metrics import accuracy_score, f1_score
 from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
 
 import senticlip
+from senticlip import metrics
 from senticlip.checkpoint import origin
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
-from senticlip.evaluate import compare, evaluate
+from senticlip.evaluate import Answers, compare, evaluate, judge
 from senticlip.models import create_model
-from senticlip.structures import LABELS, UsageError, UserError
+from senticlip.structures import LABELS, Clip, Output, UsageError, UserError, polarity
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,54 @@ def test_another_question_has_a_file_of_its_own(place):
     evaluate(place / "a", place / "data", target="V")
     assert (place / "a" / "predictions-test.csv").read_bytes() == before
     assert (place / "a" / "predictions-test-V.csv").is_file()
+
+
+def test_the_difference_of_two_runs_is_the_first_minus_the_second(tmp_path, monkeypatch):
+    clips, truth = [Clip(str(i)) for i in range(8)], np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    runs = {"a": truth, "b": np.zeros(8, int)}  # a is always right, b three times
+    monkeypatch.setattr("senticlip.evaluate._answers", lambda run, *rest: Answers(clips, truth, runs[run], {}))
+    found = compare("a", "b", tmp_path)["difference"]["accuracy"]
+    assert found["difference"] == pytest.approx(5 / 8)
+    assert 0 < found["low"] < found["high"]
+
+
+def test_what_is_judged_by_hand():
+    scores = np.array([-0.8, -0.05, 0.0, 0.3, 0.9, 0.4], np.float32)
+    said = np.array([-0.5, 0.05, 0.2, -0.3, 0.7, 0.5], np.float32)
+    found = judge(Output(score=torch.from_numpy(said)), polarity(scores), scores)
+    assert found["mae"] == pytest.approx(np.abs(scores - said).mean(), rel=1e-5)
+    assert found["f1_2"] == pytest.approx(f1_score(scores > 0, said > 0, average="weighted"))
+    assert found["accuracy"] == pytest.approx(3 / 6)
+    assert found["ece"] is None
+    chances = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.61, 0.29, 0.1], [0.2, 0.1, 0.7]]).repeat(10, 1)
+    truth = np.tile([0, 2, 2, 2], 10)
+    found = judge(Output(log_probs=chances.log()), truth, truth - 1.0)
+    assert found["ece"] == pytest.approx((2 * 0.3 + 0.5 + 0.61) / 4, abs=1e-5)
+    assert found["acc_2"] == pytest.approx(2 / 4)
+    low, high = found["interval"]
+    assert [low, high] == list(metrics.bootstrap_interval(truth, np.tile([0, 1, 0, 2], 10))["accuracy"])
+
+
+def test_a_head_is_judged_on_the_clips_that_have_its_modality(tmp_path):
+    clips = read_clips(data_folder(tmp_path / "data", (0, 0, 2)), "test")
+    text_folder(tmp_path / "text"), timm_folder(tmp_path / "timm")
+    changes = {
+        "vision.encoder": str(tmp_path / "timm"),
+        "vision.frames": 2,
+        "vision.size": 32,
+        "head": "linear",
+        "text.encoder": str(tmp_path / "text"),
+        "text.max_length": 20,
+        "width": 16,
+        "heads": 2,
+    }
+    model = create_model(Config().override(changes))
+    with torch.no_grad():
+        for head in model.network.heads.values():  # positive, whatever it reads
+            head.classify.weight.zero_()
+            head.classify.bias.copy_(torch.tensor([0.0, 0.0, 2.0]))
+    model.save_pretrained(tmp_path / "run")
+    rows = [*(f"{clip.video},天气,1,test" for clip in clips), ",天气,-1,test", ",天气,0,test"]
+    (tmp_path / "own.csv").write_text("\n".join(["path,text,label,split", *rows]), encoding="utf-8")
+    found = evaluate(tmp_path / "run", tmp_path / "own.csv", device="cpu")
+    assert (found["heads"]["text"]["accuracy"], found["heads"]["video"]["accuracy"]) == (0.5, 1.0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 import senticlip
 import tiny
 from senticlip import cam
+from senticlip import explain_set as explaining
 from senticlip.config import from_dict
 from senticlip.explain import Explanation, explain, explanation, heated, html, sentences
-from senticlip.explain_set import Answered, _right, _summary, explain_set, kind
+from senticlip.explain_set import Answered, _kinds, _right, _summary, explain_set, kind
 from senticlip.models import create_model
 from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.predictor import Predictor
@@ -537,3 +539,40 @@ def test_only_pictures_of_an_earlier_page_are_removed(run, video, tmp_path):
     explain(run, None, TEXT, tmp_path / "out")
     there = {path.name for path in mine[0].parent.glob("*.png")}
     assert there == {"frame-0099.png", "frame-front.png"}  # the page was there now, and frame-77 could be its own
+
+
+def test_the_summary_of_a_split_by_hand():
+    def said(*probabilities):
+        return Prediction(LABELS[int(np.argmax(probabilities))], dict(zip(LABELS, probabilities, strict=True)), {}, {})
+
+    first = {"text": said(0.5, 0.3, 0.2), "video": said(0.2, 0.2, 0.6)}
+    second = {"text": said(0.1, 0.2, 0.7), "video": said(0.1, 0.4, 0.5)}
+    rows = [
+        Answered(Clip("a", labels={"T": -1.0, "V": 0.0}), -1.0, said(0.2, 0.3, 0.5), first, {}),
+        Answered(Clip("b", labels={"T": 0.0, "V": 0.4}), 1.0, said(0.1, 0.2, 0.7), second, {}),
+    ]
+    by, kinds = _kinds(rows)
+    assert (by, [kinds[id(row)] for row in rows]) == ("labels", ["text only", "video only"])
+    found = _summary(rows, dict.fromkeys(kinds, "agree"))
+    assert found["kinds"]["agree"]["confusion"] == [[0, 0, 1], [0, 0, 0], [0, 0, 1]]  # rows are the truth
+    text, video = found["modalities"]["text"], found["modalities"]["video"]
+    assert (text["change"], text["flips"]) == (pytest.approx((0.3 + 0) / 2), 1 / 2)
+    assert (video["change"], video["flips"]) == (pytest.approx((0.1 + 0.2) / 2), 0)
+    assert text["share"] == pytest.approx(0.15 / 0.3)
+
+
+def test_the_worst_errors_come_first(tmp_path, monkeypatch):
+    listed = []
+    monkeypatch.setattr(
+        explaining,
+        "_page_of",
+        lambda predictor, row, *rest: (
+            listed.append(row) or explaining.Worst(row.clip, LABELS[row.truth], row.whole, "", None, None)
+        ),
+    )
+    run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn"), head="linear")
+    data = tiny.data_folder(tmp_path / "data", (0, 0, 9))
+    explaining.explain_set(run, data, tmp_path / "out", worst=99)
+    chances = [row.whole.probabilities[LABELS[row.truth]] for row in listed]
+    assert len(chances) > 2
+    assert chances == sorted(chances)

@@ -64,3 +64,13 @@ def test_a_batch_with_nothing_to_read_has_the_widths_that_are_known(tmp_path):
         assert "text" not in batch
         assert batch["audio"].shape[2] == 5
         assert bool(batch["audio_mask"].any()) == (row == 1)
+
+
+def test_a_label_that_is_not_given_is_unknown():
+    labels = ClipSet([Clip("a", labels={"M": 0.0}), Clip("b", labels={"M": 1.0, "T": -1.0})], {}).labels
+    assert {name: np.isnan(values).tolist() for name, values in labels.items()} == {
+        "M": [False, False],
+        "T": [True, False],
+        "A": [True, True],
+        "V": [True, True],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -148,3 +149,47 @@ def test_a_file_on_top_of_a_preset_is_the_row_of_the_table(tmp_path):
     (tmp_path / "wrong.yaml").write_text("fusion: {x: 1}", encoding="utf-8")
     with pytest.raises(UsageError, match=r"wrong\.yaml: config key fusion"):
         load_experiment([small, str(tmp_path / "wrong.yaml")])
+
+
+def test_rows_change_what_they_are_called_after():
+    made = load_tables(Config(), None, set("MTAV"), False)
+    found = {table.number: {row.name: row.configs["M"] for row in table.rows} for table in made}
+    told = {
+        n: {name: str(getattr(c, key)) for name, c in found[n].items()}
+        for n, key in zip("15678", ("model", "temporal", "fusion", "head", "loss"), strict=True)
+    }
+    assert told["1"] == {
+        "TFN": "tfn",
+        "LMF": "lmf",
+        "MulT": "mult",
+        "Self-MM": "self_mm",
+        "MMAF": "mmaf",
+        "MMAF+T+A+V": "mmaf",
+        "CLIP-CA-MSA": "clip_ca_msa",
+    }
+    assert told["5"] == {"MeanP": "mean", "LSTM": "lstm", "Transformer": "transformer"}
+    assert told["6"] == {"concat": "concat", "cross-attention": "cross-attention"}
+    assert told["7"] == {"linear-CLS": "linear", "similarity-CLS": "similarity"}
+    assert told["8"] == {"加权求和损失": "sum", "同方差不确定性损失": "uncertainty"}
+    named = {
+        "VGG-16": "vgg16",
+        "ConvNeXt": "convnext",
+        "OpenFace2.0": "openface",
+        "ResNet34": "resnet34",
+        "ResNet50": "resnet50",
+        "ViT-B-32": "patch32",
+        "ViT-B-16": "patch16",
+        "CLIP-ResNet34": "resnet34",
+        "CLIP-ResNet50": "resnet50",
+        "CLIP-ViT32": "patch32",
+        "Al-PIFT": "albert",
+        "B-PIFT": "/?bert-base",
+        "E-PIFT": "ernie",
+        "M-PIFT": "macbert",
+        "PIFT": "roberta",
+        "CLIP-CA-MSA": "chinese-clip",
+    }
+    for number in "234":
+        for name, config in found[number].items():
+            encoder = config.text.encoder if number == "3" else config.vision.encoder
+            assert re.search(named[name], encoder), (name, encoder)

@@ -23,7 +23,7 @@ from tests.tiny import clip_folder, data_folder, text_folder, timm_folder
 from senticlip import config as configs
 from senticlip import train as training
 from senticlip.checkpoint import newest_checkpoint, outputs
-from senticlip.data.loader import BalancedSampler
+from senticlip.data.loader import BalancedSampler, ClipSet
 from senticlip.data.sims import read_clips
 from senticlip.fit import parameter_groups, score
 from senticlip.models import create_model
@@ -538,3 +538,29 @@ def test_one_process_stays_on_the_gpu_that_was_asked_for(place, tmp_path, monkey
     assert Accelerator().device == torch.device("cuda:1")  # where batches go
     assert arguments.n_gpu == 1  # no DataParallel
     assert arguments.train_batch_size == 4
+
+
+def test_the_schedule_reaches_the_trainer(place, tmp_path):
+    changes = {"train.schedule": "linear", "train.warmup": 0.5, "train.clip_norm": 0.3, "train.epochs": 4}
+    arguments = training._arguments(settings(place, **changes), tmp_path, torch.device("cpu"))
+    assert arguments.max_grad_norm == 0.3
+    train(settings(place, **changes), place / "data", tmp_path / "run")
+    rates = [row["learning_rate"] for row in read_history(tmp_path / "run") if "learning_rate" in row]
+    # 12 steps of 3 an epoch: the rate rises through 6 and falls through 6; each epoch tells that of its last step
+    assert rates == pytest.approx([1e-3 * share for share in (2 / 6, 5 / 6, 4 / 6, 1 / 6)])
+
+
+def test_temperatures_are_fitted_on_valid(place, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "calibrate", lambda model, data: seen.append({clip.split for clip in data.clips}))
+    train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run")
+    assert seen == [{"valid"}]
+
+
+def test_another_seed_reads_the_rows_in_another_order(place, tmp_path, monkeypatch):
+    read, real = [], ClipSet.__getitems__
+    monkeypatch.setattr(ClipSet, "__getitems__", lambda self, rows: read[-1].append(tuple(rows)) or real(self, rows))
+    for seed in (0, 1, 1):
+        read.append([])
+        train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / str(len(read)), seed)
+    assert read[0] != read[1] == read[2]

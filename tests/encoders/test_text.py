@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.tiny import KINDS, WORDS, text_folder, tokenizer, waited_and_not
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from senticlip.config import Config, TextConfig
 from senticlip.data.loader import ArrayRows
@@ -161,11 +161,11 @@ def test_another_prompt_misses_the_cache(tmp_path, prompt):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_a_tokenizer_that_pads_at_the_left_loses_nothing(tmp_path):
-    tokenizer().save_pretrained(tmp_path, padding_side="left")
-    left = tokenizer()
-    left.padding_side = "left"
-    left.save_pretrained(tmp_path)
+def test_a_folder_that_pads_at_the_left_loses_nothing(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"padding_side": "left"}))
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
     ids, mask = tokenize(load_tokenizer(tmp_path), ["好", "天气很好"], 20)
     values, real = ArrayRows(ids.numpy(), mask.numpy()).gather(np.array([0]))
     assert real.all()

@@ -349,3 +349,33 @@ def test_the_length_of_a_projected_label_says_nothing():
     head = SimilarityHead(Config().override({"width": 8, "heads": 2}), 5)
     states, labels = Sequence(torch.randn(2, 1, 8), torch.ones(2, 1, dtype=torch.bool)), torch.randn(3, 5)
     torch.testing.assert_close(head(states, 7 * labels), head(states, labels))
+
+
+def test_what_lies_behind_a_sound_is_not_whitened():
+    """Mean and covariance are those of the real positions."""
+    rows = torch.randn(40, 6, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < torch.arange(40)[:, None] % 6 + 1
+    rows[~mask] = 50
+    network = TestPaper().network(("audio",))
+    network.prepare(SimpleNamespace(stores={"audio": ArrayRows(rows.numpy(), mask.numpy())}))
+    torch.testing.assert_close(network.whiten.mean, rows[mask].mean(0))
+
+
+def test_a_run_that_goes_on_keeps_its_whitening():
+    network = TestPaper().network(("audio",), start="run")
+    store = ArrayRows(torch.randn(40, 6, 6).numpy() + 3, np.ones((40, 6), bool))
+    network.prepare(SimpleNamespace(stores={"audio": store}))
+    assert not network.whiten.mean.any()
+
+
+def test_heads_by_hand():
+    config = Config().override({"width": 8, "heads": 2, "dropout": 0.0})
+    torch.manual_seed(0)
+    states = Sequence(torch.randn(2, 3, 8), torch.tensor([[True, True, False], [True] * 3]))
+    x, plain, pooled = states.values.numpy(), LinearHead(config), PooledHead(config)
+    expected = linear(x[:, 0], plain.classify.weight, plain.classify.bias)  # position 0 is the whole clip
+    np.testing.assert_allclose(plain(states).detach().numpy(), expected, atol=1e-5)
+    for row, n in enumerate((2, 3)):
+        weights = softmax(x[row, :n] @ pooled.query.weight[0].detach().numpy())
+        expected = linear(weights @ x[row, :n], pooled.classify.weight, pooled.classify.bias)
+        np.testing.assert_allclose(pooled(states)[row].detach().numpy(), expected, atol=1e-5)

@@ -14,7 +14,7 @@ from torch import nn
 from senticlip.models.lmf import LowRankFusion
 from senticlip.models.mult import Layer, attend, attention_map, causal, sinusoids
 from senticlip.models.peer import LastState, PooledNet, RecurrentNet, drop_mask, dropout, groups, masked_mean, packed
-from senticlip.models.self_mm import SelfMM, gathered
+from senticlip.models.self_mm import SelfMM, gathered, pool
 from senticlip.models.tfn import SlicedProduct, TensorLinear
 from senticlip.structures import Sequence, UsageError
 
@@ -493,3 +493,18 @@ def test_self_mm_weighs_a_modality_by_how_far_its_label_went():
     torch.testing.assert_close(logs["loss_text"], expected.detach())
     torch.testing.assert_close(logs["loss_vision"], torch.zeros(()))
     torch.testing.assert_close(total.detach(), sum(logs.values()))
+
+
+def test_a_score_is_taught_by_its_distance():
+    network, batch = TestLMF().network().eval(), features()
+    batch.labels["M"][1] = torch.nan
+    output = network(batch)
+    gaps = [abs(float(output.score[row] - batch.labels["M"][row])) for row in (0, 2, 3, 4)]
+    assert float(network.loss(output, batch)[0]) == pytest.approx(sum(gaps) / 4, rel=1e-5)
+
+
+def test_pools_by_hand():
+    values, mask = torch.arange(24.0).reshape(2, 3, 4), torch.tensor([[False, True, True], [False] * 3])
+    sequence = Sequence(values, mask)
+    assert pool(sequence, "first").tolist() == [[4, 5, 6, 7], [0] * 4]
+    assert pool(sequence, "mean").tolist() == [[6, 7, 8, 9], [0] * 4]
