@@ -12,7 +12,7 @@ FILES = {".".join(path.relative_to(HOUSE).with_suffix("").parts): path for path 
 DOCUMENTS = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
 
 LEVELS = [
-    {"structures", "config", "runtime", "progress", "metrics", "files", "pages"},
+    {"structures", "config", "configfile", "runtime", "progress", "metrics", "files", "pages"},
     {"data", "encoders", "losses"},
     {"models"},
     {"sources", "checkpoint", "card", "tables"},

@@ -68,7 +68,8 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("seed=-1", "config key seed: -1 — must be from 0 to 4294967295"),
         ("text.max_length=3", "config key text.max_length: 3 — must be at least 4"),
         ("text.train=0", "config key text.train: 0 — must be at least 1"),
-        ("vision.size=0", "config key vision.size: 0 — must be at least 8"),
+        ("vision.size=0", "config key vision.size: 0 — must be from 8 to 4096"),
+        ("vision.size=20000", "config key vision.size: 20000 — must be from 8 to 4096"),
         ("vision.frames=0", "config key vision.frames: 0 — must be from 1 to 1000"),
         ("vision.train_frames=0", "config key vision.train_frames: 0 — must be at least 1"),
         ("train.accumulation=0", "config key train.accumulation: 0 — must be at least 1"),
@@ -94,12 +95,15 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("width=[", "--set width=[: the value is not YAML"),
         ("text.encoder=2020-13-45", "--set text.encoder=2020-13-45: the value is not YAML"),
         ("label.names=[null,x,y]", "config key label.names: None is not one of str"),
+        ("options=" + "[" * 5000, "the value is not YAML that is read here"),
+        ("seed=0x" + "f" * 6000, "the value is not YAML that is read here"),
     ],
 )
 def test_what_cannot_be_is_told_at_once(change, said):
     with pytest.raises(UsageError, match=re.escape(said)) as error:
         load(EXPERIMENTS / "tiny.yaml", [change])
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
 
 
 def test_files_that_are_none(file, tmp_path):
@@ -116,6 +120,47 @@ def test_files_that_are_none(file, tmp_path):
         load(tmp_path / "e.yaml")
     with pytest.raises(UsageError, match="no such config file"):
         load(tmp_path)
+
+
+def nested(item, many):
+    """Seven levels, each ten times the one below it."""
+    levels = [f"k0: &a0 {item}"] + [f"k{i}: &a{i} {many.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, 7)]
+    return "".join(f"\n  {level}" for level in levels)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: tfn\noptions:" + nested("[x, x]", "[{}]"), "over 65536 characters, with its aliases written out"),
+        ("target:" + nested("[x, x]", "[{}]"), "over 65536 characters, with its aliases written out"),
+        ("stages:" + nested("{a: 1}", "{{<<: [{}]}}"), "over 65536 characters, with its aliases written out"),
+        ("modalities: &a [*a]", "over 65536 characters, with its aliases written out"),
+        ("options: " + "[" * 5000, "over 20 levels"),
+        ("options: {a: " + "[" * 30 + "]" * 30 + "}", "over 20 levels"),
+        ("seed: 0x" + "f" * 6000, "a number of over 1000 digits"),
+    ],
+)  # fmt: skip
+def test_a_short_file_that_would_be_long_to_print_is_one_line(file, text, said):
+    with pytest.raises(UsageError, match=rf"e\.yaml: not YAML that is read here — {said}$"):
+        load(file(text))
+
+
+def test_an_anchor_may_be_used_again(file):
+    text = "text: &one {lr: 0.1, train: 2}\nvision: {<<: *one, frames: 3}\nstages: {a: {text: *one}, b: {text: *one}}"
+    found = load(file(text))
+    assert (found.vision.lr, found.vision.frames, found.stage("b").text.train) == (0.1, 3, 2)
+
+
+@pytest.mark.parametrize("value", ["x" * 10_000, ["x"] * 10_000, {"x" * 10_000: 1}])
+def test_a_wrong_value_is_told_in_short(value):
+    for data in ({"target": [value]}, {"target": value}, {"modalities": [value, "x"]}, {"seed": value}):
+        with pytest.raises(UsageError) as error:
+            from_dict(data)
+        assert len(str(error.value)) < 200
+    for data in ({"x" * 10_000: 1}, {"options": {"x" * 10_000: 1}}):
+        with pytest.raises(UsageError) as error:
+            from_dict(data)
+        assert len(str(error.value)) < 300
 
 
 def test_the_presets_are_found_wherever_one_works(file, tmp_path, monkeypatch):

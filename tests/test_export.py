@@ -329,6 +329,28 @@ def test_errors(run, file, tmp_path):
         senticlip.load(file).model(made_batch(1, 1, 1), attention=True)
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("senticlip", lambda about: {"format": about["format"]}, "KeyError: 'experiment'"),
+        ("senticlip", lambda about: [], "TypeError"),
+        ("senticlip", lambda about: about | {"experiment": {"width": 0}}, "config key width: 0"),
+        ("senticlip", lambda about: about | {"names": 3}, "TypeError"),
+        ("senticlip", lambda about: about | {"names": ["text"]}, r"names \['text'\], but its graph reads text, "),
+        ("senticlip", lambda about: about | {"temperature": "warm"}, "TypeError|ValueError"),
+        ("tokenizer", lambda about: "garbage", "Exception: invalid type"),
+    ],
+)
+def test_what_the_file_says_of_itself_may_be_broken(file, tmp_path, key, change, said):
+    proto = onnx.load(str(file))
+    found = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, found | {key: json.dumps(change(json.loads(found["senticlip"])))})
+    onnx.save(proto, str(tmp_path / "a.onnx"))
+    with pytest.raises(UserError, match=rf"a\.onnx: not a file that this senticlip export made \(.*({said})") as error:
+        senticlip.load(tmp_path / "a.onnx")
+    assert "\n" not in str(error.value)
+
+
 def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

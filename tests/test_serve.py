@@ -158,6 +158,30 @@ def test_a_form_that_was_cut_off_is_not_answered_from_what_is_there(place, predi
     assert client.get("/health", headers={"content-encoding": "gzip"}).status_code == 200
 
 
+@pytest.mark.parametrize("boundary", ["utf-8''%E4%B8%AD", "undefined''x", "idna''%ff", "punycode''%ff"])
+def test_a_boundary_that_cannot_be_read_is_refused(boundary):
+    kind = {"content-type": f"multipart/form-data; boundary*={boundary}"}
+    answer = TestClient(app(Said("neutral"), "run")).post("/predict", content=b"--x--", headers=kind)
+    told = "the form's boundary cannot be read — send one of ASCII letters, as boundary=…"
+    assert (answer.status_code, answer.json()) == (400, {"error": told})
+
+
+def test_another_sites_page_sends_nothing(left):
+    begun = []
+    client = TestClient(app(Said("neutral", lambda: begun.append(1)), "run", most=2**10))
+    for where, status in (("cross-site", 403), ("same-origin", 200), ("none", 200), (None, 200)):
+        headers = {} if where is None else {"sec-fetch-site": where}
+        answer = client.post("/predict", files={"text": (None, TEXT)}, headers=headers)
+        assert (answer.status_code, answer.headers["x-content-type-options"]) == (status, "nosniff")
+        assert client.get("/", headers=headers).status_code == 200  # a link to the page is none
+    refused = client.post("/predict", data={"text": TEXT}, headers={"sec-fetch-site": "cross-site"}).json()
+    assert (len(begun), list(refused)) == (3, ["error"])
+    assert refused["error"].startswith("another site's page sent this — ")
+    large = client.post("/predict", content=b"x" * 2**11)
+    for answer in (client.get("/"), client.get("/nothing"), client.post("/predict"), large):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
 def test_what_is_not_read_is_told(place, predictor):
     words = load(place / "words", "cpu")
     answer = TestClient(app(words, "words")).post("/predict", files=video(place), data={"text": TEXT})

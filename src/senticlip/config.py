@@ -9,10 +9,12 @@ import re
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from senticlip.configfile import parse_overrides, read
 from senticlip.structures import MODALITIES, TARGETS, UsageError
 
 Model = Literal["clip_ca_msa", "tfn", "lmf", "mult", "self_mm", "mmaf"]
@@ -40,7 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "text.max_length": (4, MOST),
     "vision.frames": (1, 1000),
-    "vision.size": (8, MOST),
+    "vision.size": (8, 4096),
     "audio.bands": (1, 128),
 }
 """The range of each number, both ends included; all must be finite. Null and words (``frozen``) are not checked."""
@@ -170,22 +172,22 @@ class Config:
             value = attrgetter(key)(self)
             if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
                 told = f"at least {low}" if high == MOST else f"from {low} to {high}"
-                raise UsageError(f"config key {key}: {value} — must be {told}")
+                raise UsageError(f"config key {key}: {short(value)} — must be {told}")
         self.modalities = ["vision" if name == "video" else name for name in self.modalities]
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or not self.modalities or len(set(self.modalities)) != len(self.modalities):
-            raise UsageError(f"modalities: {self.modalities} — choose distinct ones of {', '.join(MODALITIES)}")
+            raise UsageError(f"modalities: {short(self.modalities)} — choose distinct ones of {', '.join(MODALITIES)}")
         if self.target not in TARGETS:
-            raise UsageError(f"target: {self.target!r} — choose one of {', '.join(TARGETS)}")
+            raise UsageError(f"target: {short(self.target)} — choose one of {', '.join(TARGETS)}")
         if self.width % self.heads:
             raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
         if self.model == "clip_ca_msa" and self.options:
-            raise UsageError(f"options: {', '.join(map(str, self.options))} — clip_ca_msa has none, the peers have")
+            raise UsageError(f"options: {', '.join(map(str, self.options))[:60]} — clip_ca_msa has none, peers have")
         t = self.train
         if self.model == "self_mm" and (t.recombine or t.mislead or t.modality_dropout or t.balance == "sampler"):
             raise UsageError("train: self_mm keeps labels of rows — recombine, mislead, modality_dropout 0; no sampler")
         if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", name)]:
-            raise UsageError(f"stages: {wrong[0]!r} names a folder of RUN — letters, digits, - and _ only")
+            raise UsageError(f"stages: {short(wrong[0])} names a folder of RUN — letters, digits, - and _ only")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
         if self.prompt != "none" and not self.text.prefix_text.strip():
@@ -263,28 +265,6 @@ def from_file(source: str | Path) -> Config:
         raise UsageError(f"{source}: {error}") from None
 
 
-def read(source: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they stand there; ``experiments/`` is the package's where there is none.
-
-    Raises:
-        UsageError: no such file, or not YAML.
-    """
-    path = Path(source)
-    ours = Path(__file__).parent / path
-    path = ours if not path.exists() and ours.is_file() else path
-    if not path.is_file():
-        raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}: not YAML — {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: expected keys and values")
-    return data
-
-
 def finish(config: Config, overrides: list[str] | None = None) -> Config:
     """Apply ``a.b=c`` overrides, and check the stages."""
     config = config.override(parse_overrides(overrides or []))
@@ -293,30 +273,16 @@ def finish(config: Config, overrides: list[str] | None = None) -> Config:
     return config
 
 
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """``["a.b=c"]`` → ``{"a.b": "c"}``, values read as YAML."""
-    changes = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key:
-            raise UsageError(f"--set {pair}: expected KEY=VALUE, as in --set train.epochs=5")
-        try:
-            changes[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # a date that is none
-            raise UsageError(f"--set {pair}: the value is not YAML") from None
-    return changes
-
-
 def _build(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise UsageError(f"config key {where.rstrip('.')}: expected keys below it, not {data!r}")
+        raise UsageError(f"config key {where.rstrip('.')}: expected keys below it, not {short(data)}")
     hints = get_type_hints(cls)
     values = {}
     for key, value in data.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             meant = f" — did you mean {where}{near[0]}?" if near else "."
-            raise UsageError(f"unknown config key {where}{key}{meant} Known: {', '.join(hints)}")
+            raise UsageError(f"unknown config key {where}{str(key)[:40]}{meant} Known: {', '.join(hints)}")
         values[key] = typed(hints[key], value, f"{where}{key}")
     return cls(**values)
 
@@ -332,7 +298,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             if isinstance(value, list):
                 return [typed(inner, item, where) for item in value]
             return {str(k): typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
-        raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {value!r}")
+        raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {short(value)}")
     for option in options or [kind]:
         if get_origin(option) is Literal and value in get_args(option):
             return value
@@ -347,4 +313,5 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     choices: list[str] = []
     for option in options or [kind]:
         choices += map(str, get_args(option)) if get_origin(option) is Literal else [getattr(option, "__name__", "")]
-    raise UsageError(f"config key {where}: {value!r} is not one of {', '.join(choices).replace('NoneType', 'null')}")
+    known = ", ".join(choices).replace("NoneType", "null")
+    raise UsageError(f"config key {where}: {short(value)} is not one of {known}")

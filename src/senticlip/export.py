@@ -218,6 +218,11 @@ def need(name: str) -> Any:
         raise UsageError(f"{name} is not installed: pip install 'senticlip[onnx]'") from None
 
 
+def _not_ours(path: str | Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return UserError(f"{path}: not a file that this senticlip export made ({reason}) — export the RUN again")
+
+
 class OnnxModel:
     """An exported file with the interface that Predictor uses: ``model(batch)`` → Output, ``encoders``, ``experiment``.
 
@@ -240,16 +245,15 @@ class OnnxModel:
             about = json.loads(found["senticlip"])
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, read here is {FORMAT}")
+            self.experiment, self.names = from_dict(about["experiment"]), list(about["names"])
+            inputs = {each.name for each in self.session.get_inputs()}
+            if inputs != {part for name in self.names for part in (name, f"{name}_mask")}:
+                raise ValueError(f"names {self.names}, but its graph reads {', '.join(sorted(inputs))}")
+            self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"], dtype=torch.float))
         except Exception as error:
-            reason = str(error).splitlines()[0][:120]
-            raise UserError(
-                f"{path}: not a file that this senticlip export made ({reason}) — export the RUN again"
-            ) from None
-        self.device = torch.device("cpu")
-        self.experiment = from_dict(about["experiment"])
-        self.names = about["names"]
+            raise _not_ours(path, error) from None
+        self.path, self.device = path, torch.device("cpu")
         self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in self.names if name != "audio"}
-        self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"]))
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 
     def frozen(self, name: str) -> bool:
@@ -262,14 +266,21 @@ class OnnxModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the file, or None."""
+        """The tokenizer in the file, or None; it is read when it is first asked for.
+
+        Raises:
+            UserError: it is broken.
+        """
         if not self._tokenizer:
             return None
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = Tokenizer.from_str(self._tokenizer)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
+        try:
+            tokenizer = Tokenizer.from_str(self._tokenizer)
+            return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise _not_ours(self.path, error) from None
 
     def __call__(self, batch: Batch, attention: bool = False, alone: bool = True) -> Output:
         """Run the graph, which computes ``alone`` in any case."""

@@ -1,4 +1,4 @@
-"""ASGI middleware of the server: forms are whole and in UTF-8, and a body has a limit."""
+"""ASGI middleware of the server: forms are whole and in UTF-8, a body has a limit, other sites' pages post nothing."""
 
 from __future__ import annotations
 
@@ -47,12 +47,17 @@ class Forms:
         told, packed = (headers.get(name, b"") for name in (b"content-type", b"content-encoding"))
         parsed = email.message.Message()
         parsed["content-type"] = told.decode("latin-1")
-        kind, boundary = parsed.get_content_type(), parsed.get_boundary("")
+        kind = parsed.get_content_type()
         if kind in (MULTIPART, PLAIN) and packed.lower() not in (b"", b"identity"):
             line = f"the form is packed ({packed.decode('latin-1')}) — send it as it is"
             await JSONResponse({"error": line}, 415)(scope, receive, send)
             return
-        close, last = f"--{boundary}--".encode("latin-1"), b""
+        try:  # "boundary*=" may name any codec
+            close, last = f"--{parsed.get_boundary('') if kind == MULTIPART else ''}--".encode("latin-1"), b""
+        except ValueError:
+            line = "the form's boundary cannot be read — send one of ASCII letters, as boundary=…"
+            await JSONResponse({"error": line}, 400)(scope, receive, send)
+            return
         if kind == MULTIPART:  # of two charsets the last counts
             marked = told + b"; charset=" + MARKING.encode()
             scope = {**scope, "headers": [(k, marked if k == b"content-type" else v) for k, v in scope["headers"]]}
@@ -70,6 +75,32 @@ class Forms:
             return {**message, "body": body} if "body" in message else message
 
         await self.app(scope, whole, send)
+
+
+class Browsers:
+    """Middleware that refuses what another site's page posts, and forbids browsers to guess an answer's kind.
+
+    A form needs nobody's leave to be posted to any address, also one that only the browser's machine can reach.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request: look at Sec-Fetch-Site, which browsers send and pages cannot set."""
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = message.get("headers", ())
+                message = {**message, "headers": [*kept, (b"x-content-type-options", b"nosniff")]}
+            await send(message)
+
+        site = dict(scope.get("headers", ())).get(b"sec-fetch-site")
+        if scope.get("method") == "POST" and site == b"cross-site":
+            line = "another site's page sent this — open this server's own page, or send it without a browser"
+            await JSONResponse({"error": line}, 403)(scope, receive, marked)
+            return
+        await self.app(scope, receive, marked)
 
 
 class Limit:

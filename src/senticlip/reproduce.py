@@ -13,7 +13,8 @@ from typing import Any
 
 from senticlip import results
 from senticlip.checkpoint import CHECKPOINTS, encoder_keys, feature_keys, read_json, rows_digest, share_stage
-from senticlip.config import Config, parse_overrides
+from senticlip.config import Config
+from senticlip.configfile import parse_overrides
 from senticlip.data.sims import read_clips
 from senticlip.data.table import SPLITS
 from senticlip.files import alone, disk, make_folder, write_text

@@ -5,8 +5,9 @@
     GET  /          the page;  GET /health → the model and what it reads;  GET /openapi.json → the interface
 
 What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413, one for which
-the disk has no room with 507. One clip is answered at a time, others wait, and who has gone by then gets no answer; an
-upload lives in a temporary folder until its answer is there, or the server ends.
+the disk has no room with 507, one that another site's page has a browser send with 403. One clip is answered at a time,
+others wait, and who has gone by then gets no answer; an upload lives in a temporary folder until its answer is there,
+or the server ends.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ try:
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.exceptions import HTTPException
 
-    from senticlip.middleware import MULTIPART, PLAIN, Forms, Limit
+    from senticlip.middleware import MULTIPART, PLAIN, Browsers, Forms, Limit
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
@@ -151,6 +152,7 @@ def app(
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: its sender is told
     answers.add_middleware(Forms)
     answers.add_middleware(Limit, most=most)
+    answers.add_middleware(Browsers)
     _tell_errors(answers)
     fields = ["video"] * (modalities != ["text"]) + ["text"] * ("text" in modalities)
     answer = _in_turn(fields, ending, set() if running is None else running)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from senticlip import config as configs
 from senticlip.config import Config
+from senticlip.configfile import parse_overrides, read
 from senticlip.structures import OWN_LABEL, UsageError
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -54,7 +55,7 @@ class Asked(NamedTuple):
         What a row reads and which label judges it is left out: the table says it.
         """
         told = []
-        for key in configs.dotted(configs.parse_overrides(self.changes)):
+        for key in configs.dotted(parse_overrides(self.changes)):
             if key.split(".")[0] in ("stages", "options", "modalities", "target"):
                 continue
             value = attrgetter(key)
@@ -83,12 +84,12 @@ def load_experiment(files: list[str], overrides: list[str] | None = None) -> Con
     """
     if not files[1:]:
         return configs.load(files[0], overrides)
-    changes = configs.parse_overrides(overrides or [])
+    changes = parse_overrides(overrides or [])
     # options are of the last file's model
     config = configs.from_file(files[0]).override({k: v for k, v in changes.items() if not k.startswith("options")})
     for file in files[1:]:
         try:
-            config = changed(config, configs.dotted(configs.read(file)))
+            config = changed(config, configs.dotted(read(file)))
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
     return configs.finish(changed(config, {k: v for k, v in changes.items() if not k.startswith("stages")}))
@@ -106,7 +107,7 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
     Raises:
         UsageError: no table of that number, or no number.
     """
-    data = configs.read(EXPERIMENTS / "tables.yaml")
+    data = read(EXPERIMENTS / "tables.yaml")
     chosen = list(dict.fromkeys(data["tables"] if numbers is None else numbers))
     unknown = [number for number in chosen if number not in data["tables"]]
     if unknown or not chosen:
@@ -126,12 +127,12 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
 
 def notes() -> list[str]:
     """The paper's own inconsistencies, to be read with its numbers."""
-    return configs.read(EXPERIMENTS / "tables.yaml")["notes"]
+    return read(EXPERIMENTS / "tables.yaml")["notes"]
 
 
 def row_changes(file: str | None) -> dict[str, Any]:
     """The keys that a row's YAML changes, dotted."""
-    return configs.dotted(configs.read(EXPERIMENTS / file)) if file else {}
+    return configs.dotted(read(EXPERIMENTS / file)) if file else {}
 
 
 def row_configs(

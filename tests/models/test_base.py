@@ -174,6 +174,13 @@ def test_a_run_names_nothing_outside_of_it(folder, where):
         assert torch.equal(found.state_dict()[name], value)
 
 
+def test_what_is_loaded_draws_no_random_number(folder):
+    create_model(config(folder)).save_pretrained(folder / "run")
+    before = torch.get_rng_state()
+    SentimentModel.from_pretrained(folder / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_modality_by_another_name_is_not_left_out(folder):
     model = create_model(config(folder))
     words = Sequence(torch.zeros(1, 3, 16), torch.ones(1, 3, dtype=torch.bool))
@@ -192,3 +199,41 @@ def test_the_weights_can_be_read_by_whom_the_config_can(tmp_path):
     create_model(Config().override(changes)).save_pretrained(tmp_path / "run")
     modes = {name: (tmp_path / "run" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert modes["config.json"] == modes["model.safetensors"]
+
+
+@pytest.mark.parametrize("learns", [1, "frozen"])
+def test_what_does_not_learn_neither_drops_nor_moves(tmp_path, learns):
+    """In training, too: dropout and batch norms rest where nothing learns."""
+    changes = {"text.encoder": str(text_folder(tmp_path / "t")), "vision.encoder": str(timm_folder(tmp_path / "v"))}
+    changes |= {
+        "text.max_length": 20,
+        "width": 16,
+        "heads": 2,
+        "vision.size": 32,
+        "text.train": learns,
+        "vision.train": learns,
+    }
+    model = create_model(Config().override({**changes, "prompt": "learned"})).train()
+    seen = set()
+    for encoder in model.encoders.values():
+        for module in encoder.modules():
+            if own := list(module.parameters()):
+                rests = not any(p.requires_grad for p in own)
+                seen.add(rests)
+                if rests:
+                    assert not any(part.training for part in module.modules())
+                elif all(p.requires_grad for p in own):
+                    assert module.training
+    assert True in seen
+
+
+def test_who_learns_the_prompt_of_a_frozen_encoder(tmp_path):
+    """The main training, if no stage has; the peers read its features as they are."""
+    base = {"text.encoder": str(text_folder(tmp_path / "t")), "text.max_length": 20, "width": 16, "heads": 2}
+    base |= {"modalities": ["text"], "text.train": "frozen", "prompt": "learned"}
+    stage = {"text": {"modalities": ["text"], "target": "T"}}
+    frozen = [
+        create_model(Config().override({**base, **more})).frozen("text")
+        for more in ({}, {"stages": stage}, {"model": "tfn"})
+    ]
+    assert frozen == [False, True, True]

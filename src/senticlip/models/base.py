@@ -199,7 +199,8 @@ class SentimentModel(PreTrainedModel):
                 raise UserError(
                     f"format {config.format_version} of {config.model_type!r}; this senticlip reads up to {FORMAT}"
                 )
-            return cls(config)
+            with torch.random.fork_rng(devices=[]):  # the caller's numbers stay: what is drawn here is overwritten
+                return cls(config)
         except UserError as error:
             raise UserError(f"{path}/config.json: {error}") from None
         except Exception as error:

@@ -1,0 +1,70 @@
+"""YAML files and ``KEY=VALUE`` → plain keys and values, of a bounded size: an experiment may be a stranger's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from senticlip.structures import UsageError
+
+LONGEST, DEEPEST, DIGITS = 1 << 16, 20, 1000
+"""Of what is read, with its aliases written out: characters, levels, digits of a whole number."""
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses what is longer: aliases of aliases multiply, deep lists and long numbers fail where they are printed."""
+
+    written = depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Count what a node would be if it were written out."""
+        start, alias, self.depth = self.written, self.check_event(yaml.AliasEvent), self.depth + 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"over {DEEPEST} levels")
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        self.written += getattr(node, "length", LONGEST) if alias else 1 + len(node.value)
+        node.length = self.written - start
+        if self.written > LONGEST:
+            raise yaml.YAMLError(f"over {LONGEST} characters, with its aliases written out")
+        if node.tag.endswith(":int") and len(node.value) > DIGITS:
+            raise yaml.YAMLError(f"a number of over {DIGITS} digits")
+        return node
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, as they stand there; ``experiments/`` is the package's where there is none.
+
+    Raises:
+        UsageError: no such file, or not YAML that is read here.
+    """
+    path = Path(source)
+    ours = Path(__file__).parent / path
+    path = ours if not path.exists() and ours.is_file() else path
+    if not path.is_file():
+        raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{path}: not YAML that is read here — {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected keys and values")
+    return data
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``["a.b=c"]`` → ``{"a.b": "c"}``, values read as YAML."""
+    changes = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--set {pair}: expected KEY=VALUE, as in --set train.epochs=5")
+        try:
+            changes[key.strip()] = yaml.load(value, Loader)
+        except (yaml.YAMLError, ValueError):  # a date that is none
+            raise UsageError(f"--set {pair[:80]}: the value is not YAML that is read here") from None
+    return changes
