@@ -330,6 +330,7 @@ def test_without_words(film, tmp_path):
 def test_transcribed_lines(film, monkeypatch, tmp_path):
     asked, said = [], [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
     monkeypatch.setattr("senticlip.speech.transcript", lambda *options: asked.append(options) or said)
+    monkeypatch.setattr("senticlip.speech.model_folder", lambda model: tmp_path)
     rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model="tiny", device="cpu"))
     assert [row["text"] for row in rows] == ["真好", "然后呢"]
     assert asked == [(film, "tiny", "cpu")]

@@ -253,7 +253,7 @@ def test_a_manifest_in_big5_is_no_gbk(tmp_path):
 @pytest.mark.parametrize("between", [";", "\t", ","])
 def test_cells_are_separated_as_in_a_table(between, tmp_path):
     (tmp_path / "a.csv").write_text(
-        between.join(["编号", "视频文件", "台词"]) + f"\r\n1{between}a.mp4{between}好\r\n", encoding="utf-8"
+        between.join(["编号", "视频路径", "台词"]) + f"\r\n1{between}a.mp4{between}好\r\n", encoding="utf-8"
     )
     assert [(row["id"], row["path"], row["text"]) for row in manifest.read(tmp_path / "a.csv")] == [
         ("1", "a.mp4", "好")
@@ -262,7 +262,7 @@ def test_cells_are_separated_as_in_a_table(between, tmp_path):
 
 def test_a_workbook_under_another_name_is_told(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"PK\3\4" + bytes(range(256)))
-    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook — save it as CSV UTF-8"):
+    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook, or a zip — save it as CSV UTF-8"):
         list(manifest.read(tmp_path / "a.csv"))
-    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook — save it as CSV UTF-8"):
+    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook, or a zip — save it as CSV UTF-8"):
         read_clips(tmp_path / "a.csv")

@@ -10,6 +10,7 @@ from av.stream import Disposition
 from tests.fakes import write_film
 
 from senticlip.data.subtitles import Line
+from senticlip.data.video import probe
 from senticlip.speech import NEEDED, transcript
 from senticlip.structures import UsageError, UserError
 
@@ -136,10 +137,10 @@ def test_a_device_that_is_none(film, whisper):
         transcript(film, str(whisper.model), "cuda:x")
 
 
-def test_there_is_no_sound(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=None))
+def test_there_is_no_sound(whisper, tmp_path, monkeypatch):
+    monkeypatch.setattr("senticlip.speech.probe", probe)
     with pytest.raises(UserError, match="no sound"):
-        transcript(write_film(tmp_path / "a.mp4", ["positive"]))
+        transcript(write_film(tmp_path / "a.mp4", ["positive"]), str(whisper.model))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA\nfailed"), ValueError("no model.bin"), Exception("EOF")])

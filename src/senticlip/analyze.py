@@ -22,7 +22,7 @@ from senticlip.data.audio import AudioReader, audio_end
 from senticlip.data.cache import file_keys
 from senticlip.data.subtitles import Line
 from senticlip.data.video import Frames, VideoReader, probe
-from senticlip.dialogue import Source
+from senticlip.dialogue import LineSource
 from senticlip.files import alone, make_folder, write_text, write_whole
 from senticlip.progress import console, spinner
 from senticlip.sources import cache_root
@@ -98,7 +98,7 @@ def analyze(
             or subtitles that cannot be read; another process writes to ``out``.
     """
     video = Path(video)
-    source = Source(subtitles, shift, track, transcribe, asr_model, cut, seconds)
+    source = LineSource(subtitles, shift, track, transcribe, asr_model, cut, seconds)
     source.check()
     info = probe(video)
     if info.problem:

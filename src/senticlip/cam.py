@@ -224,5 +224,7 @@ def _encoder(model: SentimentModel) -> Any:
 
 
 def _copied(model: SentimentModel) -> Any:
-    """Heat maps put hooks into the encoder while they are made; another thread may be using the model."""
-    return copy.deepcopy(_encoder(model))
+    """The encoder with modules of its own: heat maps put hooks into them, and another thread may be using the model."""
+    encoder = _encoder(model)
+    shared = {id(part): part for part in (*encoder.parameters(), *encoder.buffers())}
+    return copy.deepcopy(encoder, shared)

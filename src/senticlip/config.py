@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from reprlib import repr as short
+from reprlib import Repr
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -28,6 +28,11 @@ SHAPES = {"text": ("text.encoder", "prompt", "text.prefix_length", "text.prefix_
 
 Trainable = Literal["frozen", "full"] | int
 """How much of an encoder learns: nothing, everything, or its top k layers."""
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 80
+short = _REPR.repr
+"""A value as messages show it."""
 
 MOST = math.inf
 RANGES: dict[str, tuple[float, float]] = {
@@ -282,7 +287,8 @@ def _build(cls: type, data: Any, where: str) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             meant = f" — did you mean {where}{near[0]}?" if near else "."
-            raise UsageError(f"unknown config key {where}{str(key)[:40]}{meant} Known: {', '.join(hints)}")
+            name = str(key) if len(str(key)) < 80 else short(key)
+            raise UsageError(f"unknown config key {where}{name}{meant} Known: {', '.join(hints)}")
         values[key] = typed(hints[key], value, f"{where}{key}")
     return cls(**values)
 

@@ -14,7 +14,7 @@ from senticlip.progress import console
 from senticlip.structures import UsageError, UserError
 
 
-class Source(NamedTuple):
+class LineSource(NamedTuple):
     """Where the lines of a film come from; the fields are those of ``analyze``."""
 
     subtitles: str | Path | None
@@ -29,7 +29,7 @@ class Source(NamedTuple):
         """Refuse options that are none or would have no effect.
 
         Raises:
-            UsageError: there are such.
+            UsageError: there are such, or no faster-whisper or speech model.
         """
         if self.cut not in ("windows", "shots"):
             raise UsageError(f"cut {self.cut!r}: unknown — choose windows or shots")
@@ -39,6 +39,10 @@ class Source(NamedTuple):
             raise UsageError("--transcribe reads no subtitles — leave it out, or --subtitles, --track and --shift")
         if self.subtitles is not None and self.track is not None:
             raise UsageError("--track is for the film's own subtitles — leave out --subtitles or --track")
+        if self.transcribe:
+            from senticlip.speech import model_folder
+
+            model_folder(self.asr_model)
 
     def lines(self, video: Path, end: float, device: str | None) -> list[Line]:
         """The lines of ``video``, which ends at ``end`` seconds; ``device``: of the speech model.

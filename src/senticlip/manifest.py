@@ -134,14 +134,12 @@ def _named(row: dict[Any, Any]) -> dict[str, Any]:
 def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     csv.field_size_limit(LONGEST_CELL)
     with manifest.open(encoding=_encoding(manifest), newline="") as file:
-        try:
-            between = delimiter_of(file.readline(LONGEST_CELL))
-        except UnicodeDecodeError:
-            between = ","  # told below
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=between, strict=True, restval=_SHORT)
         start = 1
         try:
+            tabs = manifest.suffix.lower() == ".tsv"
+            between = "\t" if tabs else delimiter_of(file.readline(LONGEST_CELL))
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=between, strict=True, restval=_SHORT)
             _known(manifest, reader.fieldnames or [])
             start = reader.line_num + 1
             for row in reader:

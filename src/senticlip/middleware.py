@@ -87,7 +87,8 @@ class Browsers:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request: look at Sec-Fetch-Site, which browsers send and pages cannot set."""
+        """Handle a request: look at Sec-Fetch-Site, which browsers send to https and to their own machine, and which no
+        page can set."""
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -248,14 +248,15 @@ def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Aske
         r"% \usepackage{booktabs}; names in Chinese want XeLaTeX and \usepackage{ctex}. Per cent; MAE and Corr not.",
         f"% {' '.join(asked.told(seeds).split())}.",
     ]
-    over = f"per cent, mean ± standard deviation over {seeds} seeds" if seeds > 1 else "per cent, one seed"
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     for table in tables:
         parts += [f"% {sentence}" for sentence in asked.own(table)]
         for target, rows in found[table.number].items():
             columns = columns_of(rows)
             plain = [_line(name, entry | {"paper": {}}, columns)[: 1 + len(columns)] for name, entry in rows.items()]
             chance = f"; {DAGGER} random weights" if any(entry["random"] for entry in rows.values()) else ""
-            caption = f"{table.title}, judged by {WORDS[target]}; {over}{chance}"
+            unit = "per cent, MAE and Corr as they are" if SCORES.keys() & columns.keys() else "per cent"
+            caption = f"{table.title}, judged by {WORDS[target]}; {unit}, {over}{chance}"
             label = f"tab:{table.number}-{target}"
             parts.append(latex_table(caption, label, ["", *columns.values()], plain, best(rows)))
     return "\n\n".join(parts) + "\n"

@@ -33,20 +33,17 @@ def transcript(video: str | Path, model: str = "small", device: str | None = Non
     Raises:
         UsageError: the extra or the model is missing, or no such device. UserError: no sound that can be read.
     """
-    try:
-        import faster_whisper
-    except ImportError:
-        raise UsageError("--transcribe needs faster-whisper: pip install 'senticlip[asr]'") from None
-    video = Path(video)
+    folder, video = model_folder(model), Path(video)
     if not probe(video).has_audio:
         raise UserError(f"{video}: no sound in it — nothing can be transcribed")
-    folder = _folder(model)
     kind, colon, number = (device or "auto").partition(":")
     if colon and not number.isdecimal():
         raise UsageError(f"--device {device}: unknown — choose cpu, cuda or cuda:N")
+    from faster_whisper import __version__
+
     with spinner(f"reading {video.name}"):
-        keys = file_keys([video, folder / NEEDED[0]], cache_root())
-    spec = json.dumps([1, faster_whisper.__version__, *keys.values()])
+        keys = file_keys([video, folder / "model.bin"], cache_root())
+    spec = json.dumps([1, __version__, *keys.values()])
     place = cache_root() / "transcripts" / f"{hashlib.blake2b(spec.encode(), digest_size=12).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):
         return [Line(*line) for line in json.loads(place.read_text(encoding="utf-8"))]
@@ -79,30 +76,33 @@ def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
     return [line for line in lines if line.text and line.end > line.start]
 
 
-def _folder(model: str) -> Path:
+def model_folder(model: str) -> Path:
     """The local folder of a speech model: itself, or by its size, from disk, else from the hub.
 
     Raises:
-        UsageError: there is none, or a file is missing in it.
+        UsageError: there is none, a file is missing in it, or faster-whisper is.
     """
+    try:
+        from faster_whisper import utils
+    except ImportError:
+        raise UsageError("--transcribe needs faster-whisper: pip install 'senticlip[asr]'") from None
     if not model.strip():
         raise UsageError("--asr-model: no name was given — is a variable of the shell unset?")
-    folder = Path(model) if Path(model).is_dir() else _fetch(model)
+    repository = getattr(utils, "_MODELS", {}).get(model, f"Systran/faster-whisper-{model}")
+    folder = Path(model) if Path(model).is_dir() else _fetch(model, repository)
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise UsageError(f"--asr-model {model}: no {missing[0]} in {folder} — copy or convert the model again")
     return folder
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, repository: str) -> Path:
     """The local folder of a model by its size, from disk, else from the hub if that can be reached."""
-    from faster_whisper import utils
-
     from senticlip.encoders.hub import fetch
 
     if "/" in model:
         raise UsageError(f"--asr-model {model}: no such folder")
     try:
-        return fetch(getattr(utils, "_MODELS", {}).get(model, f"Systran/faster-whisper-{model}"), "asr")
+        return fetch(repository, "asr")
     except UsageError as error:
         reason = str(error).split(";")[0].removeprefix("asr: ")
         raise UsageError(f"--asr-model {model}: {reason}; give a folder with the model: --asr-model FOLDER") from None

@@ -144,10 +144,12 @@ def test_what_a_file_names_often_is_not_copied_as_often(tmp_path, part, message)
     part = {"id": ["a"], "regression_labels": [0.0], **part}
     path = save(tmp_path / "f.pkl", {"train": part, "valid": empty, "test": empty})
     tracemalloc.start()
-    with pytest.raises(UserError, match=message):
-        feature_clips(path)
-    assert tracemalloc.get_traced_memory()[1] < 40e6
-    tracemalloc.stop()
+    try:
+        with pytest.raises(UserError, match=message):
+            feature_clips(path)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_label_may_lie_in_an_array_of_its_own(tmp_path):

@@ -517,6 +517,9 @@ def test_every_word_has_its_score(value, words):
 def test_numbers_as_they_are_typeset_and_in_full_width(tmp_path):
     (tmp_path / "a.csv").write_text("文本,标签\n坏,−0.6\n差,－０．８\n好,０．４\n", encoding="utf-8")
     assert [clip.labels["M"] for clip in read_clips(tmp_path / "a.csv")] == [-0.6, -0.8, 0.4]
+    (tmp_path / "b.csv").write_text("文本,标签\n好,0.5²\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"'0\.5²' is no label"):
+        read_clips(tmp_path / "b.csv")
 
 
 def test_each_modalitys_label_by_a_chinese_name(tmp_path):

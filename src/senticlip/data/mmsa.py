@@ -25,6 +25,8 @@ from senticlip.structures import Clip, UserError
 SUFFIXES = (".pkl", ".pickle")
 LABELS = {"M": "regression_labels", **{name: f"regression_labels_{name}" for name in "TAV"}}
 VERSION = 1
+SMALL = 10_000_000
+"""Characters of text that a feature file may have in any case, however often it names one and the same."""
 
 
 class Features(NamedTuple):
@@ -160,7 +162,7 @@ def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[
         plain = isinstance(item, str | bytes | float | np.generic) or item is None
         if not plain and not (isinstance(item, int) and abs(item) < 1 << 63):
             raise UserError(f"{path}, {split}, {key}, row {row}: expected text or a number, not {type(item).__name__}")
-    if sum(len(item) for item in found if isinstance(item, str | bytes)) > Path(path).stat().st_size:
+    if sum(len(item) for item in found if isinstance(item, str | bytes)) > max(Path(path).stat().st_size, SMALL):
         # a row may name a long text again in two bytes, and each would be copied
         raise UserError(f"{path}, {split}, {key}: more text than the file is long — write each row's own")
     return found

@@ -32,8 +32,8 @@ FORMATS = (
 """The formats that may be opened: they contain their streams. A playlist (HLS, concat, DASH …) could make FFmpeg read
 any file on this machine, or wait for ever."""
 
-MOST_PIXELS = 64 << 20
-"""Pixels of a picture at most, above 8K's 32 << 20: a file of 1 MB may hold a picture that fills the memory."""
+MOST_PIXELS = 128 << 20
+"""Pixels of a picture at most, as of a telephone's photo: a file of 1 MB may hold one that fills the memory."""
 
 SMALLER = f"make them smaller, {MOST_PIXELS // 10**6} million pixels are the most"
 

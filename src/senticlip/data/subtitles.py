@@ -24,7 +24,7 @@ TOGETHER, LEAST = 10.0, 0.5
 """Lines that merely touch are merged up to so many seconds; real ones are no longer, and none is shorter."""
 MANY, LONGEST = 200, 10_000
 """So many neighbours of a cue and rows of a screen are looked at, and to a line of so many characters nothing is added:
-no film has more, and with a file that was made to have more all would take hours."""
+with a file of thousands that are shown at once, all would take hours."""
 
 _COLUMNS = ("layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect", "text")
 _SOUNDS = (
@@ -39,7 +39,8 @@ _TIMING = re.compile(rf"^[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}(?=[\s{_HIDDEN}]|$)"
 _LIKE_TIMING = re.compile(
     r"(?m)^[ \t]*-?\d+[ \t]*[:;：][ \t]*\d+[ \t]*[:;：][\d:;：.,，' \t-]{0,40}([-–—]{1,9}>|→)[ \t]*-?\d"
 )
-_INVISIBLE = re.compile(f"(?!\u200d)[{_HIDDEN}\x00-\x08\x0e-\x1f]")  # U+200D joins the parts of an emoji
+# U+200D joins the parts of an emoji
+_INVISIBLE = re.compile(f"(?!\u200d[\u2190-\u2bff\U0001f000-\U0001faff])[{_HIDDEN}\x00-\x08\x0e-\x1f]")
 
 
 class Line(NamedTuple):

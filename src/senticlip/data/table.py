@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import unicodedata
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -47,18 +46,21 @@ NAMES = {
     "mode": "split", "sentence": "text", "content": "text", "subtitle": "text", "label_m": "label",
     "video": "path", "file": "path", "t": "label_t", "a": "label_a", "v": "label_v",
     "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "文本内容": "text",
-    "标签": "label", "情感": "label", "情感标签": "label", "情感类别": "label", "情感极性": "label",
+    "标签": "label", "情感": "label", "情感标签": "label", "情感类别": "label", "情感极性": "annotation",
     "標籤": "label", "編號": "id", "编号": "id", "文本标签": "label_t", "视频标签": "label_v", "视觉标签": "label_v",
     "音频标签": "label_a", "语音标签": "label_a",
     "路径": "path", "视频": "path", "文件": "path", "视频路径": "path", "video_path": "path", "filename": "path",
-    "视频文件": "path", "文件名": "path", "視頻": "path", "影片": "path", "劃分": "split",
+    "視頻": "path", "劃分": "split",
     "划分": "split", "数据划分": "split", "数据集划分": "split",
-    "开始": "start", "结束": "end", "开始时间": "start", "结束时间": "end",
+    "开始": "start", "结束": "end",
 }  # fmt: skip
 _COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
 _OWN = ("path", "start", "end")
 _KNOWN = {*_COLUMNS, *_OWN, "id"}
 TARGET_COLUMNS = {"label": "M", "label_t": "T", "label_a": "A", "label_v": "V"}
+
+
+_TYPESET = str.maketrans("－−．＋", "--.+")
 
 
 class Line(NamedTuple):
@@ -97,7 +99,7 @@ def check_no_workbook(data: bytes, path: Path) -> None:
         UserError: it is one.
     """
     if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
-        raise UserError(f"{path}: is an Excel workbook — save it as CSV UTF-8 (另存为 → CSV UTF-8)")
+        raise UserError(f"{path}: is an Excel workbook, or a zip — save it as CSV UTF-8 (另存为 → CSV UTF-8)")
 
 
 def delimiter_of(line: str) -> str:
@@ -289,7 +291,7 @@ def split_named(name: str | None) -> str:
 def finite(cell: str) -> float | None:
     """A finite number, also with a typeset minus or in full width (－０．５); None if it is none."""
     try:
-        value = float(unicodedata.normalize("NFKC", cell).replace("−", "-"))
+        value = float(cell.translate(_TYPESET))
     except ValueError:
         return None
     return value if math.isfinite(value) else None
