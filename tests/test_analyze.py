@@ -1,5 +1,7 @@
 """A film → its timeline: right rows, one pass, resumable, a page that stands alone."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -8,10 +10,11 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from tests.data import test_subtitles
 from tests.data.test_cutaways import write_shots
 from tests.data.test_video import delayed, remux
-from tests.fakes import FakePredictor, write_film
+from tests.fakes import SHADES, FakePredictor, write_film
 from tests.test_export import add_sound
 
 from senticlip import analyze as room
@@ -360,3 +363,60 @@ def test_a_part_that_a_disk_has_lost_is_made_again(film, srt, tmp_path):
     (out / "timeline.parquet").write_bytes(data)
     assert list(analyze(again, film, srt, out, resume=True)) == whole
     assert pyarrow.csv.read_csv((out / "timeline.csv").open("rb"))["text"].to_pylist() == WORDS
+
+
+def shown(out):
+    """What the page of a timeline holds."""
+    page = (out / "timeline.html").read_text(encoding="utf-8")
+    (said,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(said)
+
+
+def test_the_page_has_the_numbers_of_the_table(film, srt, tmp_path):
+    rows = list(analyze(FakePredictor(), film, srt, tmp_path, shift=5))
+    data = shown(tmp_path)
+    assert (data["film"], data["duration"]) == (pytest.approx(12), pytest.approx(rows[-1]["end"]))  # words go on
+    for row, found in zip(rows, data["rows"], strict=True):
+        assert [found[key] for key in "sexl"] == [row[key] for key in ("start", "end", "text", "label")]
+        assert [found[key] for key in "fc"] == pytest.approx([row["sentiment"], row["conflict"]], abs=1e-6)
+        for key, prefix in (("p", ""), ("text", "text_"), ("video", "video_"), ("audio", "audio_")):
+            wanted = [row[prefix + name] for name in ("negative", "neutral", "positive")]
+            assert found[key] == (None if wanted[0] is None else pytest.approx(wanted, abs=5e-4))
+        assert found["w"] == pytest.approx({head: row[f"weight_{head}"] for head in found["w"]}, abs=5e-4)
+
+
+def test_a_thumbnail_is_of_the_middle_of_its_line(film, tmp_path):
+    srt = tmp_path / "a.srt"
+    srt.write_text("1\n00:00:00,100 --> 00:00:05,900\n好\n", encoding="utf-8")  # positive, negative, neutral pictures
+    list(analyze(FakePredictor(), film, srt, tmp_path))
+    data = base64.b64decode(shown(tmp_path)["rows"][0]["i"].partition(",")[2])
+    picture = Image.open(io.BytesIO(data))
+    assert picture.size == (128, 96)  # the film's 64 x 48
+    assert np.asarray(picture).mean((0, 1)) == pytest.approx(SHADES["negative"], abs=15)
+
+
+def test_the_track_that_was_asked_for_is_read(tmp_path):
+    tracks = [("chi", test_subtitles.SRT), ("eng", test_subtitles.SRT.replace("今天我真的很高兴", "Hello"))]
+    path = test_subtitles.film(tmp_path / "film.mkv", tracks)
+    for track, words in ((None, "今天我真的很高兴"), (0, "今天我真的很高兴"), (1, "Hello")):
+        assert next(analyze(FakePredictor(), path, track=track))["text"] == words
+
+
+def test_without_resume_what_is_finished_is_made_anew(film, srt, tmp_path):
+    for options, batches in (({}, 3), ({}, 3), ({"resume": True}, 0)):
+        predictor = FakePredictor()
+        assert len(list(analyze(predictor, film, srt, tmp_path, **options))) == 6
+        assert predictor.batches == batches
+
+
+def test_nought_is_a_number_on_the_page():
+    row = dict.fromkeys(room.SCHEMA.names, 0.0) | {"thumbnail": None}
+    found = room._shown(row)
+    assert [found[key] for key in ("f", "c", "p", "text", "w")] == [
+        0,
+        0,
+        [0] * 3,
+        [0] * 3,
+        dict.fromkeys(room.HEADS, 0),
+    ]
+    assert [room._shown(dict.fromkeys(row))[key] for key in ("f", "c", "p")] == [None] * 3

@@ -586,3 +586,31 @@ def test_the_words_of_a_piece_are_those_said_in_it(tmp_path):
     row = {"id": "x", "path": "a.mp4", "text": None, "subtitles": "a.srt", "start": "1.0", "end": "3.0", "error": None}
     clip = worker._clip(row)
     assert (clip.text.split(), clip.start, clip.end) == (["乙", "丙"], 1.0, 3.0)
+
+
+def test_the_precision_and_the_device_reach_the_model(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("senticlip.predictor.load", lambda _, **options: asked.append(options) or FakePredictor())
+    (tmp_path / "m.jsonl").write_text('{"id": "a", "text": "真好"}', encoding="utf-8")
+    list(bulk.bulk(run, tmp_path / "m.jsonl", tmp_path / "out", workers=1, device="cpu", precision="bf16"))
+    assert asked == [{"device": "cpu", "precision": "bf16"}]
+
+
+def test_answers_of_another_config_are_not_mixed_in(run, tmp_path):
+    """The weights alone do not tell how many frames are read of a clip."""
+    mine, (manifest_file, out) = shutil.copytree(run, tmp_path / "run"), (tmp_path / "m.jsonl", tmp_path / "out")
+    manifest_file.write_text('{"id": "a", "text": "真好"}', encoding="utf-8")
+    list(bulk.bulk(mine, manifest_file, out, workers=1))
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps(config, indent=3))
+    with pytest.raises(UserError, match="holds answers with another run — choose another --out"):
+        bulk.bulk(mine, manifest_file, out, workers=1)
+
+
+def test_a_part_that_was_lost_is_counted_once(run, archive, undisturbed, tmp_path):
+    list(bulk.bulk(run, archive, tmp_path, workers=1, rows_per_part=PART))
+    hurt(tmp_path / "part-000001.parquet")
+    told = []
+    options = {"workers": 1, "rows_per_part": PART, "progress": lambda *numbers: told.append(numbers)}
+    list(bulk.bulk(run, archive, tmp_path, **options))
+    assert told == [(ROWS, ROWS), (ROWS, ROWS)]  # its end is sound: that it is lost shows when it is read

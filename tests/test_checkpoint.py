@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from senticlip.card import model_card
 from senticlip.checkpoint import newest_checkpoint
 from senticlip.fit import Hooks
 from senticlip.models.base import SentimentModel
-from senticlip.structures import UserError
+from senticlip.structures import Clip, UserError
 from senticlip.train import train
 
 
@@ -398,3 +400,74 @@ def test_the_card_says_calibrated_only_where_something_was(place):
     assert "It is not calibrated" in peer
     assert "temperature" not in peer
     assert "fusion" not in peer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "b"},
+        {"video": Path("/d/b.mp4")},
+        {"text": "坏"},
+        {"labels": {"M": 0.4}},
+        {"split": "test"},
+        {"start": 0.4},
+        {"end": 3.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_a_row_says_makes_it_other_data(change):
+    clip = Clip("a", Path("/d/a.mp4"), "好", {"M": 0.2}, "train", 2, 0.5, 2.0)
+    assert room.rows_digest("/d", [clip]) != room.rows_digest("/d", [clip._replace(**change)])
+
+
+def test_the_weights_of_every_encoder_and_of_the_start_are_told_apart(tmp_path):
+    keys = ("text.encoder", "vision.encoder", "label.encoder", "start")
+    for key in keys:
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "model.safetensors").write_text(key)
+    config = configs.Config().override({key: str(tmp_path / key) for key in keys})
+    before = room.encoder_keys(config)
+    assert set(before) == {str(tmp_path / key) for key in keys}
+    for key in keys:
+        (tmp_path / key / "model.safetensors").write_text("other")
+        changed = {name for name, found in room.encoder_keys(config).items() if found != before[name]}
+        assert changed == {str(tmp_path / key)}
+        (tmp_path / key / "model.safetensors").write_text(key)
+
+
+def test_who_reads_a_file_that_is_written_anew_reads_the_old_one(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with (tmp_path / "a.txt").open() as reader:
+        files.write_text(tmp_path / "a.txt", "new")
+        assert reader.read() == "old"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path):
+    for step in (4, 10, 9):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_global_step": 4}))
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert room.best_checkpoint(tmp_path / "checkpoint-10") == tmp_path / "checkpoint-4"
+
+
+def test_who_is_patient_waits_for_who_writes(tmp_path):
+    held, done = threading.Event(), []
+
+    def hold():
+        with files.alone(tmp_path, "export"):
+            held.set()
+            time.sleep(0.3)
+            done.append("first")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    with files.alone(tmp_path, "export", patience=30):
+        done.append("second")
+    thread.join()
+    assert done == ["first", "second"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -344,3 +346,97 @@ def test_demo_reads_the_tiny_preset_and_its_changes(say, monkeypatch):
     wanted = load_preset("tiny", ["seed=7", "width=32", "stages.text.train.epochs=1"])
     assert seen == [("x", wanted, False)]
     assert (wanted.seed, wanted.width, wanted.stage("text").train.epochs) == (7, 32, 1)
+
+
+class Asked(Exception):
+    """Ends a verb that has asked for its work."""
+
+
+@pytest.mark.parametrize(
+    ("work", "line", "wanted"),
+    [
+        (
+            "train.train",
+            f"train {TINY} --data d --out o --seed 3 --resume --device cpu --set width=32",
+            {"data": "d", "out": "o", "seed": 3, "resume": True, "device": "cpu"},
+        ),
+        (
+            "evaluate.evaluate",
+            "evaluate r --data d --split valid --target V --precision bf16 --device cpu",
+            {"run": "r", "data": "d", "split": "valid", "target": "V", "precision": "bf16", "device": "cpu"},
+        ),
+        (
+            "evaluate.compare",
+            "evaluate r s --data d --split valid --target V --precision bf16 --device cpu",
+            {"run_a": "r", "run_b": "s", "data": "d", "split": "valid", "target": "V", "precision": "bf16"}
+            | {"device": "cpu"},
+        ),
+        (
+            "reproduce.reproduce",
+            "reproduce --data d --out o --preset small --tables 1,5 --seeds 2 --protocol video --keep --device cpu "
+            "--set width=32",
+            {"preset": "small", "tables": ["1", "5"], "seeds": 2, "protocol": "video", "keep": True, "device": "cpu"}
+            | {"data": "d", "out": "o", "overrides": ["width=32"]},
+        ),
+        (
+            "features.features",
+            "features d --out f.pkl --run r --protocol tenth --device cpu",
+            {"data": "d", "out": "f.pkl", "run": "r", "protocol": "tenth", "device": "cpu"},
+        ),
+        (
+            "bulk.bulk",
+            "bulk r m.csv --out o --address a:1 --workers 3 --retry --precision bf16 --device cpu",
+            {"run": "r", "manifest_file": "m.csv", "out": "o", "address": "a:1", "workers": 3, "retry": True}
+            | {"precision": "bf16", "device": "cpu"},
+        ),
+        (
+            "export.export",
+            "export r --out f.onnx --int8 --data d --split test",
+            {"run": "r", "out": "f.onnx", "int8": True, "data": "d", "split": "test"},
+        ),
+        (
+            "analyze.analyze",
+            "analyze r f.mp4 --subtitles s.srt --out o --shift 0.5 --resume --transcribe --asr-model tiny --cut shots "
+            "--seconds 3 --track 1 --precision bf16 --device cpu",
+            {"run": "r", "video": "f.mp4", "subtitles": "s.srt", "out": "o", "shift": 0.5, "resume": True, "track": 1}
+            | {"transcribe": True, "asr_model": "tiny", "cut": "shots", "seconds": 3.0, "precision": "bf16"}
+            | {"device": "cpu"},
+        ),
+        (
+            "explain.explain",
+            "explain r f.mp4 --text 好 --out o --method rollout --device cpu",
+            {"run": "r", "video": "f.mp4", "text": "好", "out": "o", "method": "rollout", "device": "cpu"},
+        ),
+        (
+            "explain_set.explain_set",
+            "explain r --data d --split valid --worst 3 --out o --method rollout --device cpu",
+            {"run": "r", "data": "d", "split": "valid", "worst": 3, "out": "o", "method": "rollout", "device": "cpu"},
+        ),
+        (
+            "serve.serve",
+            "serve r --host ::1 --port 9 --limit 3 --precision bf16 --device cpu",
+            {"run": "r", "host": "::1", "port": 9, "limit": 3.0, "precision": "bf16", "device": "cpu"},
+        ),
+        ("data.sims.check", "data check d --protocol video", {"path": "d", "protocol": "video"}),
+        ("demo.demo", "demo --out o --sound", {"out": "o", "sound": True}),
+        ("pretrain.pretrain", "demo --pretrain --seed 5", {"seed": 5}),
+    ],
+)
+def test_every_option_reaches_its_work(say, monkeypatch, work, line, wanted):
+    module, _, name = f"senticlip.{work}".rpartition(".")
+    signature, seen = inspect.signature(getattr(importlib.import_module(module), name)), {}
+
+    def asked(*arguments, **options):
+        seen.update(signature.bind(*arguments, **options).arguments)
+        raise Asked
+
+    monkeypatch.setattr(f"{module}.{name}", asked)
+    with pytest.raises(Asked):
+        cli.main([*line.split(), "--debug"])
+    assert {key: seen.get(key) for key in wanted} == wanted
+
+
+def test_data_check_ends_with_1_if_there_are_problems(place, say, tmp_path):
+    (tmp_path / "own.csv").write_text("text,label\n好,2\n", encoding="utf-8")
+    assert say("data", "check", tmp_path / "own.csv")[0] == 1
+    assert say("data", "check", place / "data")[0] == 0

@@ -232,3 +232,12 @@ def test_nothing_is_told_to_the_makers_of_libraries(tmp_path, script):
     place = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY")} | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], env=place, check=True)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_twins_of_another_format_or_of_other_weights_are_none(tmp_path):
+    mark = tmp_path / "openvino" / "of.txt"
+    mark.parent.mkdir()
+    for written, there in ((f"{compiled.FORMAT} abc", True), (f"{compiled.FORMAT - 1} abc", False), ("abc", False)):
+        mark.write_text(written)
+        assert compiled.made(tmp_path, "abc") == there
+        assert not compiled.made(tmp_path, "c")

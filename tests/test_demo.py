@@ -129,3 +129,29 @@ def test_it_needs_text_and_video(tmp_path):
         with pytest.raises(UsageError, match="modalities: the demo compares text and video"):
             demo(tmp_path / "out", Config(modalities=modalities))
     assert not (tmp_path / "out").exists()
+
+
+def test_each_model_is_beside_the_best_that_what_it_reads_allows(tmp_path, monkeypatch):
+    seen, best = {}, {"fused": 1.0, "text": 0.66, "video": 0.74}
+
+    def paged(found, shown):
+        seen.update(found)
+        raise Enough
+
+    for name, stub in {
+        "make": lambda *_, **__: {"best": {"test": best}},
+        "train": lambda *_, **__: None,
+        "evaluate": lambda run, data: {"run": run.name},
+        "read_metrics": lambda run: {"history": [run.name]},
+        "stages_of": lambda *_: [],
+        "read_clips": lambda *_: [],
+        "strip": lambda *_: [{"kind": "conflict", "path": "p", "text": "t"}],
+        "load": lambda run: None,
+        "explain": lambda *_: None,
+        "page": paged,
+    }.items():
+        monkeypatch.setattr(f"senticlip.demo.{name}", stub)
+    with pytest.raises(Enough):
+        demo(tmp_path / "out")
+    runs = {"fused": "run", "text": "run-text", "video": "run-video"}
+    assert seen == {name: {"run": run, "history": [run], "best": best[name]} for name, run in runs.items()}

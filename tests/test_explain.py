@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import tiny
 from senticlip import cam
 from senticlip import explain_set as explaining
 from senticlip.config import from_dict
-from senticlip.explain import Explanation, explain, explanation, heated, html, sentences
+from senticlip.explain import Explanation, _maps, explain, explanation, heated, html, inline, sentences
 from senticlip.explain_set import Answered, _kinds, _right, _summary, explain_set, kind
 from senticlip.models import create_model
 from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
@@ -576,3 +577,41 @@ def test_the_worst_errors_come_first(tmp_path, monkeypatch):
     chances = [row.whole.probabilities[LABELS[row.truth]] for row in listed]
     assert len(chances) > 2
     assert chances == sorted(chances)
+
+
+def test_attention_is_the_mean_of_all_heads():
+    maps = torch.rand(1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    there = {
+        name: Sequence(torch.zeros(1, n, 8), torch.ones(1, n, dtype=torch.bool))
+        for name, n in (("text", 2), ("vision", 4))
+    }
+    found = cross_attention(Output({}, attention={"text_asks_vision": maps}), Batch(there, {}))
+    torch.testing.assert_close(found["text_asks_vision"], maps[0].mean(0))
+
+
+def test_all_frames_have_one_scale(monkeypatch):
+    maps = torch.tensor([[[1.0, 2.0]], [[4.0, 0.0]]])
+    monkeypatch.setattr(cam, "methods_for", lambda model: ["grad-cam"])
+    monkeypatch.setitem(cam.METHODS, "grad-cam", lambda model, batch, index: maps)
+    answer = Prediction("positive", {}, {}, {})
+    found, name = _maps(SimpleNamespace(model=None), None, answer, None)
+    assert (found.tolist(), name) == ([[[0.25, 0.5]], [[1.0, 0.0]]], "grad-cam")
+
+
+def test_a_frame_is_shown_as_it_is_and_then_under_its_map():
+    plain, heat = (Image.new("RGB", (8, 8), color) for color in ("blue", "red"))
+    answer = Prediction("positive", dict.fromkeys(LABELS, 1 / 3), {}, {})
+    cases = [Case("everything", 0, "", answer)]
+    found = Explanation("a.mp4", None, answer, cases, {}, None, [0.5], [plain], np.ones((1, 2, 2)), "grad-cam")
+    assert re.findall(r'<img [^>]*src="(data:[^"]+)"', html(found, [heat])) == [inline(plain), inline(heat)]
+
+
+def test_the_method_that_was_asked_for_is_that_of_every_page(tmp_path, monkeypatch):
+    asked = []
+    run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn"), head="linear")
+    data = tiny.data_folder(tmp_path / "data", (0, 0, 9))
+    monkeypatch.setattr(explaining, "explanation", lambda predictor, clip, method: asked.append(method))
+    monkeypatch.setattr(explaining, "write", lambda found, out: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        explain_set(run, data, tmp_path / "out", method="grad-cam")
+    assert asked == ["grad-cam"]

@@ -11,6 +11,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -29,6 +30,7 @@ from senticlip.export import OnnxModel, export
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.precision import compare, disagreement
+from senticlip.quantize import spared
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
@@ -358,3 +360,27 @@ def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
     monkeypatch.setattr("senticlip.export._made", full)
     with pytest.raises(UserError, match=r"f\.onnx: the disk is full — make room, then run the same command again$"):
         export(run, tmp_path / "f.onnx")
+
+
+def test_the_file_has_the_temperatures_of_the_run(run, file):
+    """``evaluate`` gives the heads equal weights by them."""
+    assert OnnxModel(file).network.temperature.tolist() == pytest.approx([0.7, 3.0])
+    assert list(OnnxModel(file).experiment.modalities) == list(senticlip.load(run).config.modalities)
+
+
+def test_what_int8_spares_is_the_network_and_the_texts_second_product():
+    shapes = {"widens": (16, 32), "narrows": (32, 16), "stack": (2, 32, 16)}
+    places = {"text": "model.encoders.text", "frames": "model.encoders.vision", "fusion": "model.network"}
+    nodes = [
+        SimpleNamespace(
+            name=f"{place} {weight}",
+            op_type="MatMul",
+            input=["x", weight],
+            metadata_props=[SimpleNamespace(key="pkg.torch.onnx.name_scopes", value=f"['', 'model', '{scope}', 'w']")],
+        )
+        for place, scope in places.items()
+        for weight in shapes
+    ]
+    weights = [SimpleNamespace(name=name, dims=dims) for name, dims in shapes.items()]
+    found = {name for name in spared(SimpleNamespace(initializer=weights, node=nodes)) if "_" not in name}
+    assert found == {"text narrows", "text stack", "frames stack", "fusion widens", "fusion narrows", "fusion stack"}

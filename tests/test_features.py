@@ -13,12 +13,13 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 import tiny
 from senticlip.config import Config
+from senticlip.data.loader import ArrayRows
 from senticlip.data.mmsa import read_features
 from senticlip.data.sims import read_clips
 from senticlip.encoders.text import tokenize
-from senticlip.features import features
+from senticlip.features import _labels, _padded, _tokens, features
 from senticlip.models import create_model
-from senticlip.structures import Sequence, UsageError
+from senticlip.structures import Clip, Sequence, UsageError
 
 
 @pytest.fixture
@@ -125,3 +126,35 @@ def test_splits_and_modalities_that_are_not_there(tmp_path, encoder):
 def test_a_feature_file_is_called_as_one(tmp_path):
     with pytest.raises(UsageError, match=r"f\.npz: a feature file is a pickle — give a name that ends in \.pkl"):
         features(tmp_path, tmp_path / "f.npz", Config())
+
+
+def test_a_long_sound_is_averaged_down_and_nothing_of_it_cut_off():
+    values = np.arange(20, dtype=np.float32).reshape(1, 10, 2)
+    sound = ArrayRows(values, np.ones((1, 10), bool))
+    found = _padded("audio", sound, np.array([0]), 2, 5)
+    assert found["audio_lengths"] == [5]
+    np.testing.assert_allclose(found["audio"][0], values[0].reshape(5, 2, 2).mean(1))
+
+
+def test_tokens_are_ids_mask_and_types_as_bert_takes_them(encoder):
+    tokenizer = BertTokenizer.from_pretrained(encoder)
+    found = _tokens(tokenizer, [Clip("a", text="今天真好"), Clip("b", text="好")], 12)["text_bert"]
+    assert found[:, 1].tolist() == [[1] * 6, [1] * 3 + [0] * 3]
+    assert found[1, 0].tolist() == [*tokenizer("好")["input_ids"], 0, 0, 0]
+    assert not found[:, 2].any()
+
+
+def test_a_clip_without_a_label_of_its_own_gets_the_joint_one():
+    found = _labels([Clip("a", labels={"M": 0.4, "T": -0.6}), Clip("b", labels={"M": -1.0})])
+    assert found["regression_labels"].tolist() == pytest.approx([0.4, -1.0])
+    assert found["regression_labels_T"].tolist() == pytest.approx([-0.6, -1.0])
+    assert set(found) == {"regression_labels", "regression_labels_T", "classification_labels", "annotations"}
+    assert (found["classification_labels"].tolist(), found["annotations"]) == ([2, 0], ["Positive", "Negative"])
+
+
+def test_the_protocol_that_is_asked_for_divides_the_clips(tmp_path, folder, encoder):
+    for protocol in ("official", "tenth", "video"):
+        features(folder, tmp_path / "f.pkl", small(encoder), protocol=protocol)
+        ids = {split: part["id"] for split, part in pickle.loads((tmp_path / "f.pkl").read_bytes()).items()}
+        clips = read_clips(folder, None, protocol)
+        assert ids == {s: [c.id.replace("/", "$_$") for c in clips if c.split == s] for s in ids}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from senticlip import cli, layout, results
+from senticlip import evaluate as evaluations
 from senticlip import reproduce as room
 from senticlip import train as trainings
 from senticlip.config import Config
@@ -541,3 +542,50 @@ def test_differences_have_a_true_minus_and_no_negative_zero():
     gap = {"difference": -0.00004, "low": -0.1, "high": 0.1}
     rows = {"one": entry(accuracy=0.5) | {"versus": {"accuracy": gap, "macro_f1": gap}}}
     assert results._line("one", rows["one"], results.NAMES)[-1] == "0.00 [−10.00, +10.00]"
+
+
+def test_the_device_reaches_the_training_and_the_evaluation(world, monkeypatch):
+    run, _, _ = world
+    train, evaluate, seen = trainings.train, evaluations.evaluate, []
+
+    def trained(*args, **options):
+        seen.append(("train", options["device"]))
+        return train(*args, **options)
+
+    def evaluated(folder, data, split, device=None):
+        seen.append(("evaluate", device))
+        return evaluate(folder, data, split, device)
+
+    monkeypatch.setattr(trainings, "train", trained)
+    monkeypatch.setattr(evaluations, "evaluate", evaluated)
+    run(tables=["6"], seeds=1, device="cuda:1")
+    assert set(seen) == {("train", "cuda:1"), ("evaluate", "cuda:1")}
+
+
+@pytest.mark.parametrize(("preset", "random"), [("tiny", True), ("small", True), ("paper", False)])
+def test_only_presets_without_the_papers_encoders_draw_weights(world, monkeypatch, preset, random):
+    run, _, _ = world
+    seen = []
+
+    def asked(*args, random):
+        seen.append(random)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "load_tables", asked)
+    with pytest.raises(KeyboardInterrupt):
+        run(preset=preset)
+    assert seen == [random]
+
+
+def test_a_single_encoder_is_judged_by_its_own_label_first():
+    (table,) = load_tables(Config(), ["3"], {"M", "T"}, random=False)
+    right = {"T": 0.7, "M": 0.6}
+    runs = {
+        (digest(config), 0): {"accuracy": right[target], "macro_f1": 0.5, **predicted(0, 0, 0, 0)}
+        for row in table.rows
+        for target, config in row.configs.items()
+    }
+    found = results.numbers(results.collect([table], runs, 1))["3"]
+    assert list(found) == [row.name for row in table.rows]
+    for row in found.values():
+        assert (row["accuracy"]["mean"], row["on_M"]["accuracy"]["mean"]) == (0.7, 0.6)

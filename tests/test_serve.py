@@ -484,3 +484,17 @@ def test_a_running_answer_does_not_hold_the_end_up_and_leaves_no_upload(place, t
     finally:
         process.kill()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_loaded_as_asked_and_the_limit_is_in_mib(place, monkeypatch):
+    asked = []
+
+    def made(predictor, name, most, *rest):
+        asked.append((predictor.label, name, most))
+        raise KeyError
+
+    monkeypatch.setattr("senticlip.load", lambda *options: asked.append(options) or Said("neutral"))
+    monkeypatch.setattr("senticlip.serve.app", made)
+    with pytest.raises(KeyError):
+        serve(place / "run", port=0, limit=1.5, device="cuda:1", precision="bf16")
+    assert asked == [(place / "run", "cuda:1", "bf16"), ("neutral", "run", 3 << 19)]

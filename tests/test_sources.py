@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,8 @@ from senticlip.config import Config
 from senticlip.data.cache import Store
 from senticlip.data.loader import ArrayRows, ClipSet
 from senticlip.models import create_model
-from senticlip.sources import clip_set
-from senticlip.structures import Clip
+from senticlip.sources import clip_set, encoded
+from senticlip.structures import Clip, Sequence
 
 
 @pytest.fixture
@@ -74,3 +76,14 @@ def test_a_label_that_is_not_given_is_unknown():
         "A": [True, True],
         "V": [True, True],
     }
+
+
+def test_what_half_precision_cannot_hold_is_its_largest_number(tmp_path):
+    class Loud(torch.nn.Module):
+        def forward(self, given):
+            return Sequence(torch.tensor([[[1e6, -1e6, 0.5]]]), given.mask)
+
+    config = Config(modalities=["text"])
+    model = SimpleNamespace(encoders={"text": Loud()}, device="cpu", experiment=config)
+    rows = encoded(["key"], lambda places: [np.array([7]) for _ in places], model, "text", tmp_path)
+    assert rows.gather(np.array([0]))[0][0, 0].tolist() == [65504, -65504, 0.5]

@@ -11,7 +11,7 @@ import yaml
 from senticlip.config import Config, TrainConfig, load
 from senticlip.models import MODELS
 from senticlip.structures import UsageError
-from senticlip.tables import EXPERIMENTS, digest, load_experiment, load_tables, notes, row_changes
+from senticlip.tables import EXPERIMENTS, Asked, Row, Table, digest, load_experiment, load_tables, notes, row_changes
 
 STAGES = {
     "text": {"modalities": ["text"], "target": "T", "text.train": "full", "train.epochs": 2},
@@ -193,3 +193,23 @@ def test_rows_change_what_they_are_called_after():
         for name, config in found[number].items():
             encoder = config.text.encoder if number == "3" else config.vision.encoder
             assert re.search(named[name], encoder), (name, encoder)
+
+
+def test_the_papers_numbers_stand_under_their_names():
+    """Table 2's VGG-16 in the paper: accuracy 48.25, F1 35.95, precision 31.08, recall 42.63."""
+    paper = {"accuracy": 48.25, "macro_f1": 35.95, "precision": 31.08, "recall": 42.63}
+    assert tables(Config())["2"].rows[0].paper == paper
+
+
+@pytest.mark.parametrize("change", ["width=32", "train.lr=0.5", "text.train=2", "target=T", "label.prompt='{}'"])
+def test_whatever_differs_in_two_rows_but_the_seed_makes_them_two_runs(change):
+    assert digest(load_experiment([str(EXPERIMENTS / "tiny.yaml")], [change])) != digest(
+        load(EXPERIMENTS / "tiny.yaml")
+    )
+
+
+def test_a_row_that_keeps_a_value_under_one_of_its_labels_is_told():
+    mine = Config().override({"width": 64})
+    rows = [Row("both", {"M": mine, "T": mine}, {}), Row("one", {"M": mine, "T": Config()}, {})]
+    (told,) = Asked(mine, "paper", ["width=64"], "data").own(Table("1", "", "", "both", rows))
+    assert told == "The change of width does not reach one: what is their own stays."

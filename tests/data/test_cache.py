@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from senticlip.data import cache
-from senticlip.data.cache import cached, file_key, file_keys, frame_store
+from senticlip.data.cache import cached, clip_keys, file_key, file_keys, frame_store
 from senticlip.data.video import Frames, read_frames
 from senticlip.structures import Clip, UserError
 
@@ -447,3 +447,12 @@ def test_what_is_abandoned_may_be_closed_by_one_of_its_own_threads(tmp_path, mon
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_piece_of_a_film_has_a_key_of_its_own(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"film")
+    times = [(None, None), (0.0, 1.0), (0.0, 2.0), (1.0, 2.0), (0.0, None), (None, 2.0)]
+    clips = [Clip("a", tmp_path / "film.mp4", start=start, end=end) for start, end in times]
+    keys = clip_keys([*clips, Clip("none")], tmp_path / "cache")
+    assert len({*keys}) == len(clips) + 1
+    assert clip_keys([clip._replace(id="b", text="好") for clip in clips], tmp_path / "cache") == keys[:-1]

@@ -376,3 +376,12 @@ def test_no_sound_is_0_and_said_once(tmp_path, capsys):
     data["train"]["vision"][0, 0, 1] = -np.inf
     with pytest.raises(UserError, match="train, vision, row 0, step 0, column 1: -inf"):
         read_features(save(tmp_path / "g.pkl", data), tmp_path / "cache")
+
+
+def test_silence_is_sound_and_only_pictures_without_a_face_are_left_out(tmp_path):
+    data = made()
+    for name in ("audio", "vision"):
+        data["train"][name][0, :2], data["train"][f"{name}_lengths"][0] = 0, 5
+    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache")
+    lengths = {name: int(rows.gather(np.array([0]))[1].sum()) for name, rows in found.rows.items()}
+    assert lengths == {"text": 4, "audio": 5, "vision": 3}

@@ -90,3 +90,8 @@ def test_a_file_in_the_root_is_of_one_clip(tmp_path):
     clips = [Clip("video_0001/0001"), Clip("video_0002/0001"), Clip("video_0002/0002")]
     _, mask = openface_store(clips, tmp_path, tmp_path / "cache").gather(np.array([0, 1, 2]))
     assert mask.sum(1).tolist() == [0, 0, 1]
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    found = read_openface(write(tmp_path / "a.csv", [row(3, 3), row(1, 1), row(2, 2)]))
+    assert found[:, 0].tolist() == [1, 2, 3]

@@ -134,3 +134,9 @@ def test_a_film_that_was_cut_off(tmp_path):
     assert found[-1] <= 4.1
     with pytest.raises(UserError, match="no such video"):
         cut(tmp_path / "none.mp4")
+
+
+def test_a_cut_after_the_end_makes_no_shot(tmp_path):
+    path = film(tmp_path / "a.mp4", [*scene(0, 50), *scene(1, 50)])
+    assert edges(shots(path, 3.0)) == pytest.approx([0, 2, 3], abs=0.2)
+    assert edges(shots(path, 1.5)) == [0, 1.5]

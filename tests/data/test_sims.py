@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from senticlip.data.sims import check, read_clips
-from senticlip.data.table import EMPTY, score, without_zeros
-from senticlip.structures import LABELS, UsageError, UserError
+from senticlip.data.table import EMPTY, SPLITS, score, without_zeros
+from senticlip.structures import LABELS, UsageError, UserError, polarity
 
 COLUMNS = ["video_id", "clip_id", "text", "label", "label_T", "label_A", "label_V", "annotation", "mode"]
 WORDS = {-1: "Negative", 0: "Neutral", 1: "Positive"}
@@ -597,3 +597,44 @@ def test_labels_0_and_1_alone_may_mean_something_else(tmp_path, labels, warned):
     (tmp_path / "mine.csv").write_text("text,label,split\n" + rows, encoding="utf-8")
     told = [line for line in check(tmp_path / "mine.csv").warnings if "0 is neutral, 1 positive" in line]
     assert len(told) == warned
+
+
+def test_an_annotation_is_compared_by_its_class_and_leaks_by_their_words(tmp_path):
+    folder = folder_of(
+        tmp_path,
+        "video_0001,0001,今天 很好,0.4,,,,Positive,train",  # weakly so: no contradiction
+        "video_0001,0002,今天很好,0.4,,,,Negative,train",
+        "video_0001,0003,今天很 好,-0.2,,,,,test",
+    )
+    warnings = check(folder, videos=False).warnings
+    assert [line for line in warnings if "but annotation" in line] == [
+        f"{tmp_path}/label.csv, row 3: label 0.4, but annotation Negative"
+    ]
+    assert "text '今天很好' is in 2 splits: train (row 2), test (row 4)" in warnings  # the first row of each
+
+
+def test_of_videos_that_are_all_larger_than_a_tenth_the_smallest_are_set_aside(tmp_path):
+    sizes = {"a": 3, "b": 2, "c": 9, "d": 8}
+    rows = [[name, f"{i:02}", f"句{name}{i}", *"0000", "Neutral", ""] for name, n in sizes.items() for i in range(n)]
+    for seed in range(3):
+        clips = read_clips(write_folder(tmp_path, rows), protocol="video", seed=seed)
+        found = {split: {clip.id.split("/")[0] for clip in clips if clip.split == split} for split in SPLITS}
+        assert found == {"train": {"c", "d"}, "valid": {"a"}, "test": {"b"}}
+
+
+def test_what_is_checked_is_the_split_of_the_seed(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("path,text,label\n" + "".join(f",好{i},{i % 3 - 1}\n" for i in range(30)), encoding="utf-8")
+    found = [check(table, videos=False, seed=seed).splits for seed in range(4)]
+    for seed, splits in enumerate(found):
+        drawn = [LABELS[polarity(clip.labels["M"])] for clip in read_clips(table, "test", seed=seed)]
+        assert splits["test"] == {label: drawn.count(label) for label in LABELS}
+    assert any(splits != found[0] for splits in found)
+
+
+def test_a_piece_of_no_length_is_told_and_a_split_that_is_not_used_is_not(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text("text,label,split,start,end\n好,1,third,1,1\n坏,-1,third,1,1.5\n", encoding="utf-8")
+    told = [f"{table}, row 2, columns start and end: the piece ends at 1 s, before it begins"]
+    assert check(table, protocol="tenth").problems == told
+    assert sum("column split/mode: 'third' is unknown" in line for line in check(table).problems) == 2

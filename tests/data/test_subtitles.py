@@ -5,16 +5,18 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from time import process_time
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+from av.codec.codec import Properties
 from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from senticlip.data.subtitles import Cue, Line, clean, guess_text, merge, read
-from senticlip.data.tracks import embedded
+from senticlip.data.tracks import _texts, embedded
 from senticlip.data.video import probe
 from senticlip.structures import UsageError, UserError
 
@@ -485,3 +487,24 @@ def test_chinese_encodings_are_told_by_their_frequent_characters(tmp_path, monke
     monkeypatch.setattr("charset_normalizer.from_bytes", None)
     for text, encoding in (("今天我真的很高兴", "gbk"), ("今天我真的很高興", "big5")):
         assert guess_text(text.encode(encoding), tmp_path) == text
+
+
+def test_a_track_is_told_by_its_number_among_all_of_the_film():
+    """Which is what ``--track`` takes."""
+
+    def stream(language, properties):
+        context = SimpleNamespace(codec=SimpleNamespace(properties=properties))
+        return SimpleNamespace(language=language, metadata={}, disposition=Disposition(0), codec_context=context)
+
+    told = []
+    pictures, words = stream("chi", Properties.BITMAP_SUB), stream("eng", Properties.TEXT_SUB)
+    assert _texts([pictures, words], told.append) == [words]
+    assert told[0].startswith("subtitle track 1 is read, no Chinese one")
+
+
+def test_how_long_two_lines_must_be_together_to_be_one():
+    apart = [Line(0, 2, "你来吗"), Line(2, 5, "不来")]
+    assert merge([Cue(0, 3, ["你来吗"]), Cue(2, 5, ["不来"])]) == apart  # a third of each
+    assert merge([Cue(0, 11, ["第一章"]), Cue(4, 14, ["第二章"])]) == [Line(0, 4, "第一章"), Line(4, 14, "第二章")]
+    again = [Line(0, 1, "好"), Line(1.3, 2, "好")]  # a caption that rolls on makes no pause
+    assert merge([Cue(0, 1, ["好"]), Cue(1.3, 2, ["好"])]) == again

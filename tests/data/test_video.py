@@ -21,9 +21,9 @@ from tests.data.edits import with_edits
 from senticlip.data import decode
 from senticlip.data import sequential as sequential_module
 from senticlip.data.decode import Decoder
-from senticlip.data.video import VideoReader, probe, read_frames, resize
+from senticlip.data.video import VideoReader, faults, probe, read_frames, resize
 from senticlip.explain import _pictures
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import Clip, UsageError, UserError
 
 WIDTH, HEIGHT, BITS = 96, 64, 8
 
@@ -584,3 +584,24 @@ def test_damage_in_the_middle(tmp_path):
     got = read_frames(path, 6)
     assert 3 <= len(got.pixels) <= 6
     assert [number(p) for p in got.pixels[:3]] == [round(t * 25) for t in got.times[:3]]
+
+
+def test_a_piece_lies_in_a_video_until_its_last_picture_is_over(tmp_path):
+    path = delayed(tmp_path)  # pictures from 0.8 to 2.4 s
+    assert faults(Clip("a", path, start=2.3)) == []
+    assert faults(Clip("a", path, start=2.45)) == [f"{path} ends at 2.40 s, before the piece begins"]
+
+
+def test_a_cover_is_no_video(tmp_path):
+    """As in most files of music."""
+    with av.open(str(tmp_path / "song.mp3"), "w") as out:
+        sound, cover = out.add_stream("mp3", rate=16000, layout="mono"), out.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 48, "yuvj420p", Disposition.attached_pic
+        out.mux(cover.encode(av.VideoFrame(64, 48, "yuvj420p")))
+        out.mux(cover.encode())
+        quiet = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        quiet.sample_rate = 16000
+        out.mux(sound.encode(quiet))
+        out.mux(sound.encode())
+    with pytest.raises(UserError, match=r"no video in this file \(it holds: audio, cover art\)"):
+        read_frames(tmp_path / "song.mp3")
