@@ -1,5 +1,6 @@
 """Transcription: what faster-whisper says as lines, and one clear line where it, its model or the sound is missing."""
 
+import math
 import sys
 import types
 
@@ -149,3 +150,20 @@ def test_what_goes_wrong_is_one_line(error, film, whisper):
     with pytest.raises(UserError, match="not transcribed") as told:
         transcript(film, str(whisper.model))
     assert "\n" not in str(told.value)
+
+
+def test_all_of_a_film_is_heard_where_somebody_speaks(film, whisper, monkeypatch):
+    """A clip's sound is read up to a bound; a film has none, and in its pauses words would be made up."""
+    asked, model = [], sys.modules["faster_whisper"].WhisperModel
+    transcribe = model.transcribe
+    monkeypatch.setattr("senticlip.speech.read_audio", lambda path, **options: asked.append(options) or tone())
+    monkeypatch.setattr(
+        model, "transcribe", lambda *args, **options: asked.append(options) or transcribe(*args, **options)
+    )
+    transcript(film, str(whisper.model))
+    assert asked == [{"most": math.inf, "gaps": True}, {"language": "zh", "vad_filter": True}]
+    assert whisper.options["compute_type"] == "default"  # what the model's files hold
+
+
+def tone():
+    return np.sin(2 * np.pi * 800 * np.arange(16000) / 16000).astype(np.float32)
