@@ -100,7 +100,8 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
     assert "<svg" in page
     latex = (out / "tables.tex").read_text(encoding="utf-8")
     assert "\\textbf{100.00 $\\pm$ 0.00}" in latex
-    assert r"judged by the joint label M; per cent, mean $\pm$ standard deviation over 2 seeds}" in latex
+    caption = r"\caption{Multimodal models, judged by the joint label M; per cent, mean $\pm$ standard deviation"
+    assert f"{caption} over 2 seeds}}" in latex
     assert "k/228" in page
     versus = json.loads((out / "results.json").read_text())["tables"]["1"]["M"]["TFN"]["versus"]
     assert versus["accuracy"]["difference"] == pytest.approx(0.6)

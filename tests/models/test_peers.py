@@ -35,13 +35,12 @@ class TestTFN(Small):
         assert network(features()).score.tolist() == pytest.approx([3.0] * 5)
 
     def test_classification_has_logits_and_their_smoothed_and_weighted_cross_entropy(self):
-        network, batch = (
-            self.network(**{"options.task": "classification", "train.label_smoothing": 0.3}).eval(),
-            features(),
-        )
+        changes = {"options.task": "classification", "train.label_smoothing": 0.3}
+        network, batch = self.network(**changes).eval(), features()
         network.class_weights.copy_(torch.tensor([3.0, 1.0, 0.5]))
         output = network(batch)
         assert output.score is None
+        assert output.logits["fused"].shape == (5, 3)
         batch.labels["M"][1] = torch.nan
         rows = []
         for row in (0, 2, 3, 4):

@@ -328,9 +328,8 @@ class Decoder:
                 self._slow.container.close()
             self._slow = Sequential(self.path)
         found = self._slow.at(stamp)
-        size = self.stream.width * self.stream.height
-        if found is None and not 0 < size <= MOST_PIXELS:  # FFmpeg unsets the size of most that it refuses
-            raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
         if found is None:
+            if not 0 < self.stream.width * self.stream.height <= MOST_PIXELS:  # FFmpeg unsets that of most it refuses
+                raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
             raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
         return found

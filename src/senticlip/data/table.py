@@ -50,15 +50,13 @@ NAMES = {
     "標籤": "label", "編號": "id", "编号": "id", "文本标签": "label_t", "视频标签": "label_v", "视觉标签": "label_v",
     "音频标签": "label_a", "语音标签": "label_a",
     "路径": "path", "视频": "path", "文件": "path", "视频路径": "path", "video_path": "path", "filename": "path",
-    "視頻": "path", "劃分": "split",
-    "划分": "split", "数据划分": "split", "数据集划分": "split",
+    "視頻": "path", "划分": "split", "劃分": "split", "数据划分": "split", "数据集划分": "split",
     "开始": "start", "结束": "end",
 }  # fmt: skip
 _COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
 _OWN = ("path", "start", "end")
 _KNOWN = {*_COLUMNS, *_OWN, "id"}
 TARGET_COLUMNS = {"label": "M", "label_t": "T", "label_a": "A", "label_v": "V"}
-
 
 _TYPESET = str.maketrans("－−．＋", "--.+")
 
