@@ -300,8 +300,11 @@ def test_epochs_draw_different_rows_and_each_class_as_often(place, tmp_path, mon
         return iter(drawn[-1])
 
     monkeypatch.setattr(BalancedSampler, "__iter__", noted)
-    train(settings(place, **{"train.balance": "sampler"}), place / "data", tmp_path / "run")
+    balanced = settings(place, **{"train.balance": "sampler"})
+    train(balanced, place / "data", tmp_path / "run")
     assert len(drawn) == len({tuple(rows) for rows in drawn}) == 3
+    train(balanced.override({"seed": 1, "train.epochs": 1}), place / "data", tmp_path / "other")
+    assert drawn[3] not in drawn[:3]
 
 
 def relabelled(folder, place, cell, rows, column="label"):
@@ -520,6 +523,18 @@ def test_every_part_learns_at_its_own_rate(place, tmp_path):
     assert "prefix matrix" in found[1.0, 0.0]
     assert "network.fusion matrix" in found[1.0, 0.5]
     assert not any("matrix" in part for part in found[1.0, 0.0] - {"prefix matrix"})
+
+
+def test_the_encoder_under_a_peer_learns_at_its_own_rate(place):
+    changes = {"model": "lmf", "text.train": "full", "text.lr": 2.0, "train.lr": 1.0, "train.weight_decay": 0.5}
+    trainee = Trainee(create_model(settings(place, **changes, **{"options.factor_lr": 3.0})))
+    groups = parameter_groups(trainee)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    learning = {name: p for name, p in trainee.model.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(learning)
+    found = {name: rates[id(p)] for name, p in learning.items()}
+    assert {rate for name, rate in found.items() if name.startswith("encoders.text.")} == {2.0}
+    assert {rate for name, rate in found.items() if name.startswith("network.")} == {1.0, 3.0}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
