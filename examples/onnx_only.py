@@ -128,7 +128,7 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
         raise SystemExit(f"{model}: nothing to read — give it a video, --text or both")
     log_probs = session.run(["log_probs"], feed)[0][0]
     if np.isnan(log_probs).any():
-        raise SystemExit(f"{model}: its answer is NaN, its weights are broken — export it again")
+        raise SystemExit(f"{model}: its answer is NaN, so its weights are broken — export it again")
     return {label: float(p) for label, p in zip(about["labels"], np.exp(log_probs), strict=True)}
 
 

@@ -114,10 +114,7 @@ def test_what_is_thrown_away_without_resume_is_told(film, srt, tmp_path, capsys)
         return capsys.readouterr().err
 
     assert not cut()
-    assert (
-        cut()
-        == f"{tmp_path}: begins anew; up to 4 lines that were done are thrown away — --resume would have gone on\n"
-    )
+    assert cut() == f"{tmp_path}: starting over; up to 4 finished lines are discarded — --resume would have continued\n"
     assert not cut(shift=0.3)  # another job has nothing to go on from
 
 
@@ -193,7 +190,7 @@ def test_lines_after_the_film(film, srt, capsys):
     assert [row["start"] for row in rows] == pytest.approx([5.1, 7.1, 9.1, 11.1, 13.1, 15.1])
     assert [row["video_positive"] is not None for row in rows] == [True] * 4 + [False] * 2  # the film has 12 s
     assert [row["error"] for row in rows] == [None] * 6
-    assert capsys.readouterr().err == f"2 of 6 lines begin after the end of {film} (12.0 s): --shift?\n"
+    assert capsys.readouterr().err == f"2 of 6 lines begin after the end of {film} (12.0 s) — check --shift\n"
     list(analyze(FakePredictor(), film, srt))
     assert not capsys.readouterr().err
     assert [row["text"] for row in rows] == WORDS
@@ -232,7 +229,7 @@ def test_a_film_that_was_cut_off_is_told(film, tmp_path, capsys):
 def test_a_shift_does_not_lose_the_films_own_lines(tmp_path):
     path = test_subtitles.film(tmp_path / "film.mkv", [("chi", test_subtitles.SRT)])
     assert list(analyze(FakePredictor(), path))
-    with pytest.raises(UserError, match="no line is said after 0 s, since --shift -100 moves all before it"):
+    with pytest.raises(UserError, match="contains no spoken line after 0 s: --shift -100 moves all of them before it"):
         analyze(FakePredictor(), path, shift=-100)
 
 
@@ -285,11 +282,11 @@ def test_times_that_are_none(film, wrong):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"transcribe": True, "shift": 1.0}, "--transcribe reads no subtitles"),
-        ({"transcribe": True, "track": 0}, "--transcribe reads no subtitles"),
-        ({"transcribe": True, "subtitles": "a.srt"}, "--transcribe reads no subtitles"),
+        ({"transcribe": True, "shift": 1.0}, "--transcribe ignores subtitles"),
+        ({"transcribe": True, "track": 0}, "--transcribe ignores subtitles"),
+        ({"transcribe": True, "subtitles": "a.srt"}, "--transcribe ignores subtitles"),
         ({"subtitles": "a.srt", "track": 0}, "--track is for the film's own subtitles"),
-        ({"shift": 1.0}, "no subtitles in it, and none given .*; --shift has nothing to move"),
+        ({"shift": 1.0}, "has no subtitles, and none were given .*; --shift has nothing to move"),
     ],
 )
 def test_options_without_effect_are_refused(film, options, told):
@@ -300,11 +297,11 @@ def test_options_without_effect_are_refused(film, options, told):
 def test_subtitles_that_are_pictures_are_told(tmp_path, capsys):
     path = test_subtitles.film(tmp_path / "film.mkv", [], pictures="chi")
     assert all(row["text"] == "" for row in analyze(FakePredictor(), path))
-    told = "its subtitles are pictures, not text — give the lines as a file: --subtitles F.srt"
-    assert capsys.readouterr().err == f"{path}: {told}; the film is cut without words\n"
+    told = "its subtitles are images, not text — give them as a file: --subtitles F.srt"
+    assert capsys.readouterr().err == f"{path}: {told}; cutting the film without text\n"
     path = test_subtitles.film(tmp_path / "both.mkv", [("eng", test_subtitles.SRT)], pictures="chi")
     assert len(list(analyze(FakePredictor(), path))) == 2
-    assert capsys.readouterr().err.startswith(f"{path}: subtitle track 0 is read, no Chinese one")
+    assert capsys.readouterr().err.startswith(f"{path}: using subtitle track 0, not a Chinese one")
 
 
 def test_another_precision_is_another_job(film, srt, tmp_path):
@@ -324,7 +321,7 @@ def test_without_words(film, tmp_path):
         analyze(FakePredictor(), film, cut="scenes")
     empty = tmp_path / "empty.srt"
     empty.write_text("")
-    with pytest.raises(UserError, match="no line is said"):
+    with pytest.raises(UserError, match="contains no spoken line"):
         analyze(FakePredictor(), film, empty)
     with pytest.raises(UserError, match="no such video"):
         analyze(FakePredictor(), tmp_path / "none.mp4")
@@ -338,12 +335,15 @@ def test_transcribed_lines(film, monkeypatch, tmp_path):
     assert [row["text"] for row in rows] == ["真好", "然后呢"]
     assert asked == [(film, "tiny", "cpu")]
     (tmp_path / "file").touch()
-    for run, out, wrong in ((tmp_path / "none", None, "none"), (FakePredictor(), tmp_path / "file", "no folder")):
+    for run, out, wrong in (
+        (tmp_path / "none", None, "none"),
+        (FakePredictor(), tmp_path / "file", "cannot create this folder"),
+    ):
         with pytest.raises(UsageError, match=wrong):  # told before what takes hours
             analyze(run, film, out=out, transcribe=True)
     assert len(asked) == 1
     said.clear()
-    with pytest.raises(UserError, match="no speech is heard in it — leave out --transcribe"):
+    with pytest.raises(UserError, match="no speech detected — leave out --transcribe"):
         analyze(FakePredictor(), film, transcribe=True)
 
 

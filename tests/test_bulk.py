@@ -129,8 +129,8 @@ def test_a_failing_row_is_a_row_with_its_error(run, undisturbed):
     errors = {row["id"]: row["error"] for row in rows if row["error"]}
     assert set(errors) == {"01", "05", "06", "07", "13", "14", "15"}
     assert "none.mp4: no such video" in errors["01"]
-    assert "'soon' is no time" in errors["06"]
-    assert "'inf' is no time" in errors["13"]
+    assert "'soon' is not a time" in errors["06"]
+    assert "'inf' is not a time" in errors["13"]
     assert "the video ends at" in errors["07"]
     assert "14: OSError: " in errors["14"]
     assert "archive.csv, row 17: neither path nor text" in errors["15"]
@@ -250,15 +250,15 @@ def test_the_same_call_goes_on(run, archive, undisturbed, tmp_path, monkeypatch)
 
 
 def test_another_manifest_or_folder_is_refused(run, archive, undisturbed, tmp_path):
-    with pytest.raises(UserError, match="another rows_per_part"):
+    with pytest.raises(UserError, match="a different rows_per_part"):
         bulk.bulk(run, archive, run.parent / "out", workers=1, rows_per_part=5)
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "好"}')
-    with pytest.raises(UserError, match="another manifest"):
+    with pytest.raises(UserError, match="a different manifest"):
         bulk.bulk(run, other, run.parent / "out", workers=1, rows_per_part=PART)
     moved = tmp_path / archive.name
     moved.write_bytes(archive.read_bytes())
-    with pytest.raises(UserError, match="another folder of the manifest"):
+    with pytest.raises(UserError, match="a different folder of the manifest"):
         bulk.bulk(run, moved, run.parent / "out", workers=1, rows_per_part=PART)
     (tmp_path / "part-000000.parquet").write_text("")
     with pytest.raises(UserError, match="something else"):
@@ -266,7 +266,7 @@ def test_another_manifest_or_folder_is_refused(run, archive, undisturbed, tmp_pa
     for wrong, said in (({"workers": 0}, "at least 1"), ({"rows_per_part": 0}, "at least 1")):
         with pytest.raises(UsageError, match=said):
             bulk.bulk(run, other, tmp_path, **wrong)
-    with pytest.raises(UserError, match="another precision"):
+    with pytest.raises(UserError, match="a different precision"):
         bulk.bulk(run, archive, run.parent / "out", workers=1, rows_per_part=PART, precision="bf16")
     with pytest.raises(UsageError, match="--precision fp8: choose one of fp32, bf16, int8"):
         bulk.bulk(run, other, tmp_path, precision="fp8")
@@ -298,9 +298,9 @@ def test_an_exported_file_is_a_run_too(run, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "真好"}', encoding="utf-8")
     (row,) = bulk.bulk(tmp_path / "a.onnx", tmp_path / "a.jsonl", tmp_path / "out", workers=1)
     assert row["label"] == "positive"
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError, match="a different run"):
         bulk.bulk(tmp_path / "b.onnx", tmp_path / "a.jsonl", tmp_path / "out", workers=1)
-    with pytest.raises(UsageError, match="of an ONNX file: fp32"):
+    with pytest.raises(UsageError, match="for an ONNX file: fp32"):
         bulk.bulk(tmp_path / "a.onnx", tmp_path / "a.jsonl", tmp_path / "new", workers=1, precision="int8")
     assert not (tmp_path / "new").exists()
     with pytest.raises(UsageError, match="no trained model"):
@@ -455,7 +455,7 @@ def test_on_ray_who_ends_it_is_no_video(run, archive, tmp_path):
 def test_on_ray_a_model_that_cannot_be_loaded_is_one_line(run, archive, tmp_path, capfd):
     broken = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(broken / "tokenizer")
-    with pytest.raises(UserError, match=r"^[^\n]*tokenizer: the tokenizer's folder is missing[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*tokenizer: the tokenizer folder is missing[^\n]*$"):
         list(bulk.bulk(broken, archive, tmp_path / "out", workers=2, rows_per_part=PART))
     assert "Traceback" not in "".join(capfd.readouterr())
 
@@ -474,7 +474,7 @@ def kill_a_worker(out: Path, killed: list[int]) -> None:
 def test_no_cluster_answers(run, archive, tmp_path):
     with pytest.raises(UserError, match="no Ray cluster answers"):
         list(bulk.bulk(run, archive, tmp_path, address="127.0.0.1:1", rows_per_part=PART))
-    with pytest.raises(UsageError, match="give HOST:PORT of ray start --head"):
+    with pytest.raises(UsageError, match="give the HOST:PORT of ray start --head"):
         list(bulk.bulk(run, archive, tmp_path, address="ray://127.0.0.1:10001", rows_per_part=PART))
 
 
@@ -551,7 +551,7 @@ def test_a_run_that_is_trained_again_meanwhile_is_told(run, archive, tmp_path, m
         return loaded
 
     monkeypatch.setattr(senticlip.predictor, "load", late)
-    with pytest.raises(UserError, match="another model since this began"):
+    with pytest.raises(UserError, match="the model has changed since this began"):
         list(bulk.bulk(mine, archive, tmp_path / "out", workers=1, rows_per_part=PART))
     assert not list((tmp_path / "out").glob("part-*"))
 
@@ -603,7 +603,7 @@ def test_answers_of_another_config_are_not_mixed_in(run, tmp_path):
     list(bulk.bulk(mine, manifest_file, out, workers=1))
     config = json.loads((mine / "config.json").read_text())
     (mine / "config.json").write_text(json.dumps(config, indent=3))
-    with pytest.raises(UserError, match="holds answers with another run — choose another --out"):
+    with pytest.raises(UserError, match="holds answers from a different run — choose another --out"):
         bulk.bulk(mine, manifest_file, out, workers=1)
 
 

@@ -117,7 +117,7 @@ def test_ablation_cam_is_the_naive_map_of_probabilities(models, name):
         counted = []
         found = cam.ablation_cam(model, batch, index, lambda *done, seen=counted: seen.append(done))
         assert (found - expected[index]).abs().max() < 1e-4 * max(1, expected[index].max())
-        total = 2 * cut.Split(model.encoders["vision"]).channels(layer_seen(model, batch))
+        total = 2 * cut.Split(model.encoders["vision"]).grid(layer_seen(model, batch)).shape[1]
         assert counted[-1] == (total, total)
 
 

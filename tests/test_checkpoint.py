@@ -133,7 +133,7 @@ def test_the_best_epoch_without_its_weights_is_told(place, tmp_path, monkeypatch
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     (best,) = {*(tmp_path / "run" / "checkpoints").glob("checkpoint-*")} - {newest}
     (best / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="the best epoch's weights are not there"):
+    with pytest.raises(UserError, match="the best epoch's weights are missing"):
         train(stopping(place), place / "data", tmp_path / "run", resume=True)
 
 
@@ -190,7 +190,7 @@ def test_somebody_elses_files_are_left_alone(place, tmp_path, name):
     mine = tmp_path / "out" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(UserError, match=rf"out: holds {name.split('/')[0]} of something else — choose another --out"):
+    with pytest.raises(UserError, match=rf"out: holds {name.split('/')[0]} from something else — choose another --out"):
         train(settings(place), place / "data", tmp_path / "out")
     assert mine.read_text() == "mine"
 
@@ -206,9 +206,9 @@ def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, fin
         except Killed:
             assert newest_checkpoint(tmp_path / "run" / "checkpoints")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"run.*another config.*--out.*--resume"):
+    with pytest.raises(UserError, match=r"run.*a different config.*--out.*--resume"):
         train(settings(place, width=32), data, tmp_path / "run", resume=True)
-    with pytest.raises(UserError, match=r"run.*other data \(.*data.*--out.*--resume"):
+    with pytest.raises(UserError, match=r"run.*different data \(.*data.*--out.*--resume"):
         train(settings(place), place / "data", tmp_path / "run", resume=True)
     relabelled(tmp_path / "other", place, "0.4", [0])
     shutil.copy(tmp_path / "other" / "label.csv", data / "label.csv")
@@ -224,7 +224,7 @@ def test_resume_is_of_the_same_config_and_data(place, tmp_path, monkeypatch, fin
 def test_a_run_whose_experiment_cannot_be_read_is_another_one(tmp_path, record):
     (tmp_path / "metrics.json").write_text(json.dumps({"rows": "", "data": "", **record}))
     mine = {"experiment": configs.Config().to_dict(), "encoders": {}, "features": {}, "rows": "", "data": ""}
-    with pytest.raises(UserError, match="holds a run of another config — choose another --out"):
+    with pytest.raises(UserError, match="holds a run with a different config — choose another --out"):
         room.is_finished(tmp_path, mine)
 
 
@@ -262,15 +262,15 @@ def test_what_is_thrown_away_is_told(place, tmp_path, monkeypatch, capsys):
             dies(patch, Hooks, "on_epoch_begin", number)
             with pytest.raises(Killed):
                 train(settings(place, **changes), place / "data", tmp_path / "run")
-        return [line for line in capsys.readouterr().err.splitlines() if "thrown away" in line]
+        return [line for line in capsys.readouterr().err.splitlines() if "discarded" in line]
 
     assert begun(1) == begun(2) == []  # there was nothing to go on from
     step = newest_checkpoint(tmp_path / "run" / "checkpoints").name.rpartition("-")[2]
-    told = f"{tmp_path / 'run'}: begins anew; what was left at step {step} is thrown away"
-    assert begun(2) == [f"{told} — train --resume would have gone on"]
-    assert begun(2, width=32) == [f"{told}; it was of another config"]
+    told = f"{tmp_path / 'run'}: starting over; the training up to step {step} is discarded"
+    assert begun(2) == [f"{told} — train --resume would have continued it"]
+    assert begun(2, width=32) == [f"{told}; it had a different config"]
     train(settings(place, width=32), place / "data", tmp_path / "run", resume=True)
-    assert "thrown away" not in capsys.readouterr().err
+    assert "discarded" not in capsys.readouterr().err
 
 
 def test_other_weights_in_the_encoders_folder_are_another_run(tmp_path):
@@ -278,7 +278,7 @@ def test_other_weights_in_the_encoders_folder_are_another_run(tmp_path):
     train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run")
     file = place / "text" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"run.*other encoders.*--out.*--resume"):
+    with pytest.raises(UserError, match=r"run.*different encoders.*--out.*--resume"):
         train(settings(place, **{"train.epochs": 1}), place / "data", tmp_path / "run", resume=True)
 
 
@@ -300,7 +300,7 @@ def test_other_features_are_another_run(place, tmp_path, encoder, name):
     first = of("one")
     (tmp_path / "metrics.json").write_text(json.dumps(first))
     room.is_finished(tmp_path, of("one"))
-    with pytest.raises(UserError, match=r"holds a run of other features.*--out.*--resume"):
+    with pytest.raises(UserError, match=r"holds a run with different features.*--out.*--resume"):
         room.is_finished(tmp_path, of("two"))
     del first["features"]
     (tmp_path / "metrics.json").write_text(json.dumps(first))
@@ -332,7 +332,7 @@ def test_a_full_disk_is_one_line(place, tmp_path, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(UserError, match=r"run: the disk is full — make room, then --resume goes on"):
+        with pytest.raises(UserError, match=r"run: the disk is full — make room, then continue with --resume"):
             train(settings(place), place / "data", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -386,10 +386,10 @@ def test_the_card_says_calibrated_only_where_something_was(place):
     own = model_card(settings(place), "data", result)
     heard = settings(place, modalities=["text", "audio"], stages={"text": {"modalities": ["text"]}})
     told = model_card(heard, "data", result)
-    assert "(fine-tuned in a stage of its own)" in told
-    assert "* audio: log-mel of 33 bands" in told
+    assert "(fine-tuned in its own stage)" in told
+    assert "* audio: log-mel with 33 bands" in told
     assert "* video" not in told
-    assert "in a stage of its own" not in own
+    assert "in its own stage" not in own
     cut = model_card(settings(place, **{"vision.cutaways": "drop"}), "data", result)
     assert ["frames of the main shot" in card for card in (cut, own)] == [True, False]
     assert "* text" not in model_card(settings(place, modalities=["vision"]), "data", result)
@@ -420,19 +420,20 @@ def test_whatever_a_row_says_makes_it_other_data(change):
     assert room.rows_digest("/d", [clip]) != room.rows_digest("/d", [clip._replace(**change)])
 
 
-def test_the_weights_of_every_encoder_and_of_the_start_are_told_apart(tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json", "vocab.txt"])
+def test_the_files_of_every_encoder_and_of_the_start_are_told_apart(tmp_path, file):
     keys = ("text.encoder", "vision.encoder", "label.encoder", "start")
     for key in keys:
         (tmp_path / key).mkdir()
-        (tmp_path / key / "model.safetensors").write_text(key)
+        (tmp_path / key / file).write_text(key)
     config = configs.Config().override({key: str(tmp_path / key) for key in keys})
     before = room.encoder_keys(config)
     assert set(before) == {str(tmp_path / key) for key in keys}
     for key in keys:
-        (tmp_path / key / "model.safetensors").write_text("other")
+        (tmp_path / key / file).write_text("other")
         changed = {name for name, found in room.encoder_keys(config).items() if found != before[name]}
         assert changed == {str(tmp_path / key)}
-        (tmp_path / key / "model.safetensors").write_text(key)
+        (tmp_path / key / file).write_text(key)
 
 
 def test_who_reads_a_file_that_is_written_anew_reads_the_old_one(tmp_path):

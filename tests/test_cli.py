@@ -85,16 +85,16 @@ def test_predict_prints_one_object(place, say):
 
 def test_predict_tells_what_it_did_not_read_and_takes_any_line(place, say):
     whole = say("predict", place / "run0", "--text", "天气好" * 20, "--device", "cpu")[1]
-    assert "not read, since this model reads 20 tokens: the last 42 characters of the text" in whole
+    assert "the last 42 characters of the text are ignored: this model reads 20 tokens" in whole
     code, out, _ = say("predict", place / "run0", "--text", "-天气好", "--device", "cpu")
-    assert (code, "not read" in out) == (0, False)
+    assert (code, "ignored" in out) == (0, False)
     video = next((place / "data" / "Raw").rglob("*.mp4"))
     for name, known, lacks in (("text", "text", "video"), ("vision", "video", "text")):
         torch.manual_seed(0)
         alone = create_model(load_run(place).override({"modalities": [name]}))
         alone.save_pretrained(place / f"{name}-alone")
         out = say("predict", place / f"{name}-alone", video, "--text", "好", "--device", "cpu")[1]
-        assert f"not read, since this model reads {known} alone: the {lacks}" in out
+        assert f"the {lacks} is ignored: this model reads only {known}" in out
     torch.manual_seed(0)
     peer = {"model": "tfn", "modalities": ["text", "vision"], "text.train": "frozen", "vision.train": "frozen"}
     create_model(Config.override(load_run(place), peer)).save_pretrained(place / "peer")
@@ -103,7 +103,7 @@ def test_predict_tells_what_it_did_not_read_and_takes_any_line(place, say):
     assert f"score {score:+.3f}" in say("predict", place / "peer", "--text", "好", "--device", "cpu")[1]
     found = json.loads(say("evaluate", place / "peer", "--data", place / "data", "--json")[1])
     said = say("evaluate", place / "peer", "--data", place / "data")[1]
-    assert f"of the score: MAE {found['mae']:.4f}, Corr {found['corr']:.4f}, Acc-3 {found['acc_3']:.4f}" in said
+    assert f"score: MAE {found['mae']:.4f}, Corr {found['corr']:.4f}, Acc-3 {found['acc_3']:.4f}" in said
     assert f"Acc-2 {found['acc_2']:.4f}, F1-2 {found['f1_2']:.4f}" in said
 
 
@@ -164,7 +164,7 @@ def test_evaluate_of_several_runs_is_their_mean_and_deviation(place, say, fails)
     other.save_pretrained(place / "of-T")
     fails(
         2,
-        "trained for different labels — choose one with --target",
+        "trained on different labels — choose one with --target",
         "evaluate",
         *runs,
         place / "of-T",
@@ -182,7 +182,7 @@ def test_runs_that_drew_their_own_clips_are_told(place, say, tmp_path, seeds):
         create_model(experiment).save_pretrained(run)
         (run / "metrics.json").write_text(json.dumps({"experiment": experiment.to_dict()}))
     told = say("evaluate", *runs, "--data", place / "data")[1]
-    assert ("each has drawn clips of its own" in told) == (len({*seeds}) > 1)
+    assert ("each run drew its own split" in told) == (len({*seeds}) > 1)
     assert "different experiments" not in told
 
 
@@ -199,13 +199,14 @@ def test_wrong_use_is_one_line(place, fails):
 def test_out_must_be_possible(place, fails, tmp_path):
     (tmp_path / "file").touch()
     for verb in (("train", TINY, "--data", "d"), ("demo",), ("reproduce", "--data", "d"), ("analyze", "r", "v")):
-        fails(2, r"argument --out: .*file is a file, no folder", *verb, "--out", tmp_path / "file")
-        fails(2, r"argument --out: .*file is a file, no folder", *verb, "--out", tmp_path / "file" / "deeper" / "run")
-    fails(2, "is a file, no folder", "features", "d", "--out", tmp_path / "file" / "f.pkl")
-    fails(2, "is a folder, no file", "export", place / "run0", "--out", tmp_path)
-    fails(2, "argument --out: no name was given", "explain", place / "run0", "--text", "好", "--out", "")
-    fails(2, "argument --out: no name was given", "export", place / "run0", "--out", "")
-    fails(2, r"a+: no folder to write to — File name too long", "demo", "--out", "a" * 300)
+        fails(2, r"argument --out: .*file is a file, not a folder", *verb, "--out", tmp_path / "file")
+        deeper = tmp_path / "file" / "deeper" / "run"
+        fails(2, r"argument --out: .*file is a file, not a folder", *verb, "--out", deeper)
+    fails(2, "is a file, not a folder", "features", "d", "--out", tmp_path / "file" / "f.pkl")
+    fails(2, "is a folder, not a file", "export", place / "run0", "--out", tmp_path)
+    fails(2, "argument --out: no name given", "explain", place / "run0", "--text", "好", "--out", "")
+    fails(2, "argument --out: no name given", "export", place / "run0", "--out", "")
+    fails(2, r"a+: cannot create this folder — File name too long", "demo", "--out", "a" * 300)
     fails(1, r"a+", "export", place / "run0", "--out", "a" * 300 + "/m.onnx")
 
 
@@ -246,11 +247,11 @@ def damage(place, tmp_path, name, content=None):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("model.safetensors", b"\x10\x00", r"run/model\.safetensors: broken, or not its config's"),
-        ("config.json", b"{", r"run/config\.json: describes no model"),
+        ("model.safetensors", b"\x10\x00", r"run/model\.safetensors: broken, or does not match its config"),
+        ("config.json", b"{", r"run/config\.json: not a valid model config"),
         ("config.json", b'{"model_type": "bert"}', r"run/config\.json: format"),
-        ("tokenizer", None, "run/tokenizer: the tokenizer's folder is missing"),
-        ("tokenizer/tokenizer.json", None, "run/tokenizer: no vocabulary here .*tokenizer.json"),
+        ("tokenizer", None, "run/tokenizer: the tokenizer folder is missing"),
+        ("tokenizer/tokenizer.json", None, "run/tokenizer: no vocabulary found .*tokenizer.json"),
     ],
 )
 def test_a_broken_run(place, fails, tmp_path, name, content, said):
@@ -259,8 +260,8 @@ def test_a_broken_run(place, fails, tmp_path, name, content, said):
 
 
 def test_a_run_that_is_nowhere(fails):
-    fails(2, "RUN: no/run is not on this disk .*; give a folder that senticlip train wrote", "predict", "no/run")
-    fails(2, "RUN: no folder my run", "evaluate", "my run", "--data", "d")
+    fails(2, "RUN: no/run is not on this disk .*; give a folder written by senticlip train", "predict", "no/run")
+    fails(2, "RUN: no such folder: my run", "evaluate", "my run", "--data", "d")
     fails(2, r"a\.onnx: no such file", "predict", "a.onnx", "--text", "好")
 
 
@@ -273,7 +274,7 @@ def test_an_encoder_without_weights(place, fails, tmp_path):
     (tmp_path / "text" / "model.safetensors").unlink()
     change = ("--set", f"text.encoder={tmp_path / 'text'}", "--set", "stages={}", "--set", "modalities=[text]")
     base = ("train", TINY, "--data", place / "data", "--out", "o", "--device", "cpu", *change)
-    fails(1, "text.encoder: no weights can be read from .*text", *base)
+    fails(1, "text.encoder: the weights in .*text cannot be read", *base)
 
 
 def test_a_feature_file_that_is_none(fails, tmp_path):
@@ -296,10 +297,10 @@ def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch):
 
     for said, *arguments in (
         ("interrupted", "predict", "run"),
-        ("interrupted — the same command with --resume goes on", "train", TINY, "--data", "d", "--out", "o"),
-        ("interrupted — the same command with --resume goes on", "analyze", "run", "film.mp4", "--out", "o"),
-        ("interrupted — the same command goes on", "bulk", "run", "archive.csv", "--out", "o"),
-        ("interrupted — the same command goes on", "reproduce", "--data", "d", "--out", "o"),
+        ("interrupted — rerun with --resume to continue", "train", TINY, "--data", "d", "--out", "o"),
+        ("interrupted — rerun with --resume to continue", "analyze", "run", "film.mp4", "--out", "o"),
+        ("interrupted — rerun the same command to continue", "bulk", "run", "archive.csv", "--out", "o"),
+        ("interrupted — rerun the same command to continue", "reproduce", "--data", "d", "--out", "o"),
     ):
         monkeypatch.setitem(cli.VERBS, arguments[0], stopped)
         fails(130, f"^senticlip: {said}$", *arguments)

@@ -79,7 +79,7 @@ def test_lines_without_an_answer_are_told(place, say, tmp_path, monkeypatch):
     monkeypatch.setattr("senticlip.analyze.analyze", lambda *_, **__: iter(rows))
     code, found, err = say("analyze", place / "film.mp4", "--out", tmp_path, "--json")
     assert (code, found["segments"], found["failed"]) == (0, 3, 2)
-    assert "2 have no answer; the column error tells why, first: line 2: broken" in err
+    assert "2 have no answer (see the column error), the first: line 2: broken" in err
 
 
 def test_bulk(place, say, tmp_path):
@@ -90,7 +90,7 @@ def test_bulk(place, say, tmp_path):
     for _ in range(2):  # the second time everything is there
         code, found, err = say("bulk", *archive)
         assert "2 done, 2 failed" in err
-        assert "--retry tries them again; the column error tells why, first: " in err
+        assert "--retry tries them again; see the column error, the first: " in err
         assert "none.mp4: no such video" in err
         assert (code, set(found)) == (0, {"done", "failed", "seconds"})
         assert (found["done"], found["failed"]) == (2, 2)
@@ -100,7 +100,7 @@ def test_bulk(place, say, tmp_path):
     assert "manifest.jsonl, row 4: neither path nor text" in told["d"]
 
     code, _, err = say("bulk", *archive, "--precision", "bf16")
-    assert (code, "another precision" in err) == (1, True)
+    assert (code, "a different precision" in err) == (1, True)
     assert say("bulk", place / "none.csv", "--out", tmp_path / "new")[0] == 2
     (place / "bad.csv").write_text("url\nx\n")
     assert say("bulk", place / "bad.csv", "--out", tmp_path / "new")[0] == 1
@@ -141,7 +141,7 @@ def test_what_a_reduced_precision_changes_is_said(place, say):
     assert {"n", "flips", "max_difference"} <= set(low["disagreement"])
     told = say("predict", "--text", "天气好", "--precision", "bf16")[1]
     flips, most = round(4 * low["disagreement"]["flips"]), low["disagreement"]["max_difference"]
-    assert f"bf16 against fp32 on 4 made clips: {flips} labels change, the largest difference is {most:.2g}\n" in told
+    assert f"bf16 vs. fp32 on 4 generated clips: {flips} labels change, largest difference {most:.2g}\n" in told
     low = say("evaluate", "--data", place / "data", "--precision", "bf16", "--json")[1]
     full = say("evaluate", "--data", place / "data", "--json")[1]
     assert set(low) == set(full) | {"disagreement"}

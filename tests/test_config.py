@@ -63,7 +63,7 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("heads=-4", "config key heads: -4 — must be at least 1"),
         ("width=0", "config key width: 0 — must be at least 1"),
         ("layers=0", "config key layers: 0 — must be at least 1"),
-        ("width=10", "width: 10 cannot be divided among heads: 4"),
+        ("width=10", "width: 10 is not divisible by heads: 4"),
         ("dropout=5", "config key dropout: 5.0 — must be from 0 to 0.99"),
         ("seed=-1", "config key seed: -1 — must be from 0 to 4294967295"),
         ("text.max_length=3", "config key text.max_length: 3 — must be at least 4"),
@@ -87,16 +87,16 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("stages.text.widht=8", "stages.text: unknown config key widht — did you mean width?"),
         ("stages.text.train.epochs=0", "stages.text: config key train.epochs: 0 — must be at least 1"),
         ("stages.text.head=none", "stages.text: config key head: 'none' is not one of similarity, linear"),
-        ("modalities=[smell]", "modalities: ['smell'] — choose distinct ones of text, vision, audio"),
+        ("modalities=[smell]", "modalities: ['smell'] — choose from text, vision, audio, each once"),
         ("target=Q", "target: 'Q' — choose one of M, T, A, V"),
-        ("text.prefix_text=' '", "text.prefix_text: empty"),
+        ("text.prefix_text=' '", "text.prefix_text is empty"),
         ("label.prompt=x", "label.prompt needs a {}"),
         ("width", "--set width: expected KEY=VALUE"),
-        ("width=[", "--set width=[: the value is not YAML"),
-        ("text.encoder=2020-13-45", "--set text.encoder=2020-13-45: the value is not YAML"),
+        ("width=[", "--set width=[: the value cannot be read as YAML"),
+        ("text.encoder=2020-13-45", "--set text.encoder=2020-13-45: the value cannot be read as YAML"),
         ("label.names=[null,x,y]", "config key label.names: None is not one of str"),
-        ("options=" + "[" * 5000, "the value is not YAML that is read here"),
-        ("seed=0x" + "f" * 6000, "the value is not YAML that is read here"),
+        ("options=" + "[" * 5000, "the value cannot be read as YAML"),
+        ("seed=0x" + "f" * 6000, "the value cannot be read as YAML"),
     ],
 )
 def test_what_cannot_be_is_told_at_once(change, said):
@@ -108,7 +108,7 @@ def test_what_cannot_be_is_told_at_once(change, said):
 
 def test_files_that_are_none(file, tmp_path):
     for text, said in [
-        ("a: [", "not YAML"),
+        ("a: [", "cannot be read as YAML"),
         ("- 1", "expected keys and values"),
         ("text: 3", "text: expected keys"),
         ("foo: 1", "unknown config key foo"),
@@ -116,7 +116,7 @@ def test_files_that_are_none(file, tmp_path):
         with pytest.raises(UsageError, match=rf"e\.yaml: .*{said}"):
             load(file(text))
     file("").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="not YAML"):
+    with pytest.raises(UsageError, match="cannot be read as YAML"):
         load(tmp_path / "e.yaml")
     with pytest.raises(UsageError, match="no such config file"):
         load(tmp_path)
@@ -131,17 +131,17 @@ def nested(item, many):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: tfn\noptions:" + nested("[x, x]", "[{}]"), "over 65536 characters, with its aliases written out"),
-        ("target:" + nested("[x, x]", "[{}]"), "over 65536 characters, with its aliases written out"),
-        ("stages:" + nested("{a: 1}", "{{<<: [{}]}}"), "over 65536 characters, with its aliases written out"),
-        ("modalities: &a [*a]", "over 65536 characters, with its aliases written out"),
-        ("options: " + "[" * 5000, "over 20 levels"),
-        ("options: {a: " + "[" * 30 + "]" * 30 + "}", "over 20 levels"),
-        ("seed: 0x" + "f" * 6000, "a number of over 1000 digits"),
+        ("model: tfn\noptions:" + nested("[x, x]", "[{}]"), "more than 65536 characters, with its aliases expanded"),
+        ("target:" + nested("[x, x]", "[{}]"), "more than 65536 characters, with its aliases expanded"),
+        ("stages:" + nested("{a: 1}", "{{<<: [{}]}}"), "more than 65536 characters, with its aliases expanded"),
+        ("modalities: &a [*a]", "more than 65536 characters, with its aliases expanded"),
+        ("options: " + "[" * 5000, "more than 20 levels"),
+        ("options: {a: " + "[" * 30 + "]" * 30 + "}", "more than 20 levels"),
+        ("seed: 0x" + "f" * 6000, "a number of more than 1000 digits"),
     ],
 )  # fmt: skip
 def test_a_short_file_that_would_be_long_to_print_is_one_line(file, text, said):
-    with pytest.raises(UsageError, match=rf"e\.yaml: not YAML that is read here — {said}$"):
+    with pytest.raises(UsageError, match=rf"e\.yaml: cannot be read as YAML — {said}$"):
         load(file(text))
 
 
@@ -222,7 +222,7 @@ def test_a_config_needs_no_torch():
 def test_a_stage_keeps_the_main_trainings_splits():
     for key, value in (("seed", 7), ("protocol", "tenth")):
         config = Config().override({"stages": {"text": {"modalities": ["text"], key: value}}})
-        with pytest.raises(UsageError, match=rf"stages.text: {key} is the main training's"):
+        with pytest.raises(UsageError, match=rf"stages.text: {key} must equal the main training's"):
             config.stage("text")
     assert Config().override({"seed": 7, "stages": {"text": {"modalities": ["text"]}}}).stage("text").seed == 7
 
@@ -247,7 +247,7 @@ def test_a_stage_whose_encoder_would_not_fit_is_told_before_it_is_trained():
 
 def test_a_stage_is_named_like_a_folder():
     for name in ("../../esc", "a/b", "", ".", "-x", "a b"):
-        with pytest.raises(UsageError, match=r"stages: .* names a folder of RUN"):
+        with pytest.raises(UsageError, match=r"stages: .* becomes a folder name"):
             Config().override({"stages": {name: {}}})
     assert Config().override({"stages": {1: {1: 2}, "文字": {}}}).stages
     with pytest.raises(UsageError, match=r"stages\.1: unknown config key 1"):
@@ -259,7 +259,7 @@ def test_a_stage_is_named_like_a_folder():
 def test_self_mm_keeps_its_rows():
     changes = {"train.recombine": 1, "train.mislead": 0.1, "train.modality_dropout": 0.1, "train.balance": "sampler"}
     for change in ({key: value} for key, value in changes.items()):
-        with pytest.raises(UsageError, match="self_mm keeps labels of rows"):
+        with pytest.raises(UsageError, match="self_mm keeps a label per row"):
             Config().override({"model": "self_mm", **change})
 
 

@@ -97,7 +97,7 @@ def test_what_is_no_run_is_not_deleted(tmp_path, monkeypatch, begun):
     mine = tmp_path / "out" / "run-video"
     (mine / "deep").mkdir(parents=True)
     (mine / "deep" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"run-video: is no run, and would be deleted — choose another --out"):
+    with pytest.raises(UserError, match=r"run-video: not a run, and would be deleted — choose another --out"):
         demo(tmp_path / "out")
     assert (mine / "deep" / "notes.txt").read_text() == "mine"
     (mine / "deep" / "notes.txt").rename(mine / ".notes")  # as of a kill before it was begun

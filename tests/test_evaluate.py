@@ -105,7 +105,7 @@ def test_runs_of_two_labels_need_one(place, tmp_path):
     turned = [",".join([*parts[:4], str(-float(parts[4])), *parts[5:]]) for parts in (ln.split(",") for ln in lines)]
     (place / "data" / "label.csv").write_text("\n".join([head, *turned]), encoding="utf-8")
     try:
-        with pytest.raises(UserError, match="were trained for different labels — choose one with --target"):
+        with pytest.raises(UserError, match="were trained on different labels — choose one with --target"):
             compare(place / "a", place / "t", place / "data")
         chosen = compare(place / "a", place / "t", place / "data", target="T")
         assert chosen["a"]["accuracy"] == evaluate(place / "a", place / "data", target="T")["accuracy"]
@@ -136,9 +136,9 @@ def test_clips_that_say_nothing_and_clips_without_the_label_are_told(place, tmp_
     with Path(found["predictions"]).open(encoding="utf-8", newline="") as file:
         (said,) = {row["predicted"] for row in list(csv.DictReader(file))[1:]}
     told = capsys.readouterr().err
-    assert told == f"{table}: 2 of 3 clips have nothing that this model reads; they are answered {said!r}\n"
+    assert told == f"{table}: 2 of 3 clips have no input that this model reads; they are predicted as {said!r}\n"
     assert evaluate(tmp_path / "a", table, "valid", target="T")["n"] == 2
-    assert f"{table}: 1 of 3 clips of valid have no label T: left out\n" in capsys.readouterr().err
+    assert f"{table}: 1 of 3 clips in valid have no label T and are left out\n" in capsys.readouterr().err
     assert "unread" not in evaluate(place / "a", place / "data")
     assert capsys.readouterr().err == ""
 

@@ -308,24 +308,24 @@ def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
 
 def test_errors(run, file, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    with pytest.raises(UserError, match="not a file that this senticlip export made"):
+    with pytest.raises(UserError, match="not readable as a senticlip export"):
         senticlip.load(tmp_path / "bad.onnx")
     shutil.copy(file, tmp_path / os.fsdecode(b"\xb5.onnx"))
-    with pytest.raises(UserError, match="onnxruntime opens no path that is not UTF-8 — rename it"):
+    with pytest.raises(UserError, match="onnxruntime cannot open a path that is not UTF-8 — rename it"):
         senticlip.load(tmp_path / os.fsdecode(b"\xb5.onnx"))
     with pytest.raises(UsageError, match=r"none\.onnx: no such file"):
         senticlip.load(tmp_path / "none.onnx")
-    with pytest.raises(UsageError, match="an exported file is read on the CPU"):
+    with pytest.raises(UsageError, match="an exported file runs on the CPU"):
         senticlip.load(file, "cuda")
     older = onnx.load(str(file))
     (about,) = (entry for entry in older.metadata_props if entry.key == "senticlip")
     about.value = json.dumps({**json.loads(about.value), "format": 1})
     onnx.save(older, str(tmp_path / "older.onnx"))
-    with pytest.raises(UserError, match=r"format 1, read here is 2.*export the RUN again"):
+    with pytest.raises(UserError, match=r"format 1, expected 2.*export the RUN again"):
         senticlip.load(tmp_path / "older.onnx")
     with pytest.raises(UsageError, match="fp32, bf16, int8"):
         senticlip.load(run, precision="fp8")
-    with pytest.raises(UsageError, match="when it was exported"):
+    with pytest.raises(UsageError, match="is chosen at export"):
         senticlip.load(file, precision="bf16")
     with pytest.raises(UsageError, match="attention"):
         senticlip.load(file).model(made_batch(1, 1, 1), attention=True)
@@ -348,7 +348,7 @@ def test_what_the_file_says_of_itself_may_be_broken(file, tmp_path, key, change,
     found = {entry.key: entry.value for entry in proto.metadata_props}
     onnx.helper.set_model_props(proto, found | {key: json.dumps(change(json.loads(found["senticlip"])))})
     onnx.save(proto, str(tmp_path / "a.onnx"))
-    with pytest.raises(UserError, match=rf"a\.onnx: not a file that this senticlip export made \(.*({said})") as error:
+    with pytest.raises(UserError, match=rf"a\.onnx: not readable as a senticlip export \(.*({said})") as error:
         senticlip.load(tmp_path / "a.onnx")
     assert "\n" not in str(error.value)
 

@@ -82,11 +82,11 @@ def test_a_runs_encoders_give_what_they_have_learned(tmp_path, folder, encoder):
     sizes = {"text.encoder": "features", "vision.encoder": "features", "head": "linear", "text.train": "frozen"}
     reader = create_model(Config().override({**sizes, "vision.train": "frozen"}), {"text": 4, "vision": 4})
     reader.save_pretrained(tmp_path / "reader")
-    with pytest.raises(UsageError, match="reader: not all that it reads has an encoder"):
+    with pytest.raises(UsageError, match="reader: reads a modality without an encoder"):
         features(folder, tmp_path / "g.pkl", Config(), run=tmp_path / "reader")
     half = {"vision.encoder": str(tiny.timm_folder(tmp_path / "net")), "vision.train": "full"}
     create_model(reader.experiment.override(half), {"text": 4}).save_pretrained(tmp_path / "half")
-    with pytest.raises(UsageError, match="half: not all that it reads has an encoder"):
+    with pytest.raises(UsageError, match="half: reads a modality without an encoder"):
         features(folder, tmp_path / "g.pkl", Config(), run=tmp_path / "half")
 
 

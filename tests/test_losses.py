@@ -12,6 +12,8 @@ from senticlip.losses import Uncertainty, WeightedSum, cross_entropy
 LOGITS = torch.tensor([[0.0, math.log(2), math.log(3)]])
 """Probabilities 1/6, 2/6, 3/6."""
 
+BOTH = {"text": torch.tensor(True), "vision": torch.tensor(True)}
+
 
 def test_focal():
     # target 2: p = 1/2, so −(1 − 1/2)² ln 1/2 = 0.25 · 0.693147
@@ -42,7 +44,7 @@ def test_uncertainty_and_its_gradient():
     combine = Uncertainty(["text", "vision"])
     with torch.no_grad():
         combine.s["text"].fill_(math.log(2))
-    total = combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)})
+    total = combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)}, BOTH)
     # ½ · 0.5 + ln 2 / 2 = 0.596574, and 1 · 1 + 0
     assert total.item() == pytest.approx(1.5965736, abs=1e-6)
     total.backward()
@@ -58,7 +60,7 @@ def test_uncertainty_finds_its_minimum():
     optimizer = torch.optim.SGD(combine.parameters(), lr=0.5)
     for _ in range(200):
         optimizer.zero_grad()
-        combine({"text": torch.tensor(0.3)}).backward()
+        combine({"text": torch.tensor(0.3)}, BOTH).backward()
         optimizer.step()
     assert combine.s["text"].item() == pytest.approx(math.log(0.6), abs=1e-4)
 
@@ -69,13 +71,13 @@ def test_clamped_s_can_come_back():
         combine.s["text"].fill_(9.0)
     combine.clamp()
     assert combine.s["text"].item() == 5.0
-    combine({"text": torch.tensor(1.0)}).backward()
+    combine({"text": torch.tensor(1.0)}, BOTH).backward()
     assert float(combine.s["text"].grad) != 0
 
 
 def test_sum():
     combine = WeightedSum(["text", "vision"])
-    assert float(combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)})) == 1.5
+    assert float(combine({"text": torch.tensor(0.5), "vision": torch.tensor(1.0)}, BOTH)) == 1.5
 
 
 def test_what_nobody_says_in_a_batch_does_not_move_s():

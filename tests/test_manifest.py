@@ -91,7 +91,7 @@ def test_a_tables_chinese_columns_are_a_manifests_and_what_is_not_read_is_told(t
         )
         out, told = capsys.readouterr()
         assert (out, told.count("\n")) == ("", 1)
-        assert f"{name}: not read: transcript (what is read: id, path, text" in told
+        assert f"{name}: ignored columns: transcript (columns that are read: id, path, text" in told
 
 
 def test_split_cuts_it_into_groups(tmp_path):
@@ -156,7 +156,13 @@ def test_a_bad_row_is_a_row_with_its_error(tmp_path):
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert [row["id"] for row in rows] == ["1", "?", *(f"row {i}" for i in range(3, 10))]
     assert [row["text"] for row in rows if not row["error"]] == ["好", "😀", None]
-    for i, said in {1: "column id: half a character", 2: "JSON", 3: "not an object", 4: "utf-8", 5: "JSON"}.items():
+    for i, said in {
+        1: "column id: an unpaired surrogate",
+        2: "JSON",
+        3: "not an object",
+        4: "utf-8",
+        5: "JSON",
+    }.items():
         assert said in rows[i]["error"]
         assert f"{path}, row {i + 1}" in rows[i]["error"]
     assert rows[8]["error"].endswith("row 9: neither path nor text")
@@ -216,11 +222,11 @@ def test_an_id_that_comes_twice_is_told_once(tmp_path, capsys, monkeypatch):
     assert [row["id"] for row in manifest.read(path)] == ["a", "b", "b", "a"]
     out, told = capsys.readouterr()
     assert out == ""
-    said = "the id 'b' was there before; give every row one of its own, to tell their answers apart"
+    said = "duplicate id 'b' — give each row its own id, to tell their answers apart"
     assert told == f"{path}, row 4: {said}\n"
     monkeypatch.setattr(manifest, "REMEMBERED", 1)
     list(manifest.read(path))
-    assert f"{path}, row 5: the id 'a' was there before" in capsys.readouterr().err
+    assert f"{path}, row 5: duplicate id 'a'" in capsys.readouterr().err
 
 
 def test_what_is_no_text_is_the_rows_fault(tmp_path):
@@ -262,7 +268,7 @@ def test_cells_are_separated_as_in_a_table(between, tmp_path):
 
 def test_a_workbook_under_another_name_is_told(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"PK\3\4" + bytes(range(256)))
-    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook, or a zip — save it as CSV UTF-8"):
+    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook or a zip file — save it as CSV UTF-8"):
         list(manifest.read(tmp_path / "a.csv"))
-    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook, or a zip — save it as CSV UTF-8"):
+    with pytest.raises(UserError, match=r"a\.csv: is an Excel workbook or a zip file — save it as CSV UTF-8"):
         read_clips(tmp_path / "a.csv")

@@ -201,7 +201,7 @@ def test_what_is_no_number_is_not_hidden_by_what_is_compiled(run, tmp_path):
     next(weight for name, weight in weights.items() if name.startswith("encoders.vision"))[:] = torch.nan
     save_file(weights, path, {"format": "pt"})
     for precision in ("bf16", "int8"):
-        with pytest.raises(UserError, match="run: its answers are NaN, its weights are broken"):
+        with pytest.raises(UserError, match="run: its answers are NaN, so its weights are broken"):
             senticlip.load(tmp_path / "run", "cpu", precision)
 
 

@@ -112,7 +112,7 @@ def test_sound_is_heard_as_in_training(place, tmp_path, model):
 
 
 def test_a_piece_has_finite_times(place):
-    with pytest.raises(UsageError, match=r"a piece from None to inf s"):
+    with pytest.raises(UsageError, match=r"a segment from None to inf s"):
         load(place / "run")(place / "clip.mp4", end=float("inf"))
 
 
@@ -172,15 +172,15 @@ def test_a_blank_text_is_none_and_half_a_character_is_one(place):
 
 def test_what_a_table_brings_is_no_silent_answer(place):
     predictor, video = load(place / "run", "cpu"), place / "dark.mp4"
-    with pytest.raises(UsageError, match="b: nan is no text — give a string, or None"):  # pandas' empty cell
+    with pytest.raises(UsageError, match="b: nan is not a text — give a string or None"):  # pandas' empty cell
         list(predictor.predict([Clip("a", video, "好"), Clip("b", video, float("nan"))]))
     assert predictor("", "好") == predictor(None, "好")
     assert predictor.batch([Clip("a", "", "好")]).modalities["vision"].mask.sum() == 0  # what pandas reads as ""
     for clips, said in (
-        ([Clip("b", float("nan"), "好")], "b: nan is no path — give one, or None"),
-        ([Clip("b", video, None, start="1")], "a piece from '1' to None s — give finite times"),
-        ([str(video)], "dark.mp4': is no clip — give senticlip.structures.Clip"),
-        ([], "batch: no clip was given"),
+        ([Clip("b", float("nan"), "好")], "b: nan is not a path — give a path or None"),
+        ([Clip("b", video, None, start="1")], "a segment from '1' to None s — give finite times"),
+        ([str(video)], "dark.mp4': not a clip — give senticlip.structures.Clip"),
+        ([], "batch: no clip given"),
     ):
         with pytest.raises(UsageError, match=said):
             predictor.batch(clips)

@@ -100,7 +100,7 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
     assert "<svg" in page
     latex = (out / "tables.tex").read_text(encoding="utf-8")
     assert "\\textbf{100.00 $\\pm$ 0.00}" in latex
-    caption = r"\caption{Multimodal models, judged by the joint label M; per cent, mean $\pm$ standard deviation"
+    caption = r"\caption{Multimodal models, scored against the joint label M; per cent, mean $\pm$ standard deviation"
     assert f"{caption} over 2 seeds}}" in latex
     assert "k/228" in page
     versus = json.loads((out / "results.json").read_text())["tables"]["1"]["M"]["TFN"]["versus"]
@@ -110,7 +110,7 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
 def test_a_split_that_is_missing_is_told_before_anything_is_trained(world, tmp_path):
     table = tmp_path / "own.csv"
     table.write_text("text,label,split\n好,1,train\n坏,-1,train\n好,1,valid\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no clips in split 'test' — there is train, valid"):
+    with pytest.raises(UserError, match="no clips in split 'test', only in train, valid"):
         room.reproduce(table, tmp_path / "out", "tiny", ["1"], 1)
     assert not (tmp_path / "out").exists()
 
@@ -134,12 +134,12 @@ def test_results_of_other_data_are_not_read(world):
     other = out.parent / "other.csv"
     other.write_text(table.read_text(encoding="utf-8"), encoding="utf-8")
     trained = len(asked)
-    with pytest.raises(UserError, match=r"holds runs on other data.*data\.csv"):
+    with pytest.raises(UserError, match=r"has runs with different data.*data\.csv"):
         run(tables=["6"], seeds=1, data=other)
-    with pytest.raises(UserError, match="holds runs on other data, labels or protocol"):
+    with pytest.raises(UserError, match="has runs with different data, labels or protocol"):
         run(tables=["6"], seeds=1, protocol="tenth")
     table.write_text(table.read_text(encoding="utf-8").replace("4.mp4,话4,-1.0", "4.mp4,话4,0.2"), encoding="utf-8")
-    with pytest.raises(UserError, match="holds runs on other data, labels"):
+    with pytest.raises(UserError, match="has runs with different data, labels"):
         run(tables=["6"], seeds=1)
     assert len(asked) == trained
     assert (out / "results.json").read_bytes() == before
@@ -153,7 +153,7 @@ def test_results_of_encoders_that_have_changed_are_not_read(world, tmp_path):
     run(**options)
     trained = len(asked)
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(UserError, match=r"holds runs of other contents of .*bert — choose another --out"):
+    with pytest.raises(UserError, match=r"has runs made when .*bert had different contents — choose another --out"):
         run(**options)
     run(tables=["6"], seeds=1)  # the preset's own encoder has none to compare
     assert len(asked) > trained
@@ -211,7 +211,7 @@ def test_each_seed_draws_its_own_baseline(world):
         clips = read_clips(run.data, "test", "tenth", seed)
         shares.append(100 * np.mean([polarity(clip.labels["M"]) == 0 for clip in clips]))
     assert f"“negative” scores {np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f} accuracy" in text
-    assert text.count("those of seed 0; each seed draws its own") == 2
+    assert text.count("for seed 0; each seed draws its own split") == 2
 
 
 def test_results_of_a_feature_file_that_has_changed_are_not_read(world):
@@ -228,7 +228,7 @@ def test_results_of_a_feature_file_that_has_changed_are_not_read(world):
     run(**options)
     assert run(**options)
     (root / "Processed" / "own.pkl").write_bytes(b"two")
-    with pytest.raises(UserError, match=r"holds runs of other contents of .*own\.pkl — choose another --out"):
+    with pytest.raises(UserError, match=r"has runs made when .*own\.pkl had different contents — choose another --out"):
         run(**options)
 
 
@@ -244,23 +244,13 @@ def test_a_kept_run_that_was_evaluated_on_other_data_stays_what_it_was(world):
     overwrite()
     assert run(tables=["1"], seeds=1) == first
     assert json.loads((out / "results.json").read_text())["tables"] == found
-    for file in out.rglob(room.RESULT):  # as older versions wrote it
+    for file in out.rglob(room.RESULT):  # without its predictions it is no result
         told = json.loads(file.read_text())
         del told["predictions"]
         file.write_text(json.dumps(told))
     overwrite()
     assert run(tables=["1"], seeds=1) == first  # evaluated again
     assert json.loads((out / "results.json").read_text())["tables"] == found
-    assert len(asked) == before
-
-
-def test_results_of_an_older_version_are_read(world):
-    run, asked, out = world
-    first, before = run(tables=["6"], seeds=1), len(asked)
-    for file in out.rglob(room.RESULT):
-        told = json.loads(file.read_text())
-        file.write_text(json.dumps({**told, "predictions": "out/predictions-test.csv"}))
-    assert run(tables=["6"], seeds=1) == first
     assert len(asked) == before
 
 
@@ -276,14 +266,14 @@ def test_what_is_set_and_whom_it_does_not_reach_is_told(world):
         "(changed: train.epochs=4, modalities=[text,vision], label.names=[a,b,c], vision.frames=7), protocol official"
     )
     peers = (
-        "The change of train.epochs does not reach TFN, LMF, MulT, Self-MM, MMAF, MMAF+T+A+V: what is their own stays."
+        "The change to train.epochs does not apply to TFN, LMF, MulT, Self-MM, MMAF, MMAF+T+A+V: their own value stays."
     )
-    others = "The change of vision.frames does not reach OpenFace2.0: "
+    others = "The change to vision.frames does not apply to OpenFace2.0: "
     for each in (text, page, latex):
         assert told in each
         assert peers in each
         assert others in each
-        assert each.count("The change of") == 2
+        assert each.count("The change to") == 2
     run(tables=["1"], seeds=1)
     assert "hange" not in (out / "report.md").read_text(encoding="utf-8").split("##")[0]
 
@@ -296,9 +286,9 @@ def test_the_label_that_judges_is_told_and_its_majority(world):
     run(tables=["6"], seeds=1, overrides=["target=T"])
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "always answering “positive” scores 100.00 accuracy" in text
-    assert "on test (10 clips), judged by the text's own label T." in text
-    assert "Judged by the text's own label T:" in text
-    with pytest.raises(UserError, match="no clip of train has a label A"):
+    assert "on test (10 clips), scored against the text's own label T." in text
+    assert "Scored against the text's own label T:" in text
+    with pytest.raises(UserError, match="no clip in train has label A"):
         run(tables=["6"], seeds=1, overrides=["target=A"])
 
 
@@ -307,9 +297,9 @@ def test_the_split_is_the_presets_and_seeds_are_counted(world):
     run(tables=["6"], seeds=1, overrides=["protocol=tenth"])
     assert json.loads((out / "results.json").read_text())["protocol"] == "tenth"
     run(tables=["6"], seeds=1, overrides=["protocol=tenth"], protocol="tenth")
-    with pytest.raises(UsageError, match="--set protocol=tenth: --protocol is official — leave one of them out"):
+    with pytest.raises(UsageError, match="--set protocol=tenth: conflicts with --protocol official — leave one out"):
         run(overrides=["protocol=tenth"], protocol="official")
-    with pytest.raises(UsageError, match="--set seed: the seeds are 0 to --seeds minus 1"):
+    with pytest.raises(UsageError, match="--set seed: seeds run from 0 to --seeds minus 1"):
         run(overrides=["seed=5"])
 
 
@@ -318,7 +308,7 @@ def test_tables_are_named(world, capsys):
     assert list(run(tables=["6", "1", "6"], seeds=1)["tables"]) == ["6", "1"]
     capsys.readouterr()
     run(tables=["6"], seeds=1)
-    told = f"{out}: the report has Tables 6 and no longer 1 — --tables 1,6 has all, and runs no finished row again\n"
+    told = f"{out}: the report now has Tables 6 and no longer 1 — --tables 1,6 includes all, and reuses finished rows\n"
     assert told in capsys.readouterr().err
     run(tables=["1", "6"], seeds=1)
     assert "no longer" not in capsys.readouterr().err
@@ -389,10 +379,10 @@ def test_what_cannot_be_kept_any_more_is_told(world, capsys):
     run, _, out = world
     run(tables=["6"], seeds=1)
     run(tables=["6"], seeds=2, keep=True)
-    told = f"{out}: 2 of 4 finished rows have no weights any more: they were run without --keep — with another --out"
+    told = f"{out}: 2 of 4 finished rows no longer have weights: they were run without --keep — choose another --out"
     assert told in capsys.readouterr().err
     run(tables=["6"], seeds=2)
-    assert "any more" not in capsys.readouterr().err
+    assert "no longer have weights" not in capsys.readouterr().err
 
 
 def test_mean_and_std_over_seeds():
@@ -449,7 +439,7 @@ def test_random_weights_are_marked_and_not_judged():
     text = layout.as_markdown(results._table_blocks(tables[0], found["4"], 1))
     for row in tables[0].rows:
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
-    assert "† random weights, not pretrained: tests the path, not the paper" in text
+    assert "† random weights, not pretrained: tests the code, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
     latex = results.in_latex(tables, found, 1, Asked(preset, "small", [], "data"))
     assert r"the joint label M; per cent, one seed; $^\dagger$ random weights}" in latex
@@ -479,7 +469,7 @@ def test_the_majority_need_not_be_the_same_class_in_every_seed():
 
     first, second = drawn("train", "valid", "test"), drawn("valid", "train", "test")
     asked = Asked(load_preset("tiny"), "tiny", [], "d.csv")
-    for seeds, often in (([first, second], "what is most frequent in training"), ([second], "“positive”")):
+    for seeds, often in (([first, second], "the most frequent training class"), ([second], "“positive”")):
         told = [text for _, text in results.story([], {}, seeds, asked) if "Majority" in text]
         assert told[0].startswith(f"Majority baseline: always answering {often} scores ")
 

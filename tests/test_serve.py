@@ -148,13 +148,13 @@ def test_a_form_that_was_cut_off_is_not_answered_from_what_is_there(place, predi
     clip = part.format("video", '; filename=""').encode() + (place / "clip.mp4").read_bytes()
     for end in (b"", b"\r\n--x", b"\r\n--x-"):
         answer = client.post("/predict", content=text + clip + end, headers=kind)
-        wanted = "the form ends before its last boundary — send all of it"
+        wanted = "the form ends before its closing boundary — send all of it"
         assert (answer.status_code, answer.json()) == (400, {"error": wanted})
     # nor is a file without a name passed over
     whole = client.post("/predict", content=text + clip + b"\r\n--x--", headers=kind)
     assert whole.json() == predictor(place / "clip.mp4", TEXT).to_json()
     packed = client.post("/predict", content=text, headers={**kind, "content-encoding": "gzip"})
-    assert (packed.status_code, packed.json()["error"]) == (415, "the form is packed (gzip) — send it as it is")
+    assert (packed.status_code, packed.json()["error"]) == (415, "the form is compressed (gzip) — send it uncompressed")
     assert client.get("/health", headers={"content-encoding": "gzip"}).status_code == 200
 
 
@@ -162,7 +162,7 @@ def test_a_form_that_was_cut_off_is_not_answered_from_what_is_there(place, predi
 def test_a_boundary_that_cannot_be_read_is_refused(boundary):
     kind = {"content-type": f"multipart/form-data; boundary*={boundary}"}
     answer = TestClient(app(Said("neutral"), "run")).post("/predict", content=b"--x--", headers=kind)
-    told = "the form's boundary cannot be read — send one of ASCII letters, as boundary=…"
+    told = "the form's boundary cannot be read — use ASCII letters, as in boundary=…"
     assert (answer.status_code, answer.json()) == (400, {"error": told})
 
 
@@ -176,7 +176,7 @@ def test_another_sites_page_sends_nothing(left):
         assert client.get("/", headers=headers).status_code == 200  # a link to the page is none
     refused = client.post("/predict", data={"text": TEXT}, headers={"sec-fetch-site": "cross-site"}).json()
     assert (len(begun), list(refused)) == (3, ["error"])
-    assert refused["error"].startswith("another site's page sent this — ")
+    assert refused["error"].startswith("sent by another site's page — ")
     large = client.post("/predict", content=b"x" * 2**11)
     for answer in (client.get("/"), client.get("/nothing"), client.post("/predict"), large):
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -254,7 +254,7 @@ def test_a_text_that_is_not_utf_8_is_refused_and_not_answered(predictor, encodin
         answer = client.post("/predict", content=body, headers={"content-type": kind})
         wanted = (200, predictor(text=words).to_json()) if encoding == "utf-8" else (400, None)
         assert (answer.status_code, answer.json() if answer.status_code == 200 else None) == wanted, answer.text
-        assert encoding == "utf-8" or answer.json()["error"].startswith("text: not in UTF-8")
+        assert encoding == "utf-8" or answer.json()["error"].startswith("text: not UTF-8")
     for rare in ("嗯嗯", "嗯，OK"):
         answer = client.post("/predict", content=b"text=" + rare.encode("gbk"), headers={"content-type": kind})
         assert answer.status_code == 400
@@ -391,12 +391,12 @@ def test_who_has_gone_before_his_turn_is_not_answered(gone):
 
 
 def test_an_address_that_is_taken_or_none_is_wrong_use(place):
-    said = r"cannot listen there \(Address already in use\) — choose another --port"
+    said = r"cannot listen here \(Address already in use\) — choose another --port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match=said):
         serve(place / "run", port=taken.getsockname()[1])
     with pytest.raises(UsageError, match="choose another --port"):
         serve(place / "run", port=70000)
-    with pytest.raises(UsageError, match="--host: no address was given"):
+    with pytest.raises(UsageError, match="--host: no address given"):
         serve(place / "run", host=" ")
     with pytest.raises(UsageError, match="--limit 0"):
         serve(place / "run", limit=0)

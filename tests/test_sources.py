@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tests.tiny import timm_folder, write_clip
+from tests.tiny import text_folder, timm_folder, write_clip
 
 from senticlip.config import Config
 from senticlip.data.cache import Store
@@ -47,6 +48,22 @@ def test_the_number_of_frames_and_their_size_are_in_the_key(read):
     assert runs == wanted  # once each
 
 
+def test_an_encoder_that_computes_otherwise_with_the_same_weights_is_another_one(tmp_path):
+    def features(**changes):
+        folder = text_folder(tmp_path / "text")
+        described = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**described, **changes}))
+        config = Config(modalities=["text"], prompt="none", width=8, heads=2)
+        model = create_model(
+            config.override({"text.encoder": str(folder), "text.train": "frozen", "text.max_length": 24}), {}
+        )
+        return clip_set([Clip("a", None, "天气好")], model, tmp_path / "cache").stores["text"].gather(np.array([0]))[0]
+
+    first, *others = features(), features(hidden_act="relu"), features(num_attention_heads=1)
+    assert not any(np.allclose(first, other) for other in others)
+    assert np.array_equal(first, features())
+
+
 def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
     timm_folder(tmp_path / "vision")
     changes = {"vision.encoder": str(tmp_path / "vision"), "vision.frames": 2, "vision.size": 32}
@@ -54,7 +71,7 @@ def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
     model = create_model(config, {"audio": config.audio.bands})
     silent = [Clip("a", write_clip(tmp_path / "a.mp4", 90, 0))]
     clip_set(silent, model, tmp_path / "cache", data="DIR")
-    assert "DIR: no audio in any of 1 clips: the model answers by the rest\n" in capsys.readouterr().err
+    assert "DIR: no audio in any of 1 clips; the model uses the remaining modalities\n" in capsys.readouterr().err
 
 
 def test_a_batch_with_nothing_to_read_has_the_widths_that_are_known(tmp_path):
@@ -62,7 +79,7 @@ def test_a_batch_with_nothing_to_read_has_the_widths_that_are_known(tmp_path):
     sound = ArrayRows(np.ones((2, 3, 5), np.float32), np.array([[False] * 3, [True] * 3]))
     clips = ClipSet([Clip("a"), Clip("b")], {"text": Store(["", ""], []), "audio": sound})
     for row in (0, 1):
-        batch = clips[row]
+        batch = clips.__getitems__([row])
         assert "text" not in batch
         assert batch["audio"].shape[2] == 5
         assert bool(batch["audio_mask"].any()) == (row == 1)
@@ -84,6 +101,7 @@ def test_what_half_precision_cannot_hold_is_its_largest_number(tmp_path):
             return Sequence(torch.tensor([[[1e6, -1e6, 0.5]]]), given.mask)
 
     config = Config(modalities=["text"])
-    model = SimpleNamespace(encoders={"text": Loud()}, device="cpu", experiment=config)
+    built = SimpleNamespace(encoders={"text": {}})
+    model = SimpleNamespace(encoders={"text": Loud()}, device="cpu", experiment=config, config=built)
     rows = encoded(["key"], lambda places: [np.array([7]) for _ in places], model, "text", tmp_path)
     assert rows.gather(np.array([0]))[0][0, 0].tolist() == [65504, -65504, 0.5]

@@ -148,7 +148,7 @@ def test_there_is_no_sound(whisper, tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("CUDA\nfailed"), ValueError("no model.bin"), Exception("EOF")])
 def test_what_goes_wrong_is_one_line(error, film, whisper):
     whisper.error = error
-    with pytest.raises(UserError, match="not transcribed") as told:
+    with pytest.raises(UserError, match="cannot be transcribed") as told:
         transcript(film, str(whisper.model))
     assert "\n" not in str(told.value)
 

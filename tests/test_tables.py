@@ -212,4 +212,4 @@ def test_a_row_that_keeps_a_value_under_one_of_its_labels_is_told():
     mine = Config().override({"width": 64})
     rows = [Row("both", {"M": mine, "T": mine}, {}), Row("one", {"M": mine, "T": Config()}, {})]
     (told,) = Asked(mine, "paper", ["width=64"], "data").own(Table("1", "", "", "both", rows))
-    assert told == "The change of width does not reach one: what is their own stays."
+    assert told == "The change to width does not apply to one: their own value stays."

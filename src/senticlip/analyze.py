@@ -105,7 +105,7 @@ def analyze(
         console.print(info.problem, soft_wrap=True)
     last = end = info.start + info.duration
     if info.has_audio and not info.problem and (sound := audio_end(video)) > end + LONGER:
-        told = f"{video}: the sound goes on for {sound - end:.0f} s after the pictures, whose last one stays"
+        told = f"{video}: the sound runs {sound - end:.0f} s longer than the pictures; the last picture is held"
         console.print(told, soft_wrap=True, highlight=False)
         end = sound
     if transcribe:  # takes long: a model or a folder that cannot be used is told before
@@ -180,11 +180,11 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
     stamp = parts / "job"
     try:
         if resume and stamp.is_file() and stamp.read_text() != key:
-            raise UsageError(f"{out}: began with another film, lines or model — leave out --resume to begin anew")
+            raise UsageError(f"{out}: started with a different film, lines or model — leave out --resume to start over")
         if not resume or not stamp.is_file():
             if stamp.is_file() and stamp.read_text() == key and (done := len(list(parts.glob("[0-9]*.parquet")))):
-                told = f"begins anew; up to {done * BATCH} lines that were done are thrown away"
-                console.print(f"{out}: {told} — --resume would have gone on", soft_wrap=True, highlight=False)
+                told = f"starting over; up to {done * BATCH} finished lines are discarded"
+                console.print(f"{out}: {told} — --resume would have continued", soft_wrap=True, highlight=False)
             shutil.rmtree(parts, ignore_errors=True)
             parts.mkdir(parents=True)
             write_text(stamp, key)

@@ -12,8 +12,8 @@ from typing import NoReturn
 from senticlip import __version__
 
 DATA = "a CH-SIMS folder, or a .csv with path, text, label (-1 to 1, or words), and optionally split"
-TRAINED = "a folder that senticlip train wrote"
-RUN = f"{TRAINED}, or an ONNX file that senticlip export wrote"
+TRAINED = "a folder written by senticlip train"
+RUN = f"{TRAINED}, or an ONNX file written by senticlip export"
 MANIFEST = ".csv, .jsonl or .parquet: id, path, text or subtitles, and optionally start and end (seconds)"
 
 
@@ -34,17 +34,17 @@ class Parser(argparse.ArgumentParser):
 def folder(name: str) -> str:
     """The argument of an option that names a folder to write into: it can be made where it is said to be."""
     if not name.strip():
-        raise argparse.ArgumentTypeError("no name was given — is a variable of the shell unset?")
+        raise argparse.ArgumentTypeError("no name given — is a shell variable unset?")
     for place in (Path(name), *Path(name).parents):
         if os.path.exists(place) and not os.path.isdir(place):  # Path's raise where a name is too long
-            raise argparse.ArgumentTypeError(f"{place} is a file, no folder")
+            raise argparse.ArgumentTypeError(f"{place} is a file, not a folder")
     return name
 
 
 def file(name: str) -> str:
     """The argument of an option that names a file to write."""
     if name.strip() and os.path.isdir(name):
-        raise argparse.ArgumentTypeError(f"{name} is a folder, no file")
+        raise argparse.ArgumentTypeError(f"{name} is a folder, not a file")
     folder(name and str(Path(name).parent))
     return name
 
@@ -62,7 +62,7 @@ def joined(arguments: list[str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs; ``options.verb`` says which one it is."""
-    top = Parser(prog="senticlip", description="Sentiment of video clips: CLIP-CA-MSA")
+    top = Parser(prog="senticlip", description="Sentiment analysis of video clips with CLIP-CA-MSA")
     top.add_argument("--version", action="version", version=f"senticlip {__version__}")
     verbs = Verbs(top)
     _to_learn(verbs)
@@ -80,7 +80,7 @@ class Verbs:
     def __init__(self, top: argparse.ArgumentParser) -> None:
         self.common = Parser(add_help=False)
         self.common.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-        self.common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.common.add_argument("--debug", action="store_true", help="show the traceback on an error")
         self.known = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(self, name: str, text: str) -> argparse.ArgumentParser:
@@ -90,30 +90,30 @@ class Verbs:
 
 def _to_learn(verbs: Verbs) -> None:
     """demo, data check, train."""
-    p = verbs.add("demo", "make a data set, train, evaluate, predict, explain: a report in under five minutes")
-    p.add_argument("--out", type=folder, default="demo", help="folder (default: demo)")
+    p = verbs.add("demo", "make a data set, train, evaluate, predict and explain: a report in under five minutes")
+    p.add_argument("--out", type=folder, default="demo", help="folder to write (default: demo)")
     p.add_argument("--sound", action="store_true", help="give the clips a voice")
-    p.add_argument("--pretrain", action="store_true", help="train the tiny towers that ship with the package, and stop")
-    p.add_argument("--seed", type=int, default=0, help="of the clips and the training (default: 0)")
-    _set(p, "change a key of the tiny preset")
+    p.add_argument("--pretrain", action="store_true", help="train the tiny encoders of the package, then stop")
+    p.add_argument("--seed", type=int, default=0, help="random seed for the clips and the training (default: 0)")
+    _set(p, "override a key of the tiny preset")
 
-    data = verbs.known.add_parser("data", help="look at data sets").add_subparsers(dest="action", required=True)
-    p = data.add_parser("check", help="list all problems of a data set at once, by row", parents=[verbs.common])
+    data = verbs.known.add_parser("data", help="inspect a data set").add_subparsers(dest="action", required=True)
+    p = data.add_parser("check", help="list every problem of a data set, row by row", parents=[verbs.common])
     p.add_argument("data", metavar="DIR", help=DATA)
-    p.add_argument("--protocol", default="official", help="official, tenth or video")
+    p.add_argument("--protocol", default="official", help="official, tenth or video (default: official)")
 
-    p = verbs.add("train", "train a model; its folder is a complete checkpoint")
-    p.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file, as in experiments/; others on top of it")
+    p = verbs.add("train", "train a model; the folder it writes is a complete checkpoint")
+    p.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML file, as in experiments/; later ones override it")
     _data(p)
     p.add_argument("--out", type=folder, required=True, metavar="RUN", help="folder to write")
-    p.add_argument("--seed", type=int, help="instead of the config's")
-    p.add_argument("--resume", action="store_true", help="go on where a killed training stopped")
-    _set(p, "change a config key")
+    p.add_argument("--seed", type=int, help="overrides the config's seed")
+    p.add_argument("--resume", action="store_true", help="continue a training run that was killed")
+    _set(p, "override a config key")
     _device(p)
 
 
 def _set(p: argparse.ArgumentParser, text: str) -> None:
-    told = f"{text} (docs/configuration.md), as in --set train.epochs=5; once for each key"
+    told = f"{text} (docs/configuration.md), as in --set train.epochs=5; repeat for more keys"
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=told)
 
 
@@ -122,98 +122,98 @@ def _data(p: argparse.ArgumentParser) -> None:
 
 
 def _device(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", help="cpu, cuda, cuda:N (default: a GPU if there is one)")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 
 def _to_report(verbs: Verbs) -> None:
     """evaluate, reproduce, features."""
-    p = verbs.add("evaluate", "metrics of a run on a split; of two runs, their difference; of more, mean ± std")
-    p.add_argument("runs", metavar="RUN", nargs="+", help=f"{TRAINED}; two, or more")
+    p = verbs.add("evaluate", "measure a RUN on a split; with two RUNs, also their difference; with more, mean ± std")
+    p.add_argument("runs", metavar="RUN", nargs="+", help="one or more folders written by senticlip train")
     _data(p)
     p.add_argument("--split", default="test", help="train, valid, test or all (default: test)")
-    p.add_argument("--target", help="compare with label M, T, A or V instead of the one trained for")
+    p.add_argument("--target", help="score against label M, T, A or V instead of the one it was trained on")
     _device(p)
 
-    p = verbs.add("reproduce", "the paper's tables from experiments × seeds: one report beside its numbers")
+    p = verbs.add("reproduce", "rerun the paper's tables over several seeds and report our numbers next to the paper's")
     _data(p)
     p.add_argument(
-        "--out", type=folder, required=True, metavar="DIR", help="runs, report; the same command continues a killed one"
+        "--out", type=folder, required=True, metavar="DIR", help="folder for runs and report; rerun to continue"
     )
-    p.add_argument("--preset", default="paper", help="size of the encoders: tiny, small or paper")
-    p.add_argument("--tables", metavar="1,5", help="which of the eight (default: all)")
-    p.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
-    p.add_argument("--protocol", help="official split, a random tenth, or by source video (default: the preset's)")
+    p.add_argument("--preset", default="paper", help="size of the encoders: tiny, small or paper (default: paper)")
+    p.add_argument("--tables", metavar="1,5", help="which of the eight tables (default: all)")
+    p.add_argument("--seeds", type=int, default=5, help="number of seeds per row (default: 5)")
+    p.add_argument("--protocol", help="official, tenth (random) or video (by source video); default: the preset's")
     p.add_argument("--keep", action="store_true", help="keep all weights, not only metrics and predictions")
-    _set(p, "change a config key of the preset")
+    _set(p, "override a key of the preset")
     _device(p)
 
-    p = verbs.add("features", "clips → an MMSA-style feature file (text, audio, vision)")
+    p = verbs.add("features", "extract features from clips into an MMSA-style file (text, audio, vision)")
     p.add_argument("data", metavar="DIR", help=DATA)
-    p.add_argument("--out", type=file, required=True, metavar="F", help="file to write, as MMSA's .pkl")
-    p.add_argument("--preset", default="tiny", help="whose encoders: tiny (ships with the package), small or paper")
-    p.add_argument("--run", dest="trained", metavar="RUN", help="the encoders of a trained run instead")
+    p.add_argument("--out", type=file, required=True, metavar="F", help="file to write, a .pkl as MMSA's")
+    p.add_argument("--preset", default="tiny", help="encoders to use: tiny (default; in the package), small or paper")
+    p.add_argument("--run", dest="trained", metavar="RUN", help="use the encoders of a trained RUN instead")
     p.add_argument("--protocol", help="official, tenth or video (default: RUN's, or official)")
-    _set(p, "change a config key of the preset")
+    _set(p, "override a key of the preset")
     _device(p)
 
 
 def _to_answer(verbs: Verbs) -> None:
     """predict, bulk, export."""
-    p = verbs.add("predict", "the sentiment of one clip; the video or --text may be left out")
+    p = verbs.add("predict", "predict the sentiment of one clip; either the video or --text may be left out")
     p.add_argument("model", metavar="RUN", help=RUN)
     p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
-    p.add_argument("--text", help="what is said in it")
+    p.add_argument("--text", help="the words spoken in it")
     _device(p)
 
-    p = verbs.add("bulk", "an archive of videos → Parquet; the same command goes on after a kill")
+    p = verbs.add("bulk", "process an archive of videos into Parquet; after a kill, the same command continues")
     p.add_argument("model", metavar="RUN", help=RUN)
     p.add_argument("manifest", metavar="MANIFEST", help=MANIFEST)
     p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
-    p.add_argument("--address", help="of a Ray cluster (default: this machine)")
-    p.add_argument("--workers", type=int, help="models at work (default: one per core or GPU)")
-    p.add_argument("--retry", action="store_true", help="answer again the parts in which rows failed")
+    p.add_argument("--address", help="address of a running Ray cluster (default: this machine)")
+    p.add_argument("--workers", type=int, help="number of worker processes (default: one per core or GPU)")
+    p.add_argument("--retry", action="store_true", help="redo the parts in which rows failed")
     _device(p)
 
-    p = verbs.add("export", "write a run as one ONNX file")
+    p = verbs.add("export", "export a RUN as one ONNX file")
     p.add_argument("run_folder", metavar="RUN", help=TRAINED)
     p.add_argument("--out", type=file, required=True, metavar="F.onnx", help="file to write")
-    p.add_argument("--int8", action="store_true", help="weights as int8")
-    p.add_argument("--data", metavar="DIR", help="measure on these clips what the file answers differently")
-    p.add_argument("--split", default="valid", help="the clips of --data to measure on (default: valid)")
+    p.add_argument("--int8", action="store_true", help="quantize the weights to int8")
+    p.add_argument("--data", metavar="DIR", help="measure on these clips how often the exported file's answers differ")
+    p.add_argument("--split", default="valid", help="split of --data to measure on (default: valid)")
 
 
 def _to_show(verbs: Verbs) -> None:
     """analyze, explain, serve."""
-    p = verbs.add("analyze", "the timeline of a film and its subtitles: Parquet, CSV and a page to look at")
+    p = verbs.add("analyze", "analyze a film line by line: a timeline as Parquet, CSV and a web page")
     p.add_argument("model", metavar="RUN", help=RUN)
     p.add_argument("video", metavar="VIDEO", help="the film")
-    p.add_argument("--subtitles", metavar="F", help=".srt, .ass or .vtt (default: the film's own track, else windows)")
+    p.add_argument("--subtitles", metavar="F", help=".srt, .ass or .vtt file (default: the film's track, else windows)")
     p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
-    p.add_argument("--shift", type=float, default=0.0, help="seconds added to the subtitles' times")
-    p.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
-    p.add_argument("--transcribe", action="store_true", help="let faster-whisper write the lines (extra: asr)")
-    p.add_argument("--asr-model", default="small", help="its size or folder (default: small)")
-    p.add_argument("--cut", default="windows", help="without any words: windows or shots")
-    p.add_argument("--seconds", type=float, default=5.0, help="about how long a window is (default: 5)")
+    p.add_argument("--shift", type=float, default=0.0, help="seconds to add to the subtitle times")
+    p.add_argument("--resume", action="store_true", help="continue where a killed run stopped")
+    p.add_argument("--transcribe", action="store_true", help="transcribe the speech with faster-whisper (extra: asr)")
+    p.add_argument("--asr-model", default="small", help="faster-whisper model size or folder (default: small)")
+    p.add_argument("--cut", default="windows", help="how to cut a film without subtitles: windows (default) or shots")
+    p.add_argument("--seconds", type=float, default=5.0, help="approximate window length in seconds (default: 5)")
     p.add_argument(
-        "--track", type=int, help="which of the film's own subtitle tracks, from 0 (default: the Chinese one)"
+        "--track", type=int, help="which of the film's subtitle tracks to use, from 0 (default: the Chinese one)"
     )
     _device(p)
 
-    p = verbs.add("explain", "why this answer: a page with heat maps, attention, and the answer without each part")
+    p = verbs.add("explain", "explain an answer: a page with heat maps, attention, and the answer without each part")
     p.add_argument("model", metavar="RUN", help=TRAINED)
     p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
-    p.add_argument("--text", help="what is said in it")
+    p.add_argument("--text", help="the words spoken in it")
     p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write")
     p.add_argument("--method", help="ablation-cam (default), grad-cam or rollout")
     p.add_argument("--data", metavar="DIR", help="explain the worst errors on a data set instead of one clip")
-    p.add_argument("--split", default="test", help="of --data (default: test)")
-    p.add_argument("--worst", type=int, default=20, help="how many errors of --data (default: 20)")
+    p.add_argument("--split", default="test", help="split of --data to explain (default: test)")
+    p.add_argument("--worst", type=int, default=20, help="number of errors to explain (default: 20)")
     _device(p)
 
-    p = verbs.add("serve", "answer over HTTP, with a page to try the model on a clip")
+    p = verbs.add("serve", "serve the model over HTTP, with a page to try it on a clip")
     p.add_argument("model", metavar="RUN", help=RUN)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    p.add_argument("--limit", type=float, default=200.0, help="largest upload, MiB (default: 200)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one (default: 8000)")
+    p.add_argument("--limit", type=float, default=200.0, help="largest upload in MiB (default: 200)")
     _device(p)

@@ -78,9 +78,9 @@ def bulk(
     if rows_per_part < 1:
         raise UsageError(f"rows per part {rows_per_part}: must be at least 1")
     if not (run if run.suffix == ".onnx" else run / "model.safetensors").is_file():
-        raise UsageError(f"{run}: no trained model (config.json, model.safetensors) — senticlip train makes one")
+        raise UsageError(f"{run}: no trained model (config.json, model.safetensors) — create one with senticlip train")
     if precision not in (PRECISIONS if run.is_dir() else PRECISIONS[:1]):
-        raise UsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)} (of an ONNX file: fp32)")
+        raise UsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)} (for an ONNX file: fp32)")
     distributed = (workers != 1 or bool(address)) and has_ray()
     if address and not distributed:
         raise UsageError("--address needs Ray: pip install 'senticlip[ray]'")
@@ -126,13 +126,13 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
                 raise ValueError("no object")
             other = [name for name, value in key.items() if there.get(name) != value]
             if other:
-                raise UserError(f"{out}: holds answers with another {' and '.join(other)} — choose another --out")
+                raise UserError(f"{out}: holds answers from a different {' and '.join(other)} — choose another --out")
         elif any(out.glob("part-*.parquet")):
-            raise UserError(f"{out}: holds Parquet parts of something else — choose another --out")
+            raise UserError(f"{out}: holds part-*.parquet files from something else — choose another --out")
         for partial in (*out.glob(".*.partial"), *parts.parent.glob(".*.partial")):
             partial.unlink(missing_ok=True)
     except ValueError:
-        raise UserError(f"{stamp}: damaged, so whose answers lie there is not known — choose another --out") from None
+        raise UserError(f"{stamp}: damaged, so the answers there cannot be identified — choose another --out") from None
     except OSError as error:
         raise UserError(f"{out}: cannot be used — {error.strerror or error}") from None
     if not (stamp.is_file() and answers.about_parquet(parts)):  # what was cut without a stamp may be another manifest's
@@ -209,7 +209,7 @@ class Worker:
         run = self.job["run"]
         loaded = load(run, device=self.job["device"], precision=self.job["precision"])
         if answers.fingerprint(run) != self.job["fingerprint"]:  # after loading, or it might change in between
-            raise UserError(f"{run}: another model since this began — bring the first back, or choose another --out")
+            raise UserError(f"{run}: the model has changed since this began — restore it, or choose another --out")
         return loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -270,19 +270,19 @@ class Worker:
             raise UserError(row["error"])
         path = None if row["path"] is None else located(self.root, row["path"])
         if row.get("deadly"):
-            raise UserError(f"{path}: whatever decodes it crashes or never ends — replace the file")
+            raise UserError(f"{path}: decoding it crashes or never ends — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
             times[name] = None if row[name] is None else finite(row[name])
             if times[name] is None and row[name] is not None:
-                raise UserError(f"{row['id']}: {name} {row[name]!r} is no time in seconds")
+                raise UserError(f"{row['id']}: {name} {row[name]!r} is not a time in seconds")
         text = row["text"]
         if text is None and row["subtitles"] is not None:
             lines = self.lines(located(self.root, row["subtitles"]))
             begin, end = times["start"] or 0.0, float("inf") if times["end"] is None else times["end"]
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
         if path is None and text is None:
-            raise UserError(f"{row['id']}: no path, and its subtitles say nothing in this piece")
+            raise UserError(f"{row['id']}: no path, and its subtitles have no line in this segment")
         return Clip(row["id"], path, text, start=times["start"], end=times["end"])
 
 

@@ -12,8 +12,7 @@ and values by one column each.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,8 +86,8 @@ def ablation_cam(
     features = model.encode(batch)
     output = model.fuse(features)
     y = log_odds(model.network, output)[0, index]
-    count = split.channels(activations)
-    done = 0
+    grid, done = split.grid(activations).double(), 0  # k×C×h×w
+    count = grid.shape[1]
     weights = torch.zeros(len(images), count, dtype=torch.float64, device=y.device)
     for i, place in enumerate(places):
         rest = None if residual is None else residual[i : i + 1]
@@ -104,7 +103,7 @@ def ablation_cam(
             done += len(channels)
             if advance is not None:
                 advance(done, weights.numel())
-    return torch.einsum("nc,nchw->nhw", weights, split.grid(activations).double()).relu().float()
+    return torch.einsum("nc,nchw->nhw", weights, grid).relu().float()
 
 
 class _Answer(nn.Module):
@@ -134,50 +133,30 @@ def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
     answer = _Answer(model, batch, index)
     images = seen_frames(model, batch)[0].requires_grad_()
     cam = GradCAM(model=answer, target_layers=[answer.split.layer], reshape_transform=answer.split.grid)
-    try:
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no backward in eval
-            value = cam.activations_and_grads(images)
-            torch.autograd.grad(value, images)
-        seen = cam.activations_and_grads
-        # not cam(images): that scales each frame by itself, and frames could not be compared
-        maps, slopes = (part[0].float().numpy() for part in (seen.activations, seen.gradients))
-        found = cam.get_cam_image(images, answer.split.layer, [], maps, slopes, False)
-    finally:
-        cam.activations_and_grads.release()
+    seen = cam.activations_and_grads
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no backward in eval
+        torch.autograd.grad(seen(images), images)
+    # not cam(images): that scales each frame by itself, and frames could not be compared
+    maps, slopes = (part[0].float().numpy() for part in (seen.activations, seen.gradients))
+    found = cam.get_cam_image(images, answer.split.layer, [], maps, slopes, False)
     return torch.from_numpy(found).float().relu()
 
 
-@contextmanager
-def _watched(encoder: VisionEncoder) -> Iterator[list[Tensor]]:
-    """Collect the attention weights of each layer, N×heads×T×T (of a CLIP's last: N×heads×1×T), as the encoder runs."""
+def _attention_maps(encoder: VisionEncoder, images: Tensor) -> list[Tensor]:
+    """The attention weights of each layer, N×heads×T×T (of a CLIP's last: N×heads×1×T); ``encoder`` keeps the hooks."""
     maps: list[Tensor] = []
     if encoder.kind == "chinese_clip":
-        was = encoder.body.config._attn_implementation
         encoder.body.set_attn_implementation("eager")
         *layers, last = encoder.body.encoder.layers
-        handles = [
+        for layer in layers:
             layer.self_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
-            for layer in layers
-        ]
-        handles.append(last.attention_weights.register_forward_hook(lambda m, inputs, output: maps.append(output)))
+        last.attention_weights.register_forward_hook(lambda module, inputs, output: maps.append(output))
     else:
-        parts = [block.attn for block in encoder.body.blocks]
-        fused = [part.fused_attn for part in parts]
-        for part in parts:
-            part.fused_attn = False
-        handles = [
-            part.attn_drop.register_forward_hook(lambda m, inputs, output: maps.append(output)) for part in parts
-        ]
-    try:
-        yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
-        if encoder.kind == "chinese_clip":
-            encoder.body.set_attn_implementation(was)
-        else:
-            for part, flag in zip(parts, fused, strict=True):
-                part.fused_attn = flag
+        for block in encoder.body.blocks:
+            block.attn.fused_attn = False
+            block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    encoder.images(images)
+    return maps
 
 
 @torch.no_grad()
@@ -193,10 +172,8 @@ def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
     if encoder.kind != "chinese_clip" and not (is_vit(encoder.body) and hasattr(encoder.body.blocks[0].attn, "qkv")):
         raise UsageError("attention rollout needs a ViT as vision.encoder")
     prefix = 1 if encoder.kind == "chinese_clip" else encoder.body.num_prefix_tokens
-    with _watched(encoder) as maps:
-        encoder.images(seen_frames(model, batch)[0])
     flow = None
-    for attention in maps:
+    for attention in _attention_maps(encoder, seen_frames(model, batch)[0]):
         rows, tokens = attention.shape[-2:]
         mixed = attention.mean(1) / 2 + torch.eye(rows, tokens, device=attention.device) / 2
         flow = mixed if flow is None else mixed @ flow
@@ -213,18 +190,14 @@ def methods_for(model: SentimentModel) -> list[str]:
     """The heat maps that a model has; none without a vision encoder."""
     if "vision" not in model.encoders:
         return []
-    encoder = _encoder(model)
+    encoder: Any = model.encoders["vision"]
     if encoder.kind == "chinese_clip" or is_vit(encoder.body):
         return list(METHODS)
     return ["ablation-cam", "grad-cam"] if hasattr(encoder.body, "forward_features") else []
 
 
-def _encoder(model: SentimentModel) -> Any:
-    return model.encoders["vision"]
-
-
 def _copied(model: SentimentModel) -> Any:
     """The encoder with modules of its own: heat maps put hooks into them, and another thread may be using the model."""
-    encoder = _encoder(model)
+    encoder: Any = model.encoders["vision"]
     shared = {id(part): part for part in (*encoder.parameters(), *encoder.buffers())}
     return copy.deepcopy(encoder, shared)

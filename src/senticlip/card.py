@@ -9,22 +9,22 @@ from senticlip import __version__
 from senticlip.config import FROM_FILE, Config
 
 CALIBRATED = (
-    "Its answer's probabilities are calibrated on the validation split of that data (one temperature per head), not "
-    "elsewhere; those of a modality alone are not."
+    "Its answer's probabilities are calibrated on the validation split of that data (one temperature per head) and on "
+    "no other data; those of a single modality are not calibrated."
 )
-UNCALIBRATED = "It is not calibrated: how sure it says it is, is no share of right answers."
+UNCALIBRATED = "It is not calibrated: its confidence is not the share of right answers."
 LIMITS = """## Limits
 
-* It reads *expressed* sentiment of a clip (a face, a line of text), not what a person feels. Faces differ between
-  people and cultures; lighting, pose, cutaways, irony and several faces in a picture mislead it.
-* It was measured on the data named above and on nothing else. Measure it on yours before you rely on it.
+* It reads the sentiment *expressed* in a clip (a face, a line of text), not what a person feels. Faces differ between
+  people and cultures; lighting, pose, cutaways, irony and several faces in a frame mislead it.
+* It was measured on the data named above and on nothing else. Measure it on your own before you rely on it.
 * {calibrated}
 
 ## What it must not be used for
 
 Decisions about people: hiring, schooling, credit, insurance, policing, border control, medicine; watching people at
-work or in class (the EU AI Act forbids emotion recognition there); telling lies from truth; anything done to somebody
-who does not know of it.
+work or in class (the EU AI Act forbids emotion recognition there); lie detection; anything done to people
+without their knowledge.
 """
 
 
@@ -33,7 +33,7 @@ def _learned(config: Config, name: str) -> str:
     if getattr(config, name).encoder in FROM_FILE:
         return "read from a file"
     first = any(name in config.stage(stage).modalities for stage in config.stages)
-    return "fine-tuned in a stage of its own" if first else getattr(config, name).train
+    return "fine-tuned in its own stage" if first else getattr(config, name).train
 
 
 def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
@@ -44,7 +44,7 @@ def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
         frames = f"{config.vision.frames} frames{shots}"
         parts.append(f"* video: `{config.vision.encoder}` ({_learned(config, 'vision')}), {frames}")
     if "audio" in config.modalities:
-        parts.append(f"* audio: log-mel of {config.audio.bands} bands, or a feature file's")
+        parts.append(f"* audio: log-mel with {config.audio.bands} bands, or from a feature file")
     own = config.model == "clip_ca_msa"  # the peers have none of its parts, and no temperature
     if own:
         parts.append(
@@ -59,7 +59,7 @@ tags: [multimodal, sentiment-analysis, CH-SIMS]
 ---
 # {config.model} by senticlip {__version__}
 
-Says whether a video clip and what is said in it (Chinese) are negative, neutral or positive.
+Classifies a video clip and the Chinese words spoken in it as negative, neutral or positive.
 
 ```python
 import senticlip
@@ -69,11 +69,11 @@ senticlip.load("RUN")("clip.mp4", text="…")
 ## Model
 
 {chr(10).join(parts)}
-* the whole experiment: `experiment.yaml`
+* the full config: `experiment.yaml`
 
 ## Data and metrics
 
-Trained on `{Path(data).name}` (split by {config.protocol}, target {config.target}), seed {config.seed};
+Trained on `{Path(data).name}` (protocol {config.protocol}, label {config.target}), seed {config.seed};
 best epoch {result["best_epoch"]}, chosen by {config.train.metric} on valid:
 
 | valid{", before calibration" if own else ""} | |

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -97,10 +96,14 @@ def origin(config: Config, data: str | Path) -> dict[str, Any]:
     return {"experiment": config.to_dict(), **keys, "data": str(data), "rows": rows}
 
 
+_READ = (".safetensors", ".bin", ".json", ".txt", ".model")
+"""Suffixes of an encoder's files: weights, configs, vocabularies."""
+
+
 def encoder_keys(config: Config) -> dict[str, list[str]]:
-    """Hashes of the weight files in the folders of encoders and ``start``, by folder; what is on a hub has none."""
+    """Hashes of weights, config and words in the folders of encoders and ``start``, by folder; a hub id has none."""
     folders = {config.text.encoder, config.vision.encoder, config.label.encoder, config.start}
-    files = {f: [*Path(f).glob("*.safetensors"), *Path(f).glob("*.bin")] for f in sorted(filter(None, folders))}
+    files = {f: [p for p in Path(f).glob("*.*") if p.suffix in _READ] for f in sorted(filter(None, folders))}
     keys = file_keys((path for found in files.values() for path in found), cache_root())
     return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
 
@@ -127,13 +130,13 @@ def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
     except (KeyError, UsageError):
         same = False
     if not same:
-        return "another config"
+        return "a different config"
     if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # older runs do not record them
-        return "other encoders (the weights in a folder have changed)"
+        return "different encoders (the weights in a folder have changed)"
     if record.get("rows") != mine["rows"]:
-        return f"other data ({record['data']}, or its labels have changed)"
+        return f"different data ({record['data']}, or its labels have changed)"
     same = record.get("features", mine["features"]) == mine["features"]
-    return "" if same else "other features (the feature file has changed, or OpenFace's CSVs)"
+    return "" if same else "different features (the feature file or OpenFace's CSVs have changed)"
 
 
 def share_stage(run: Path, name: str, stage: Path) -> None:
@@ -165,7 +168,7 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
     if other := begun if any(folder.glob("checkpoint-*")) else finished:
         raise UserError(
-            f"{out}: holds a run of {_difference(other, mine)} — choose another --out, or leave out --resume"
+            f"{out}: holds a run with {_difference(other, mine)} — choose another --out, or leave out --resume"
         )
     return None
 
@@ -177,11 +180,11 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
         UserError: files that are no run's are where a run's would be; ``out`` is the RUN that the training starts from.
     """
     if (start := mine["experiment"]["start"]) and Path(start).resolve() == out.resolve():
-        raise UserError(f"{out}: is the RUN that the training starts from — choose another --out")
+        raise UserError(f"{out}: this is the RUN that training starts from — choose another --out")
     folder = out / CHECKPOINTS
     begun, finished = read_json(folder / "origin.json"), read_metrics(out)
     if not begun and not finished and (foreign := [name for name in WRITTEN if _holds(out / name)]):
-        raise UserError(f"{out}: holds {foreign[0]} of something else — choose another --out")
+        raise UserError(f"{out}: holds {foreign[0]} from something else — choose another --out")
     if not resume or not begun or _difference(begun, mine):
         _tell_loss(out, begun, mine)
         if finished and not begun:
@@ -216,7 +219,7 @@ def best_checkpoint(newest: Path) -> Path:
     """
     best = newest.parent / f"checkpoint-{read_json(newest / 'trainer_state.json')['best_global_step']}"
     if not _has_weights(best):
-        raise UserError(f"{best}: the best epoch's weights are not there — train again without --resume")
+        raise UserError(f"{best}: the best epoch's weights are missing — train again without --resume")
     return best
 
 
@@ -234,8 +237,8 @@ def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
     newest = newest_checkpoint(out / CHECKPOINTS)
     if newest is not None:
         step, other = newest.name.rpartition("-")[2], _difference(begun, mine)
-        then = f"; it was of {other}" if other else " — train --resume would have gone on"
-        console.print(f"{out}: begins anew; what was left at step {step} is thrown away{then}", soft_wrap=True)
+        then = f"; it had {other}" if other else " — train --resume would have continued it"
+        console.print(f"{out}: starting over; the training up to step {step} is discarded{then}", soft_wrap=True)
 
 
 def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:
@@ -272,8 +275,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def as_probabilities(output: Output) -> np.ndarray | None:
-    """The probabilities n×C; None for a regression model."""
-    return None if output.log_probs is None else output.log_probs.exp().numpy()

@@ -16,8 +16,8 @@ from senticlip.files import terminable
 from senticlip.structures import SURFACE, UsageError, UserError
 
 INTERRUPTED = {
-    **dict.fromkeys(("train", "analyze"), "interrupted — the same command with --resume goes on"),
-    **dict.fromkeys(("bulk", "reproduce"), "interrupted — the same command goes on"),
+    **dict.fromkeys(("train", "analyze"), "interrupted — rerun with --resume to continue"),
+    **dict.fromkeys(("bulk", "reproduce"), "interrupted — rerun the same command to continue"),
 }
 """What to tell at Ctrl-C, SIGTERM or SIGHUP, by verb, where the work can be continued."""
 
@@ -87,7 +87,7 @@ def data_check(options: argparse.Namespace) -> dict[str, Any]:
     for split, counts in report.splits.items():
         say(options, f"{split}: {sum(counts.values())} clips ({', '.join(f'{k} {n}' for k, n in counts.items())})")
     say(options, f"{report.clips} clips, {len(report.problems)} problems, {len(report.warnings)} warnings")
-    return report.to_json()
+    return report._asdict()
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         _say_comparison(options, result)
         return result
     result = run(options.runs[0], **rest)
-    _say_disagreement(options, result.get("disagreement"), f"{options.precision} against fp32", "made clips")
+    _say_disagreement(options, result.get("disagreement"), f"{options.precision} vs. fp32", "generated clips")
     low, high = result["interval"]
     say(
         options,
@@ -126,14 +126,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     say(options, ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
     if "mae" in result:
         told = {"MAE": "mae", "Corr": "corr", "Acc-3": "acc_3", "Acc-5": "acc_5"}
-        say(options, "of the score: " + ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
+        say(options, "score: " + ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
     if equal := result.get("equal_weights"):
         say(options, "with equal weights: accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}".format(**equal))
     for name, row in result["per_class"].items():
         shares = "  ".join(f"{key} {row[key]:.3f}" for key in ("precision", "recall", "f1"))
         say(options, f"{name:>9}  {shares}  support {row['support']}")
     if "predictions" in result:
-        say(options, f"the answers: {result['predictions']}")
+        say(options, f"predictions: {result['predictions']}")
     return result
 
 
@@ -144,16 +144,16 @@ def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]
     from senticlip.results import spread
 
     if len({result["target"] for result in results}) > 1:
-        raise UsageError("RUN: they were trained for different labels — choose one with --target")
+        raise UsageError("RUN: the runs were trained on different labels — choose one with --target")
     scores = spread(results)
     _say_runs(options, results)
     trained = [read_metrics(Path(run)).get("experiment", {}) for run in options.runs]
     experiments = [one | {"seed": 0} for one in trained]
     if any(experiment != experiments[0] for experiment in experiments):
-        say(options, "these are different experiments, not seeds of one")
+        say(options, "these runs are different experiments, not seeds of one")
     splits = [read_clips(options.data, options.split, one["protocol"], one["seed"]) for one in trained if one]
     if len({tuple(clip.id for clip in clips) for clips in splits}) > 1:
-        say(options, "each has drawn clips of its own: what follows varies by them, too")
+        say(options, "each run drew its own split: the spread below includes that")
     names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
     told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in names.items()]
     say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(told)}")
@@ -170,7 +170,7 @@ def _say_runs(options: argparse.Namespace, results: list[dict[str, Any]]) -> Non
 def _say_comparison(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Two runs and their difference."""
     _say_runs(options, [result["a"], result["b"]])
-    say(options, f"the first minus the second, on the same {result['a']['n']} clips, 95 % interval:")
+    say(options, f"first minus second, on the same {result['a']['n']} clips, 95 % interval:")
     for name, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1")):
         gap = result["difference"][key]
         say(options, "{} {difference:+.4f} ({low:+.4f} to {high:+.4f}), p {p:.4f}".format(name, **gap))
@@ -196,10 +196,10 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.tables import load_preset
 
     if options.trained and options.set:
-        raise UsageError("--set: RUN's own config says how its encoders read — leave --set or --run out")
+        raise UsageError("--set: with --run, the RUN's own config applies — leave out --set or --run")
     config = load_preset(options.preset, options.set)
     if options.preset == "tiny" and not options.trained:
-        say(options, "the demo's encoders: they know drawn faces and made-up lines; for others --run RUN, or --preset")
+        say(options, "the demo's encoders know only drawn faces and made-up lines; for others, use --run or --preset")
     result = run(config=config, run=options.trained, **given(options, "data", "out", "protocol", "device"))
     say(options, f"{result['clips']} clips; {result['file']}")
     return result
@@ -215,21 +215,21 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     prediction = predictor(options.video, text=options.text)
     result = prediction.to_json()
     result |= {"disagreement": predictor.disagreement} if predictor.disagreement else {}
-    _say_disagreement(options, predictor.disagreement, f"{options.precision} against fp32", "made clips")
+    _say_disagreement(options, predictor.disagreement, f"{options.precision} vs. fp32", "generated clips")
     said = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
     said += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
     say(options, "  ".join([prediction.label, *said]))
     known = " and ".join(SURFACE[name] for name in reads(predictor.model))
     for kind, is_left in (("video", options.video and known == "text"), ("text", options.text and "text" not in known)):
         if is_left:
-            say(options, f"not read, since this model reads {known} alone: the {kind}")
+            say(options, f"the {kind} is ignored: this model reads only {known}")
     if rest := unread(predictor, options.text):
         most = predictor.config.text.max_length
-        say(options, f"not read, since this model reads {most} tokens: the last {len(rest)} characters of the text")
+        say(options, f"the last {len(rest)} characters of the text are ignored: this model reads {most} tokens")
         result |= {"unread": len(rest)}
     for name, probabilities in prediction.modalities.items():
         shown = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
-        say(options, f"{name:>6} alone says  {shown}  (weight {prediction.weights[name]:.2f})")
+        say(options, f"{name:>6} alone:  {shown}  (weight {prediction.weights[name]:.2f})")
     return result
 
 
@@ -238,7 +238,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.export import export as run
 
     result = run(options.run_folder, **given(options, "out", "int8", "data", "split"))
-    pair = f"{Path(options.out).name} against {options.run_folder}"
+    pair = f"{Path(options.out).name} vs. {options.run_folder}"
     _say_disagreement(options, result.get("disagreement"), pair, f"clips of {options.data}, {options.split}")
     say(options, f"{result['file']}: {result['bytes'] / 1e6:.1f} MB")
     return result
@@ -248,7 +248,7 @@ def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None
     """What a reduced precision, or an exported file, changes, if it was measured."""
     if said:
         flips, most = round(said["flips"] * said["n"]), said["max_difference"]
-        say(options, f"{pair} on {said['n']} {clips}: {flips} labels change, the largest difference is {most:.2g}")
+        say(options, f"{pair} on {said['n']} {clips}: {flips} labels change, largest difference {most:.2g}")
 
 
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     html, failed = str(Path(options.out) / "timeline.html"), [error for error in errors if error is not None]
     say(options, f"{len(errors)} segments; open {html}")
     if failed:
-        say(options, f"{len(failed)} have no answer; the column error tells why, first: {failed[0]}")
+        say(options, f"{len(failed)} have no answer (see the column error), the first: {failed[0]}")
     seconds = round(time.monotonic() - began, 2)
     return {"segments": len(errors), "failed": len(failed), "seconds": seconds, "html": html}
 
@@ -276,7 +276,7 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
         result = run(options.model, **given(options, "video", "text", "out", "method", "device"))
     else:
         if options.video is not None or options.text is not None:
-            raise UsageError("explain takes a VIDEO and --text, or --data, not both")
+            raise UsageError("explain takes VIDEO and --text, or --data, but not both")
         from senticlip.explain_set import explain_set
 
         result = explain_set(options.model, **given(options, "data", "out", "split", "worst", "method", "device"))
@@ -297,7 +297,7 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
             first = first or row["error"]
     say(options, f"{done} done, {failed} failed; {options.out}")
     if failed:
-        say(options, f"--retry tries them again; the column error tells why, first: {first}")
+        say(options, f"--retry tries them again; see the column error, the first: {first}")
     return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
 
 
@@ -306,7 +306,7 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.serve import serve as run
 
     def ready(url: str) -> None:
-        say(options, f"open {url} (Ctrl-C ends)")
+        say(options, f"open {url} (Ctrl-C to stop)")
 
     rest = given(options, "host", "port", "limit", "device", "precision")
     return {"url": run(options.model, ready=ready, **rest)}

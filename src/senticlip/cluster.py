@@ -54,7 +54,7 @@ def on_ray(
         gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         kind = "GPU" if gpus else "CPU"
         if address and ray.available_resources().get(kind, 0) < 1:
-            console.print(f"--address {address}: waits, others use every {kind} of the cluster", highlight=False)
+            console.print(f"--address {address}: waiting, every {kind} of the cluster is in use", highlight=False)
         # all cores are for workers: the read task, which yields the parts' numbers, costs nothing
         pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
         made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
@@ -97,9 +97,9 @@ def _told(error: Exception, address: str | None) -> UserError:
     """An error of Ray, or of a worker, as one line."""
     line = " ".join(str(error).split())
     if isinstance(error, ConnectionError) or type(error).__name__ == "AuthenticationError":
-        told = f"--address {address or 'local'}: the Ray cluster refuses the connection ({line[:120]})"
-        told += " — is it the port of ray start --head (6379)? If the cluster asks for a token"
-        return UserError(f"{told}: RAY_AUTH_MODE=token here, and its ~/.ray/auth_token")
+        told = f"--address {address or 'local'}: the Ray cluster refused the connection ({line[:120]})"
+        told += " — is it the port of ray start --head (6379)? If the cluster requires a token"
+        return UserError(f"{told}: set RAY_AUTH_MODE=token here, with its ~/.ray/auth_token")
     said = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
     kind, line = said[-1] if said else ("User", f"a worker failed: …{line[-300:]}")
     return (UserError if kind == "User" else UsageError)(line)
@@ -112,7 +112,7 @@ def _reach(address: str) -> None:
         UsageError: it has a scheme (Ray's client cannot run this). UserError: nothing answers.
     """
     if "://" in address:
-        raise UsageError(f"--address {address}: give HOST:PORT of ray start --head (port 6379), without ://")
+        raise UsageError(f"--address {address}: give the HOST:PORT of ray start --head (port 6379), without ://")
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto", "local"

@@ -99,7 +99,7 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
             compiled = _core().compile_model(graph, "CPU", options | rest)
         except RuntimeError as error:
             told = f"{place}: {name} cannot be read or compiled ({_reason(error)})"
-            raise UserError(f"{told} — remove this folder, or leave --precision out") from error
+            raise UserError(f"{told} — remove this folder, or leave out --precision") from error
         model.encoders[name] = CompiledEncoder(encoder, compiled, f"{weights} {precision} {recipe()}")
     return model
 
@@ -127,14 +127,14 @@ def make(model: Any, folder: Path, weights: str) -> None:
                 openvino.save_model(_core().read_model(beside / "graph.onnx"), whole / f"{name}.xml")
             except Exception as error:
                 reason = _reason(error.__cause__ or error)  # the exporter's own is advice for those who debug it
-                raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave --precision out") from error
+                raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave out --precision") from error
         (whole / "of.txt").write_text(f"{FORMAT} {weights}")
         shutil.rmtree(place, ignore_errors=True)
         try:
             os.replace(whole, place)
         except OSError as error:
             told = f"{place}: cannot be replaced ({error.strerror})"
-            raise UserError(f"{told} — remove this folder, or leave --precision out") from error
+            raise UserError(f"{told} — remove this folder, or leave out --precision") from error
 
 
 def _reason(error: BaseException) -> str:

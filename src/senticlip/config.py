@@ -1,4 +1,4 @@
-"""The experiment: dataclasses that check each other, read from YAML and written back resolved. No torch here."""
+"""The experiment: validated dataclasses, read from YAML and written back resolved. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from senticlip.configfile import parse_overrides, read
 from senticlip.structures import MODALITIES, TARGETS, UsageError
 
 Model = Literal["clip_ca_msa", "tfn", "lmf", "mult", "self_mm", "mmaf"]
-"""The names of ``models.MODELS``, told here without torch."""
+"""The names in ``models.MODELS``, repeated here to avoid importing torch."""
 
 FROM_FILE = ("features", "openface")
-"""In place of an encoder's name: the modality is read from the data set's feature file (or OpenFace's CSVs)."""
+"""Values of ``encoder`` that read the modality from the data set's feature file (or OpenFace's CSVs) instead."""
 
 SHAPES = {"text": ("text.encoder", "prompt", "text.prefix_length", "text.prefix_text"), "vision": ("vision.encoder",)}
-"""Keys in which the main training must agree with a stage whose encoder it takes over, by modality."""
+"""Keys, by modality, that must be the same in the main training and in a stage whose encoder it takes over."""
 
 Trainable = Literal["frozen", "full"] | int
-"""How much of an encoder learns: nothing, everything, or its top k layers."""
+"""How much of an encoder is trained: nothing, everything, or its top k layers."""
 
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 80
 short = _REPR.repr
-"""A value as messages show it."""
+"""A value shortened for messages."""
 
 MOST = math.inf
 RANGES: dict[str, tuple[float, float]] = {
@@ -50,7 +50,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "vision.size": (8, 4096),
     "audio.bands": (1, 128),
 }
-"""The range of each number, both ends included; all must be finite. Null and words (``frozen``) are not checked."""
+"""The range of each number, inclusive; all must be finite. Null and words (``frozen``) are not checked."""
 
 
 @dataclass
@@ -68,10 +68,10 @@ class TextConfig:
 
 @dataclass
 class VisionConfig:
-    """Frames and the network that reads them (a Chinese-CLIP model or any timm network).
+    """Frames and their encoder (a Chinese-CLIP model or any timm network).
 
-    ``cutaways: drop`` keeps the frames of a clip's main shot only, if it fills more than half of the clip. The frames
-    that are left out take no temporal position.
+    ``cutaways: drop`` keeps only the frames of a clip's main shot, if that fills more than half of the clip. Dropped
+    frames take no temporal position.
     """
 
     encoder: str = "OFA-Sys/chinese-clip-vit-base-patch16"
@@ -87,9 +87,9 @@ class VisionConfig:
 
 @dataclass
 class AudioConfig:
-    """Log-mel frames of 20 ms; a step is the mean of ``average`` frames; ``lr`` is the rate of the input projection.
+    """Log-mel frames of 20 ms; a step is the mean of ``average`` frames; ``lr`` is for the input projection.
 
-    ``own``: the weight, in clip_ca_msa's loss, of classifying the audio alone by its own label (A).
+    ``own``: the weight, in clip_ca_msa's loss, of classifying the audio alone against its own label (A).
     """
 
     bands: int = 33
@@ -115,7 +115,7 @@ class LabelConfig:
 
 @dataclass
 class TrainConfig:
-    """How the training runs; ``lr`` is the rate of all parameters without one of their own; ``compile``: for a GPU."""
+    """Training settings; ``lr`` is for all parameters without a learning rate of their own; ``compile``: for a GPU."""
 
     epochs: int = 20
     batch_size: int = 32
@@ -142,9 +142,9 @@ class TrainConfig:
 class Config:
     """One experiment: a model, its parts, its data protocol and its training.
 
-    ``stages`` are trainings that come first, each a name and the dotted keys that differ (``{"text": {"modalities":
-    ["text"], "target": "T", "train.epochs": 5}}``); the encoders that they trained start the main one. With ``start``,
-    a RUN of the same parts, its weights start it instead.
+    ``stages`` are trained first; each is a name and the dotted keys that differ (``{"text": {"modalities": ["text"],
+    "target": "T", "train.epochs": 5}}``). Their trained encoders initialise the main training. With ``start``, a RUN
+    of the same architecture, its weights do so instead.
     """
 
     model: Model = "clip_ca_msa"
@@ -172,7 +172,7 @@ class Config:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the numbers against RANGES, the fields against each other."""
+        """Check numbers against RANGES, and fields against each other."""
         for key, (low, high) in RANGES.items():
             value = attrgetter(key)(self)
             if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
@@ -181,22 +181,25 @@ class Config:
         self.modalities = ["vision" if name == "video" else name for name in self.modalities]
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or not self.modalities or len(set(self.modalities)) != len(self.modalities):
-            raise UsageError(f"modalities: {short(self.modalities)} — choose distinct ones of {', '.join(MODALITIES)}")
+            raise UsageError(f"modalities: {short(self.modalities)} — choose from {', '.join(MODALITIES)}, each once")
         if self.target not in TARGETS:
             raise UsageError(f"target: {short(self.target)} — choose one of {', '.join(TARGETS)}")
         if self.width % self.heads:
-            raise UsageError(f"width: {self.width} cannot be divided among heads: {self.heads}")
+            raise UsageError(f"width: {self.width} is not divisible by heads: {self.heads}")
         if self.model == "clip_ca_msa" and self.options:
-            raise UsageError(f"options: {', '.join(map(str, self.options))[:60]} — clip_ca_msa has none, peers have")
+            raise UsageError(f"options: {', '.join(map(str, self.options))[:60]} — clip_ca_msa has none, only peers do")
         t = self.train
         if self.model == "self_mm" and (t.recombine or t.mislead or t.modality_dropout or t.balance == "sampler"):
-            raise UsageError("train: self_mm keeps labels of rows — recombine, mislead, modality_dropout 0; no sampler")
+            raise UsageError(
+                "train: self_mm keeps a label per row — set recombine, mislead and modality_dropout to 0, "
+                "and do not use balance: sampler"
+            )
         if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", name)]:
-            raise UsageError(f"stages: {short(wrong[0])} names a folder of RUN — letters, digits, - and _ only")
+            raise UsageError(f"stages: {short(wrong[0])} becomes a folder name — use only letters, digits, - and _")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
         if self.prompt != "none" and not self.text.prefix_text.strip():
-            raise UsageError("text.prefix_text: empty — the prompt starts from its words; prompt: none does without")
+            raise UsageError("text.prefix_text is empty — give words that initialise the prompt, or set prompt: none")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -211,7 +214,7 @@ class Config:
         data = self.to_dict()
         for key, value in dotted(changes).items():
             path = str(key).split(".")
-            # a stage keeps its keys dotted, as it is written: what it leaves out is the main training's
+            # a stage keeps its keys dotted, as written: it inherits the others from the main training
             path = [*path[:2], ".".join(path[2:])] if path[0] == "stages" and len(path) > 2 else path
             place = data
             for i, name in enumerate(path[:-1]):
@@ -222,14 +225,16 @@ class Config:
         return from_dict(data)
 
     def stage(self, name: str) -> Config:
-        """The config of a stage; the message of an error in it begins with ``stages.NAME``."""
+        """The config of a stage; error messages about it begin with ``stages.NAME``."""
         try:
             stage = self.override({"stages": {}, **self.stages[name]})
         except UsageError as error:
             raise UsageError(f"stages.{name}: {error}") from None
         for key in ("seed", "protocol"):
             if getattr(stage, key) != getattr(self, key):
-                raise UsageError(f"stages.{name}: {key} is the main training's — clips of its test would be trained on")
+                raise UsageError(
+                    f"stages.{name}: {key} must equal the main training's — otherwise the stage may train on test clips"
+                )
         shared = {*self.modalities} & {*stage.modalities}
         for key in (key for modality in shared for key in SHAPES.get(modality, ())):
             if (its := attrgetter(key)(stage)) != (mine := attrgetter(key)(self)):
@@ -238,7 +243,7 @@ class Config:
 
 
 def dotted(changes: dict[str, Any]) -> dict[str, Any]:
-    """``{"text": {"lr": 1}}`` as ``{"text.lr": 1}``: a section that is given in part keeps its other keys."""
+    """``{"text": {"lr": 1}}`` as ``{"text.lr": 1}``, so that a partial section keeps its other keys."""
     sections = {field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)}
     flat: dict[str, Any] = {}
     for key, value in changes.items():
@@ -256,13 +261,13 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``a.b=c`` overrides (their values are YAML, too).
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key, a wrong value, parts that do not fit; in a stage, too.
+        UsageError: no such file, not YAML, an unknown key, a wrong value, or conflicting settings (also in a stage).
     """
     return finish(from_file(source), overrides)
 
 
 def from_file(source: str | Path) -> Config:
-    """The config of a YAML file, its stages not yet checked."""
+    """The config in a YAML file; its stages are not checked yet."""
     data = read(source)
     try:
         return from_dict(data)
@@ -294,18 +299,19 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as ``kind``, or a UsageError that says what was expected."""
+    """Convert ``value`` to ``kind``; raise UsageError, which says what was expected, if it does not fit."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build(kind, value, where + ".")
-    options = [] if get_origin(kind) is Literal else list(get_args(kind))
-    if get_origin(kind) in (list, dict):
-        if isinstance(value, get_origin(kind)):
-            inner = get_args(kind)[-1]  # the stages are dicts of dicts
-            if isinstance(value, list):
-                return [typed(inner, item, where) for item in value]
-            return {str(k): typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
-        raise UsageError(f"config key {where}: expected a {get_origin(kind).__name__}, not {short(value)}")
-    for option in options or [kind]:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (list, dict):
+        if not isinstance(value, origin):
+            raise UsageError(f"config key {where}: expected a {origin.__name__}, not {short(value)}")
+        if origin is list:
+            return [typed(parts[0], item, where) for item in value]
+        inner = parts[1]  # the stages are dicts of dicts
+        return {str(k): typed(inner, v, f"{where}.{k}") for k, v in value.items()} if get_origin(inner) else value
+    options = [kind] if origin in (None, Literal) else parts
+    for option in options:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is float and not isinstance(value, bool):
@@ -317,7 +323,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         if isinstance(option, type) and isinstance(value, option) and not (isinstance(value, bool) and option is int):
             return value
     choices: list[str] = []
-    for option in options or [kind]:
-        choices += map(str, get_args(option)) if get_origin(option) is Literal else [getattr(option, "__name__", "")]
+    for option in options:
+        choices += map(str, get_args(option)) if get_origin(option) is Literal else [option.__name__]
     known = ", ".join(choices).replace("NoneType", "null")
     raise UsageError(f"config key {where}: {short(value)} is not one of {known}")

@@ -1,4 +1,4 @@
-"""YAML files and ``KEY=VALUE`` → plain keys and values, of a bounded size: an experiment may be a stranger's."""
+"""YAML files and ``KEY=VALUE`` → plain keys and values; size-limited, as an experiment may be untrusted."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import yaml
 from senticlip.structures import UsageError
 
 LONGEST, DEEPEST, DIGITS = 1 << 16, 20, 1000
-"""Of what is read, with its aliases written out: characters, levels, digits of a whole number."""
+"""Limits of the input with aliases expanded: characters, nesting levels, digits of an integer."""
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses what is longer: aliases of aliases multiply, deep lists and long numbers fail where they are printed."""
+    """Refuses larger input: nested aliases multiply; deep lists and long numbers would fail when printed."""
 
     written = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Count what a node would be if it were written out."""
+        """Count the size of each node with its aliases expanded."""
         start, alias, self.depth = self.written, self.check_event(yaml.AliasEvent), self.depth + 1
         if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"over {DEEPEST} levels")
+            raise yaml.YAMLError(f"more than {DEEPEST} levels")
         node: Any = super().compose_node(parent, index)
         self.depth -= 1
         self.written += getattr(node, "length", LONGEST) if alias else 1 + len(node.value)
         node.length = self.written - start
         if self.written > LONGEST:
-            raise yaml.YAMLError(f"over {LONGEST} characters, with its aliases written out")
+            raise yaml.YAMLError(f"more than {LONGEST} characters, with its aliases expanded")
         if node.tag.endswith(":int") and len(node.value) > DIGITS:
-            raise yaml.YAMLError(f"a number of over {DIGITS} digits")
+            raise yaml.YAMLError(f"a number of more than {DIGITS} digits")
         return node
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they stand there; ``experiments/`` is the package's where there is none.
+    """The keys and values of a YAML file; a file not found is looked up in the package (``experiments/…``).
 
     Raises:
-        UsageError: no such file, or not YAML that is read here.
+        UsageError: no such file, or not valid YAML within the limits.
     """
     path = Path(source)
     ours = Path(__file__).parent / path
@@ -50,7 +50,7 @@ def read(source: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}: not YAML that is read here — {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: cannot be read as YAML — {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected keys and values")
     return data
@@ -65,6 +65,6 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {pair}: expected KEY=VALUE, as in --set train.epochs=5")
         try:
             changes[key.strip()] = yaml.load(value, Loader)
-        except (yaml.YAMLError, ValueError):  # a date that is none
-            raise UsageError(f"--set {pair[:80]}: the value is not YAML that is read here") from None
+        except (yaml.YAMLError, ValueError):  # such as an invalid date
+            raise UsageError(f"--set {pair[:80]}: the value cannot be read as YAML") from None
     return changes

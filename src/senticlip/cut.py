@@ -104,10 +104,6 @@ class Split(nn.Module):
             return activations.permute(0, 3, 1, 2) if self.last_map == "NHWC" else activations
         return to_grid(activations[:, self.prefix :].transpose(1, 2))
 
-    def channels(self, activations: Tensor) -> int:
-        """The number of channels."""
-        return self.grid(activations).shape[1]
-
     def ablated(self, activations: Tensor, residual: Tensor | None, channels: Tensor) -> Tensor:
         """The states K×d of one frame (N = 1) with each of K channels zeroed in turn."""
         if self.encoder.kind == "chinese_clip" and residual is not None:
@@ -175,5 +171,5 @@ def to_grid(tokens: Tensor) -> Tensor:
     """N×…×(h·w) → N×…×h×w, square."""
     side = round(tokens.shape[-1] ** 0.5)
     if side * side != tokens.shape[-1]:
-        raise UsageError(f"no heat maps: {tokens.shape[-1]} patches are no square")
+        raise UsageError(f"no heat maps: {tokens.shape[-1]} patches do not form a square")
     return tokens.unflatten(-1, (side, side))

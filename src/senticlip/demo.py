@@ -45,7 +45,7 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
     """
     config = config or load_preset("tiny")
     if not set(ALONE.values()) <= set(config.modalities):
-        raise UsageError("modalities: the demo compares text and video with both — leave them in (audio may be added)")
+        raise UsageError("modalities: the demo compares text and video with both — keep them (audio may be added)")
     with alone(Path(out), "demo"):
         return _demo(Path(out), config, sound)
 
@@ -83,18 +83,18 @@ def _check_is_run(run: Path) -> None:
     """
     files = (path for path in (run, *run.rglob("*")) if path.is_file() and not path.name.startswith("."))
     if any(files) and not read_metrics(run) and not read_json(run / CHECKPOINTS / "origin.json"):
-        raise UserError(f"{run}: is no run, and would be deleted — choose another --out")
+        raise UserError(f"{run}: not a run, and would be deleted — choose another --out")
 
 
-def strip(predictions: Path, there: dict[str, Clip], per_kind: int = 2) -> list[dict[str, Any]]:
-    """The first few clips of each kind (``there``: by id), with a thumbnail of their middle and what was predicted."""
+def strip(predictions: Path, there: dict[str, Clip]) -> list[dict[str, Any]]:
+    """The first two clips of each kind (``there``: by id), with a thumbnail of their middle and what was predicted."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             clip = there[row["id"]]
             how = kind(*(polarity(clip.labels[name]) for name in "TV"))
             clips = chosen.setdefault(how, [])
-            if len(clips) < per_kind:
+            if len(clips) < 2:
                 assert clip.video is not None
                 middle = Image.fromarray(read_frames(clip.video, 1).pixels[0].transpose(1, 2, 0))
                 clips.append({**row, "kind": how, "path": clip.video, "image": inline(middle)})

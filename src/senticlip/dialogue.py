@@ -36,7 +36,7 @@ class LineSource(NamedTuple):
         if not isfinite(self.shift):
             raise UsageError(f"--shift {self.shift}: must be a number of seconds")
         if self.transcribe and (self.shift or self.subtitles is not None or self.track is not None):
-            raise UsageError("--transcribe reads no subtitles — leave it out, or --subtitles, --track and --shift")
+            raise UsageError("--transcribe ignores subtitles — leave it out, or --subtitles, --track and --shift")
         if self.subtitles is not None and self.track is not None:
             raise UsageError("--track is for the film's own subtitles — leave out --subtitles or --track")
         if self.transcribe:
@@ -54,7 +54,7 @@ class LineSource(NamedTuple):
             from senticlip.speech import transcript
 
             if not (heard := transcript(video, self.asr_model, device)):
-                raise UserError(f"{video}: no speech is heard in it — leave out --transcribe")
+                raise UserError(f"{video}: no speech detected — leave out --transcribe")
             return heard
         found = subs.read(self.subtitles, self.shift) if self.subtitles is not None else self._own(video)
         if found is None:
@@ -67,10 +67,10 @@ class LineSource(NamedTuple):
         told: list[str] = []
         found: list[Line] | None = embedded(video, self.track, self.shift, told.append)
         if not found and not (self.shift < 0 and embedded(video, self.track)):
-            none = told[0] if told else f"{video}: no subtitles in it, and none given (--subtitles F.srt)"
+            none = told[0] if told else f"{video}: has no subtitles, and none were given (--subtitles F.srt)"
             if self.shift:
                 raise UsageError(f"{none}; --shift has nothing to move")
-            found, told = None, [f"{none}; the film is cut without words"]
+            found, told = None, [f"{none}; cutting the film without text"]
         for line in told:
             console.print(line, soft_wrap=True, highlight=False)
         return found
@@ -79,11 +79,11 @@ class LineSource(NamedTuple):
         """Refuse lines that cannot belong to this film; tell the user of those that begin after its end."""
         source = self.subtitles or video
         if not lines:
-            moved = f" after 0 s, since --shift {self.shift:g} moves all before it" if self.shift < 0 else ""
-            raise UserError(f"{source}: no line is said{moved} — leave out the subtitles to cut by time")
+            moved = f" after 0 s: --shift {self.shift:g} moves all of them before it" if self.shift < 0 else ""
+            raise UserError(f"{source}: contains no spoken line{moved} — leave out the subtitles to cut by time")
         late = sum(line.start >= end for line in lines)
         if late == len(lines):
-            raise UserError(f"{source}: all lines begin after the end of {video} ({end:.1f} s): --shift?")
+            raise UserError(f"{source}: all lines begin after the end of {video} ({end:.1f} s) — check --shift")
         if late:
-            told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s): --shift?"
+            told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s) — check --shift"
             console.print(told, soft_wrap=True)

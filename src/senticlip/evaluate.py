@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from senticlip import metrics
-from senticlip.checkpoint import as_probabilities, outputs, read_metrics, rows_digest
+from senticlip.checkpoint import outputs, read_metrics, rows_digest
 from senticlip.config import Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
 from senticlip.data.table import split_named
 from senticlip.files import write_text
+from senticlip.precision import values_and_classes
 from senticlip.predictor import Predictor
 from senticlip.progress import console
 from senticlip.sources import clip_set
@@ -76,19 +77,20 @@ def _answers(
     every = read_clips(data, split, config.protocol, config.seed)
     clips = [clip for clip in every if target in clip.labels]
     if not clips:
-        raise UserError(f"{data}: no clip of {split} has a label {target}")
+        raise UserError(f"{data}: no clip in {split} has label {target}")
     if left := len(every) - len(clips):
-        told = f"{data}: {left} of {len(every)} clips of {split} have no label {target}: left out"
+        told = f"{data}: {left} of {len(every)} clips in {split} have no label {target} and are left out"
         console.print(told, soft_wrap=True)
     rows = clip_set(clips, predictor.model, data=data)
     output = outputs(predictor.model, rows)
     if broken := [clip.id for clip, good in zip(clips, output.are_numbers(), strict=True) if not good]:
         told = f"{len(broken)} of {len(clips)} answers are NaN, the first for {broken[0]}"
-        raise UserError(f"{run}: {told} — its weights, or features that it reads, are broken")
+        raise UserError(f"{run}: {told} — its weights or input features are broken")
     _tell_changed_rows(Path(run), data, config)
     truth = polarity(rows.labels[target])
     result = judge(output, truth, rows.labels[target]) | {"target": target}
-    if unread := _tell_unread(data, rows, _predicted(output)):
+    values, predicted = values_and_classes(output)
+    if unread := _tell_unread(data, rows, predicted):
         result["unread"] = unread
     if predictor.disagreement:
         result["disagreement"] = predictor.disagreement
@@ -107,11 +109,11 @@ def _answers(
         other = [word for word, usual in ((target, config.target), (precision, "fp32")) if word != usual]
         file = Path(run) / f"predictions-{'-'.join([split, *other])}.csv"
         if os.access(run, os.W_OK):
-            write_text(file, _table(clips, output, truth))
+            write_text(file, _table(clips, truth, predicted, values))
             result["predictions"] = str(file)
         else:  # a RUN without write permission can be evaluated, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
-    return Answers(clips, truth, _predicted(output), result)
+    return Answers(clips, truth, predicted, result)
 
 
 def _tell_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
@@ -119,8 +121,8 @@ def _tell_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
     nothing = np.all([store.lengths == 0 for store in rows.stores.values()], axis=0)
     if nothing.any():
         said = " or ".join(LABELS[index] for index in np.unique(predicted[nothing]))
-        told = f"{data}: {nothing.sum()} of {len(rows)} clips have nothing that this model reads"
-        console.print(f"{told}; they are answered {said!r}", soft_wrap=True)
+        told = f"{data}: {nothing.sum()} of {len(rows)} clips have no input that this model reads"
+        console.print(f"{told}; they are predicted as {said!r}", soft_wrap=True)
     return int(nothing.sum())
 
 
@@ -130,30 +132,19 @@ def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
     if "rows" not in trained or Path(trained["data"]).resolve() != Path(data).resolve():
         return
     if trained["rows"] != rows_digest(data, read_clips(data, None, config.protocol, config.seed)):
-        told = f"{data}: its rows have changed since {run} was trained; clips of its training may be in this split"
+        told = f"{data}: its rows have changed since {run} was trained; this split may contain training clips"
         console.print(f"{told}, if splits are drawn at random", soft_wrap=True)
 
 
 def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     """All metrics of an output against class indices and label scores."""
-    predicted, probabilities = _predicted(output), as_probabilities(output)
-    result = metrics.classification(truth, predicted, probabilities)
+    values, predicted = values_and_classes(output)
     if output.score is not None:
-        result |= metrics.regression(scores, output.score.numpy())
+        result = metrics.classification(truth, predicted) | metrics.regression(scores, values[:, 0])
     else:
-        assert probabilities is not None
-        result |= metrics.binary(truth, probabilities)
+        result = metrics.classification(truth, predicted, values) | metrics.binary(truth, values)
     low, high = metrics.bootstrap_interval(truth, predicted)["accuracy"]
     return result | {"interval": [low, high]}
-
-
-def _predicted(output: Output) -> np.ndarray:
-    """The class index of each row."""
-    probabilities = as_probabilities(output)
-    if probabilities is not None:
-        return probabilities.argmax(-1)
-    assert output.score is not None
-    return metrics.score_class(output.score.numpy())
 
 
 def _short(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -161,17 +152,12 @@ def _short(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return {name: found[name] for name in ("accuracy", "macro_f1")}
 
 
-def _table(clips: list[Clip], output: Output, truth: np.ndarray) -> str:
+def _table(clips: list[Clip], truth: np.ndarray, predicted: np.ndarray, values: np.ndarray) -> str:
     """id, text, truth, predicted, a probability per class (or the score)."""
     text = io.StringIO()
     writer = csv.writer(text)
-    values = as_probabilities(output)
-    columns = list(LABELS) if values is not None else ["score"]
-    if values is None:
-        assert output.score is not None
-        values = output.score.numpy()[:, None]
-    writer.writerow(["id", "text", "truth", "predicted", *columns])
-    for clip, true, found, row in zip(clips, truth, _predicted(output), values, strict=True):
+    writer.writerow(["id", "text", "truth", "predicted", *(LABELS if values.shape[1] > 1 else ["score"])])
+    for clip, true, found, row in zip(clips, truth, predicted, values, strict=True):
         writer.writerow([clip.id, clip.text or "", LABELS[true], LABELS[found], *(f"{value:.6f}" for value in row)])
     return text.getvalue()
 
@@ -193,7 +179,7 @@ def compare(
     """
     a, b = (_answers(run, data, split, device, target, precision) for run in (run_a, run_b))
     if [clip.id for clip in a.clips] != [clip.id for clip in b.clips]:
-        raise UserError(f"{run_a} and {run_b} split {data} differently (protocol, seed or target): nothing to compare")
+        raise UserError(f"{run_a} and {run_b} split {data} differently (protocol, seed or target): not comparable")
     if (a.truth != b.truth).any():
-        raise UsageError(f"{run_a} and {run_b} were trained for different labels — choose one with --target")
+        raise UsageError(f"{run_a} and {run_b} were trained on different labels — choose one with --target")
     return {"a": a.result, "b": b.result, "difference": metrics.paired_bootstrap(a.truth, a.predicted, b.predicted)}

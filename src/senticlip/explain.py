@@ -18,7 +18,7 @@ import senticlip
 from senticlip import cam
 from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
-from senticlip.files import make_folder, write_whole
+from senticlip.files import make_folder, write_text, write_whole
 from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
 from senticlip.pages import CHINESE, page
 from senticlip.progress import counter
@@ -90,7 +90,7 @@ def explain(
             be read, the folder cannot be written.
     """
     if method is not None and video is None:
-        raise UsageError(f"--method {method}: heat maps lie over a video, and none was given")
+        raise UsageError(f"--method {method}: heat maps need a video, and none was given")
     predictor = load(run, device)
     clip = Clip("", Path(video) if video is not None else None, text)
     return write(explanation(predictor, clip, method), out)
@@ -104,7 +104,7 @@ def load(run: Any, device: str | None = None) -> Any:
     """
     predictor = senticlip.load(run, device=device) if isinstance(run, str | Path) else run
     if not hasattr(predictor.model, "encode"):
-        raise UsageError(f"{predictor.run}: an exported file cannot be taken apart — explain the RUN it was made from")
+        raise UsageError(f"{predictor.run}: an exported file cannot be explained — use the RUN it was made from")
     return predictor
 
 
@@ -161,7 +161,7 @@ def _maps(
     """Heat maps of the predicted class, scaled by the largest value in any frame, and the method's name."""
     possible = cam.methods_for(predictor.model)
     if method is not None and method not in possible:
-        raise UsageError(f"--method {method}: not for this model — it has {', '.join(possible) or 'no heat maps'}")
+        raise UsageError(f"--method {method}: not for this model, which has {', '.join(possible) or 'no heat maps'}")
     name = method or (possible[0] if possible else None)
     if name is None:
         return None, None
@@ -247,7 +247,7 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
             )
         )
     elif not parts and len(found.cases) > 1:
-        said.append(("去掉任何一部分，预测都不变。", "No single part that is left out changes the answer."))
+        said.append(("去掉任何一部分，预测都不变。", "No single part changes the answer when left out."))
     return said
 
 
@@ -267,9 +267,9 @@ def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
     ends = "，".join(zh), ", ".join(en)
     if believed := [name for name, label in alone.items() if label == answer]:
         trusted = _named(believed)
-        ends = f"{ends[0]}；模型采信了{trusted[0]}", f"{ends[1]}; the model believes the {trusted[1]}"
+        ends = f"{ends[0]}；模型采信了{trusted[0]}", f"{ends[1]}; the model follows the {trusted[1]}"
     if {alone.get("text"), alone.get("video")} == {"positive", "negative"}:
-        ends = ends[0] + "，可能是反话", ends[1] + ". It may be irony"
+        ends = ends[0] + "，可能是反话", ends[1] + ". This may be irony"
     return [(f"{chinese}不一致：{ends[0]}。", f"{english.capitalize()} disagree: {ends[1]}.")]
 
 
@@ -297,7 +297,7 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
     longer = _later_frames(folder, len(paths)) if target.is_file() else []
     for path, picture in zip(paths, frames, strict=True):
         write_whole(path, functools.partial(picture.save, format="PNG"))
-    write_whole(target, functools.partial(Path.write_text, data=html(found, frames), encoding="utf-8"))
+    write_text(target, html(found, frames))
     for old in longer:
         old.unlink()
     return {"html": str(target), "frames": [str(path) for path in paths]}

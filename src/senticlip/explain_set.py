@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ from senticlip.answers import shown
 from senticlip.data.loader import to_batch
 from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, write
-from senticlip.files import make_folder, write_whole
+from senticlip.files import make_folder, write_text
 from senticlip.models.base import only
 from senticlip.occlusion import change
 from senticlip.pages import page
 from senticlip.progress import bar
-from senticlip.sources import clip_set, reads
+from senticlip.sources import BATCH, clip_set, reads
 from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, bounded, polarity
 
 KINDS = {
@@ -106,37 +105,36 @@ def explain_set(
     config = predictor.config
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
     if not clips:
-        raise UserError(f"{data}: no clip of {split} has a label {config.target}")
+        raise UserError(f"{data}: no clip in {split} has label {config.target}")
     folder = make_folder(out)
     with bar(transient=True) as progress:
         task = progress.add_task("clips", total=len(clips))
         rows = answered(predictor, clips, data, lambda n: progress.advance(task, n))
         by, kinds = _kinds(rows)
-        errors = sorted((row for row in rows if LABELS.index(row.whole.label) != row.truth), key=_right)[:worst]
+        wrong = [i for i, row in enumerate(rows) if LABELS.index(row.whole.label) != row.truth]
+        errors = sorted(wrong, key=lambda i: _right(rows[i]))[:worst]
         task = progress.add_task("worst errors", total=len(errors))
         listed = []
-        for number, row in enumerate(errors):
-            listed.append(_page_of(predictor, row, kinds[id(row)], folder, f"worst-{number + 1:02}", method))
+        for number, i in enumerate(errors, 1):
+            listed.append(_page_of(predictor, rows[i], kinds[i], folder, f"worst-{number:02}", method))
             progress.advance(task)
     result = _summary(rows, kinds) | {"by": by}
     target = folder / "index.html"
     scored = rows[0].whole.score is not None
     html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=shown(data), scored=scored)
-    write_whole(target, functools.partial(Path.write_text, data=html, encoding="utf-8"))
+    write_text(target, html)
     _sweep(folder, {Path(item.href).parent.name for item in listed if item.href})
     return {"html": str(target), **result, "worst": [str(folder / item.href) for item in listed if item.href]}
 
 
 @torch.no_grad()
-def answered(
-    predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None], size: int = 32
-) -> list[Answered]:
+def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None]) -> list[Answered]:
     """Predict each clip as it is, without each modality and given each alone; features come from the cache."""
     model, target = predictor.model, predictor.config.target
     rows = clip_set(clips, model, data=data)
     found = []
-    for begin in range(0, len(clips), size):
-        chosen = list(range(begin, min(begin + size, len(clips))))
+    for begin in range(0, len(clips), BATCH):
+        chosen = list(range(begin, min(begin + BATCH, len(clips))))
         inputs = rows.__getitems__(chosen)
         features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
         whole = predictor.predictions(model.fuse(features))
@@ -159,23 +157,22 @@ def _right(row: Answered) -> float:
     return row.whole.probabilities[LABELS[row.truth]]
 
 
-def _kinds(rows: list[Answered]) -> tuple[str, dict[int, str]]:
-    """By what, and the kind of each row (by ``id(row)``): by labels T and V, else by predictions given one alone."""
+def _kinds(rows: list[Answered]) -> tuple[str, list[str]]:
+    """Whose kinds they are, and the kind of each row: by labels T and V; if a row lacks one, by what the model says of
+    text and video alone ("" where a row has only one of them)."""
     if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
-        return "labels", {id(r): kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows}
-    both = [row for row in rows if {"text", "video"} <= row.alone.keys()]
-    said = {id(r): [LABELS.index(r.alone[name].label) for name in ("text", "video")] for r in both}
-    return "model", {id(row): kind(*said[id(row)]) if id(row) in said else "" for row in rows}
+        return "labels", [kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows]
+    said = [[LABELS.index(r.alone[name].label) for name in ("text", "video") if name in r.alone] for r in rows]
+    return "model", [kind(*pair) if len(pair) == 2 else "" for pair in said]
 
 
-def _summary(rows: list[Answered], kinds: dict[int, str]) -> dict[str, Any]:
+def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
     """Confusion by kind, and the effect of each modality: the mean change of the prediction without it."""
     truth = np.array([row.truth for row in rows])
     found = np.array([LABELS.index(row.whole.label) for row in rows])
-    names = np.array([kinds[id(row)] for row in rows])
     tables = {}
     for name in KINDS:
-        here = names == name
+        here = np.array(kinds) == name
         if here.any():
             tables[name] = {
                 "n": int(here.sum()),

@@ -103,19 +103,19 @@ def export(
     """
     out = Path(out)
     if out.suffix != ".onnx":
-        raise UsageError(f"--out {out}: the name must end in .onnx, as senticlip knows an exported file by that")
+        raise UsageError(f"--out {out}: the name must end in .onnx — senticlip recognises an exported file by it")
     need("onnx")
     from senticlip.precision import compare
     from senticlip.predictor import Predictor
 
     if Path(run).suffix == ".onnx":
-        raise UsageError(f"{run}: is exported already — name the RUN that it was made from")
+        raise UsageError(f"{run}: already exported — give the RUN that it was made from")
     predictor = Predictor(run, "cpu")
     config = predictor.config
     # read first: an export takes minutes
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
     if set(config.modalities) != set(reads(predictor.model)) or config.model != "clip_ca_msa":
-        raise UsageError(f"{run}: only CLIP-CA-MSA that reads clips has an ONNX form (and int8), not this one")
+        raise UsageError(f"{run}: only a CLIP-CA-MSA model that reads clips can be exported to ONNX")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with workshop(out) as folder, spinner(f"exporting {out.name}"):
@@ -220,7 +220,7 @@ def need(name: str) -> Any:
 
 def _not_ours(path: str | Path, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    return UserError(f"{path}: not a file that this senticlip export made ({reason}) — export the RUN again")
+    return UserError(f"{path}: not readable as a senticlip export ({reason}) — export the RUN again")
 
 
 class OnnxModel:
@@ -232,9 +232,9 @@ class OnnxModel:
 
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
-            raise UsageError(f"{path}: no such file — senticlip export RUN --out F.onnx makes one")
+            raise UsageError(f"{path}: no such file — create it with senticlip export RUN --out F.onnx")
         if str(path) != whole(str(path)):
-            raise UserError(f"{path}: onnxruntime opens no path that is not UTF-8 — rename it")
+            raise UserError(f"{path}: onnxruntime cannot open a path that is not UTF-8 — rename it")
         runtime = need("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -244,7 +244,7 @@ class OnnxModel:
             found = self.session.get_modelmeta().custom_metadata_map
             about = json.loads(found["senticlip"])
             if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']}, read here is {FORMAT}")
+                raise ValueError(f"format {about['format']}, expected {FORMAT}")
             self.experiment, self.names = from_dict(about["experiment"]), list(about["names"])
             inputs = {each.name for each in self.session.get_inputs()}
             if inputs != {part for name in self.names for part in (name, f"{name}_mask")}:
@@ -285,7 +285,7 @@ class OnnxModel:
     def __call__(self, batch: Batch, attention: bool = False, alone: bool = True) -> Output:
         """Run the graph, which computes ``alone`` in any case."""
         if attention:
-            raise UsageError("attention maps come from the RUN folder, an ONNX file has none")
+            raise UsageError("an ONNX file gives no attention maps — use the RUN folder")
         feed: dict[str, np.ndarray] = {}
         for name in self.names:
             values, mask = self._filled(name, batch)

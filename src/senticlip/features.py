@@ -60,11 +60,11 @@ def features(
     model = _untrained(config) if run is None else SentimentModel.from_pretrained(run)
     config = model.experiment
     if not model.encoders or {*ready_made(config)} - {"audio"}:
-        raise UsageError(f"--run {run}: not all that it reads has an encoder, or it reads sound alone — give another")
+        raise UsageError(f"--run {run}: reads a modality without an encoder, or only sound — choose another RUN")
     clips = read_clips(data, None, protocol or config.protocol, config.seed)
     lost = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
     if lost:
-        raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split, a feature file needs both")
+        raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split — a feature file needs both")
     model = model.to(runtime.device(device)).requires_grad_(False).eval()
     found = clip_set(clips, model)
     stores = {**found.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
@@ -112,8 +112,6 @@ def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.
     """Ids, mask and token types N×3×n; empty without a tokenizer. The input of MMSA's BERT if that has these tokens."""
     if tokenizer is None:
         return {}
-    if not clips:
-        return {"text_bert": np.zeros((0, 3, 1), np.float32)}
     ids, mask = tokenize(tokenizer, [clip.text for clip in clips], max_length)
     return {"text_bert": np.stack([ids.numpy(), mask.numpy(), np.zeros_like(ids.numpy())], 1).astype(np.float32)}
 

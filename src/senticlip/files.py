@@ -141,7 +141,7 @@ def make_folder(out: str | Path, key: str = "--out") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{key} {folder}: no folder to write to — {error.strerror}") from None
+        raise UsageError(f"{key} {folder}: cannot create this folder — {error.strerror}") from None
     return folder
 
 

@@ -1,4 +1,4 @@
-"""One training of one model by transformers.Trainer: its optimizer, its loaders, its best epoch."""
+"""Train one model with transformers.Trainer: optimizer, data loaders, best epoch."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from senticlip.structures import LABELS, SURFACE, UserError, polarity
 from senticlip.trainee import Trainee
 
 CHOICE, TIE = "choice", 1e-6
-"""What chooses a regression model's epoch: the metric, and of equal ones the least MAE, by this weight.
+"""The metric that chooses a regression model's epoch: ``train.metric``, minus the MAE times TIE to break ties.
 
-Until its scores have come near the labels' range they are all one class, and early stopping would end it there.
+Early on, all its scores fall into one class; with the metric alone, early stopping would end the training there.
 """
 
 
 class Fitter(Trainer):
-    """transformers.Trainer with a learning rate for each part."""
+    """transformers.Trainer with a learning rate for each part, balanced sampling, and every row of valid."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the parts' groups."""
+        """AdamW over ``parameter_groups``."""
         if self.optimizer is None:
             fused = self.args.device.type in ("cuda", "cpu")
             self.optimizer = torch.optim.AdamW(parameter_groups(self.model), fused=fused)
         return self.optimizer
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """A loader of every row of valid: Trainer applies ``dataloader_drop_last`` to it, too."""
+        """A loader of every row of valid: Trainer would apply ``dataloader_drop_last`` here too."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         loader = super().get_eval_dataloader(*args, **kwargs)
         self.args.dataloader_drop_last = drop
@@ -54,25 +54,18 @@ class Fitter(Trainer):
 
 
 def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
-    """Optimizer groups by learning rate and weight decay; norms, biases, s, logit_scale and the prefix do not decay.
+    """Optimizer groups by learning rate and weight decay; no decay for norms, biases, s, logit_scale and the prefix.
 
-    A peer brings the groups of its published code.
+    A peer defines its own groups, as in its published code.
     """
-    config: Config = trainee.experiment
-    if hasattr(trainee.model.network, "param_groups"):
-        return trainee.model.network.param_groups(config) + _groups(trainee, config, encoders_only=True)
-    return _groups(trainee, config, encoders_only=False)
-
-
-def _groups(trainee: Any, config: Config, encoders_only: bool) -> list[dict[str, Any]]:
+    config, network = trainee.experiment, trainee.model.network
+    own = network.param_groups(config) if hasattr(network, "param_groups") else []
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in trainee.model.named_parameters():
-        if not parameter.requires_grad or (encoders_only and not name.startswith("encoders.")):
-            continue
-        rate = _rate(name, config)
-        decay = 0.0 if parameter.ndim < 2 or name.endswith(".prefix") else config.train.weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+        if parameter.requires_grad and not (own and name.startswith("network.")):
+            decay = 0.0 if parameter.ndim < 2 or name.endswith(".prefix") else config.train.weight_decay
+            groups.setdefault((_rate(name, config), decay), []).append(parameter)
+    return own + [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
 
 def _rate(name: str, config: Config) -> float:
@@ -87,25 +80,25 @@ def _rate(name: str, config: Config) -> float:
 
 
 class Hooks(TrainerCallback):
-    """Tells the network the number of each epoch and the end of each step."""
+    """Tell the network when an epoch begins and when a step ends."""
 
     def __init__(self, trainee: Trainee) -> None:
         self.trainee, self.network = trainee, trainee.model.network
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Self-MM updates its labels by the epoch's number, from 1."""
+        """Tell the network which epoch begins, from 1 (Self-MM moves its labels from the second on)."""
         if hasattr(self.network, "epoch_started"):
             self.network.epoch_started(round(state.epoch or 0) + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Clamp in place."""
+        """Clamp parameters, then update the moving average."""
         self.trainee.step_finished()
 
 
 class EpochProgress(TrainerCallback):
-    """Prints what is trained, steps as a bar, a line with the metrics of each epoch, and why it stopped early.
+    """Prints a heading, a progress bar over steps, the metrics of each epoch, and why training stopped early.
 
-    A stage is called by ``TrainingArguments.run_name``; a training without one by its modalities.
+    The heading names a stage by ``TrainingArguments.run_name``, any other training by its modalities.
     """
 
     def __init__(self, config: Config) -> None:
@@ -120,11 +113,11 @@ class EpochProgress(TrainerCallback):
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         self.progress.update(self.task, completed=state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print the epoch's line."""
+        """Print the metrics of the epoch."""
         metrics = kwargs["metrics"]
         told = [k for k in ("nll", "mae", "accuracy", "macro_f1") if f"eval_{k}" in metrics]
         shown = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in told)
@@ -135,25 +128,25 @@ class EpochProgress(TrainerCallback):
         self.progress.stop()
         if state.global_step < state.max_steps:
             patience = self.config.train.patience
-            self.progress.console.print(f"stopped early: no better for {patience} epochs", highlight=False)
+            self.progress.console.print(f"stopped early: no improvement for {patience} epochs", highlight=False)
 
 
 def fit(
     model: SentimentModel, training: ClipSet, valid: ClipSet, arguments: TrainingArguments, resume: bool
 ) -> dict[str, Any]:
-    """Train until the validation metric stops rising; the model ends with its best epoch's weights."""
+    """Train until the validation metric stops improving; the model ends with the weights of its best epoch."""
     config = model.experiment
     frozen = {name: model.encoders.pop(name) for name in list(model.encoders) if model.frozen(name)}
     if hasattr(model.network, "prepare"):
         model.network.prepare(training)
-    if config.train.balance == "weights" and hasattr(model.network, "class_weights"):
+    if config.train.balance == "weights":
         counts = np.bincount(_classes_of(training, config), minlength=len(LABELS))
         model.network.class_weights.copy_(torch.tensor(counts.sum() / len(LABELS) / counts.clip(1)))
 
-    # an incomplete last batch is left out, unless it is the only one
+    # an incomplete last batch is dropped, unless it is the only one
     arguments.dataloader_drop_last = len(training) >= config.train.batch_size
     steps = config.train.epochs * max(1, len(training) // (config.train.batch_size * config.train.accumulation))
-    if config.train.warmup * steps < 1:  # rounded up it would be one step, at a rate of 0: of few steps that is much
+    if config.train.warmup * steps < 1:  # would be rounded up to one step at rate 0: too much of a short training
         arguments.warmup_steps = 0
     metric = config.train.metric
     if getattr(model.network, "outputs", len(LABELS)) == 1:  # a regression model has no likelihood
@@ -169,11 +162,12 @@ def fit(
             found[CHOICE] = found[metric] - TIE * found["mae"]
         return found | {name: float(rows.mean()) for name, rows in log.items()}
 
+    folder = Path(arguments.output_dir or "")
     shown = EpochProgress(config)
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
     board = None
     if arguments.process_index == 0:
-        board = SummaryWriter(str(Path(arguments.output_dir or "").parent / TENSORBOARD))
+        board = SummaryWriter(str(folder.parent / TENSORBOARD))
         callbacks += [shown, TensorBoardCallback(board)]
     trainer = Fitter(
         trainee,
@@ -185,20 +179,19 @@ def fit(
         callbacks=callbacks,
     )
     trainer.pop_callback(PrinterCallback)
-    folder = Path(arguments.output_dir or "")
     checkpoint = newest_checkpoint(folder) if resume else None
     best = best_checkpoint(checkpoint) if checkpoint else None
-    if checkpoint is None or not _stopped(checkpoint, config.train.patience):
-        try:
+    try:
+        if checkpoint is None or not _stopped(checkpoint, config.train.patience):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:  # a bar that is left alive hides the terminal's cursor, a board writes on to a folder that may go
-            shown.progress.stop()
-            if board is not None:
-                board.close()
-    else:  # it was killed after its last epoch
-        trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer.state.best_model_checkpoint = str(best)  # its path is stale if the folder was moved
-        trainer._load_best_model()
+        else:  # it was killed after its last epoch
+            trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer.state.best_model_checkpoint = str(best)  # the saved path is stale if the folder was moved
+            trainer._load_best_model()
+    finally:  # a running bar hides the terminal's cursor; an open writer may write to a deleted folder
+        shown.progress.stop()
+        if board is not None:
+            board.close()
     if trainee.average is not None:
         model.load_state_dict(trainee.average.state_dict())
     model.encoders.update(frozen)
@@ -207,9 +200,9 @@ def fit(
 
 
 def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Validation metrics of log-probabilities n×C, or scores n, against label scores n: with nll, or with mae."""
+    """Validation metrics of log-probabilities n×C (with nll) or scores n (with mae) against label scores n."""
     if np.isnan(values).any():
-        raise UserError("the training diverged: its answers on valid are NaN — lower train.lr, or set train.clip_norm")
+        raise UserError("training diverged: the predictions on valid are NaN — lower train.lr or set train.clip_norm")
     target = polarity(truth)
     predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
     found = metrics.classification(target, predicted)
@@ -223,7 +216,7 @@ def _classes_of(data: Any, config: Config) -> np.ndarray:
 
 
 def _stopped(checkpoint: Path, patience: int) -> bool:
-    """Whether the training had ended, by its last epoch or by early stopping, when this checkpoint was written."""
+    """Whether training was over, by its last epoch or by early stopping, when this checkpoint was written."""
     state = read_json(checkpoint / "trainer_state.json")
     if state["global_step"] >= state["max_steps"]:
         return True
@@ -234,11 +227,11 @@ def _stopped(checkpoint: Path, patience: int) -> bool:
 def _summary(state: Any) -> dict[str, Any]:
     rows = (row for row in state.log_history if "eval_accuracy" in row)
     best = next(row for row in rows if row["step"] == state.best_global_step)
-    valid = {name[5:]: round(value, 6) for name, value in best.items() if name.startswith("eval_")}
-    keep = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
+    told = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
+    valid = {name: round(best[f"eval_{name}"], 6) for name in told if f"eval_{name}" in best}
     history = [
         {k.removeprefix("eval_"): v for k, v in row.items() if k != f"eval_{CHOICE}"}
         for row in state.log_history
         if "epoch" in row
     ]
-    return {"best_epoch": round(best["epoch"]), "valid": {k: valid[k] for k in keep if k in valid}, "history": history}
+    return {"best_epoch": round(best["epoch"]), "valid": valid, "history": history}

@@ -60,7 +60,7 @@ def as_html(blocks: list[Block], folder: Path) -> str:
             body.append(f"<ul>{line}</ul>" if kind == "li" else line)
     text = f"<main>{''.join(body).replace('</ul><ul>', '')}</main>"  # items side by side are one list
     head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA, run again</title>'
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA reproduced</title>'
     )
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{text}</body></html>\n'
 

@@ -1,4 +1,4 @@
-"""Focal loss, and the two ways to add losses up (eq. 14 to 17 and Table 8): uncertainty | sum."""
+"""Focal loss, and the two ways to combine losses (eq. 14 to 17 and Table 8): uncertainty | sum."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ def cross_entropy(
     Args:
         logits: B×C.
         target: B class indices.
-        gamma: focus; (1−p)^γ uses the probability of the target class.
+        gamma: focusing parameter γ; p is the probability of the target class.
         smoothing: label smoothing of the cross-entropy factor.
-        weight: C class weights; rows are not renormalised by them.
+        weight: C class weights; the result is not normalised by their sum.
     """
     rows = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     if gamma:
         p = logits.softmax(-1).gather(1, target[:, None])[:, 0]
-        # 1 − p can be a rounding below 0, and its power has no finite gradient at 0
+        # rounding can make 1 − p negative, and at 0 its power has no finite gradient
         rows = (1 - p).clamp_min(1e-8) ** gamma * rows
     return rows if weight is None else rows * weight.to(rows.dtype)[target]
 
 
 def mean_of(rows: Tensor, known: Tensor) -> Tensor:
-    """The mean of ``rows`` B over the known ones; 0, with a gradient path, if there is none.
+    """The mean of ``rows`` B over the known ones; 0, still differentiable, if there are none.
 
-    With several processes, the average of their results is the mean over the rows of all of them.
+    With several processes, the average of their results is the mean over all their rows.
     """
     return torch.where(known, rows, 0).sum() / count_of(known).clamp(min=1e-6)
 
 
 def count_of(known: Tensor) -> Tensor:
-    """How many rows are known; with several processes the mean over them, since their gradients are averaged, too."""
+    """The number of known rows; with several processes the mean over them, since their gradients are averaged too."""
     count = known.sum().float()
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
@@ -46,8 +46,8 @@ def count_of(known: Tensor) -> Tensor:
 class Uncertainty(nn.Module):
     """Σ exp(−s_i) L_i + s_i / 2, s_i = log σ_i² (eq. 17; Kendall, Gal & Cipolla 2018, classification form).
 
-    The minimum over s_i is at s_i = ln 2 L_i. ``clamp`` is called after each optimizer step: clamped in the forward
-    pass, s would have no gradient beyond the limit.
+    The minimum over s_i is at s_i = ln 2 L_i. ``clamp`` is called after each optimizer step: clamping in the forward
+    pass would zero the gradient of s beyond the limit.
     """
 
     LIMIT = 5.0
@@ -56,24 +56,21 @@ class Uncertainty(nn.Module):
         super().__init__()
         self.s = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
 
-    def forward(self, losses: dict[str, Tensor], observed: dict[str, Tensor] | None = None) -> Tensor:
-        """Scalar losses by name, and whether the batch has any row for each (default: yes) → scalar.
+    def forward(self, losses: dict[str, Tensor], observed: dict[str, Tensor]) -> Tensor:
+        """Scalar losses by name, and whether the batch has any row for each → scalar.
 
-        Without a row the term s / 2 is left out: it alone would lower s, and a rare task would weigh more and more.
+        Without any row, the term s / 2 is left out: alone, it would lower s and so raise a rare task's weight.
         """
-        parts = []
-        for name, loss in losses.items():
-            bound = self.s[name] / 2 if observed is None else self.s[name] / 2 * observed[name].to(loss.dtype)
-            parts.append(torch.exp(-self.s[name]) * loss + bound)
+        parts = [torch.exp(-self.s[name]) * loss + self.s[name] / 2 * observed[name] for name, loss in losses.items()]
         return torch.stack(parts).sum()
 
     def weights(self) -> Tensor:
-        """exp(−s) of each name, in their order, not normalised."""
+        """exp(−s) of each loss, in the order of ``names``, not normalised."""
         return torch.exp(-torch.stack(list(self.s.values())))
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep s in ± LIMIT."""
+        """Clamp s to ± LIMIT."""
         for s in self.s.values():
             s.clamp_(-self.LIMIT, self.LIMIT)
 
@@ -85,7 +82,7 @@ class WeightedSum(nn.Module):
         super().__init__()
         self.names = names
 
-    def forward(self, losses: dict[str, Tensor], observed: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, losses: dict[str, Tensor], observed: dict[str, Tensor]) -> Tensor:
         """Scalar losses by name → scalar."""
         return torch.stack(list(losses.values())).sum()
 
@@ -94,7 +91,7 @@ class WeightedSum(nn.Module):
         return torch.ones(len(self.names))
 
     def clamp(self) -> None:
-        """Nothing to keep."""
+        """Do nothing: there are no parameters."""
 
 
 LOSSES = {"uncertainty": Uncertainty, "sum": WeightedSum}

@@ -84,8 +84,8 @@ def read(manifest: Path) -> Iterator[dict[str, str | None]]:
     for number, row in readers[manifest.suffix.lower()](manifest):
         record = _record(f"{manifest}, row {number}", number, row)
         if seen is not None and record["id"] in seen:
-            told = f"{manifest}, row {number}: the id {record['id']!r} was there before"
-            console.print(f"{told}; give every row one of its own, to tell their answers apart", soft_wrap=True)
+            told = f"{manifest}, row {number}: duplicate id {record['id']!r}"
+            console.print(f"{told} — give each row its own id, to tell their answers apart", soft_wrap=True)
             seen = None
         elif seen is not None and len(seen) < REMEMBERED:
             seen.add(record["id"])
@@ -96,10 +96,8 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
     """A row as read → the columns of SCHEMA; under None a CSV's cells that have no column."""
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
-    # pandas writes a cell in which nothing is as NaN, or as that word
-    there = {key: v for key, v in row.items() if v is not None and v is not _SHORT and v == v}
-    full = {key: v for key, v in there.items() if str(v).strip() not in EMPTY}
-    cells = _named(full)
+    # EMPTY has the words for None and NaN, too
+    cells = _named({key: v for key, v in row.items() if v is not _SHORT and str(v).strip() not in EMPTY})
     said = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
     sound = {name: whole(said[name]) for name in COLUMNS if name in said}
     record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **sound, "error": None}
@@ -109,7 +107,7 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
     if odd:
         record["error"] = f"{where}, column {odd[0]}: a {type(cells[odd[0]]).__name__} — expected text or a number"
     elif halves:
-        record["error"] = f"{where}, column {halves[0]}: half a character (an unpaired \\ud800 … \\udfff)"
+        record["error"] = f"{where}, column {halves[0]}: an unpaired surrogate (\\ud800 … \\udfff)"
     elif any(row.get(None) or ()):
         record["error"] = f"{where}: more cells than columns — is a text with a comma quoted?"
     elif _SHORT in row.values():
@@ -197,7 +195,7 @@ def _known(manifest: Path, names: Iterable[str]) -> None:
 def _tell_unread(manifest: Path, names: Iterable[Any]) -> None:
     """Who has called the column of the words something else must not take for them what is answered without."""
     if left := [str(name) for name in names if name is not None and not _named({name: None})]:
-        told = f"{manifest}: not read: {', '.join(left)} (what is read: {', '.join(COLUMNS)})"
+        told = f"{manifest}: ignored columns: {', '.join(left)} (columns that are read: {', '.join(COLUMNS)})"
         console.print(told, soft_wrap=True, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""What is measured: pure functions on numpy arrays, fractions in [0, 1] (never per cent).
+"""Metrics: pure functions on numpy arrays; fractions in [0, 1], never per cent.
 
 Classes are indices into LABELS. Regression scores are in label units and follow MMSA's definitions for CH-SIMS
 (github.com/thuiar/MMSA, ``utils/metricsTop.py``). Bootstraps: Efron & Tibshirani, An Introduction to the Bootstrap;
@@ -22,13 +22,13 @@ ACC_5_BINS = (-0.7, -0.1, 0.1, 0.7)
 """MMSA's Acc-5 cuts."""
 
 SAMPLES, EDGES = 4000, (0.025, 0.975)
-"""Of a bootstrap: how many resamplings (and exchanges), and the quantiles between which its interval lies."""
+"""The number of bootstrap resamplings (and random exchanges), and the quantiles that bound the interval."""
 
 
 def score_class(score: ArrayLike, bins: tuple[float, ...] = ACC_3_BINS) -> NDArray[np.int64]:
     """The class of each score (clipped to [-1, 1]); an upper edge belongs to the class below it, as in MMSA.
 
-    In float32, which labels are kept in: as float64 a label of 0.1 would be above the edge.
+    In float32, like the labels: in float64, a float32 label of 0.1 would lie above the edge.
     """
     return np.digitize(np.clip(np.asarray(score, np.float32), -1, 1), np.asarray(bins, np.float32), right=True)
 
@@ -40,25 +40,20 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int = len(LABELS)
 
 
 def classification(truth: ArrayLike, predicted: ArrayLike, probabilities: ArrayLike | None = None) -> dict[str, Any]:
-    """Accuracy, macro and weighted P, R, F1, per class, the confusion matrix, ECE (None without ``probabilities``).
+    """Accuracy; P, R and F1 (macro, weighted, per class); confusion matrix; ECE (None without ``probabilities``).
 
     Args:
         truth: n class indices.
         predicted: n class indices.
         probabilities: n×C, each row sums to 1.
 
-    Macro means run over the classes that occur in truth or prediction; 0/0 counts as 0 (both as scikit-learn does).
+    Macro averages are over the classes that occur in truth or prediction; 0/0 counts as 0 (both as in scikit-learn).
     """
     counts = confusion(truth, predicted)
     scores = from_confusion(counts)
-    support = counts.sum(1)
     per_class = {
-        label: {
-            "precision": float(scores["class_precision"][i]),
-            "recall": float(scores["class_recall"][i]),
-            "f1": float(scores["class_f1"][i]),
-            "support": int(support[i]),
-        }
+        label: {name: float(scores[f"class_{name}"][i]) for name in ("precision", "recall", "f1")}
+        | {"support": int(counts[i].sum())}
         for i, label in enumerate(LABELS)
     }
     names = ("accuracy", "macro_f1", "weighted_f1", "precision", "recall", "weighted_precision", "weighted_recall")
@@ -77,16 +72,17 @@ def from_confusion(counts: ArrayLike) -> dict[str, NDArray[np.float64]]:
     hits, truth, guesses = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
     precision, recall, f1 = _ratio(hits, guesses), _ratio(hits, truth), _ratio(2 * hits, truth + guesses)
     total, present = truth.sum(-1), (truth + guesses > 0).sum(-1)
-    scores = {"class_precision": precision, "class_recall": recall, "class_f1": f1}
-    scores |= {"accuracy": _ratio(hits.sum(-1), total)}
+    scores = {"accuracy": _ratio(hits.sum(-1), total)}
     for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+        scores["class_" + name] = values
         scores["macro_f1" if name == "f1" else name] = _ratio(values.sum(-1), present)
         scores["weighted_" + name] = _ratio((values * truth).sum(-1), total)
     return scores
 
 
-def calibration_error(truth: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> float:
-    """Expected calibration error (ECE) of the top class, in bins of equal width (Guo et al. 2017)."""
+def calibration_error(truth: ArrayLike, probabilities: ArrayLike) -> float:
+    """Expected calibration error (ECE) of the top class, in 15 bins of equal width (Guo et al. 2017)."""
+    bins = 15
     truth, probabilities = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
     top, right = probabilities.max(-1), probabilities.argmax(-1) == truth
     place = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)
@@ -97,8 +93,8 @@ def calibration_error(truth: ArrayLike, probabilities: ArrayLike, bins: int = 15
 def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:
     """MAE, Corr, Acc-5, Acc-3, Acc-2 and F1 of scores in [-1, 1], by MMSA's definitions for CH-SIMS.
 
-    ``acc_2`` and ``f1_2`` (weighted) cut at ≤ 0 against > 0. ``acc_2_nonzero`` and ``f1_2_nonzero`` leave out the
-    clips whose true score is 0, another convention in use. Both sides are clipped to [-1, 1]. Corr of a constant is 0.
+    ``acc_2`` and ``f1_2`` (weighted) separate ≤ 0 from > 0. ``acc_2_nonzero`` and ``f1_2_nonzero`` leave out clips
+    whose true score is 0, another common convention. Truth and scores are clipped to [-1, 1]. Corr of a constant is 0.
     """
     truth = np.clip(np.asarray(truth, dtype=np.float64), -1, 1)
     score = np.clip(np.asarray(score, dtype=np.float64), -1, 1)
@@ -115,11 +111,11 @@ def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:
 
 
 def binary(truth: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
-    """Acc-2 and F1 of a classifier, as :func:`regression` names them.
+    """Acc-2 and F1 of a classifier, under the same names as in :func:`regression`.
 
-    Over all rows the answer is positive where that is the likeliest class, as truth is: neutral counts as negative. Of
-    the rows that are not neutral (``_nonzero``) it is positive where P(positive) > P(negative), whatever P(neutral) is.
-    MMSA's classifiers answer so over all rows, too, which calls positive much that is rightly called neutral.
+    Over all rows, a prediction is positive if that class is the most likely; neutral counts as negative, as in truth.
+    Over the rows that are not neutral (``_nonzero``), it is positive if P(positive) > P(negative), whatever P(neutral).
+    MMSA's classifiers use the second rule for all rows, which turns many correct neutral predictions into positive.
 
     Args:
         truth: n class indices.
@@ -135,7 +131,7 @@ def binary(truth: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
 
 
 def _acc_2(truth: NDArray[np.bool_], found: NDArray[np.bool_], suffix: str = "") -> dict[str, float]:
-    """Acc-2 and weighted F1 of what is positive."""
+    """Acc-2 and weighted F1 of positive against the rest."""
     scores = from_confusion(confusion(truth, found, 2))
     return {"acc_2" + suffix: float(scores["accuracy"]), "f1_2" + suffix: float(scores["weighted_f1"])}
 
@@ -147,21 +143,21 @@ def paired_bootstrap(
     groups: ArrayLike | None = None,
     runs: ArrayLike | None = None,
 ) -> dict[str, dict[str, float]]:
-    """How much better ``first`` is than ``second`` on the same rows: a bootstrap, and a test by randomisation.
+    """How much better ``first`` is than ``second`` on the same rows: paired bootstrap and randomisation test.
 
     Args:
         truth: n class indices.
-        first: n class indices, one system's answers.
+        first: n class indices, one system's predictions.
         second: n class indices, the other's.
-        groups: n ids; rows of one id are resampled together. With the answers of several seeds give the clips' ids, so
-            that k answers about one clip do not count as k clips.
-        runs: n indices from 0, the seed of each row; the difference is then the mean of the seeds' differences.
+        groups: n ids; rows with the same id are resampled together. With predictions of several seeds, pass the clip
+            ids, so that k predictions for one clip do not count as k clips.
+        runs: n indices from 0, the seed of each row; the difference is then the mean over seeds.
 
     Returns:
         For ``accuracy`` and ``macro_f1``: ``difference`` (first − second), ``low`` and ``high`` of the 95 % percentile
-        interval over SAMPLES resamplings, and the two-sided ``p`` of the randomisation test: the share of
-        SAMPLES random exchanges of the two systems' answers, a group's all together, whose difference is as large, with
-        one added to count and total. Where few answers differ the interval is too narrow; ``p`` is right.
+        interval over SAMPLES resamplings, and the two-sided ``p`` of the randomisation test: the share of SAMPLES
+        random exchanges of the two systems' predictions (within a group, all or none) whose difference is at least as
+        large, with one added to count and total. If few predictions differ, the interval is too narrow; ``p`` holds.
     """
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
@@ -172,7 +168,7 @@ def paired_bootstrap(
     for name in ("accuracy", "macro_f1"):
         found, resampled, chance = ((x[name][:, ::2] - x[name][:, 1::2]).mean(1) for x in (whole, drawn, exchanged))
         low, high = np.quantile(resampled, EDGES)
-        as_large = np.abs(chance) >= np.abs(found) - 1e-12  # sums of the same numbers in another order
+        as_large = np.abs(chance) >= np.abs(found) - 1e-12  # tolerance: the same numbers are summed in another order
         result[name] = {
             "difference": float(found[0]),
             "low": float(low),
@@ -194,7 +190,7 @@ def bootstrap_interval(truth: ArrayLike, predicted: ArrayLike) -> dict[str, tupl
 def _by_group(
     cells: list[NDArray[np.int64]], groups: ArrayLike | None, runs: ArrayLike | None = None
 ) -> NDArray[np.int64]:
-    """Confusion cells n of k systems → counts groups×(runs·k)×C², the systems of a run side by side."""
+    """Confusion cells n of k systems → counts groups×(runs·k)×C²; the systems of a run are adjacent."""
     rows, systems = len(cells[0]), len(cells)
     place = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
     run = np.zeros(rows, np.int64) if runs is None else np.asarray(runs, dtype=np.int64)
@@ -206,7 +202,7 @@ def _by_group(
 
 
 def _resample(table: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Confusion matrices SAMPLES×k×C×C of groups drawn with replacement (each drawn whole)."""
+    """Confusion matrices SAMPLES×k×C×C of groups drawn with replacement (whole groups)."""
     groups, random = len(table), np.random.default_rng(0)
     return _weighted(table, lambda size: random.multinomial(groups, np.full(groups, 1 / groups), size))
 
@@ -220,7 +216,7 @@ def _exchange(table: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _weighted(table: NDArray[np.int64], draw: Callable[[int], NDArray[np.int64]]) -> NDArray[np.float64]:
-    """The sum of a table's groups, SAMPLES times, with the weights size×groups that ``draw`` gives."""
+    """SAMPLES weighted sums over a table's groups; ``draw(size)`` gives their weights, size×groups."""
     groups, systems, cells = table.shape
     flat, classes = table.reshape(groups, -1).astype(np.float64), round(cells**0.5)
     step = max(1, 4_000_000 // max(groups, 1))  # keeps the drawn weights below 32 MB

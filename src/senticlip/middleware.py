@@ -49,13 +49,13 @@ class Forms:
         parsed["content-type"] = told.decode("latin-1")
         kind = parsed.get_content_type()
         if kind in (MULTIPART, PLAIN) and packed.lower() not in (b"", b"identity"):
-            line = f"the form is packed ({packed.decode('latin-1')}) — send it as it is"
+            line = f"the form is compressed ({packed.decode('latin-1')}) — send it uncompressed"
             await JSONResponse({"error": line}, 415)(scope, receive, send)
             return
         try:  # "boundary*=" may name any codec
             close, last = f"--{parsed.get_boundary('') if kind == MULTIPART else ''}--".encode("latin-1"), b""
         except ValueError:
-            line = "the form's boundary cannot be read — send one of ASCII letters, as boundary=…"
+            line = "the form's boundary cannot be read — use ASCII letters, as in boundary=…"
             await JSONResponse({"error": line}, 400)(scope, receive, send)
             return
         if kind == MULTIPART:  # of two charsets the last counts
@@ -71,7 +71,7 @@ class Forms:
             last = (last + body)[-ENDING:]
             ends = message["type"] == "http.request" and not message.get("more_body")
             if kind == MULTIPART and ends and close not in last:
-                raise HTTPException(400, "the form ends before its last boundary — send all of it")
+                raise HTTPException(400, "the form ends before its closing boundary — send all of it")
             return {**message, "body": body} if "body" in message else message
 
         await self.app(scope, whole, send)
@@ -98,7 +98,7 @@ class Browsers:
 
         site = dict(scope.get("headers", ())).get(b"sec-fetch-site")
         if scope.get("method") == "POST" and site == b"cross-site":
-            line = "another site's page sent this — open this server's own page, or send it without a browser"
+            line = "sent by another site's page — open this server's own page, or send it without a browser"
             await JSONResponse({"error": line}, 403)(scope, receive, marked)
             return
         await self.app(scope, receive, marked)
@@ -109,7 +109,7 @@ class Limit:
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
-        self.line = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or start with --limit"
+        self.line = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or raise --limit"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request: check its Content-Length, and the bytes received."""

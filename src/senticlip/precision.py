@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
             answers are NaN.
     """
     if not model.encoders:
-        raise UsageError(f"--precision {precision}: {run} reads feature files, it has no encoder to compute in less")
+        raise UsageError(f"--precision {precision}: {run} has no encoder that could run in it")
     place, weights = run / "precision.json", fingerprint(model)
     on_gpu = precision == "bf16" and model.device.type != "cpu"
     model = model if on_gpu else model.to("cpu")
@@ -47,7 +48,7 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     batch = probe(model, model.experiment)
     before = None if name in known else _answer(model, batch)
     if before is not None and not before.are_numbers().all():  # what is compiled may hide it: OpenVINO's max drops NaN
-        raise UserError(f"{run}: its answers are NaN, its weights are broken — train it, or copy it again")
+        raise UserError(f"{run}: its answers are NaN, so its weights are broken — train or copy it again")
     model = _to_bf16(model) if on_gpu else _compiled(model, run, weights, precision)
     if before is not None:
         known[name] = disagreement([(before, _answer(model, batch))])
@@ -107,22 +108,22 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
     """
     rows, flips, most, total = 0, 0, 0.0, 0.0
     for one, two in pairs:
-        (p, label), (q, other) = _answers(one), _answers(two)
+        (p, label), (q, other) = values_and_classes(one), values_and_classes(two)
+        gap = np.abs(p - q)
         rows += len(p)
-        flips += int(((label != other) | (p - q).isnan().any(-1)).sum())
-        gap = float((p - q).abs().nan_to_num(torch.inf).max())  # NaN counts as infinitely far
-        most = max(most, gap)
-        total += float((p - q).abs().mean(-1).sum())
+        flips += int(((label != other) | np.isnan(gap).any(-1)).sum())
+        most = max(most, float(np.nan_to_num(gap, nan=np.inf).max()))  # NaN counts as infinitely far
+        total += float(gap.mean(-1).sum())
     return {"n": rows, "flips": flips / max(rows, 1), "max_difference": most, "mean_difference": total / max(rows, 1)}
 
 
-def _answers(output: Output) -> tuple[Tensor, Tensor]:
-    """Probabilities B×C (or scores B×1) and labels B of an output."""
+def values_and_classes(output: Output) -> tuple[np.ndarray, np.ndarray]:
+    """What an output says: probabilities n×C (or scores n×1), and the class index of each row, n."""
     if output.score is not None:
-        scores = output.score.float().cpu()
-        return scores[:, None], torch.as_tensor(score_class(scores.numpy()))
+        scores = output.score.float().cpu().numpy()
+        return scores[:, None], score_class(scores)
     assert output.log_probs is not None
-    probabilities = output.log_probs.exp().float().cpu()
+    probabilities = output.log_probs.exp().float().cpu().numpy()
     return probabilities, probabilities.argmax(-1)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from senticlip import runtime
 from senticlip.data.audio import log_mel, read_audio
-from senticlip.data.loader import ArrayRows, Rows, padded, to_batch
+from senticlip.data.loader import padded
 from senticlip.data.video import Frames, read_frames
 from senticlip.encoders.text import tokenize
 from senticlip.metrics import score_class
@@ -28,6 +28,7 @@ from senticlip.structures import (
     Clip,
     Output,
     Prediction,
+    Sequence,
     UsageError,
     UserError,
     spoken,
@@ -66,9 +67,9 @@ class Predictor:
         self.model: Any
         if self.run.suffix == ".onnx":
             if precision != "fp32":
-                raise UsageError(f"{run}: the precision of an ONNX file was chosen when it was exported (--int8)")
+                raise UsageError(f"{run}: the precision of an ONNX file is chosen at export (--int8)")
             if device not in (None, "cpu"):
-                raise UsageError(f"device {device}: an exported file is read on the CPU — leave it out")
+                raise UsageError(f"device {device}: an exported file runs on the CPU — leave it out")
             from senticlip.export import OnnxModel
 
             self.model = OnnxModel(self.run)
@@ -127,28 +128,24 @@ class Predictor:
                 read.
         """
         if not clips:
-            raise UsageError("batch: no clip was given — give at least one")
+            raise UsageError("batch: no clip given — give at least one")
         clips = [_checked(clip) for clip in clips]
-        stores: dict[str, Rows] = {}
+        found: dict[str, tuple[Any, Any]] = {}  # values and mask
         if "text" in self.model.encoders:
-            ids, mask = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
-            stores["text"] = ArrayRows(ids.numpy(), mask.numpy())
+            found["text"] = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
         if "vision" in self.model.encoders:
-            stores["vision"] = self._frames(clips, read)
+            found["vision"] = self._frames(clips, read)
         if hears(self.config):
-            stores["audio"] = self._sound(clips, listen)
-        inputs, there = {}, np.zeros(len(clips), bool)
-        for name, store in stores.items():
-            values, real = store.gather(np.arange(len(clips)))
-            inputs[name], inputs[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(real)
-            there |= real.any(1)
-        if not there.all():
-            lacks = clips[int(there.argmin())]
-            needs = " or ".join(SURFACE[name] for name in stores) or "feature files, no clips"
-            raise UsageError(f"{lacks.id or lacks.video or 'clip'}: nothing to read — this model reads {needs}")
-        return to_batch({name: value.to(self.model.device) for name, value in inputs.items()})
+            found["audio"] = self._sound(clips, listen)
+        for i, clip in enumerate(clips):
+            if not any(mask[i].any() for _, mask in found.values()):
+                needs = " or ".join(SURFACE[name] for name in found) or "feature files, not clips"
+                raise UsageError(f"{clip.id or clip.video or 'clip'}: nothing to read — this model reads {needs}")
+        place = self.model.device
+        pairs = {name: [torch.as_tensor(part).to(place) for part in parts] for name, parts in found.items()}
+        return Batch({name: Sequence(*pair) for name, pair in pairs.items()}, {})
 
-    def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> ArrayRows:
+    def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> tuple[np.ndarray, np.ndarray]:
         encoder: Any = self.model.encoders["vision"]
         m, size, cutaways = self.config.vision.frames, encoder.size, self.config.vision.cutaways
         nothing = np.zeros((0, 3, size, size), np.uint8)
@@ -156,13 +153,13 @@ class Predictor:
             nothing if c.video is None else read(c.video, m, c.start, c.end, size=size, cutaways=cutaways).pixels
             for c in clips
         ]
-        return ArrayRows(*padded(rows))
+        return padded(rows)
 
-    def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> ArrayRows:
+    def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The log-mel of each clip; a clip without a video, or whose video has no audio, is an empty row."""
         bands, average = self.config.audio.bands, self.config.audio.average
         sounds = [np.zeros(0) if c.video is None else listen(c.video, c.start, c.end) for c in clips]
-        return ArrayRows(*padded([log_mel(sound, bands, average) for sound in sounds]))
+        return padded([log_mel(sound, bands, average) for sound in sounds])
 
     @torch.inference_mode()
     def output(self, batch: Batch, attention: bool = False) -> Output:
@@ -176,7 +173,7 @@ class Predictor:
             UserError: the output has NaN.
         """
         if not output.are_numbers().all():
-            raise UserError("the model's answer is NaN — its weights are broken: train it, or copy it again")
+            raise UserError("the model's answer is NaN, so its weights are broken — train or copy it again")
         if output.score is not None:
             scores = output.score.float().cpu().numpy()
             return [
@@ -203,14 +200,14 @@ class Predictor:
 def _checked(clip: Clip) -> Clip:
     """The clip, a blank text or path as None (pandas has NaN where a cell is empty)."""
     if not isinstance(clip, Clip):
-        raise UsageError(f"{clip!r}: is no clip — give senticlip.structures.Clip(id, video, text)")
+        raise UsageError(f"{clip!r}: not a clip — give senticlip.structures.Clip(id, video, text)")
     name = clip.id or "clip"
     if not isinstance(clip.text, str | None):
-        raise UsageError(f"{name}: {clip.text!r} is no text — give a string, or None for none")
+        raise UsageError(f"{name}: {clip.text!r} is not a text — give a string or None")
     if not isinstance(clip.video, str | PathLike | None):
-        raise UsageError(f"{name}: {clip.video!r} is no path — give one, or None for none")
+        raise UsageError(f"{name}: {clip.video!r} is not a path — give a path or None")
     if not all(time is None or (isinstance(time, SupportsFloat) and isfinite(time)) for time in (clip.start, clip.end)):
-        raise UsageError(f"{clip.video}: a piece from {clip.start!r} to {clip.end!r} s — give finite times")
+        raise UsageError(f"{clip.video}: a segment from {clip.start!r} to {clip.end!r} s — give finite times")
     start, end = (None if time is None else float(time) for time in (clip.start, clip.end))
     video = Path(clip.video) if clip.video else None
     return clip._replace(text=spoken(clip.text), video=video, start=start, end=end)

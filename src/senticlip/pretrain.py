@@ -1,10 +1,10 @@
-"""``senticlip demo --pretrain``: the demo's two towers, trained frames against captions as CLIP was (Radford 2021).
+"""``senticlip demo --pretrain``: contrastive pretraining of the demo's two towers, as in CLIP (Radford 2021).
 
-Frames and captions come from the generator of drawn faces; no line of the demo, no label, no person of its sets is
-used, and no caption names a sentiment. A frame is held against all captions of one facet at once (嘴角上扬 | 嘴角平直 |
-嘴角下垂): its negatives differ from it in exactly what is to be seen. The vision tower is a small convolutional net:
-a ViT of the same cost needs many more frames before it sees a mouth at any place and size (measured: after 10,000
-frames and three minutes it had learned no facet).
+Frames and captions come from the generator of drawn faces. No text, label or person of the demo's data sets is used,
+and no caption names a sentiment. Each frame is compared with all captions of one facet (嘴角上扬 | 嘴角平直 |
+嘴角下垂), so that its negatives differ only in what has to be seen. The vision tower is a small convolutional network:
+a ViT of the same cost needs many more frames to recognise a mouth at any place and size (measured: after 10,000 frames
+and three minutes it had learned no facet).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODEL_ARGS: dict[str, Any] = {"output_stride": 8}
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 SIZE, WIDTH, JOINT, BATCH = 96, 128, 64, 64
 WEIGHTS = {"mouth": 2.0, "brows": 3.0, "eyes": 1.5, "lips": 1.0}
-"""What each facet counts in the loss; 0.2 where nothing is said."""
+"""The weight of each facet in the loss; 0.2 for all others."""
 
 
 def vocabulary() -> list[str]:
@@ -45,7 +45,7 @@ def vocabulary() -> list[str]:
 
 
 def sample(rng: Generator) -> tuple[np.ndarray, dict[str, str]]:
-    """A drawn frame SIZE×SIZE×3 and its words by facet; one in 25 shows no face."""
+    """A drawn frame SIZE×SIZE×3 and its captions by facet; one in 25 shows no face."""
     who = Person.random(rng) if rng.random() > 0.04 else None
     scene, pose, look = Scene.random(rng), Pose.random(rng), Expression.random(rng)
     return draw(who, scene, pose, look, (SIZE, SIZE), rng).pixels, describe(who, scene, pose, look)
@@ -71,20 +71,20 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def see(self, frames: np.ndarray) -> Tensor:
-        """Frames N×H×W×3 uint8 → N×JOINT of length 1."""
+        """Frames N×H×W×3 uint8 → unit vectors N×JOINT."""
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
         pixels = (pixels - MEAN[0]) / STD[0]
         return nn.functional.normalize(self.vision_projection(self.vision(pixels)), dim=-1)
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids and mask K×n → K×JOINT of length 1."""
+        """Ids and mask K×n → unit vectors K×JOINT."""
         states = self.text(input_ids=ids, attention_mask=mask).last_hidden_state
         mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return nn.functional.normalize(self.text_projection(mean), dim=-1)
 
 
 class Captions:
-    """All captions that were ever seen, by facet, and their ids."""
+    """All captions in the given samples, by facet, and their token ids."""
 
     def __init__(self, words: list[dict[str, str]]) -> None:
         names = sorted({name for seen in words for name in seen})
@@ -99,17 +99,17 @@ class Captions:
         self.mask = (self.ids != 0).long()
 
     def targets(self, words: list[dict[str, str]], name: str) -> Tensor:
-        """For each frame which caption of the facet is true; −100 where none is."""
+        """The index of each frame's caption for a facet; −100 if it has none."""
         place = {caption: number for number, caption in enumerate(self.facets[name])}
         return torch.tensor([place.get(seen.get(name, ""), -100) for seen in words])
 
 
 def _loss(towers: Towers, frames: np.ndarray, words: list[dict[str, str]], captions: Captions) -> tuple[Tensor, dict]:
-    """Cross-entropy of each frame over the captions of each facet, and the share that came out right."""
+    """Cross-entropy over the captions of each facet, and the share of frames whose caption ranks first, by facet."""
     logits = towers.logit_scale.exp() * towers.see(frames) @ towers.read(captions.ids, captions.mask).T
-    total, right, start = logits.new_zeros(()), {}, 0
-    for name, options in captions.facets.items():
-        part, start = logits[:, start : start + len(options)], start + len(options)
+    total, right = logits.new_zeros(()), {}
+    sizes = [len(options) for options in captions.facets.values()]
+    for name, part in zip(captions.facets, logits.split(sizes, 1), strict=True):
         target = captions.targets(words, name)
         known = target >= 0
         if known.any():
@@ -119,10 +119,10 @@ def _loss(towers: Towers, frames: np.ndarray, words: list[dict[str, str]], capti
 
 
 def pretrain(out: Path = FOLDER, minutes: float = 12.0, seed: int = 0, show: Callable[[str], None] = print) -> dict:
-    """Train both towers for so many CPU minutes and write them to ``out``/vision and ``out``/text.
+    """Train both towers for ``minutes`` of CPU time and write them to ``out``/vision and ``out``/text.
 
     Returns:
-        Share of fresh frames whose caption was found, by facet; ``frames`` and ``seconds``.
+        By facet, the share of new frames whose caption ranks first; ``frames`` and ``seconds``.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
@@ -156,12 +156,12 @@ def pretrain(out: Path = FOLDER, minutes: float = 12.0, seed: int = 0, show: Cal
 
 
 def sample_words(rng: Generator) -> dict[str, str]:
-    """The words for a frame that is not drawn."""
+    """Captions by facet, without drawing the frame."""
     return describe(Person.random(rng), Scene.random(rng), Pose.random(rng), Expression.random(rng))
 
 
 def write(towers: Towers, out: Path) -> None:
-    """A timm folder and a BERT folder, weights in fp16; each file is written beside its name and then renamed."""
+    """Write a timm folder and a BERT folder, weights in fp16; each file is written under a temporary name first."""
     from safetensors.torch import save_file
 
     vision = {
@@ -182,9 +182,7 @@ def write(towers: Towers, out: Path) -> None:
     for name, content in files.items():
         write_text(out / name, content)
     for name, module in (("vision", towers.vision), ("text", towers.text)):
-        weights = {
-            key: value.half() if value.is_floating_point() else value for key, value in module.state_dict().items()
-        }
-        weights = {key: value.contiguous() for key, value in weights.items()}
+        state = module.state_dict().items()
+        weights = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state}
         save = functools.partial(save_file, weights, metadata={"format": "pt"})
         write_whole(out / name / "model.safetensors", save)

@@ -11,8 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.text import Text
 
-from senticlip.config import Config
-
 Row = TypeVar("Row")
 
 console = Console(stderr=True, markup=False, emoji=False)  # names of files may hold brackets and :x:
@@ -41,9 +39,3 @@ def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
 def spinner(what: str) -> Status:
     """For work whose progress is not known."""
     return console.status(Text(what))
-
-
-def announce(trainings: dict[str, Config]) -> None:
-    """How many trainings there will be, in their order."""
-    told = ", ".join(f"{name} ({config.train.epochs} epochs at most)" for name, config in trainings.items())
-    console.print(f"{len(trainings)} trainings: {told}", soft_wrap=True, highlight=False)

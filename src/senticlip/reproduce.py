@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import shutil
 import time
 from pathlib import Path
@@ -24,9 +23,9 @@ from senticlip.tables import Asked, Table, digest, load_preset, load_tables
 
 WEIGHTS = "model.safetensors"
 RESULT = "result.json"
-"""The file in a run's folder with its test metrics and predictions, which ``evaluate`` does not write."""
+"""The file in a run's folder with its test metrics and predictions (``evaluate`` does not write it)."""
 NOT_KEPT = "not-kept"
-"""The file in a run's folder that says: its weights are to be deleted. It outlives a kill."""
+"""Marks a run whose weights are to be deleted; a later call finds it after a kill."""
 
 
 def reproduce(
@@ -40,19 +39,19 @@ def reproduce(
     overrides: list[str] | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing, then write ``report.md``, ``report.html``, ``results.json`` and ``tables.tex``.
+    """Run the missing experiments, then write ``report.md``, ``report.html``, ``results.json`` and ``tables.tex``.
 
-    After a kill, the same call continues: finished rows are read, an unfinished one resumes at its last epoch. Rows of
-    the same config are run once; the stages of a preset are trained once per seed for all rows.
+    After a kill, the same call continues: finished rows are read, an unfinished one resumes from its last epoch. Rows
+    with the same config are run once; the stages of a preset are trained once per seed for all rows.
 
     Args:
-        data: a CH-SIMS folder, or a CSV of one's own.
-        out: where runs, their metrics and predictions, and the report go.
-        preset: tiny, small or paper: the size of the encoders (or a YAML file).
+        data: a CH-SIMS folder, or your own CSV.
+        out: the folder for runs, their metrics and predictions, and the report.
+        preset: tiny, small or paper (the size of the encoders), or a YAML file.
         tables: which of "1" … "8"; all by default.
-        seeds: how many, from 0.
+        seeds: the number of seeds, from 0.
         protocol: official, tenth or video; the preset's by default.
-        keep: keep all weights, too.
+        keep: also keep all weights.
         overrides: ``KEY=VALUE`` changes of the preset.
         device: cpu, cuda, cuda:N.
 
@@ -60,20 +59,20 @@ def reproduce(
         ``{"tables": {number: {row: {metric: {"mean", "std"}}}}, "report": path}``
 
     Raises:
-        UsageError: ``overrides`` holds a seed, or another protocol than ``protocol``. UserError: a split is empty, or
-            has no such label; ``out`` holds runs on other data or of other weights; another reproduce writes there; no
-            row could be run; the disk is full.
+        UsageError: ``overrides`` sets the seed, or a protocol that conflicts with ``protocol``. UserError: a split is
+            empty or lacks the label; ``out`` holds runs with other data or encoders; another reproduce is writing
+            there; no row could be run; the disk is full.
     """
     out, changes = Path(out), overrides or []
     config = load_preset(preset, [*changes, *([f"protocol={protocol}"] if protocol else [])])
     if "seed" in (wanted := parse_overrides(changes)):
-        raise UsageError("--set seed: the seeds are 0 to --seeds minus 1 — leave it out")
+        raise UsageError("--set seed: seeds run from 0 to --seeds minus 1 — leave it out")
     if wanted.get("protocol", config.protocol) != config.protocol:
-        raise UsageError(f"--set protocol={wanted['protocol']}: --protocol is {protocol} — leave one of them out")
+        raise UsageError(f"--set protocol={wanted['protocol']}: conflicts with --protocol {protocol} — leave one out")
     splits = [read_clips(data, None, config.protocol, seed) for seed in range(seeds)]
     for split in SPLITS:  # an empty split is an error before anything is trained
         if not any(config.target in clip.labels for clip in read_clips(data, split, config.protocol)):
-            raise UserError(f"{data}: no clip of {split} has a label {config.target}")
+            raise UserError(f"{data}: no clip in {split} has label {config.target}")
     labels = {name for clip in splits[0] for name in clip.labels}
     chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
     with alone(out, "reproduce"):
@@ -90,16 +89,16 @@ def reproduce(
 
 
 def _tell_tables(out: Path, now: list[str]) -> None:
-    """Say which tables the report loses: it has those of the last call."""
+    """Say which tables the report loses, as it contains only those of the latest call."""
     before = read_json(out / "results.json").get("tables", {})
     if lost := [number for number in before if number not in now]:
         both = ",".join(sorted({*before, *now}))
-        told = f"the report has Tables {', '.join(now)} and no longer {', '.join(lost)}"
-        console.print(f"{out}: {told} — --tables {both} has all, and runs no finished row again", soft_wrap=True)
+        told = f"the report now has Tables {', '.join(now)} and no longer {', '.join(lost)}"
+        console.print(f"{out}: {told} — --tables {both} includes all, and reuses finished rows", soft_wrap=True)
 
 
 def _claim(runs: Path, data: str | Path, clips: list[Clip], tables: list[Table]) -> None:
-    """Refuse other data, encoders or features than those of the finished rows, which are not run again."""
+    """Refuse data, encoders or features that differ from those of the finished rows, which are not run again."""
     there = read_json(runs / "data.json")
     encoders = dict(there.get("encoders", {}))
     for config in (config for table in tables for row in table.rows for config in row.configs.values()):
@@ -107,21 +106,21 @@ def _claim(runs: Path, data: str | Path, clips: list[Clip], tables: list[Table])
     mine = {"data": str(data), "rows": rows_digest(data, clips), "encoders": encoders}
     if there and there["rows"] != mine["rows"]:
         raise UserError(
-            f"{runs.parent}: holds runs on other data, labels or protocol ({there['data']}) — choose another --out"
+            f"{runs.parent}: has runs with different data, labels or protocol ({there['data']}) — choose another --out"
         )
     for name, keys in there.get("encoders", {}).items():
         if keys != encoders[name]:
-            raise UserError(f"{runs.parent}: holds runs of other contents of {name} — choose another --out")
+            raise UserError(f"{runs.parent}: has runs made when {name} had different contents — choose another --out")
     with disk(runs):
         make_folder(runs)
     write_text(runs / "data.json", json.dumps(mine, ensure_ascii=False))
 
 
 class Runner:
-    """Trains and evaluates each experiment once; ``results`` holds what came out, or why nothing did.
+    """Trains and evaluates each experiment once; ``results`` holds its result or its error.
 
-    Without ``keep``, the weights that are trained are deleted when they are no longer needed: a row's after its
-    evaluation, a stage's after the last row of the seed. Those that an earlier call kept stay.
+    Without ``keep``, trained weights are deleted when no longer needed: a row's after its evaluation, a stage's after
+    the last row of the seed. Weights that an earlier call kept stay.
     """
 
     def __init__(self, data: str | Path, root: Path, keep: bool, device: str | None) -> None:
@@ -130,7 +129,7 @@ class Runner:
         self.results: dict[tuple[str, int], dict[str, Any]] = {}
 
     def run_all(self, tables: list[Table], seeds: int) -> None:
-        """Run all rows, seed by seed, so that a first full set of rows comes early."""
+        """Run all rows seed by seed, so that a first complete set of rows is done early."""
         experiments: dict[str, tuple[str, Config]] = {}
         for table in tables:
             for row in table.rows:
@@ -154,19 +153,19 @@ class Runner:
             self._tell_gone(list(experiments.values()), seeds)
 
     def _tell_gone(self, experiments: list[tuple[str, Config]], seeds: int) -> None:
-        """Say how many finished rows cannot be kept any more."""
+        """Say how many finished rows no longer have weights to keep."""
         rows = [(config, seed) for seed in range(seeds) for _, config in experiments]
         done = [self.folder(*row) for row in rows if "error" not in self.results[digest(row[0]), row[1]]]
         if gone := sum(not (folder / WEIGHTS).is_file() for folder in done):
-            told = f"{gone} of {len(done)} finished rows have no weights any more: they were run without --keep"
-            console.print(f"{self.root.parent}: {told} — with another --out they are kept", soft_wrap=True)
+            told = f"{gone} of {len(done)} finished rows no longer have weights: they were run without --keep"
+            console.print(f"{self.root.parent}: {told} — choose another --out to keep them", soft_wrap=True)
 
     def _one(self, name: str, config: Config, seed: int) -> None:
         started = time.monotonic()
         try:
             result = self.result(config, seed)
             told = f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
-        except Exception as error:  # a row's failure is that row's, even one that is our bug: the other rows go on
+        except Exception as error:  # even a bug of ours fails only this row: the others go on
             reason = str(error) if isinstance(error, UserError) else "".join(format_exception_only(error))
             result = {"error": " ".join(reason.split())}
             told = f"not run: {result['error']}"
@@ -178,10 +177,10 @@ class Runner:
         return self.root / f"seed{seed}" / f"{config.model}-{'+'.join(config.modalities)}-{digest(config)}"
 
     def result(self, config: Config, seed: int) -> dict[str, Any]:
-        """Test metrics and predictions of an experiment, read if they are there."""
+        """Test metrics and predictions of an experiment; read from disk if it has been run."""
         folder = self.folder(config, seed)
-        found = finished(folder)
-        if not found:
+        found = read_json(folder / RESULT)
+        if not isinstance(found.get("predictions"), dict):
             from senticlip.evaluate import evaluate
 
             self.train(config, seed)
@@ -193,16 +192,16 @@ class Runner:
         return found
 
     def train(self, config: Config, seed: int, as_stage: str | None = None) -> Path:
-        """A complete run folder with its weights; each stage is such a folder of its own, shared by all rows."""
+        """A complete run folder with its weights; each stage has its own run folder, shared by all rows."""
         from senticlip.train import stages_of, train
 
         folder = self.folder(config, seed)
         if self.keep:
-            (folder / NOT_KEPT).unlink(missing_ok=True)  # of a killed call without
+            (folder / NOT_KEPT).unlink(missing_ok=True)  # from a killed call without keep
         if (folder / "metrics.json").is_file():
             if (folder / WEIGHTS).is_file():
                 return folder
-            shutil.rmtree(folder)  # finished, but its weights were deleted and are needed again
+            shutil.rmtree(folder)  # finished, but its deleted weights are needed again
         for name, stage in stages_of(config, self.data).items():
             share_stage(folder, name, self.train(stage, seed, name))
         if not self.keep:
@@ -210,21 +209,6 @@ class Runner:
             (folder / NOT_KEPT).touch()
         train(config, self.data, folder, seed=seed, resume=True, device=self.device, as_stage=as_stage)
         return folder
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    """The test metrics and predictions of a run; empty if there are none.
-
-    Of an older version, the predictions are in ``evaluate``'s file alone, which is another data set's by now if the
-    run was kept and evaluated there: then it does not have the same accuracy.
-    """
-    found = read_json(folder / RESULT)
-    if not found or isinstance(found.get("predictions"), dict):
-        return found
-    said = predictions(folder)
-    right = [true == answer for true, answer in zip(said["truth"], said["predicted"], strict=True)]
-    same = len(right) == found["n"] and math.isclose(sum(right) / len(right), found["accuracy"])
-    return found | {"predictions": said} if same else {}
 
 
 def predictions(folder: Path) -> dict[str, list[Any]]:

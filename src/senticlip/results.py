@@ -13,7 +13,7 @@ import numpy as np
 from senticlip import metrics
 from senticlip.config import Config
 from senticlip.data.table import SPLITS
-from senticlip.files import disk, write_text
+from senticlip.files import write_text
 from senticlip.layout import Block, as_html, as_markdown, latex_table
 from senticlip.pages import signed
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
@@ -55,9 +55,9 @@ def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]],
                     "scores": spread(list(good.values())),
                 }
         for rows in by_target.values():
-            reference = rows.get(table.reference, {"runs": {}})
+            reference = rows[table.reference]["runs"]
             for name, entry in rows.items():
-                entry["versus"] = None if name == table.reference else versus(reference["runs"], entry["runs"])
+                entry["versus"] = None if name == table.reference else versus(reference, entry["runs"])
         found[table.number] = by_target
     return found
 
@@ -130,8 +130,6 @@ def write(out: Path, tables: list[Table], found: dict[str, Any], splits: list[li
 
     ``splits``: the data set as each seed divides it.
     """
-    with disk(out):
-        out.mkdir(parents=True, exist_ok=True)
     kept = {
         number: {
             target: {name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in rows.items()}
@@ -154,19 +152,19 @@ def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], 
     """The report as blocks, in reading order."""
     sizes, target = Counter(clip.split for clip in splits[0]), asked.config.target
     drawn = len({tuple(clip.split for clip in clips) for clips in splits}) > 1
-    first = " (those of seed 0; each seed draws its own)" if drawn else ""
+    first = " (for seed 0; each seed draws its own split)" if drawn else ""
     bases = [majority(clips, target) for clips in (splits if drawn else splits[:1])]
     base, scores = bases[0], spread(bases)
-    often = f"“{base['label']}”" if len({each["label"] for each in bases}) == 1 else "what is most frequent in training"
-    judge = f", judged by {WORDS[target]}" if target != "M" else ""
+    often = f"“{base['label']}”" if len({each["label"] for each in bases}) == 1 else "the most frequent training class"
+    judge = f", scored against {WORDS[target]}" if target != "M" else ""
     blocks: list[Block] = [
-        ("#", "The tables of CLIP-CA-MSA, run again"),
+        ("#", "The tables of CLIP-CA-MSA, reproduced"),
         (
             "p",
             f"{asked.told(len(splits))}; "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
-            + f"{first}. Numbers are per cent: mean ± standard deviation over seeds on test, the epoch chosen on "
-            "valid; the paper's number and ours minus the paper's in brackets. The paper's numbers are from CH-SIMS.",
+            + f"{first}. Numbers are in per cent on test: mean ± standard deviation over seeds, the epoch chosen on "
+            "valid; in brackets, the paper's number and ours minus the paper's. The paper's numbers are for CH-SIMS.",
         ),
         (
             "p",
@@ -174,19 +172,19 @@ def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], 
             f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips){judge}.",
         ),
         ("figure", ("labels.svg", f"Classes by split and label{first} (the paper's Fig. 4)")),
-        ("p", "Labels: M is the joint one of a clip; T, A and V are those of its text, sound and video by themselves."),
+        ("p", "Labels: M is a clip's joint label; T, A and V are the labels of its text, sound and video alone."),
         (
             "p",
-            "Bold: the best of a column, random weights aside. Δ: a table's reference minus the row, in points, with "
-            "the 95 % interval over clips. For, Against, Open: the interval of accuracy lies above zero, below it, "
-            "includes it. In brackets behind a name: the difference of each seed, since the interval knows nothing of "
+            "Bold: best in the column, random weights aside. Δ: the table's reference minus the row, in points, with "
+            "the 95 % interval over clips. For, Against, Open: the accuracy interval lies above zero, below zero, or "
+            "includes it. In brackets after a name: the difference for each seed, since the interval does not cover "
             "other seeds.",
         ),
     ]
     for table in tables:
         blocks += _table_blocks(table, found[table.number], len(splits), asked.own(table))
     blocks += [("##", "Notes on the paper's numbers"), *[("li", note) for note in notes()]]
-    return [*blocks, ("p", "The same tables in LaTeX: tables.tex, beside this report.")]
+    return [*blocks, ("p", "The same tables in LaTeX: tables.tex, next to this report.")]
 
 
 def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequence[str] = ()) -> list[Block]:
@@ -198,7 +196,7 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequ
     blocks += [("p", sentence) for sentence in own]
     for target, rows in by_target.items():
         if {*by_target} != {"M"}:
-            blocks.append(("p", f"Judged by {WORDS[target]}:"))
+            blocks.append(("p", f"Scored against {WORDS[target]}:"))
         columns = columns_of(rows)
         header = ["", *columns.values(), "Δ Acc", "Δ macro F1"]
         lines = [_line(name, entry, columns) for name, entry in rows.items()]
@@ -206,7 +204,7 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequ
         if any(entry["random"] for entry in rows.values()):
             chance = [config for row in table.rows for config in row.configs.values() if rows[row.name]["random"]]
             fixed = ", with a fixed prompt" if any(config.prompt == "discrete" for config in chance) else ""
-            blocks.append(("p", f"{DAGGER} random weights, not pretrained{fixed}: tests the path, not the paper."))
+            blocks.append(("p", f"{DAGGER} random weights, not pretrained{fixed}: tests the code, not the paper."))
         for name, entry in rows.items():
             if errors := entry["errors"]:
                 where = f" for {len(errors)} of {seeds} seeds" if len(errors) < seeds else ""
@@ -245,7 +243,7 @@ def _shown(score: dict[str, float], several: bool, metric: str = "") -> str:
 def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Asked) -> str:
     """The tables in LaTeX: mean ± std, the best of a column bold."""
     parts = [
-        r"% \usepackage{booktabs}; names in Chinese want XeLaTeX and \usepackage{ctex}. Per cent; MAE and Corr not.",
+        r"% \usepackage{booktabs}; Chinese names need XeLaTeX and \usepackage{ctex}. In per cent except MAE and Corr.",
         f"% {' '.join(asked.told(seeds).split())}.",
     ]
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
@@ -255,8 +253,8 @@ def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Aske
             columns = columns_of(rows)
             plain = [_line(name, entry | {"paper": {}}, columns)[: 1 + len(columns)] for name, entry in rows.items()]
             chance = f"; {DAGGER} random weights" if any(entry["random"] for entry in rows.values()) else ""
-            unit = "per cent, MAE and Corr as they are" if SCORES.keys() & columns.keys() else "per cent"
-            caption = f"{table.title}, judged by {WORDS[target]}; {unit}, {over}{chance}"
+            unit = "per cent except MAE and Corr" if SCORES.keys() & columns.keys() else "per cent"
+            caption = f"{table.title}, scored against {WORDS[target]}; {unit}, {over}{chance}"
             label = f"tab:{table.number}-{target}"
             parts.append(latex_table(caption, label, ["", *columns.values()], plain, best(rows)))
     return "\n\n".join(parts) + "\n"

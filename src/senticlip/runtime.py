@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import sys
-import warnings
 from typing import Any
 
 from senticlip.structures import UsageError
@@ -33,17 +32,16 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def setup(threads: int | None = None) -> None:
+def setup() -> None:
     """Set torch's threads (default: OMP_NUM_THREADS, else the cores), fp32 matmul precision, malloc and log levels."""
     import torch
     import transformers
 
-    torch.set_num_threads(threads or _requested_threads() or cores())
+    torch.set_num_threads(_requested_threads() or cores())
     _set_matmul_precision()
     _keep_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
 def _set_matmul_precision() -> None:

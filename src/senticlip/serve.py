@@ -89,12 +89,12 @@ def serve(
     if most < 1:
         raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
     if not host.strip():  # a socket would listen on all networks
-        raise UsageError("--host: no address was given — is a variable of the shell unset?")
+        raise UsageError("--host: no address given — is a shell variable unset?")
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]  # Python tells the address again
-        raise UsageError(f"{host}:{port}: cannot listen there ({reason}) — choose another --port or --host") from None
+        raise UsageError(f"{host}:{port}: cannot listen here ({reason}) — choose another --port or --host") from None
     with door:
         name = Path(run).resolve().name if Path(run).exists() else str(run)
         running: set[str] = set()
@@ -137,7 +137,7 @@ def app(
     """
     modalities = [SURFACE[modality] for modality in reads(predictor.model)]
     if not modalities:
-        raise UsageError(f"{name}: reads feature files, no clips — serve a model with encoders of its own")
+        raise UsageError(f"{name}: reads feature files, not clips — serve a model with its own encoders")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
     front = page("serve.html", name=name, reads=modalities, explains=explains)
     answers = FastAPI(
@@ -203,7 +203,7 @@ def _in_turn(fields: list[str], ending: Callable[[], bool], running: set[str]) -
             if ending():
                 raise HTTPException(503, "the server is shutting down")
             if run_coroutine_threadsafe(request.is_disconnected(), loop).result(GRACE):
-                raise HTTPException(499, "the client has gone")  # nobody reads this
+                raise HTTPException(499, "the client has disconnected")  # nobody reads this
             running.add("")
             try:
                 with _clip(video, words, running) as clip:
@@ -228,14 +228,14 @@ def _tell_errors(answers: FastAPI) -> None:
 
     @answers.exception_handler(RequestValidationError)
     def reject(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"error": "video must be a file of the form (with a filename=), text a plain field"}, 400)
+        return JSONResponse({"error": "video must be a form file (with a filename=), text a plain field"}, 400)
 
     @answers.exception_handler(OSError)
     def no_room(request: Request, error: OSError) -> JSONResponse:
         if not is_full(error):
             raise error
         logging.getLogger("uvicorn.error").error("%s: the disk is full, uploads are refused", tempfile.gettempdir())
-        return JSONResponse({"error": "the server has no room for the upload — try again later"}, 507)
+        return JSONResponse({"error": "the server has no disk space for the upload — try again later"}, 507)
 
     @answers.exception_handler(HTTPException)
     def refuse(request: Request, error: HTTPException) -> JSONResponse:
@@ -245,7 +245,7 @@ def _tell_errors(answers: FastAPI) -> None:
 
     @answers.exception_handler(Exception)
     def fail(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": "the server failed; its log says where"}, 500)
+        return JSONResponse({"error": "internal server error — see the server log"}, 500)
 
 
 def _words(text: str | None) -> str | None:
@@ -256,9 +256,9 @@ def _words(text: str | None) -> str | None:
     """
     text = spoken(text)
     if text is not None and len(text) > LONGEST:
-        raise UsageError(f"text: {len(text)} characters — send {LONGEST} at most")
+        raise UsageError(f"text: {len(text)} characters — send at most {LONGEST}")
     if text is not None and _is_garbled(text):
-        raise UsageError("text: not in UTF-8 — write it to a file in UTF-8 and send -F 'text=<FILE'")
+        raise UsageError("text: not UTF-8 — save it as a UTF-8 file and send -F 'text=<FILE'")
     return text
 
 

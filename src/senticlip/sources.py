@@ -132,8 +132,8 @@ def clip_set(
     if missing := [SURFACE[name] for name, store in stores.items() if not store.lengths.any()]:
         told = f"{data or 'these clips'}: no {' and no '.join(missing)} in any of {len(clips)} clips"
         if len(missing) == len(stores):
-            raise UserError(f"{told}, and this model reads nothing else")
-        console.print(f"{told}: the model answers by the rest", soft_wrap=True)
+            raise UserError(f"{told}, and this model or stage reads nothing else — train with other modalities")
+        console.print(f"{told}; the model uses the remaining modalities", soft_wrap=True)
     return ClipSet(clips, stores)
 
 
@@ -179,5 +179,6 @@ def encoded(
     # a text's key is of its token ids; a clip's key is of its file, so the frames that were read are in the spec
     vision = model.experiment.vision
     read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
-    spec = {"encoder": fingerprint(encoder), "modality": name, "of": read, "version": 1}
+    built = model.config.encoders[name]  # what no weight tells: the number of heads, the activation, the pooling
+    spec = {"encoder": fingerprint(encoder), "built": built, "modality": name, "of": read, "version": 1}
     return cache.cached(root, spec, keys, compute, f"encoding {SURFACE[name]}")

@@ -35,7 +35,7 @@ def transcript(video: str | Path, model: str = "small", device: str | None = Non
     """
     folder, video = model_folder(model), Path(video)
     if not probe(video).has_audio:
-        raise UserError(f"{video}: no sound in it — nothing can be transcribed")
+        raise UserError(f"{video}: has no sound — nothing to transcribe")
     kind, colon, number = (device or "auto").partition(":")
     if colon and not number.isdecimal():
         raise UsageError(f"--device {device}: unknown — choose cpu, cuda or cuda:N")
@@ -60,7 +60,7 @@ def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
     from faster_whisper import WhisperModel
 
     late = audio_start(video)  # faster-whisper counts from the first sample
-    with counter(f"listening to {video.name}, seconds") as progress:
+    with counter(f"transcribing {video.name}, seconds") as progress:
         # faster-whisper itself reads the first track, not the one that is played, and joins what a gap divides
         sound = read_audio(video, most=math.inf, gaps=True)
         last, lines = len(sound) / RATE, []
@@ -72,7 +72,7 @@ def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
                 lines.append(Line(round(segment.start + late, 3), round(end + late, 3), clean(segment.text)))
                 progress(round(end), round(last))
         except Exception as error:  # tokenizers has none of its own
-            raise UserError(f"{video}: not transcribed — {' '.join(str(error).split())}") from None
+            raise UserError(f"{video}: cannot be transcribed — {' '.join(str(error).split())}") from None
     return [line for line in lines if line.text and line.end > line.start]
 
 
@@ -87,7 +87,7 @@ def model_folder(model: str) -> Path:
     except ImportError:
         raise UsageError("--transcribe needs faster-whisper: pip install 'senticlip[asr]'") from None
     if not model.strip():
-        raise UsageError("--asr-model: no name was given — is a variable of the shell unset?")
+        raise UsageError("--asr-model: no name given — is a shell variable unset?")
     repository = getattr(utils, "_MODELS", {}).get(model, f"Systran/faster-whisper-{model}")
     folder = Path(model) if Path(model).is_dir() else _fetch(model, repository)
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
@@ -105,4 +105,4 @@ def _fetch(model: str, repository: str) -> Path:
         return fetch(repository, "asr")
     except UsageError as error:
         reason = str(error).split(";")[0].removeprefix("asr: ")
-        raise UsageError(f"--asr-model {model}: {reason}; give a folder with the model: --asr-model FOLDER") from None
+        raise UsageError(f"--asr-model {model}: {reason} — give a folder with the model: --asr-model FOLDER") from None

@@ -1,6 +1,6 @@
-"""The five forms that data takes from file to answer.
+"""The five data types from file to prediction.
 
-``Clip`` (what a person has) → ``Sequence`` (what an encoder reads or writes) → ``Batch`` → ``Output`` → ``Prediction``.
+``Clip`` (paths and text) → ``Sequence`` (input or output of an encoder) → ``Batch`` → ``Output`` → ``Prediction``.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ TARGETS = ("M", "T", "A", "V")
 """The labels of a clip: joint, text alone, audio alone, vision alone."""
 
 OWN_LABEL = {"text": "T", "audio": "A", "vision": "V"}
-"""The label of each modality by itself."""
+"""The unimodal label of each modality."""
 
 MODALITIES = ("text", "vision", "audio")
 """The modalities, in the order in which models read them."""
 
 PRECISIONS = ("fp32", "bf16", "int8")
-"""In what a model may compute."""
+"""The precisions in which a model can run."""
 
 SURFACE = {"text": "text", "vision": "video", "audio": "audio"}
-"""What a modality is called in everything that a user reads."""
+"""The name of each modality in everything the user sees."""
 
 
 class UserError(Exception):
-    """An error that the user can fix; its message is one line: what is wrong, where, what to do.
+    """An error that the user can fix; its one-line message says what is wrong, where, and what to do.
 
-    The command line prints it without a traceback and exits with ``code``: 1 for bad data, 2 for wrong use.
+    The command line prints it without a traceback and exits with ``code``: 1 for bad data, 2 for wrong usage.
     """
 
     code = 1
 
 
 class UsageError(UserError):
-    """Wrong use: an unknown switch, key, split, folder or device."""
+    """Wrong usage: an unknown option, key, split, folder or device."""
 
     code = 2
 
 
 def bounded(score: float) -> float:
-    """A regression model's score as users see it: it knows no bounds; clipped to [−1, 1], as MMSA's metrics have it."""
+    """A regression model's (unbounded) score as users see it: clipped to [−1, 1], as in MMSA's metrics."""
     return min(1.0, max(-1.0, score))
 
 
 def polarity(score: Any) -> Any:
     """The class index (0 negative, 1 neutral, 2 positive) of a CH-SIMS score: its sign.
 
-    ``score``: a number, array or tensor of any shape; the result has its shape. NaN gives an index, too: mask it.
+    ``score``: a number, array or tensor of any shape; the result has the same shape. NaN also gives an index: mask it.
     """
     return (score >= 0) + 1 * (score > 0)
 
 
 def whole(text: str) -> str:
-    """A text as valid UTF-8: lone surrogates, as file names and some encodings have them, become question marks."""
+    """A text as valid UTF-8: lone surrogates (from file names and some encodings) become question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -70,11 +70,11 @@ def spoken(text: str | None) -> str | None:
 
 
 class Clip(NamedTuple):
-    """One clip as read: paths and words, nothing decoded.
+    """One clip as listed in the data set: paths and text, nothing decoded.
 
-    ``labels`` maps M, T, A, V to scores in [-1, 1]; a label that was not given is absent. ``video`` and ``text`` may
-    be None (a missing modality). ``row`` is the line of the label file, for messages; ``start`` and ``end`` (seconds)
-    cut a piece out of a longer video.
+    ``labels`` maps M, T, A, V to scores in [-1, 1]; missing labels are left out. ``video`` and ``text`` are
+    None where that modality is missing. ``row`` is the line in the label file, for messages; ``start`` and ``end``
+    (seconds) select a segment of a longer video.
     """
 
     id: str
@@ -101,7 +101,7 @@ class Sequence(NamedTuple):
 class Batch(NamedTuple):
     """Modalities (text, vision, audio) and labels (M, T, A, V: B float scores, NaN where unknown) by name.
 
-    ``rows`` B: the row of each clip in its split (Self-MM keeps momentum labels by it).
+    ``rows`` B: the index of each clip in its split (Self-MM stores its generated labels under it).
     """
 
     modalities: dict[str, Sequence]
@@ -112,11 +112,11 @@ class Batch(NamedTuple):
 class Output(NamedTuple):
     """What every model returns.
 
-    Classification: ``logits`` per head B×C (keys are modalities, or ``fused``), ``log_probs`` B×C fused and
-    normalised, ``weights`` per head B (they sum to 1 over the heads that are present). Regression: ``score`` B, in
-    label units. ``attention`` only if asked for: name → B×heads×queries×keys. ``features``: name → B×d, what the
-    losses of some models need. ``alone`` only if asked for, classification only: modality → B×C log-probabilities of
-    the model given that modality and no other (unlike a head's logits, which depend on the others through fusion).
+    Classification: ``logits``: head → B×C (heads are modalities, or ``fused``); ``log_probs`` B×C, fused and
+    normalised. ``weights``: modality → B, its share in the answer; they sum to 1, or to 0 in a row that has no
+    modality. Regression: ``score`` B, in label units. ``attention``, on request: name → B×heads×queries×keys.
+    ``features``: name → B×d, needed by the losses of some models. ``alone``, on request, classification only: modality
+    → B×C log-probabilities given that modality only (a head's logits depend on the others through fusion).
     """
 
     logits: dict[str, Tensor] = {}
@@ -128,7 +128,7 @@ class Output(NamedTuple):
     alone: dict[str, Tensor] = {}
 
     def are_numbers(self) -> Tensor:
-        """Which rows are free of NaN, B bool (argmax would take a row of NaN for the first class)."""
+        """Which rows have no NaN, B bool (argmax would map a row of NaN to the first class)."""
         said = self.score if self.score is not None else self.log_probs
         assert said is not None
         return ~said.isnan().reshape(len(said), -1).any(1)
@@ -137,8 +137,8 @@ class Output(NamedTuple):
 class Prediction(NamedTuple):
     """The answer for one clip, as ``senticlip predict --json`` prints it (surface names: text, video, audio).
 
-    ``probabilities``: by label; ``modalities``: modality → the probabilities of the model given that one alone;
-    ``weights``: of each modality's head, they sum to 1. A regression model fills ``label`` and ``score`` only.
+    ``probabilities``: by label; ``modalities``: modality → probabilities given that modality only; ``weights``: of
+    each modality's head, summing to 1. A regression model sets ``label`` and ``score`` only.
     """
 
     label: str

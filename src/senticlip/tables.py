@@ -61,7 +61,7 @@ class Asked(NamedTuple):
             value = attrgetter(key)
             mine = value(self.config)
             if names := [row.name for row in table.rows if any(value(c) != mine for c in row.configs.values())]:
-                told.append(f"The change of {key} does not reach {', '.join(names)}: what is their own stays.")
+                told.append(f"The change to {key} does not apply to {', '.join(names)}: their own value stays.")
         return told
 
 

@@ -1,4 +1,4 @@
-"""The only training path: stages, caches, the Trainer's arguments, one fit, a checkpoint."""
+"""The single training path: stages, caches, the Trainer's arguments, one fit, a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from senticlip import runtime
-from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, origin, read_json, save_run
+from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, origin, read_metrics, save_run
 from senticlip.config import FROM_FILE, Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
@@ -21,7 +21,7 @@ from senticlip.fit import fit
 from senticlip.metrics import score_class
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
-from senticlip.progress import announce, console
+from senticlip.progress import console
 from senticlip.sources import clip_set, feature_widths
 from senticlip.structures import LABELS, OWN_LABEL, Clip, UsageError, UserError, polarity
 
@@ -37,24 +37,24 @@ def train(
 ) -> dict[str, Any]:
     """Train one experiment, its stages first; ``out`` becomes a complete checkpoint folder.
 
-    Sets threads and matmul precision of the whole process (``runtime.setup``), as the command line does.
+    Like the command line, this sets threads and matmul precision for the whole process (``runtime.setup``).
 
     Args:
         config: the experiment.
-        data: a CH-SIMS folder, or a CSV of one's own.
+        data: a CH-SIMS folder, or your own CSV.
         out: the RUN folder.
-        seed: instead of the config's.
-        resume: continue a killed training of the same config on the same data; a finished one is left as it is.
-        device: cpu, cuda, cuda:N; a GPU if there is one by default.
+        seed: overrides the config's.
+        resume: continue an interrupted training of the same config on the same data; a finished one is kept.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
         as_stage: the stage's name in the log, if this is a stage of another training.
 
     Returns:
         ``{"best_epoch": …, "valid": {…}, "seconds": …, "history": […]}``
 
     Raises:
-        UsageError: no such data, device or encoder; ``start`` has learned clips of this valid or test. UserError: no
-            clip has the label; the disk is full; ``out`` holds another run (with ``resume``); another process trains
-            there.
+        UsageError: no such data, device or encoder; ``start`` was trained on clips of this valid or test split.
+        UserError: no clip has the label; the disk is full; ``out`` holds another run (with ``resume``); another process
+            is training there.
     """
     started = time.monotonic()
     runtime.setup()
@@ -66,19 +66,20 @@ def train(
     if config.train.compile:
         runtime.check_compiler(chosen)
     first = runtime.first_process()
-    with disk(out, "--resume goes on"), alone(out, "training") if first else nullcontext():
+    with disk(out, "continue with --resume"), alone(out, "training") if first else nullcontext():
         if first:
             begin(out, mine, resume)
         stages = stages_of(config, data)
         set_seed(config.seed)
-        model = create_model(config, feature_widths(config, data))  # first: it may fail, and stages take long
+        model = create_model(config, feature_widths(config, data))  # before the stages, which take long: it may fail
         _check_sizes(model, stages)
         for each in (config, *stages.values()):
-            _share(each)  # told now, not when its turn comes
+            _per_process(each)  # fails now rather than when its turn comes
         if first and not as_stage:
             _tell_labels(config, data, stages, model)
         if stages and first:
-            announce({**stages, "all together": config})
+            told = [f"{n} (up to {c.train.epochs} epochs)" for n, c in {**stages, "all together": config}.items()]
+            console.print(f"{len(told)} training runs: {', '.join(told)}", soft_wrap=True, highlight=False)
         for name, stage in stages.items():
             train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
         arguments = _arguments(config, out / CHECKPOINTS, chosen, as_stage)
@@ -91,16 +92,16 @@ def train(
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
         calibrate(model, sets["valid"])
         result["seconds"] = round(time.monotonic() - started, 1)
-        with arguments.main_process_first():  # the others wait: they may read it as a stage next
+        with arguments.main_process_first():  # the others wait, as they may load this stage next
             if arguments.process_index == 0:
                 save_run(out, model, config, mine, result)
     return result
 
 
 def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
-    """The stages whose encoders the main training takes over, by name, in the order in which they are trained.
+    """The stages whose encoders the main training takes over, by name, in training order.
 
-    Where ``data`` lacks a stage's label, it is trained on the main training's. With ``start`` there are none.
+    A stage whose label ``data`` lacks is trained on the main training's label. With ``start`` there are no stages.
     """
     there, needed = _labels(read_clips(data, None, config.protocol, config.seed)), {}
     for name in () if config.start else config.stages:
@@ -108,40 +109,40 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
         shared = {*stage.modalities} & {*config.modalities} - {"audio"}  # which has no encoder
         if any(getattr(stage, modality).encoder not in FROM_FILE for modality in shared):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
-    # those that read videos first: an unreadable video is then found early
+    # stages that read video come first, so that an unreadable video is found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
 
 def _check_start(config: Config, data: str | Path) -> None:
-    """The RUN that the training starts from must not have learned what judges it: each seed may draw its own split.
+    """Refuse a ``start`` RUN that was trained on clips of valid or test: each seed may draw its own split.
 
     Raises:
-        UsageError: it has.
+        UsageError: it was.
     """
-    record = read_json(Path(config.start) / "metrics.json") if config.start else {}
+    record = read_metrics(Path(config.start)) if config.start else {}
     if "data" not in record or Path(record["data"]).resolve() != Path(data).resolve():
         return
     before = Config().to_dict() | record["experiment"]
     learned = {clip.id for clip in read_clips(data, "train", before["protocol"], before["seed"])}
     judges = [clip for clip in read_clips(data, None, config.protocol, config.seed) if clip.split != "train"]
     if known := sum(clip.id in learned for clip in judges):
-        told = f"start: {config.start} has learned {known} of the {len(judges)} clips of valid and test"
-        raise UsageError(f"{told} — --set protocol={before['protocol']} --set seed={before['seed']}")
+        told = f"start: {config.start} was trained on {known} of the {len(judges)} clips in valid and test"
+        raise UsageError(f"{told} — use --set protocol={before['protocol']} --set seed={before['seed']}")
 
 
 def _check_sizes(model: SentimentModel, stages: dict[str, Config]) -> None:
-    """A network that knows its frames' positions can be taken over from a stage with frames of the same size alone.
+    """Refuse stages with another frame size if the vision encoder has position embeddings, which depend on it.
 
     Raises:
-        UsageError: a stage has another.
+        UsageError: a stage has another frame size.
     """
     size = model.experiment.vision.size
     positions = any("pos_embed" in name for name, _ in model.encoders.named_parameters())
     for name, stage in stages.items():
         if positions and "vision" in {*stage.modalities} & {*model.experiment.modalities} and stage.vision.size != size:
             raise UsageError(
-                f"stages.{name}: vision.size is {stage.vision.size}, but {size} in the main training — this network "
-                "has learned positions: make them the same"
+                f"stages.{name}: vision.size is {stage.vision.size}, but {size} in the main training — make them the "
+                "same, as this network has position embeddings"
             )
 
 
@@ -151,56 +152,60 @@ def _labels(clips: list[Clip]) -> set[str]:
 
 
 def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], model: SentimentModel) -> None:
-    """Say what needs the modalities' own labels, where the data has none, and which labels no score can hit."""
+    """Report settings that need unimodal labels the data lacks, and labels that no regression score can match."""
     clips = read_clips(data, None, config.protocol, config.seed)
     missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(clips))
-    told = [f"stage {name} learns {stage.target}" for name, stage in stages.items() if stage != config.stage(name)]
+    told = [
+        f"stage {name} is trained on label {stage.target}"
+        for name, stage in stages.items()
+        if stage != config.stage(name)
+    ]
     hears = "audio" in config.modalities
     needs = {
         "train.recombine": config.train.recombine and missing,
         "train.mislead": config.train.mislead and hears and {"T", "V"} & {*missing},
         "audio.own": config.audio.own and hears and "A" in missing,
     }
-    told += [f"{key} changes nothing without it" for key, lacks in needs.items() if lacks]
+    told += [f"{key} has no effect without it" for key, lacks in needs.items() if lacks]
     if told:
         console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(told)}", soft_wrap=True, highlight=False)
     scores = [clip.labels[config.target] for clip in clips if config.target in clip.labels]
     small = sum(score_class(score) != polarity(score) for score in scores)
     if small and getattr(model.network, "outputs", len(LABELS)) == 1:
-        lie = f"{small} labels {config.target} lie between -0.1 and 0.1, their sign is not 0"
-        console.print(f"{data}: {lie}: a score so small is neutral, they are not", soft_wrap=True, highlight=False)
+        near = f"{small} labels {config.target} between -0.1 and 0.1 are not neutral"
+        console.print(f"{data}: {near}, but such scores are predicted as neutral", soft_wrap=True, highlight=False)
 
 
 def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
     if not clips:
-        raise UserError(f"{data}: no clip of {split} has a label {config.target} — give the column or another target")
+        raise UserError(f"{data}: no clip in {split} has label {config.target} — add it or choose another target")
     return clip_set(clips, model, data=data)
 
 
 def adopt(model: SentimentModel, stage: SentimentModel) -> None:
-    """Take over the encoders that a stage has trained."""
+    """Copy the weights of the encoders that a stage has trained."""
     for name, encoder in stage.encoders.items():
         if name in model.encoders:
             model.encoders[name].load_state_dict(encoder.state_dict())
 
 
-def _share(config: Config) -> int:
-    """The clips of a batch that each process has."""
+def _per_process(config: Config) -> tuple[int, int]:
+    """The batch size per process, and the number of processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.train.batch_size % world:
-        raise UserError(f"train.batch_size {config.train.batch_size} cannot be divided among {world} processes")
-    return config.train.batch_size // world
+        raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by {world} processes")
+    return config.train.batch_size // world, world
 
 
 def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str | None = None) -> TrainingArguments:
-    t, world = config.train, int(os.environ.get("WORLD_SIZE", "1"))
+    t, (share, world) = config.train, _per_process(config)
     arguments = TrainingArguments(
-        output_dir=str(folder.resolve()),  # its path is saved, and a resumed run may have another working directory
+        output_dir=str(folder.resolve()),  # the path is saved, and the working directory may differ when resuming
         run_name=as_stage,
         num_train_epochs=t.epochs,
-        per_device_train_batch_size=_share(config),
-        per_device_eval_batch_size=max(_share(config), 32),
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=max(share, 32),
         gradient_accumulation_steps=t.accumulation,
         learning_rate=t.lr,
         weight_decay=t.weight_decay,
@@ -213,7 +218,7 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
         logging_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=True,
-        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
+        restore_callback_states_from_checkpoint=True,  # early stopping keeps its count
         metric_for_best_model=t.metric,
         greater_is_better=t.metric != "nll",
         seed=config.seed,
@@ -228,7 +233,7 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
         report_to=[],
         disable_tqdm=True,
         log_level="error",
-        logging_nan_inf_filter=False,  # it would synchronise with the GPU at each step, and hide NaN
+        logging_nan_inf_filter=False,  # the filter would synchronise with the GPU at each step and hide NaN
     )
     if device.type == "cuda" and world == 1:
         _stay_on(arguments, torch.device("cuda", device.index or 0))
@@ -236,8 +241,8 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
 
 
 def _stay_on(arguments: TrainingArguments, device: torch.device) -> None:
-    """Use this one GPU: TrainingArguments would take the first, and DataParallel over all."""
-    _ = arguments.device  # computed once, and stored in three places
+    """Use only this GPU: TrainingArguments would take the first one and use DataParallel over all."""
+    _ = arguments.device  # computed once; the result is stored in three places
     torch.cuda.set_device(device)
     arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
     arguments.distributed_state.device = device

@@ -208,7 +208,7 @@ def test_a_shard_that_goes_after_it_was_opened_is_one_line(tmp_path, damage):
     store = cached(tmp_path, SPEC, keys_of(5), Computer(keys_of(5)))
     (shard,) = tmp_path.glob("*/shard-*.npy")
     damage(shard)
-    said = f"^cache {shard.parent}: gone or damaged — the same command computes it again$"
+    said = f"^cache {shard.parent}: missing or damaged — run the same command again to rebuild it$"
     with pytest.raises(UserError, match=said):
         store.gather(np.arange(5))
 

@@ -46,7 +46,7 @@ def test_a_long_clip_is_thinned_evenly(tmp_path):
         ([row(1, 1)], ["a", "b"], "no frame"),
         ([], [], "0 feature columns and no frame"),
         ([row(1, 1), row(2, 1)[:-3]], HEADER, "row 3: 711 columns instead of 714"),
-        ([row(1, "x")], HEADER, "row 2: a cell is no number"),
+        ([row(1, "x")], HEADER, "row 2: a cell is not a number"),
         ([row(1, "nan")], HEADER, "row 2, column f_0: not finite"),
     ],
 )

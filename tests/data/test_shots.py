@@ -105,7 +105,7 @@ def test_a_clock_that_does_not_begin_at_nought(tmp_path):
 
 def test_pictures_without_times(tmp_path):
     remux(film(tmp_path / "a.mp4", scene(1, 50)), tmp_path / "a.h264")
-    with pytest.raises(UserError, match="no times to cut at"):
+    with pytest.raises(UserError, match="no timestamps to cut at"):
         cut(tmp_path / "a.h264")
 
 

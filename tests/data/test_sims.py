@@ -125,6 +125,25 @@ def test_no_header_in_another_order(tmp_path):
     assert [clip.labels["M"] for clip in clips] == [float(row[3]) for row in rows]
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("order", [
+    [0, 1, 2, 3, 8], [0, 1, 2, 3, 7, 8], [0, 1, 2, 3, 4, 5, 6, 8], [1, 0, 2, 3, 4, 5, 6, 7, 8],
+    [2, 0, 1, 3, 4, 5, 6, 7, 8], [0, 2, 1, 3, 4, 5, 6, 7, 8], [8, 3, 2, 1, 0], [3, 0, 1, 2, 8],
+])  # fmt: skip
+def test_no_header_and_ids_that_read_as_labels(tmp_path, order, zeros):
+    """One clip a video: the files of Raw/ tell the ids."""
+    rows = []
+    for video in range(1, 31):
+        score = video % 3 - 1
+        rows.append(
+            [f"video_{video:04}", "0001", f"今天天气很好第{video}句", *[str(float(score))] * 4, WORDS[score], "train"]
+        )
+    clips = read_clips(write_folder(tmp_path, rows, order, header=False, zeros=zeros))
+    assert [clip.video for clip in clips] == [tmp_path / "Raw" / row[0] / "0001.mp4" for row in rows]
+    assert [clip.text for clip in clips] == [row[2] for row in rows]
+    assert [clip.labels["M"] for clip in clips] == [float(row[3]) for row in rows]
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=tables(), seed=st.integers(0, 5), protocol=st.sampled_from(["tenth", "video"]))
 def test_random_protocols(tmp_path_factory, rows, seed, protocol):
@@ -148,7 +167,7 @@ def test_split_is_chosen_and_named(tmp_path):
     folder = folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今").replace("train", "test"))
     assert [clip.id for clip in read_clips(folder, "test")] == ["video_0001/0002"]
     for name in ("valid", "val", "dev", "Validation"):  # as the table may call it
-        with pytest.raises(UserError, match=r"no clips in split 'valid' — there is train, test"):
+        with pytest.raises(UserError, match=r"no clips in split 'valid', only in train, test"):
             read_clips(folder, name)
     for wrong in ("dev2", ""):  # as of a variable that is not set
         with pytest.raises(UsageError, match=f"split '{wrong}': unknown — choose one of train, valid, test"):
@@ -160,15 +179,15 @@ def test_split_is_chosen_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("video_0001,0002,好,great,,,,,train", "row 3, column label: 'great' is no label"),
-        ("video_0001,0002,好,1.4,,,,,train", "row 3, column label: '1.4' is no label"),
-        ("video_0001,0002,好,nan,,,,,train", "row 3, column label: 'nan' is no label"),
-        ("video_0001,0002,好,,,,,,train", "row 3, column label: '' is no label"),
-        ("video_0001,0002,好,0.2,x,,,,train", "row 3, column label_t: 'x' is no label"),
-        ("video_0001,0002,好,0.2,,,,,third", "row 3, column split/mode: 'third' is unknown — there are train, valid"),
+        ("video_0001,0002,好,great,,,,,train", "row 3, column label: 'great' is not a label"),
+        ("video_0001,0002,好,1.4,,,,,train", "row 3, column label: '1.4' is not a label"),
+        ("video_0001,0002,好,nan,,,,,train", "row 3, column label: 'nan' is not a label"),
+        ("video_0001,0002,好,,,,,,train", "row 3, column label: '' is not a label"),
+        ("video_0001,0002,好,0.2,x,,,,train", "row 3, column label_t: 'x' is not a label"),
+        ("video_0001,0002,好,0.2,,,,,third", "row 3, column split/mode: 'third' is unknown — choose from train, valid"),
         ("video_0001,0009,好,0.2,,,,,train", "0009 does not exist"),
         ("video_0007,0001,好,0.2,,,,,train", "video_0007 does not exist"),
-        ("video_0001,1,好,0.2,,,,,train", "row 3: video_0001/0001 was in row 2 already"),
+        ("video_0001,1,好,0.2,,,,,train", "row 3: video_0001/0001 is already in row 2"),
         ("video_0001,0002,好", "row 3: 3 columns instead of 9"),
         (",0002,好,0.2,,,,,train", "row 3: video_id or clip_id is empty"),
     ],
@@ -204,12 +223,12 @@ def test_check_lists_everything_at_once(tmp_path):
     assert "text '今天很好' is in 2 splits: train (row 2), test (row 3)" in warnings
     assert "row 3: label 0, but annotation Positive" in warnings
     assert "row 4: no text" in warnings
-    assert set(report.to_json()) == {"clips", "splits", "problems", "warnings"}
+    assert set(report._fields) == {"clips", "splits", "problems", "warnings"}
 
 
 def test_no_leak_no_warning(tmp_path):
     (warning,) = check(folder_of(tmp_path, GOOD, GOOD.replace("0001,今", "0002,今")), videos=False).warnings
-    assert warning == f"{tmp_path}/label.csv: no clip is in valid, so nothing can be trained on it"
+    assert warning == f"{tmp_path}/label.csv: no clip is in valid, so it cannot be used for training"
 
 
 def test_a_video_protocol_has_no_video_leak(tmp_path):
@@ -263,7 +282,7 @@ def test_a_header_of_other_names_is_no_row(tmp_path):
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(UsageError, match="no such folder or CSV"):
         read_clips(tmp_path / "none")
-    with pytest.raises(UserError, match=r"no label\.csv and no meta\.csv"):
+    with pytest.raises(UserError, match=r"has neither label\.csv nor meta\.csv"):
         read_clips(tmp_path)
     (tmp_path / "label.csv").write_text("")
     with pytest.raises(UserError, match="empty"):
@@ -290,7 +309,7 @@ def test_what_is_missing_is_said(tmp_path):
 def test_two_files_for_one_id(tmp_path):
     folder = folder_of(tmp_path, GOOD.replace("0001,今", "01,今"))
     (folder / "Raw" / "video_0001" / "1.mp4").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"fits 0001\.mp4 and 1\.mp4"):
+    with pytest.raises(UserError, match=r"matches 0001\.mp4 and 1\.mp4"):
         read_clips(folder)
 
 
@@ -318,7 +337,7 @@ def test_without_splits_a_tenth_is_drawn(tmp_path):
     assert [sum(counts.values()) for counts in report.splits.values()] == [24, 3, 3]
     assert [line for line in report.warnings if "no split column" in line]
     table.write_text("path,text,label\n,好,1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no clips in split 'test' — there is train"):
+    with pytest.raises(UserError, match="no clips in split 'test', only in train"):
         read_clips(table, "test")
 
 
@@ -393,7 +412,7 @@ def test_ids_name_the_clips_of_a_folder_whatever_else_is_told_of_them(column, tm
     first, second = read_clips(folder)
     assert [first.id, second.id] == ["video_0001/0001", "video_0001/0002"]
     assert {(clip.start, clip.end) for clip in (first, second)} == {(None, None)}
-    told = f"{table}: not read, since a clip is the whole file that video_id and clip_id name: {column}"
+    told = f"{table}: ignored columns, since video_id and clip_id name whole files: {column}"
     assert told in check(folder, videos=False).warnings
 
 
@@ -403,7 +422,7 @@ def test_without_raw_a_path_names_the_clip(tmp_path):
     table.write_text("video_id,clip_id,path,text,label,start,end\nfilm,1,film.mp4,好,1,2,3\n", encoding="utf-8")
     (clip,) = read_clips(table)
     assert (clip.video, clip.start, clip.end) == (tmp_path / "film.mp4", 2, 3)
-    assert not any("not read" in line for line in check(table, videos=False).warnings)
+    assert not any("ignored" in line for line in check(table, videos=False).warnings)
 
 
 @pytest.mark.parametrize("cell", EMPTY)
@@ -415,9 +434,9 @@ def test_words_for_nothing_are_no_text(cell, tmp_path):
 
 def test_a_second_table_is_told(tmp_path):
     folder = folder_of(tmp_path, GOOD)
-    assert not any("not read" in line for line in check(folder, videos=False).warnings)
+    assert not any("ignored" in line for line in check(folder, videos=False).warnings)
     (folder / "meta.csv").write_text("anything", encoding="utf-8")
-    assert f"{folder}/meta.csv: not read, since label.csv is there, too" in check(folder, videos=False).warnings
+    assert f"{folder}/meta.csv: ignored, since label.csv is there, too" in check(folder, videos=False).warnings
 
 
 def test_own_csv_may_name_source_videos(tmp_path):
@@ -441,7 +460,14 @@ def test_what_cannot_be_a_file_or_a_piece_is_the_rows_fault(tmp_path):
     table.write_text("\n".join(["path,text,label,start,end", *rows, "a.mp4,难过,1,0,1,多"]), encoding="utf-8")
     said = check(table).problems
     for row, reason in enumerate(
-        ["can be no file's name", "nobody99", "before it begins", "no time in seconds", "before the piece begins"], 2
+        [
+            "cannot be a file name",
+            "nobody99",
+            "not after its start",
+            "not a time in seconds",
+            "before the segment starts",
+        ],
+        2,
     ):
         assert any(f"row {row}" in line and reason in line for line in said), (row, said)
     assert any("row 7: more cells than columns" in line for line in said)
@@ -496,7 +522,7 @@ def test_no_header_and_ids_longer_than_the_words(tmp_path):
 def test_a_piece_does_not_begin_before_the_film(tmp_path):
     (tmp_path / "f.mp4").write_bytes(b"x")
     (tmp_path / "own.csv").write_text("path,text,label,start,end\nf.mp4,好,1,-5,1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="row 2, column start: -5 s is before the beginning"):
+    with pytest.raises(UserError, match="row 2, column start: -5 s is before the video starts"):
         read_clips(tmp_path / "own.csv")
 
 
@@ -518,7 +544,7 @@ def test_numbers_as_they_are_typeset_and_in_full_width(tmp_path):
     (tmp_path / "a.csv").write_text("文本,标签\n坏,−0.6\n差,－０．８\n好,０．４\n", encoding="utf-8")
     assert [clip.labels["M"] for clip in read_clips(tmp_path / "a.csv")] == [-0.6, -0.8, 0.4]
     (tmp_path / "b.csv").write_text("文本,标签\n好,0.5²\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"'0\.5²' is no label"):
+    with pytest.raises(UserError, match=r"'0\.5²' is not a label"):
         read_clips(tmp_path / "b.csv")
 
 
@@ -551,9 +577,9 @@ def test_what_no_clip_has_is_told(tmp_path):
     rows = [f"{i}.mp4,第{i}句,{0.1 + i / 20}" for i in range(10)]
     table.write_text("\n".join(["vedio,text,label", *rows]), encoding="utf-8")
     told = [line.removeprefix(f"{table}: ") for line in check(table).warnings]
-    assert "not read: vedio" in told
+    assert "ignored columns: vedio" in told
     assert "no clip has a video" in told
-    assert "no label is below 0, which is neutral — labels are from -1 (negative) to 1 (positive)" in told
+    assert "no label is below 0 (neutral) — labels range from -1 (negative) to 1 (positive)" in told
     assert not any("above" in line or "has a text" in line for line in told)
 
 
@@ -574,7 +600,7 @@ def test_a_big5_table_is_no_gbk(tmp_path):
 def test_of_two_columns_that_mean_the_same_one_is_not_read(tmp_path):
     table = tmp_path / "mine.csv"
     table.write_text("text,label,情感,Label,split\n好,1,消极,x,train\n", encoding="utf-8")
-    assert f"{table}: not read: 情感, Label" in check(table).warnings
+    assert f"{table}: ignored columns: 情感, Label" in check(table).warnings
     assert read_clips(table)[0].labels == {"M": 1.0}
 
 
@@ -583,8 +609,8 @@ def test_a_split_column_of_which_no_word_is_known_is_there(tmp_path):
     table.write_text("text,label,split\n好,1,\n坏,-1,dev2\n", encoding="utf-8")
     report = check(table)
     assert [problem.split(": ")[1] for problem in report.problems] == [
-        "'' is unknown — there are train, valid, test",
-        "'dev2' is unknown — there are train, valid, test",
+        "'' is unknown — choose from train, valid, test",
+        "'dev2' is unknown — choose from train, valid, test",
     ]
     assert not any("no split column" in warning for warning in report.warnings)
 
@@ -635,6 +661,6 @@ def test_what_is_checked_is_the_split_of_the_seed(tmp_path):
 def test_a_piece_of_no_length_is_told_and_a_split_that_is_not_used_is_not(tmp_path):
     table = tmp_path / "mine.csv"
     table.write_text("text,label,split,start,end\n好,1,third,1,1\n坏,-1,third,1,1.5\n", encoding="utf-8")
-    told = [f"{table}, row 2, columns start and end: the piece ends at 1 s, before it begins"]
+    told = [f"{table}, row 2, columns start and end: the segment ends at 1 s, not after its start"]
     assert check(table, protocol="tenth").problems == told
     assert sum("column split/mode: 'third' is unknown" in line for line in check(table).problems) == 2

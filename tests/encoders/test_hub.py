@@ -14,7 +14,7 @@ from tests.tiny import clip_folder, text_folder, timm_folder
 
 from senticlip.config import Config, TextConfig
 from senticlip.encoders import hub
-from senticlip.encoders.text import build_body, load_body, text_spec
+from senticlip.encoders.text import build_body, load_body, spec_width, text_spec
 from senticlip.models import create_model
 from senticlip.structures import UsageError, UserError
 
@@ -113,7 +113,7 @@ def test_a_proxy_stands_for_the_hub(monkeypatch):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "my folder"])
 def test_what_is_no_hub_id_is_a_folder_that_is_not_there(name):
-    with pytest.raises(UsageError, match=re.escape(f"text.encoder: no folder {name} — give a folder")):
+    with pytest.raises(UsageError, match=re.escape(f"text.encoder: no such folder: {name} — give a folder")):
         hub.fetch(name, "text.encoder")
 
 
@@ -137,7 +137,7 @@ def test_weights_that_cannot_be_read_are_one_line(tmp_path, broken):
         if broken == "cut off":
             weights.write_bytes(content[: len(content) // 2])
         changes = {f"{key}.encoder": str(folder), "modalities": [key], "head": "linear", "text.max_length": 20}
-        with pytest.raises(UserError, match=f"{key}.encoder: no weights can be read from {folder}") as error:
+        with pytest.raises(UserError, match=f"{key}.encoder: the weights in {folder} cannot be read") as error:
             create_model(Config().override(changes))
         assert "\n" not in str(error.value)
 
@@ -147,7 +147,7 @@ def test_a_run_is_no_encoder(tmp_path, key):
     encoders = {"text.encoder": str(text_folder(tmp_path / "text")), "vision.encoder": str(timm_folder(tmp_path / "v"))}
     experiment = Config().override({**encoders, "text.max_length": 20, "width": 16, "heads": 2})
     create_model(experiment).save_pretrained(tmp_path / "run")
-    with pytest.raises(UsageError, match=rf"{re.escape(key)}: .*run is a RUN, no encoder's folder"):
+    with pytest.raises(UsageError, match=rf"{re.escape(key)}: .*run is a RUN, not an encoder folder"):
         create_model(experiment.override({key: str(tmp_path / "run")}))
 
 
@@ -156,7 +156,12 @@ def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path, make):
     spec = json.loads((make(tmp_path) / "config.json").read_text())
     spec.get("text_config", spec)["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(spec))
-    with pytest.raises(
-        UsageError, match=r"text\.encoder: the weights lack 16 tensors, the first is .*encoder\.layer\.2"
-    ):
+    with pytest.raises(UsageError, match=r"text\.encoder: the weights lack 16 tensors, the first: .*encoder\.layer\.2"):
         load_body(tmp_path)
+
+
+def test_a_kind_of_model_that_transformers_does_not_know_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    told = "config.json: transformers cannot build this (Unrecognized model identifier: nosuch)"
+    with pytest.raises(UsageError, match=re.escape(told)):
+        spec_width(text_spec(TextConfig(encoder=str(tmp_path)), "text.encoder")[0])

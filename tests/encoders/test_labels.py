@@ -32,7 +32,7 @@ def test_labels_that_read_alike_or_that_nothing_reads_are_told(tmp_path):
         {"text.encoder": str(text), "vision.encoder": str(vision), "text.max_length": 20, "width": 16, "heads": 2}
     )
     for change in ({"label.names": ["好", "好", "坏"]}, {"label.prompt": "好" * 60 + "{}"}):
-        with pytest.raises(UsageError, match="two labels read alike"):
+        with pytest.raises(UsageError, match="two labels look the same"):
             create_model(config.override(change))
     features = config.override({"text.encoder": "features", "vision.encoder": "features"})
     with pytest.raises(UsageError, match=r"label\.encoder=FOLDER or head=linear"):

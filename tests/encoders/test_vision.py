@@ -15,6 +15,7 @@ from transformers.models.chinese_clip.image_processing_pil_chinese_clip import C
 
 from senticlip.config import Config, VisionConfig
 from senticlip.data.video import resize
+from senticlip.encoders.hub import OPENAI_MEAN
 from senticlip.encoders.vision import QuickGelu, VisionEncoder, vision_spec
 from senticlip.models import create_model
 from senticlip.structures import Sequence, UsageError
@@ -163,9 +164,9 @@ def test_networks_made_for_one_size_take_another(name):
 
 
 def test_a_network_that_cannot_is_told_at_once(clip):
-    with pytest.raises(UsageError, match=r"vision\.encoder: levit_128s cannot read 160×160 pixels into one vector"):
+    with pytest.raises(UsageError, match=r"vision\.encoder: levit_128s cannot turn 160×160 pixels into one vector"):
         vision_spec(VisionConfig(encoder="timm/levit_128s", pretrained=False, size=160))
-    with pytest.raises(UsageError, match=r"vision\.size: 4 — one patch of this network has \d+ pixels"):
+    with pytest.raises(UsageError, match=r"vision\.size: 4 is smaller than one patch of this network \(\d+ pixels\)"):
         encoder_of(clip, size=4)
 
 
@@ -210,7 +211,25 @@ def test_who_is_waited_for(clip, network):
 def test_what_is_no_image_encoder_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"vision\.encoder: .* neither a Chinese-CLIP model nor a timm network"):
         vision_spec(VisionConfig(encoder=str(text_folder(tmp_path / "text"))))
-    with pytest.raises(UsageError, match=r"vision\.encoder: no folder ./nowhere"):
+    with pytest.raises(UsageError, match=r"vision\.encoder: no such folder: ./nowhere"):
         vision_spec(VisionConfig(encoder="./nowhere"))
-    with pytest.raises(UsageError, match=r"holds no readable config\.json"):
+    with pytest.raises(UsageError, match=r"has no readable config\.json"):
         vision_spec(VisionConfig(encoder=str(tmp_path)))
+    for described, said in (
+        ('{"architecture": "nosuch_net"}', "neither a Chinese-CLIP model nor a timm network"),
+        ("[]", "neither a Chinese-CLIP model nor a timm network"),
+        ('{"model_type"', r"has no readable config\.json"),
+        ("7", r"has no readable config\.json"),
+    ):
+        (tmp_path / "config.json").write_text(described)
+        with pytest.raises(UsageError, match=said):
+            vision_spec(VisionConfig(encoder=str(tmp_path)))
+
+
+def test_a_broken_preprocessing_is_told_and_an_empty_one_is_openais(tmp_path):
+    folder = clip_folder(tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text('{"image_mean": null, "image_std": null}')
+    assert vision_spec(VisionConfig(encoder=str(folder)))[0]["mean"] == OPENAI_MEAN
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5')
+    with pytest.raises(UsageError, match=r"vision\.encoder: .* has no readable preprocessor_config\.json"):
+        vision_spec(VisionConfig(encoder=str(folder)))

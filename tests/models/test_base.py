@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
 from tests.tiny import KINDS, clip_folder, text_folder, timm_folder
 from transformers import AutoModel
@@ -52,7 +54,7 @@ def test_the_top_k_layers_of_text_encoders(kind, layers):
     assert not any(p.requires_grad for p in body.embeddings.parameters())
     assert all(p.requires_grad for n, p in body.named_parameters() if f"layer.{layers - 1}." in n)
     assert not any(p.requires_grad for n, p in body.named_parameters() if "layer.0." in n and layers > 1)
-    with pytest.raises(UsageError, match=rf"text\.train: top {layers + 1} layers of an encoder that has {layers}"):
+    with pytest.raises(UsageError, match=rf"text\.train: top {layers + 1} layers, but the encoder has {layers}"):
         train_part(body, layers + 1, "text.train")
 
 
@@ -93,26 +95,32 @@ def test_labels_are_random_where_their_encoder_is(folder, vision):
 
 def test_what_is_saved_and_pushed_has_its_tokenizer(folder, monkeypatch):
     model = create_model(config(folder))
-    model.save_pretrained(folder / "run")
+    model.save_pretrained(folder / "run", max_shard_size="1KB")  # in one file all the same
+    (folder / "run" / "README.md").write_text("# What it is for, and what not\n")
     found = SentimentModel.from_pretrained(folder / "run")
     assert found.tokenizer("天气好")["input_ids"] == model.tokenizer("天气好")["input_ids"]
     assert found.tokenizer.padding_side == "right"
 
-    pushed = []
+    pushed, cards = [], []
 
     def create_repo(name, **_):
         return SimpleNamespace(repo_id=name)
 
     def create_commit(operations, **_):
         pushed.extend(operation.path_in_repo for operation in operations)
+        cards.extend(Path(o.path_or_fileobj).read_text() for o in operations if o.path_in_repo == "README.md")
 
-    card = SimpleNamespace(save=lambda path: None)
+    card = ModelCard.from_template(ModelCardData())  # what transformers makes where the hub has none
     monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
     hub = SimpleNamespace(create_repo=create_repo, create_commit=create_commit)
     for name, stub in {"hf_api": lambda: hub, **vars(hub)}.items():  # newer and older versions of transformers
         monkeypatch.setattr(f"transformers.utils.hub.{name}", stub, raising=False)
     found.push_to_hub("someone/run")
     assert {"config.json", "model.safetensors", "tokenizer/tokenizer_config.json"} <= set(pushed)
+    assert cards == ["# What it is for, and what not\n"]
+    card.text = "Edited on the hub."
+    found.push_to_hub("someone/run")
+    assert "Edited on the hub." in cards[1]
 
 
 def edit(change):
@@ -131,20 +139,20 @@ def other_tokenizer(run):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda run: (run / "config.json").write_text("{"), "config.json: describes no model"),
-        (lambda run: (run / "config.json").write_text("[]"), "config.json: describes no model"),
-        (edit(lambda d: d["encoders"]["text"].pop("spec")), "config.json: describes no model (KeyError: 'spec')"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json: not a valid model config"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: not a valid model config"),
+        (edit(lambda d: d["encoders"]["text"].pop("spec")), "config.json: not a valid model config (KeyError: 'spec')"),
         (edit(lambda d: d["experiment"].update(heads=0)), "config.json: config key heads: 0 — must be at least 1"),
         (edit(lambda d: d.update(format_version=9)), "config.json: format 9 of 'senticlip'; this"),
-        (edit(lambda d: d["experiment"].update(width=32)), "its config's (Missing key(s) in state_dict: \"network."),
+        (edit(lambda d: d["experiment"].update(width=32)), "its config (Missing key(s) in state_dict: \"network."),
         (
             edit(lambda d: d["encoders"]["vision"]["spec"]["config"].update(architecture="hf-hub:someone/net")),
-            "config.json: vision.encoder: timm knows no network hf-hub:someone/net",
+            "config.json: vision.encoder: timm has no network hf-hub:someone/net",
         ),
-        (other_tokenizer, "tokenizer: 21064 words, the model has 41 — copy it again"),
+        (other_tokenizer, "tokenizer: 21064 words, but the model has 41 — copy it again"),
         (lambda run: (run / "config.json").unlink(), "no trained model here"),
         (lambda run: (run / "model.safetensors").write_bytes(b"\x10"), "model.safetensors: broken"),
-        (lambda run: (run / "tokenizer").rename(run / "away"), "tokenizer: the tokenizer's folder is missing"),
+        (lambda run: (run / "tokenizer").rename(run / "away"), "tokenizer: the tokenizer folder is missing"),
     ],
 )  # fmt: skip
 def test_a_broken_run_is_one_line(folder, damage, said):
@@ -184,7 +192,7 @@ def test_what_is_loaded_draws_no_random_number(folder):
 def test_a_modality_by_another_name_is_not_left_out(folder):
     model = create_model(config(folder))
     words = Sequence(torch.zeros(1, 3, 16), torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(UsageError, match="video: no modality of a Batch — its names are text, vision, audio"):
+    with pytest.raises(UsageError, match="video: not a modality — choose from text, vision, audio"):
         model(Batch({"text": words, "video": words}, {}))
 
 

@@ -21,7 +21,7 @@ from senticlip.structures import Sequence, UsageError
 
 class Small(ModelTester):
     def test_an_unknown_option_is_named(self):
-        with pytest.raises(UsageError, match=r"options\.ranc: .* it has .*task"):
+        with pytest.raises(UsageError, match=r"options\.ranc: .* no such option, only .*task"):
             self.network(options={"ranc": 3})
 
 

@@ -1,4 +1,4 @@
-"""A clip's sound → waveform → log-mel frames. numpy only."""
+"""A clip's sound → waveform → log-mel frames. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import av
@@ -23,25 +22,25 @@ from senticlip.structures import Clip, UserError
 RATE, WINDOW, HOP = 16000, 640, 320
 FLOOR = 1e-6
 TOGETHER = 2048
-"""Frames in one Fourier transform: a spectrum is forty times as large as its sound."""
+"""Frames per Fourier transform: spectra take forty times the memory of their sound."""
 
 MOST = 600.0
-"""Seconds of a clip that are read at most: a whole film as one clip, or highly compressed silence, must fit memory."""
+"""At most so many seconds of a clip are read: a whole film as one clip, or compressed silence, must fit in memory."""
 
 LOWEST = 1000
-"""Samples a second of a sound at least: a few bytes that tell of fewer would last for hours."""
+"""Lowest accepted sample rate (Hz): with a lower one, a few bytes would last for hours."""
 
 WARM = 0.1
-"""Seconds that are decoded before a piece and discarded."""
+"""Seconds decoded before a piece and discarded."""
 
 GAP = 0.05
-"""Seconds without sound from which on it is a gap: times are rounded, to a millisecond in Matroska."""
+"""Seconds of missing sound that count as a gap; shorter ones come from rounded times (to 1 ms in Matroska)."""
 
 
 class AudioReader:
-    """One open file that serves many pieces of its sound (opening a film takes longer than reading a line of it).
+    """An open file from which many pieces of sound are read (opening a film takes longer than reading a line of it).
 
-    A piece depends slightly on the pieces read before it: AAC decoders fill in random noise, and Opus differs by 7 ms.
+    A piece depends slightly on the pieces read before it: AAC decoders add random noise, and Opus differs by 7 ms.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,7 +50,7 @@ class AudioReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._container is not None:
             self._container.close()
 
@@ -79,7 +78,7 @@ class AudioReader:
 
 
 def audio_start(path: str | Path) -> float:
-    """When the sound of a file begins, in seconds on a player's clock; 0 if that is not told."""
+    """When the sound of a file begins, in seconds on a player's clock; 0 if unknown."""
     with open_container(path) as container:
         sound = sound_of(container)
         if sound is None or sound.start_time is None or sound.time_base is None:
@@ -88,7 +87,7 @@ def audio_start(path: str | Path) -> float:
 
 
 def audio_end(path: str | Path) -> float:
-    """When the sound of a file ends, in seconds on a player's clock, by its last packet; 0 if none is found."""
+    """When the last sound packet of a file ends, in seconds on a player's clock; 0 if there is none."""
     with open_container(path) as container:
         sound, zero = sound_of(container), clock_start(container)
         if sound is None or sound.time_base is None:
@@ -106,14 +105,14 @@ def read_audio(
     most: float = MOST,
     gaps: bool = False,
 ) -> np.ndarray:
-    """The sound of a file or of a piece of it: mono float32 in [-1, 1], RATE samples a second; empty if it has none.
+    """The sound of a file, or of a piece of it: mono float32 in [-1, 1] at RATE Hz; empty if it has none.
 
     Args:
-        path: a video or sound file; of several tracks that is heard which players play.
+        path: a video or sound file; of several sound tracks, the one that players play.
         start: seconds; the file's beginning by default.
         end: seconds; the file's end by default.
-        most: so many seconds are read at most.
-        gaps: silence where sound is missing in between, so that times stay right; else what is there is joined.
+        most: at most so many seconds are read.
+        gaps: fill gaps with silence, so that times stay right; otherwise the parts are joined.
 
     Raises:
         UserError: the file cannot be opened.
@@ -125,23 +124,23 @@ def read_audio(
 def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
     """Seek to ``time``, a little before the piece: a codec's first frame after a seek is incomplete.
 
-    By the packets of ``sound`` itself: the pictures' keyframes may lie behind.
+    Seeks in the sound track itself: the video's keyframes may come later.
     """
     unit = float(sound.time_base or 1 / av.time_base)
     try:
-        container.seek(int(time / unit), stream=sound)  # at a clip's beginning below 0: AAC begins there
+        container.seek(int(time / unit), stream=sound)  # below 0 at a clip's beginning, where AAC begins
     except av.FFmpegError:
-        container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has nothing there
+        container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has no times below 0
 
 
 def _between(
     container: InputContainer, sound: AudioStream, start: float, end: float, gaps: bool
 ) -> tuple[float, list[np.ndarray]]:
-    """The file's clock (seconds) at the first samples of the first packet that ends after ``start``, and the samples
-    from there until the clock reaches ``end``; with ``gaps``, silence where none are."""
+    """The time (file clock, seconds) of the first frame that ends after ``start``, and the samples from there until
+    ``end``; with ``gaps``, gaps are filled with silence."""
     parts: list[np.ndarray] = []
     first, now, resampler, kind = None, clock_start(container), None, None
-    longest, heard = (container.duration or 0) / av.time_base, 0.0  # what a damaged time tells must not fill the memory
+    longest, heard = (container.duration or 0) / av.time_base, 0.0  # bounds a gap, whose times may be damaged
     for frame in pictures(container, sound):
         if frame.rate < LOWEST:
             raise OSError(errno.EINVAL, f"{frame.rate} samples a second")
@@ -155,7 +154,7 @@ def _between(
             resampler, kind, heard = None, None, heard + gap
         heard += frame.samples / frame.rate
         if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
-            # the channel layout may change within a recording, and a resampler takes one kind of frame only
+            # the channel layout may change within a recording, but a resampler takes frames of one kind only
             parts += _pieces(resampler, None)
             resampler = av.AudioResampler("fltp", "mono" if frame.layout.nb_channels == 1 else "stereo", RATE)
         parts += _pieces(resampler, frame)
@@ -166,9 +165,9 @@ def _between(
 
 
 def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
-    """A frame's samples, resampled; for None, the rest in the resampler.
+    """A frame's samples, resampled; for None, what is left in the resampler.
 
-    The mean of two channels: FFmpeg's own mono is 3 dB louder than what is the same in both.
+    Averages two channels: FFmpeg's own downmix is 3 dB too loud where both are the same.
     """
     return [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)] if resampler else []
 
@@ -187,8 +186,8 @@ def mel_filters(bands: int) -> np.ndarray:
 def log_mel(sound: np.ndarray, bands: int = 33, average: int = 1) -> np.ndarray:
     """Waveform n at RATE → log-mel L×bands float32, L = ⌈(1 + (n − WINDOW) // HOP) / average⌉.
 
-    A step is the mean of ``average`` frames of 20 ms, the last one of those that remain. A sound shorter than a window
-    is padded to one; an empty one has no frames.
+    Each step is the mean of ``average`` frames of 20 ms, the last one of what remains. Sound shorter than a window is
+    padded to one; empty sound has no frames.
     """
     if len(sound) == 0:
         return np.zeros((0, bands), np.float32)

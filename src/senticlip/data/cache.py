@@ -1,8 +1,8 @@
-"""A cache on disk, keyed by content: the frames of a clip, the features of a frozen encoder.
+"""A cache on disk, keyed by content: the frames of clips, the features of frozen encoders.
 
-A cache is a folder of shards. A shard is two files, ``NAME.npy`` (rows of ragged length one after the other) and
-``NAME.json`` (their keys and lengths), each written under another name and renamed, the JSON last: a killed writer
-leaves nothing that is read, and two writers only do some work twice.
+A cache is a folder of shards. A shard is two files, ``NAME.npy`` (rows of different lengths, concatenated) and
+``NAME.json`` (their keys and lengths). Each is written under another name and renamed, the JSON last: a killed writer
+leaves nothing that would be read, and two writers at worst do some work twice.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from senticlip.structures import Clip, UserError
 
 SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
 SETTLED = 2
-"""Seconds after which another change of a file is sure to change its modification time, on any file system."""
+"""Seconds after which another change to a file is sure to change its modification time, on any file system."""
 
 MISSING = ""
 """The key of an empty row: its sequence has length 0."""
 
 
 class Store:
-    """N rows of ragged sequences, memory-mapped."""
+    """N sequences of different lengths, memory-mapped."""
 
     def __init__(self, keys: list[str], shards: list[tuple[Path, list[str], list[int]]]) -> None:
         self.keys = keys
@@ -58,7 +58,7 @@ class Store:
         return {**self.__dict__, "_maps": {}}
 
     def take(self, places: np.ndarray) -> Store:
-        """Some of the rows, in this order; −1 is an empty one."""
+        """The rows at ``places``, in this order; −1 gives an empty row."""
         taken, there = copy.copy(self), places >= 0
         taken.keys = [self.keys[place] if place >= 0 else MISSING for place in places]
         parts = (np.where(there, part[places], 0) for part in (self.shard, self.start, self.lengths))
@@ -70,17 +70,17 @@ class Store:
             try:
                 self._maps[number] = np.load(self.paths[number], mmap_mode="r")
             except (FileNotFoundError, ValueError, EOFError):
-                told = f"cache {self.paths[number].parent}: gone or damaged"
-                raise UserError(f"{told} — the same command computes it again") from None
+                told = f"cache {self.paths[number].parent}: missing or damaged"
+                raise UserError(f"{told} — run the same command again to rebuild it") from None
         return self._maps[number]
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values k×Lmax×… (zero where masked) and mask k×Lmax of some rows.
 
-        Row by row: fancy indexing of each shard takes 1.3 to 1.7 times as long, since it copies twice.
+        Copied row by row: fancy indexing of each shard takes 1.3 to 1.7 times as long, since it copies twice.
 
         Raises:
-            UserError: a file of the cache has gone since it was opened.
+            UserError: a file of the cache has disappeared since it was opened.
         """
         indices = np.asarray(indices)
         lengths = self.lengths[indices]
@@ -104,10 +104,10 @@ def file_key(path: str | Path) -> str:
 
 
 def file_keys(paths: Iterable[Path], root: Path) -> dict[Path, str]:
-    """``file_key`` of files, computed only for those that are new or changed since they were recorded in ``root``.
+    """``file_key`` of each file, computed only for files that are new or changed since recorded in ``root``.
 
     A file changed just now is not recorded: another change within the same clock tick would not change its times. If
-    two processes record at once, one's entries may be lost; those files are then hashed again.
+    two processes record at once, entries of one may be lost; those files are then hashed again.
     """
     place = root / "files.json"
     memo, keys, new = _memo(place), {}, {}
@@ -135,7 +135,7 @@ def _memo(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> list[int] | None:
-    """What changes with a file's content; ctime also if its modification time is set back."""
+    """What changes with a file's content; ctime changes even if the modification time is set back."""
     try:
         stat = path.stat()
     except OSError:
@@ -150,13 +150,13 @@ def cached(
     compute: Callable[[list[int]], Iterable[np.ndarray]],
     what: str = "caching",
 ) -> Store:
-    """The rows of ``keys`` from the cache of ``spec``; those that are missing are computed now and added to it.
+    """The rows of ``keys`` from the cache of ``spec``; missing ones are computed now and added to it.
 
     Args:
         root: the folder of all caches.
-        spec: all that the rows depend on besides their own content (encoder, preprocessing), as JSON.
-        keys: a content key for each row; an empty key is an empty row.
-        compute: given the indices (into ``keys``) of the missing rows, yields an L×… array for each, in this order.
+        spec: everything that the rows depend on besides their content (encoder, preprocessing), as JSON.
+        keys: a content key for each row; an empty key stands for an empty row.
+        compute: given the indices (into ``keys``) of the missing rows, yields an L×… array for each, in that order.
         what: the label of the progress bar.
 
     Raises:
@@ -183,7 +183,7 @@ def cached(
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into one line for the user."""
+    """Turn a failure to write into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -192,7 +192,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left: unfinished files, and values without their keys."""
+    """Remove what killed processes left behind: unfinished files, and values without their keys."""
     for path in [*folder.glob("partial-*"), *folder.glob("shard-*.npy")]:
         with suppress(FileNotFoundError):  # another writer has just renamed it
             if not path.with_suffix(".json").exists() and abandoned(path):
@@ -233,7 +233,7 @@ def _portions(names: list[str], rows: Iterable[np.ndarray]) -> Iterator[tuple[li
         if chunk and (row is None or len(chunk) == SHARD_ROWS or size >= SHARD_BYTES):
             yield names[done : done + len(chunk)], chunk
             done, size = done + len(chunk), 0
-            chunk.clear()  # the caller has written them: free them before the next ones are computed
+            chunk.clear()  # the caller has written the rows: free them before the next ones are computed
         if row is None:
             break
     if failure is not None:
@@ -266,7 +266,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def frame_spec(frames: int, size: int, cutaways: str = "keep") -> dict[str, Any]:
-    """All that cached frames depend on besides their clip; raise ``version`` when decoding gives other pixels."""
+    """Everything cached frames depend on besides their clip; raise ``version`` when decoding gives other pixels."""
     return {"frames": frames, "size": size, "cutaways": cutaways, "version": 6}
 
 
@@ -286,13 +286,13 @@ def frame_store(
 
 
 def clip_keys(clips: list[Clip], root: Path) -> list[str]:
-    """A key for each clip: of its video's content and the piece of it; MISSING for a clip without a video."""
+    """A key for each clip, from its video's content and its piece of it; MISSING for a clip without a video."""
     contents = file_keys((clip.video for clip in clips if clip.video is not None), root)
     return [MISSING if clip.video is None else piece_key(contents[clip.video], clip) for clip in clips]
 
 
 def piece_key(content: str, clip: Clip) -> str:
-    """The key of a clip that is all of a file, or a piece of it; ``content`` is the file's key."""
+    """The key of a clip, which is a whole file or a piece of one; ``content`` is the file's key."""
     return content if clip.start is None and clip.end is None else f"{content}-{clip.start}-{clip.end}"
 
 
@@ -307,9 +307,9 @@ def decoded(
     """The frames of each clip, in order, decoded by threads while the caller works on earlier ones.
 
     Args:
-        clips: what to decode; each has a video.
+        clips: the clips to decode; each must have a video.
         frames: m, see read_frames.
-        size: of the squashed frames.
+        size: side of the squashed frames, in pixels.
         workers: threads (default: the number of cores; FFmpeg and torch release the GIL).
         ahead: decoded clips that may wait for the caller, which bounds memory (default: two for each worker).
         cutaways: see read_frames.

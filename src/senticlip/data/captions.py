@@ -1,6 +1,6 @@
-"""What is to be seen in a drawn frame, in words.
+"""Captions of what is visible in a drawn frame.
 
-No caption names a sentiment: what a raised corner of the mouth means is for the models to find.
+No caption names a sentiment: models must learn what a raised corner of the mouth means.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from senticlip.data.scenes import Scene
 
 
 def describe(who: Person | None, scene: Scene, pose: Pose, look: Expression) -> dict[str, str]:
-    """Words for what is seen, by facet: mouth, brows, eyes, place, size, turn, hair, clothes, scene, light, cover."""
+    """What is visible, in words, by facet (``mouth``, ``brows``, ``hair``, ``scene``, …)."""
     words = {"scene": f"{scene.color}色的{scene.background}", "light": "光线暗" if scene.light < 0.8 else "光线亮"}
     if who is None:
         return {"mouth": "没有人脸", **words}

@@ -1,28 +1,28 @@
-"""Which frames of a clip show its main shot, and which a cutaway: a listener, a place, something that is talked of."""
+"""Which frames of a clip show its main shot, and which a cutaway: to a listener, a place, a thing talked about."""
 
 from __future__ import annotations
 
 import numpy as np
 
 GRID = 16
-"""Pixels a side of the small pictures that are compared."""
+"""Side, in pixels, of the small pictures that are compared."""
 
 SHIFT, ALIKE = 2, 0.67
-"""Two pictures are of one shot if their correlation is above ALIKE, after a shift by up to SHIFT pixels each way.
+"""Two pictures show the same shot if their correlation is above ALIKE after a shift by up to SHIFT pixels each way.
 
-On weibofaces' valid split (faces under zoom, pan and changing light, with short cutaways to other faces) this keeps the
-same frames as the features of a face network do in 98 % of the clips.
+On the valid split of weibofaces (faces under zoom, pan and changing light, with short cutaways to other faces) this
+keeps the same frames as the features of a face network in 98 % of the clips.
 """
 
 BLACK = 24
-"""A row or column of pixels that are never brighter than this, of 255, belongs to a black bar."""
+"""A row or column of pixels that never exceed this value (of 255) belongs to a black bar."""
 
 PLAIN = 4.0
-"""A picture whose colour channels all have a standard deviation below this, of 255, is like no other."""
+"""A picture whose colour channels all have a standard deviation below this (of 255) matches no other."""
 
 
 def without_bars(frames: np.ndarray) -> np.ndarray:
-    """Frames k×3×H×W without the bars that are black in all of them, since common bars make all shots alike."""
+    """Frames k×3×H×W without the bars that are black in all of them: shared bars would make all shots similar."""
     bright = frames.max((0, 1), initial=0) > BLACK
     if not bright.any():
         return frames
@@ -31,9 +31,9 @@ def without_bars(frames: np.ndarray) -> np.ndarray:
 
 
 def main_shot(small: np.ndarray) -> np.ndarray:
-    """The frames of the largest group of similar frames, if it has more than half of them; else all frames.
+    """The largest group of similar frames, if it has more than half of them; else all frames.
 
-    A frame belongs to a group if it is similar to any frame of it, since a camera may move slowly.
+    A frame belongs to a group if it is similar to any frame of the group, since a camera may move slowly.
 
     Args:
         small: k×3×GRID×GRID, 0 … 255, without bars.
@@ -50,6 +50,6 @@ def main_shot(small: np.ndarray) -> np.ndarray:
     steps = range(-SHIFT, SHIFT + 1)
     rolled = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
     alike = ((rolled @ small.reshape(k, -1).T).max(0) > ALIKE) & ~plain & ~plain[:, None]
-    linked = np.linalg.matrix_power(alike | np.eye(k, dtype=bool), k)  # of bool: numbers of ways would overflow
+    linked = np.linalg.matrix_power(alike | np.eye(k, dtype=bool), k)  # bool: path counts would overflow
     group = linked[linked.sum(1).argmax()]
     return group if 2 * group.sum() > k else np.ones(k, bool)

@@ -1,10 +1,10 @@
-"""Which frame of a video file is shown at a time, with as little decoding as can be.
+"""The frame of a video file that is shown at a given time, with as little decoding as possible.
 
-A frame is shown from its presentation time until the next frame's. Packets tell their presentation times before they
-are decoded, so the frame that is shown at a time is known exactly, on any frame rate: decoding starts at the last
-keyframe before it, and everything that no other frame refers to is skipped (``NONREF``) unless it is wanted itself.
-Where the file breaks that promise (no presentation times, a "keyframe" that cannot be decoded alone), the frame does
-not come out; then the file is decoded from its start, skipping nothing.
+A frame is shown from its presentation time until the next frame's. Packets carry their presentation times before they
+are decoded, so the frame shown at a time is known exactly, at any frame rate: decoding starts at the last keyframe
+before it, and frames that no other frame refers to are skipped (``NONREF``) unless wanted themselves. Where a file
+breaks that promise (no presentation times, a "keyframe" that cannot be decoded alone), the frame does not come out, and
+the file is decoded from its start, skipping nothing.
 """
 
 from __future__ import annotations
@@ -25,29 +25,26 @@ from senticlip.data.sequential import MOST_PIXELS, SMALLER, Sequential, open_vid
 from senticlip.structures import UserError
 
 NEAR = 20
-"""Up to so many seconds ahead, packets are read and no seek is made: reading is cheap, and a seek may go too far."""
+"""Up to so many seconds ahead, packets are read instead of seeking: reading is cheap, and a seek may overshoot."""
 
 SEEKABLE = ("mp4", "matroska", "mpegts", "flv")
 """Formats whose frames have the same times after a seek as before it (in MPEG program streams they differ)."""
 
 MANY = 2000
-"""Packets kept while looking for the next keyframe: no film is held in memory, however long its GOP."""
+"""Most packets kept while looking for the next keyframe, so that memory stays bounded however long a GOP is."""
 
 REORDERED = 16
-"""Frames that may be read before one that is shown before them: the most that H.264 and H.265 allow."""
+"""Most frames that can precede, in the file, a frame shown before them: the limit of H.264 and H.265."""
 
 SHORT = 16 << 20
-"""Up to so many bytes, a file's packets are all read on opening, not once for its end and again for its frames."""
-
+"""Up to so many bytes, all packets of a file are read on opening, not once for its end and again for its frames."""
 
 JUMP = 60
-"""Seconds without a picture from which on the clock of a transport stream has jumped."""
-
-_JOINED = "as where files were joined — mend it: ffmpeg -i FILE -c copy OTHER"
+"""A longer gap between pictures (seconds) means that the clock of a transport stream has jumped."""
 
 
 class Read(NamedTuple):
-    """A packet that was read: the time of its frame, whether decoding can begin with it, whether it is ever shown."""
+    """A packet that was read: its frame's time, whether decoding can start at it, and whether it is ever shown."""
 
     pts: int
     is_key: bool
@@ -56,10 +53,10 @@ class Read(NamedTuple):
 
 
 class Decoder:
-    """One open video file that is asked for the frames shown at increasing times (going back costs a seek).
+    """An open video file that returns the frames shown at increasing times (going back costs a seek).
 
-    ``first`` and ``end`` are the times of the first keyframe and of the end of the video in units of ``tick`` seconds.
-    ``alone``: set if the next call of ``frames`` is the only one, so that the decoder may be drained.
+    ``first`` and ``end`` are the times of the first keyframe and of the end of the video, in units of ``tick`` seconds.
+    Set ``alone`` if the next call of ``frames`` is the only one: the decoder may then be drained.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -90,31 +87,34 @@ class Decoder:
             self._slow.container.close()
 
     def frames(self, stamps: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """For each of the increasing ``stamps`` the time and the picture of the frame that is shown then."""
+        """For each of the increasing ``stamps``, the time and the picture of the frame shown then."""
         done = 0
-        while done < len(stamps):
-            shown, drain = self._plan(stamps[done:]) if self._trusted else ([], False)
-            shown = shown if self._trusted else [-1] * (len(stamps) - done)
+        while done < len(stamps) and self._trusted:
+            shown, drain = self._plan(stamps[done:])
+            if not self._trusted:  # _plan may have found that out
+                break
             start, stop = done, done + len(shown)
-            for frame in self._decode(sorted(set(shown)), drain) if self._trusted else ():
+            for frame in self._decode(sorted(set(shown)), drain):
                 while done < stop and shown[done - start] == frame.pts:
                     yield shown[done - start], frame
                     done += 1
             for stamp in stamps[done:stop]:  # frames that did not come out
                 yield self._sequential(stamp)
             done = stop
+        for stamp in stamps[done:]:
+            yield self._sequential(stamp)
 
     # --- reading packets
 
     def _start_reading(self) -> None:
         """Reset the state, and read up to the next keyframe."""
         self._packets = packets(self.container, self.stream)
-        self._ahead: deque[Read] = deque()  # read and not yet decoded
-        self._fed: list[int] = []  # times of what went into the decoder since the keyframe
+        self._ahead: deque[Read] = deque()  # read but not yet decoded
+        self._fed: list[int] = []  # times of the packets decoded since the keyframe
         self._key: int | None = None  # the time of that keyframe; None: the decoder begins at _ahead[0]
-        self._held: VideoFrame | None = None  # the last frame that was wanted
-        self._read_until = -(1 << 62)  # whatever is still to be read is shown after this
-        self._latest: list[int] = []  # the times of the frames that are shown last of those that were read
+        self._held: VideoFrame | None = None  # the last wanted frame
+        self._read_until = -(1 << 62)  # all that is still to be read is shown after this
+        self._latest: list[int] = []  # the latest times of the frames read
         self._finished = False
         self._to_keyframe()
 
@@ -129,32 +129,29 @@ class Decoder:
                 self._read()
 
     def _read(self) -> None:
-        """Read one packet."""
         packet = next(self._packets, None)
         if packet is None or (packet.pts is None and not packet.size):
             self._finished = True
         elif packet.pts is None:
             self._trusted, self._finished = False, True
         else:
-            # without decoding times: what is still to come is shown after all but the last REORDERED frames read
+            # without decoding times: what is still to come is shown after all but the latest REORDERED frames read
             insort(self._latest, packet.pts)
             del self._latest[: -REORDERED - 1]
             until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
             until = self._read_until if until is None else until
-            if self._read_until - until > self._back and not self._joins:
+            gap = until - self._read_until if self._read_until > -(1 << 62) else 0
+            if gap < -self._back and not self._joins:
                 self._trusted, self._finished = False, True  # several edits: their pieces overlap in the file
                 return
-            if self._read_until - until > self._back:
-                told = f"its clock goes back by {float((self._read_until - until) * self.tick):.1f} s"
-                raise UserError(f"{self.path}: {told}, {_JOINED}")
-            if self._joins and until - self._read_until > JUMP / self.tick and self._read_until > -(1 << 62):
-                told = f"its clock jumps by {float((until - self._read_until) * self.tick):.1f} s"
-                raise UserError(f"{self.path}: {told}, {_JOINED}")
+            if self._joins and not -self._back <= gap <= JUMP / self.tick:
+                told = f"its timestamps {'go back' if gap < 0 else 'jump'} by {abs(float(gap * self.tick)):.1f} s"
+                raise UserError(f"{self.path}: {told}, as in joined files — repair it: ffmpeg -i FILE -c copy OTHER")
             self._read_until = max(self._read_until, until)
             self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 
     def _find_end(self) -> int:
-        """The time at which the last frame that is in the file ends (headers err, and files get cut off)."""
+        """When the last frame present in the file ends (headers can be wrong, and files get cut off)."""
         while not self._finished and len(self._ahead) < MANY and self.container.size <= SHORT:
             self._read()
         if self._finished and self._trusted:
@@ -169,7 +166,7 @@ class Decoder:
             self._seek_before(int(((self.container.start_time or 0) + self.container.duration) / 1_000_000 / self.tick))
         end = self._read_all()
         if end is None:
-            # nothing is there where the end should be
+            # nothing where the header puts the end
             self._seek_before(self.first)
             end = self._read_all()
         if not self._trusted:
@@ -188,11 +185,11 @@ class Decoder:
         return None if last is None else self._after(last)
 
     def _after(self, read: Read) -> int:
-        """The time at which the last frame ends (of others, MP4's duration is the gap between decoding times)."""
+        """When the last frame ends. (For others, an MP4's packet duration is the gap between decoding times.)"""
         return read.pts + (read.packet.duration or self._step)
 
     def _seek_before(self, stamp: int) -> None:
-        """Begin at a keyframe at or before ``stamp``: the last one, as far as the file knows."""
+        """Restart at a keyframe at or before ``stamp``: the last one, according to the file's index."""
         back = 0
         while True:
             target = stamp - back
@@ -201,7 +198,7 @@ class Decoder:
                     raise ValueError
                 self.container.seek(target, stream=self.stream, backward=True)
             except (FFmpegError, ValueError):
-                # no way to seek: from the start
+                # cannot seek: reopen
                 self.container.close()
                 self.container, self.stream = open_video(self.path)
                 back = -1
@@ -213,9 +210,9 @@ class Decoder:
     # --- choosing packets
 
     def _plan(self, stamps: list[int], again: bool = False) -> tuple[list[int], bool]:
-        """The times of the frames that are shown at the first few stamps: those that one keyframe serves.
+        """The times of the frames shown at the first few stamps: those that can be decoded from one keyframe.
 
-        Leaves in ``_ahead`` the packets to decode. The second answer: nothing after them needs this decoder's state.
+        Leaves the packets to decode in ``_ahead``. Also returns whether the decoder may be drained after them.
         """
         shown: list[int] = []
         for stamp in stamps:
@@ -229,7 +226,7 @@ class Decoder:
             known = self._fed + [read.pts for read in self._ahead if read.is_shown]
             time = max((pts for pts in known if pts <= stamp), default=min(known, default=stamp))
             if time in self._fed and not (self._held and self._held.pts == time):
-                # it was decoded, or skipped, before it was wanted
+                # already passed: decoded or skipped before it was wanted
                 if shown or again:
                     return shown or [time], False
                 self._seek_before(stamp)
@@ -238,22 +235,22 @@ class Decoder:
         return shown, self.alone
 
     def _approach(self, stamp: int) -> None:
-        """Seek, if needed, so that the decoder's keyframe, or the next one, is at or before ``stamp``."""
+        """Seek if needed, so that the decoder's keyframe, or the next one, is at or before ``stamp``."""
         begin = self._key if self._key is not None else self._ahead[0].pts if self._ahead else stamp + 1
         far = self._seekable and not self._finished and stamp - self._read_until > self._near
         if stamp < begin or (far and not self._same(stamp)):
             self._seek_before(stamp)
 
     def _same(self, stamp: int) -> bool:
-        """Whether the file's index knows of no keyframe between the decoder's and ``stamp``."""
+        """Whether the file's index has no keyframe between the decoder's and ``stamp``."""
         entries = self.stream.index_entries
         at = entries.search_timestamp(stamp, backward=True)
         return self._key is not None and at >= 0 and entries[at].timestamp <= self._key
 
     def _read_past(self, stamp: int, fresh: bool) -> bool:
-        """Read until all that is shown at ``stamp`` or before has been read; restart at keyframes on the way.
+        """Read until everything shown at or before ``stamp`` has been read; restart at keyframes on the way.
 
-        Without ``fresh``, such a keyframe is left in ``_ahead``, and the answer is False.
+        Without ``fresh``, stop at such a keyframe, leave it in ``_ahead`` and return False.
         """
         checked = 0
         while True:
@@ -277,8 +274,8 @@ class Decoder:
 
     def _feed(self, read: Read, skip: bool) -> list[VideoFrame]:
         codec = self.stream.codec_context
-        with suppress(FFmpegError):  # decoding then fails below
-            codec.open(strict=False)  # before skip_frame is set: dav1d reads it once, on opening
+        with suppress(FFmpegError):  # decoding fails below instead
+            codec.open(strict=False)  # before skip_frame is set: dav1d reads it only once, on opening
         if self._key is None:
             codec.flush_buffers()
         if self._key is None or read.is_key:
@@ -291,7 +288,7 @@ class Decoder:
             return []
 
     def _decode(self, wanted: list[int], drain: bool) -> Iterator[VideoFrame]:
-        """The frames with the ``wanted`` times, in order; stops at the first that does not come out."""
+        """The frames with the ``wanted`` times, in order; stops at the first that cannot be decoded."""
         left, unfed = deque(wanted), set(wanted)
         if self._held and left and self._held.pts == left[0]:
             unfed.discard(left.popleft())
@@ -305,7 +302,7 @@ class Decoder:
                 read = self._ahead.popleft()
                 frames = self._feed(read, skip=read.pts not in left)
                 unfed.discard(read.pts)
-                # not at the last of them: a P-frame is decoded before the B-frames that are shown before it
+                # all wanted frames, not just the last: a P-frame is decoded before the B-frames shown before it
                 last = drain and not unfed
             if last:
                 with suppress(FFmpegError):
@@ -318,7 +315,7 @@ class Decoder:
                 elif left and frame.pts is not None and frame.pts > left[0]:
                     left.clear()
             if last:
-                # a drained decoder cannot go on
+                # a drained decoder must restart at a keyframe
                 self._to_keyframe()
                 return
 
@@ -329,7 +326,7 @@ class Decoder:
             self._slow = Sequential(self.path)
         found = self._slow.at(stamp)
         if found is None:
-            if not 0 < self.stream.width * self.stream.height <= MOST_PIXELS:  # FFmpeg unsets that of most it refuses
+            if not 0 < self.stream.width * self.stream.height <= MOST_PIXELS:  # FFmpeg resets most sizes it refuses
                 raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
             raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
         return found

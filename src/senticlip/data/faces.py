@@ -1,13 +1,12 @@
-"""Drawn faces: a person, an expression and a pose before a scene → pixels, and the boxes of mouth and brows.
+"""Drawn faces: a person, an expression and a pose in front of a scene → pixels, and the boxes of mouth and brows.
 
-A face lives in units of its own half height: (0, 0) is its middle, x goes right, y down, the chin is at y = 1. A pose
-turns (on a cylinder), tilts, scales and places it. Everything is drawn by PIL at twice the size and halved, which is
-its antialiasing.
+Face coordinates are in units of its half height: (0, 0) is the centre, x goes right, y down, the chin is at y = 1. A
+pose turns (on a cylinder), tilts, scales and places the face. For antialiasing, PIL draws everything at twice the size,
+which is then halved.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +49,7 @@ class Person(NamedTuple):
 
     @classmethod
     def random(cls, rng: Generator) -> Person:
-        """One of very many people."""
+        """A random person."""
         light, warm = rng.uniform(0.45, 1.0), rng.uniform(-1, 1)
         skin = (int(238 * light), int((196 + 8 * warm) * light**1.08), int((168 - 14 * warm) * light**1.2))
         return cls(
@@ -72,7 +71,7 @@ class Pose(NamedTuple):
 
     @classmethod
     def random(cls, rng: Generator) -> Pose:
-        """Anywhere in the frame at any size, the eyes, brows and mouth inside."""
+        """Anywhere in the frame at any size, with eyes, brows and mouth inside."""
         size = 0.22 * (0.52 / 0.22) ** rng.random()
         room_x, room_y = max(0.02, 0.5 - 0.62 * size), max(0.02, 0.5 - 0.78 * size)
         return cls(
@@ -95,7 +94,7 @@ class Expression(NamedTuple):
 
     @classmethod
     def random(cls, rng: Generator) -> Expression:
-        """Every part by itself, so that no part foretells another."""
+        """All parts are drawn independently, so that none predicts another."""
         return cls(
             mouth=rng.choice([-1, 0, 1]) * rng.uniform(0.5, 1) + rng.uniform(-0.1, 0.1),
             open=rng.choice([0.0, rng.uniform(0.2, 1.0)]),
@@ -106,23 +105,22 @@ class Expression(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """One drawn frame: pixels H×W×3 uint8, and the boxes of what can be seen (mouth, brow_left, brow_right, face)."""
+class Drawn(NamedTuple):
+    """A drawn frame: pixels H×W×3 uint8, and the boxes of its visible parts (mouth, brow_left, brow_right, face)."""
 
     pixels: NDArray[np.uint8]
     boxes: dict[str, Box]
 
 
 class _Pen:
-    """Draws points of the face's own plane onto an image."""
+    """Draws shapes given in face coordinates onto an image."""
 
     def __init__(self, image: Image.Image, pose: Pose, width: float) -> None:
         self.draw, self.pose, self.width = ImageDraw.Draw(image), pose, width
         self.shape, self.unit = image.size, pose.size * image.size[1]
 
     def place(self, points: Points, surface: bool = True) -> Points:
-        """Face units → pixels; ``surface`` points turn with the head, its outline does not."""
+        """Face coordinates → pixels; ``surface`` points turn with the head, its outline does not."""
         x, y = np.asarray(points, float).T
         if surface:
             x = self.width * np.sin(np.arcsin(np.clip(x / self.width, -0.98, 0.98)) + self.pose.yaw)
@@ -131,22 +129,20 @@ class _Pen:
         origin = np.array([self.pose.x * self.shape[0], self.pose.y * self.shape[1]])
         return origin + self.unit * np.stack([x * cos - y * sin, x * sin + y * cos], axis=1)
 
-    def fill(self, points: Points, color: Color, surface: bool = True) -> Points:
-        """A filled polygon; returns where it went."""
-        placed = self.place(points, surface)
-        self.draw.polygon([tuple(p) for p in placed.tolist()], fill=color)
-        return placed
+    def fill(self, points: Points, color: Color, surface: bool = True) -> None:
+        """A filled polygon."""
+        self.draw.polygon([tuple(p) for p in self.place(points, surface).tolist()], fill=color)
 
     def stroke(self, points: Points, thickness: float, color: Color, surface: bool = True) -> Points:
-        """A line of a thickness in face units."""
+        """A line; its thickness is in face units. Returns the placed points."""
         placed = self.place(points, surface)
         wide = max(1, round(thickness * self.unit))
         self.draw.line([tuple(p) for p in placed.tolist()], fill=color, width=wide, joint="curve")
         return placed
 
-    def box(self, placed: Points, margin: float = 0.03) -> Box | None:
-        """The box around placed points, cut at the frame's edges; None if nothing is inside."""
-        low, high = placed.min(0) - margin * self.unit, placed.max(0) + margin * self.unit
+    def box(self, placed: Points) -> Box | None:
+        """The box around placed points with a margin, clipped to the frame; None if nothing is inside."""
+        low, high = placed.min(0) - 0.03 * self.unit, placed.max(0) + 0.03 * self.unit
         x0, y0 = np.clip(low / self.shape, 0, 1)
         x1, y1 = np.clip(high / self.shape, 0, 1)
         return (float(x0), float(y0), float(x1), float(y1)) if x1 > x0 and y1 > y0 else None
@@ -158,14 +154,14 @@ def _oval(x: float, y: float, rx: float, ry: float, n: int = 20) -> Points:
 
 
 def _outline(width: float) -> Points:
-    """The head: round above, narrower towards the chin."""
+    """The head: round at the top, narrower towards the chin."""
     angle = np.linspace(0, 2 * np.pi, 36, endpoint=False)
     jaw = np.where(np.sin(angle) > 0, 1 - 0.22 * np.sin(angle) ** 2, 1.0)
     return np.stack([width * np.cos(angle) * jaw, np.sin(angle)], axis=1)
 
 
 def _head(pen: _Pen, who: Person) -> None:
-    """Shoulders, back hair, neck, ears, head, hair, nose."""
+    """Back hair, neck, shoulders, ears, head, hair, nose."""
     cloth, hair, skin = COLORS[who.clothes], HAIR[who.hair], who.skin
     if who.style == "长发":
         pen.fill(_oval(0, 0.2, who.width * 1.32, 1.35), hair, surface=False)
@@ -193,7 +189,7 @@ def _head(pen: _Pen, who: Person) -> None:
 
 
 def _eye(pen: _Pen, who: Person, side: int, look: Expression) -> Points:
-    """One eye and its brow; returns where the brow went."""
+    """One eye and its brow; returns the points of the brow."""
     t = np.linspace(-1, 1, 9)
     arch = 1 - t**2
     x, y, half = side * who.gap, -0.17, who.eyes
@@ -207,7 +203,7 @@ def _eye(pen: _Pen, who: Person, side: int, look: Expression) -> Points:
             _oval(x, middle, 0.42 * half, min(0.42 * half, 0.5 * float(lower[4, 1] - upper[4, 1])), 10), (40, 30, 26)
         )
     pen.stroke(upper, 0.03, (45, 35, 32))
-    # along the brow from its inner (0) to its outer end (1)
+    # position along the brow: 0 at its inner end, 1 at its outer end
     s = np.linspace(0, 1, 7)
     height = y - 0.29 - 0.12 * look.lift - 0.2 * look.tilt * (1 - 1.7 * s) - 0.05 * np.sin(np.pi * s)
     brow = np.stack([side * (who.gap - 0.72 * half - 0.02 + s * (1.9 * half + 0.02)), height], axis=1)
@@ -216,7 +212,7 @@ def _eye(pen: _Pen, who: Person, side: int, look: Expression) -> Points:
 
 
 def _mouth(pen: _Pen, who: Person, look: Expression) -> Points:
-    """Lips, teeth and the dark between them; returns where they went."""
+    """Lips, teeth and the dark between them; returns the points of the mouth."""
     t = np.linspace(-1, 1, 13)
     half = who.lips * (1 + 0.18 * max(look.mouth, 0) - 0.22 * look.open)
     corner = 0.5 - 0.15 * look.mouth
@@ -239,7 +235,7 @@ def _mouth(pen: _Pen, who: Person, look: Expression) -> Points:
 
 
 def _cover(pen: _Pen, who: Person, cover: str) -> tuple[str, ...]:
-    """What hides a part of the face; returns the names of what is hidden."""
+    """Draw what hides a part of the face; returns the names of the hidden parts."""
     if cover == "口罩":
         mask = np.array(
             [[-0.95, 0.12], [0, 0.02], [0.95, 0.12], [0.78, 0.6], [0.45, 0.92], [-0.45, 0.92], [-0.78, 0.6]]
@@ -265,9 +261,9 @@ def _cover(pen: _Pen, who: Person, cover: str) -> tuple[str, ...]:
 
 def draw(who: Person | None, scene: Scene, pose: Pose, look: Expression, size: tuple[int, int], rng: Generator,
          back: Image.Image | None = None) -> Drawn:  # fmt: skip
-    """One frame of ``size`` (width, height) pixels; no person makes a cutaway to the bare scene.
+    """One frame of ``size`` (width, height) pixels; without a person, a cutaway to the bare scene.
 
-    ``back`` is the scene's backdrop at OVERSAMPLE times the size, where the caller keeps it from frame to frame.
+    ``back``: the scene's backdrop at OVERSAMPLE times the size, if the caller keeps it from frame to frame.
     """
     large = (size[0] * OVERSAMPLE, size[1] * OVERSAMPLE)
     image = back.copy() if back else backdrop(scene.background, scene.color, scene.seed, large)

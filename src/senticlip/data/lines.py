@@ -1,10 +1,8 @@
-"""Chinese lines from a small grammar: a few hundred phrases, split without overlap.
+"""Chinese lines from a small grammar with negation, irony and neutral talk: a few hundred phrases, split disjointly.
 
-There is negation, irony and neutral talk.
-
-A line is a topic and a clause. Topics and clauses are the phrases: each belongs to one split alone. The words that they
-are made of are shared, or nothing could be learned: 一点也不 + 靠谱 may be in test where train has 一点也不 + 舒服
-and 很 + 靠谱.
+A line is a topic and a clause. Topics and clauses are the phrases: each belongs to one split only. The words they are
+made of are shared, or nothing could be learned: 一点也不 + 靠谱 may be in test where train has 一点也不 + 舒服 and
+很 + 靠谱.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ OPENERS = ("", "", "我说，", "你看，", "说起来，", "嗯，", "其实")
 
 
 class Line(NamedTuple):
-    """What is said, its polarity as a CH-SIMS score, how it is said (plain, negation, irony, neutral), its phrases."""
+    """A line's text, its polarity as a CH-SIMS score, its kind (plain, negation, irony, neutral) and its phrases."""
 
     text: str
     score: float
@@ -59,7 +57,7 @@ class _Clause(NamedTuple):
 
 
 def clauses() -> list[_Clause]:
-    """All clauses of the grammar: negation turns the score, irony makes praise negative, places and facts are 0."""
+    """All clauses of the grammar: negation flips the score, irony makes praise negative, places and facts are 0."""
     found = []
     for sign, words in ((1, GOOD), (-1, BAD)):
         for word in words:
@@ -74,7 +72,8 @@ class Grammar:
     """The phrases of each split, and lines made of them.
 
     Args:
-        shares: split → share of the phrases; each kind and sign of clauses is divided alike.
+        shares: split → share of the phrases; the same for each kind and sign of clauses.
+        rng: assigns the phrases to the splits.
     """
 
     def __init__(self, shares: dict[str, float], rng: Generator) -> None:
@@ -88,7 +87,7 @@ class Grammar:
                 self.clauses[split] += part
 
     def line(self, split: str, sign: int, rng: Generator) -> Line:
-        """A line of this split whose polarity has this sign."""
+        """A random line of this split whose polarity has this sign."""
         group = [c for c in self.clauses[split] if (c.score > 0) - (c.score < 0) == sign]
         clause = group[rng.integers(len(group))]
         topic = self.topics[split][rng.integers(len(self.topics[split]))]
@@ -98,7 +97,7 @@ class Grammar:
 
 
 def _divide(items: list[T], shares: dict[str, float]) -> dict[str, list[T]]:
-    """Cut a list into consecutive parts by shares; the last takes what is left."""
+    """Cut a list into consecutive parts by shares; the last part takes what is left."""
     parts, start = {}, 0
     for position, (split, share) in enumerate(shares.items()):
         end = len(items) if position == len(shares) - 1 else start + max(1, round(share * len(items)))

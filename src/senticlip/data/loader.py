@@ -1,4 +1,4 @@
-"""Clips or cached Sequences → batches, gathered a whole batch at a time from memory-mapped stores."""
+"""Clips or cached Sequences → batches, each gathered at once from memory-mapped stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from senticlip.structures import MODALITIES, TARGETS, Batch, Clip, Sequence
 
 
 class Rows(Protocol):
-    """N rows of sequences of different lengths: the interface of a cache's Store and of ArrayRows."""
+    """N sequences of different lengths: the interface shared by a cache's Store and ArrayRows."""
 
     lengths: np.ndarray
 
@@ -38,7 +38,7 @@ class ArrayRows:
 
     @cached_property
     def keys(self) -> list[str]:
-        """A hash of the content of each row; empty for an empty row."""
+        """A hash of each row's content; the empty string for an empty row."""
         return [
             hashlib.blake2b(row[:n].tobytes(), digest_size=16).hexdigest() if n else ""
             for row, n in zip(self.values, self.lengths, strict=True)
@@ -48,7 +48,7 @@ class ArrayRows:
         return len(self.values)
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Trimmed to the longest of the chosen rows."""
+        """Values and mask of some rows, trimmed to the longest of them."""
         mask = self.mask[indices]
         longest = max(1, int(mask.sum(1).max()))
         return self.values[indices, :longest], mask[:, :longest]
@@ -66,7 +66,7 @@ def padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 class ClipSet(Dataset[dict[str, Tensor]]):
     """One split: a store per modality and the labels.
 
-    ``__getitems__`` (which torch's fetcher calls with a batch of indices) gives plain tensors by name, since
+    ``__getitems__`` (called by torch's fetcher with a batch of indices) returns plain tensors by name, since
     transformers.Trainer mangles NamedTuples: ``text``, ``text_mask``, …, ``label_M``, …, ``rows``.
     """
 
@@ -79,18 +79,14 @@ class ClipSet(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row, as a batch of one."""
-        return self.__getitems__([index])
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A batch as tensors by name; a modality that none of its rows has is left out, unless they have nothing."""
+        """A batch as tensors by name, without the modalities that no row has; if the rows have none, with all."""
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)
         found = {name: store.gather(chosen) for name, store in self.stores.items()}
         there = {name for name, (_, mask) in found.items() if mask.any()}
-        there = there or {name for name, store in self.stores.items() if store.lengths.any()}  # its width is known
+        there = there or {name for name, store in self.stores.items() if store.lengths.any()}  # of known width
         for name, (values, mask) in found.items():
             if name in there:
                 batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
@@ -100,12 +96,12 @@ class ClipSet(Dataset[dict[str, Tensor]]):
 class BalancedSampler(Sampler[int]):
     """Rows drawn with replacement, all classes with the same probability.
 
-    The draw depends on the seed and the epoch's number only, so a resumed training draws what the uninterrupted one
-    would have drawn, and all processes of one training draw the same.
+    The draw depends on the seed and the epoch only, so a resumed training run draws what the uninterrupted run would
+    have drawn, and all processes of a run draw the same.
 
     Args:
         classes: N class indices.
-        seed: of the training.
+        seed: the training run's seed.
     """
 
     def __init__(self, classes: np.ndarray, seed: int) -> None:
@@ -125,7 +121,7 @@ class BalancedSampler(Sampler[int]):
 
 
 def collate(batch: Any) -> Any:
-    """The batch itself: ClipSet returns whole batches."""
+    """Return the batch as it is: ClipSet returns whole batches."""
     return batch
 
 

@@ -59,6 +59,11 @@ class Plan(NamedTuple):
     backdrop: int
 
     @property
+    def id(self) -> str:
+        """The clip's id in a CH-SIMS folder."""
+        return f"{self.video_id}/{self.clip_id}"
+
+    @property
     def kind(self) -> str:
         """How words and face stand to each other: agree, words, face, conflict or neutral."""
         text, face = np.sign(self.line.score), np.sign(self.vision)
@@ -109,7 +114,7 @@ def make(
         truth = {
             "spec": spec,
             "best": {split: best([p for p in plans if p.split == split]) for split in splits},
-            "clips": {f"{p.video_id}/{p.clip_id}": _truth(p, frames[f"{p.video_id}/{p.clip_id}"]) for p in plans},
+            "clips": {p.id: _truth(p, frames[p.id]) for p in plans},
         }
         _write_labels(building / "label.csv", plans)
         (building / "truth.json").write_text(json.dumps(truth, ensure_ascii=False), encoding="utf-8")
@@ -128,7 +133,7 @@ def read_truth(folder: str | Path) -> dict[str, Any]:
         return json.loads((Path(folder) / "truth.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UsageError(
-            f"{folder}: no readable truth.json in it, so it is no made data set — choose another folder"
+            f"{folder}: no readable truth.json, so this is not a generated data set — choose another folder"
         ) from None
 
 
@@ -162,13 +167,9 @@ def plan(splits: dict[str, int], seed: int) -> list[Plan]:
 
 def best(plans: list[Plan]) -> dict[str, float]:
     """The accuracy of the best possible answers from T alone, V alone, and both, on these very clips."""
-    counts: dict[tuple[int, int, int], int] = {}
+    table = np.zeros((3, 3, 3))  # clips by the classes of T, V and M
     for p in plans:
-        key = (polarity(p.line.score), polarity(p.vision), polarity(p.joint))
-        counts[key] = counts.get(key, 0) + 1
-    table = np.zeros((3, 3, 3))
-    for key, count in counts.items():
-        table[key] = count
+        table[polarity(p.line.score), polarity(p.vision), polarity(p.joint)] += 1
     right = {"text": table.sum(1).max(1), "video": table.sum(0).max(1), "fused": table.max(2)}
     return {name: round(float(value.sum() / max(1, len(plans))), 4) for name, value in right.items()}
 
@@ -225,7 +226,7 @@ def _film(job: tuple[Path, list[Plan], bool]) -> dict[str, list[dict[str, Any]]]
         frames, boxes, opening = _shoot(p, rng)
         voice = _voice(p, opening, rng) if sound else None
         _encode(folder / f"{p.clip_id}.mp4", frames, voice)
-        truth[f"{p.video_id}/{p.clip_id}"] = boxes
+        truth[p.id] = boxes
     return truth
 
 

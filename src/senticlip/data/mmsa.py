@@ -17,12 +17,11 @@ import numpy as np
 
 from senticlip.data import unpickle
 from senticlip.data.cache import Store, cached, file_keys
-from senticlip.data.table import SPLITS, without_zeros
+from senticlip.data.table import FEATURE_SUFFIXES, SPLITS, without_zeros
 from senticlip.files import write_whole
 from senticlip.progress import console
 from senticlip.structures import Clip, UserError
 
-SUFFIXES = (".pkl", ".pickle")
 LABELS = {"M": "regression_labels", **{name: f"regression_labels_{name}" for name in "TAV"}}
 VERSION = 1
 SMALL = 10_000_000
@@ -52,7 +51,7 @@ class Features(NamedTuple):
             near = [exact[name]] if name in exact else loose.get(_loose(name), [])
             if len(near) > 1:
                 fitting = " and ".join(self.clips[i].id for i in near)
-                raise UserError(f"{self.path}: {name} may be {fitting} — write it as it is there")
+                raise UserError(f"{self.path}: {name} matches {fitting} — write the id exactly as in the file")
             return near[0] if near else -1
 
         chosen = np.array([place(clip.id) for clip in clips], dtype=np.int64)
@@ -74,9 +73,9 @@ def feature_file(data: str | Path) -> Path:
         UserError: there is none, or more than one and none is ``unaligned_39.pkl``.
     """
     path = Path(data)
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in FEATURE_SUFFIXES:
         return path
-    found = sorted(file for file in (path / "Processed").glob("*") if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in (path / "Processed").glob("*") if file.suffix.lower() in FEATURE_SUFFIXES)
     usual = [file for file in found if file.name == "unaligned_39.pkl"]
     if len(usual or found) != 1:
         told = f"there are {len(found)}" if found else "there is none"
@@ -93,7 +92,7 @@ def _all_clips(path: str | Path, data: dict[str, dict[str, Any]]) -> list[Clip]:
     """The clips of all splits; to an id that is not unique (each split may count from 0) split and row are added."""
     clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
     if not clips:
-        raise UserError(f"{path}: has no clips, all its lists of ids are empty")
+        raise UserError(f"{path}: has no clips: all its id lists are empty")
     count = Counter(clip.id for clip in clips)
     return [clip if count[clip.id] == 1 else clip._replace(id=f"{clip.id}#{clip.split}{clip.row}") for clip in clips]
 
@@ -141,7 +140,7 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
                     row[np.isneginf(row)] = 0
                 yield _row(path, split, name, i, row)
             if silent:
-                console.print(f"{path}: {silent} values of audio are -inf, read as 0 (as MMSA does)", soft_wrap=True)
+                console.print(f"{path}: {silent} audio values are -inf, read as 0 (as in MMSA)", soft_wrap=True)
 
         rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute, f"converting {name}")
     return Features(path, clips, rows, widths)
@@ -164,7 +163,7 @@ def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[
             raise UserError(f"{path}, {split}, {key}, row {row}: expected text or a number, not {type(item).__name__}")
     if sum(len(item) for item in found if isinstance(item, str | bytes)) > max(Path(path).stat().st_size, SMALL):
         # a row may name a long text again in two bytes, and each would be copied
-        raise UserError(f"{path}, {split}, {key}: more text than the file is long — write each row's own")
+        raise UserError(f"{path}, {split}, {key}: more text than the file itself — store each row's own")
     return found
 
 
@@ -196,7 +195,7 @@ def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
             values = _numbers(path, split, key, _get(path, split, part, key), len(ids))
             wrong = np.flatnonzero(~(np.abs(values) <= 1))
             if len(wrong):
-                told = f"{values[wrong[0]]:g} is not in -1 … 1 (MOSI and MOSEI, which have -3 … 3: divide them by 3)"
+                told = f"{values[wrong[0]]:g} is not between -1 and 1 (MOSI and MOSEI use -3 to 3: divide by 3)"
                 raise UserError(f"{path}, {split}, {key}, row {wrong[0]}: {told}")
             scores[target] = values
     texts: list[Any] = [None] * len(ids)
@@ -224,7 +223,7 @@ def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tupl
     """The values N×L×d of a modality and its lengths N."""
     values, count = _get(path, split, part, name), len(part["id"])
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise UserError(f"{path}, {split}, {name}: expected an array of numbers rows × steps × columns")
+        raise UserError(f"{path}, {split}, {name}: expected a numeric array of rows × steps × columns")
     if values.ndim == 2 and name != "text":
         values = values[:, None]  # one vector a clip
     if values.ndim != 3 or len(values) != count or 0 in values.shape[1:]:
@@ -237,7 +236,7 @@ def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tupl
     wrong = np.flatnonzero(~((lengths >= 0) & (lengths <= steps)))
     if len(wrong):
         raise UserError(
-            f"{path}, {split}, {key}, row {wrong[0]}: a length of {lengths[wrong[0]]:g} where there are {steps} steps"
+            f"{path}, {split}, {key}, row {wrong[0]}: length {lengths[wrong[0]]:g}, but there are {steps} steps"
         )
     return values, lengths.astype(np.int64)
 
@@ -247,7 +246,7 @@ def _real_tokens(path: str | Path, split: str, value: Any, count: int) -> np.nda
     numbers = isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
     if not numbers or value.ndim != 3 or value.shape[:2] != (count, 3):
         told = f"shape {value.shape}" if numbers else type(value).__name__
-        raise UserError(f"{path}, {split}, text_bert: {told}, expected an array of numbers {count} rows × 3 × tokens")
+        raise UserError(f"{path}, {split}, text_bert: {told}, expected a numeric array of {count} rows × 3 × tokens")
     return value[:, 1].sum(1)
 
 

@@ -44,7 +44,7 @@ def read_openface(
     if missing or len(columns) != WIDTH:
         raise UserError(
             f"{path}: {len(columns)} feature columns{' and no ' + missing[0] if missing else ''}, expected OpenFace's "
-            f"{WIDTH} — run FeatureExtraction with all of its outputs (-2Dfp -3Dfp -pdmparams -pose -aus -gaze)"
+            f"{WIDTH} — run FeatureExtraction with all its outputs (-2Dfp -3Dfp -pdmparams -pose -aus -gaze)"
         )
     frame, confidence, success = (header.index(name) for name in ("frame", "confidence", "success"))
     best: dict[float, tuple[float, np.ndarray]] = {}
@@ -54,7 +54,7 @@ def read_openface(
         try:
             cells = np.array(line, dtype=np.float64)
         except ValueError:
-            raise UserError(f"{path}, row {number}: a cell is no number") from None
+            raise UserError(f"{path}, row {number}: a cell is not a number") from None
         if len(cells) != len(header):
             raise UserError(
                 f"{path}, row {number}: {len(cells)} columns instead of {len(header)} — is the file cut off?"
@@ -89,7 +89,7 @@ def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
     places = [[name, *([Path(name).name] if len(owners[Path(name).name]) == 1 else [])] for name in names]
     found = [next((p for name in each if (p := folder / f"{name}.csv").is_file()), None) for each in places]
     if clips and not any(found):
-        raise UserError(f"{folder}: no OpenFace CSV for any clip, as {folder / names[0]}.csv would be")
+        raise UserError(f"{folder}: no OpenFace CSV for any clip — expected files such as {folder / names[0]}.csv")
 
     def compute(missing: list[int]) -> Iterator[np.ndarray]:
         for place in missing:

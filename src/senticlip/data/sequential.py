@@ -18,7 +18,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
-from av.stream import Discard, Disposition
+from av.stream import Discard, Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -35,7 +35,7 @@ any file on this machine, or wait for ever."""
 MOST_PIXELS = 128 << 20
 """Pixels of a picture at most, as of a telephone's photo: a file of 1 MB may hold one that fills the memory."""
 
-SMALLER = f"make them smaller, {MOST_PIXELS // 10**6} million pixels are the most"
+SMALLER = f"reduce them to at most {MOST_PIXELS // 10**6} million pixels"
 
 _PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 """What encoders of MPEG-4 write into its header if B-frames are packed."""
@@ -65,12 +65,12 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     except OSError as error:
         if error.errno == errno.EACCES:  # of a folder on the way
             raise UserError(f"{path}: cannot be read (permission denied) — ask its owner") from None
-        raise UserError(f"{path}: no video file can have this name ({error.strerror}) — is it the text?") from None
+        raise UserError(f"{path}: this cannot be a file name ({error.strerror}) — is it the text?") from None
     if not there:
         if re.search(r"(^|/)[a-z][a-z0-9]+:/", str(path)):
-            raise UsageError(f"{path}: no such video file — what lies behind an address must be downloaded first")
+            raise UsageError(f"{path}: no such video file — URLs must be downloaded first")
         if path.exists() and not path.is_dir():
-            raise UsageError(f"{path}: no video file but a pipe or a device — write it to a file first")
+            raise UsageError(f"{path}: a pipe or a device, not a video file — write it to a file first")
         raise UsageError(f"{path}: no such video file — check the path" + (" (a folder)" if path.is_dir() else ""))
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read (permission denied) — ask its owner")
@@ -85,21 +85,26 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     if not tracks:
         found = ", ".join(sorted({_kind(stream) for stream in container.streams})) or "nothing"
         container.close()
-        raise UserError(f"{path}: no video in this file (it holds: {found}) — give a video, or leave it out")
+        raise UserError(f"{path}: no video in this file (it contains: {found}) — give a video, or leave it out")
     stream = next((s for s in tracks if s.disposition & Disposition.default), tracks[0])  # as players choose
     if stream.codec_context is None:
         container.close()
-        raise UserError(f"{path}: there is no decoder for its video here — convert it to H.264")
+        raise UserError(f"{path}: no decoder for its video — convert it to H.264")
     if stream.width * stream.height > MOST_PIXELS:  # many have no size until they are decoded
         container.close()
         raise UserError(f"{path}: pictures of {stream.width} x {stream.height} pixels — {SMALLER}")
-    for other in container.streams:
-        if other.index != stream.index:
-            other.discard = Discard.all
+    discard_others(container, stream)
     stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # those above were for the header alone
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
     return container, stream
+
+
+def discard_others(container: InputContainer, stream: Stream) -> None:
+    """Have FFmpeg skip the packets of all other streams."""
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
 
 
 def _kind(stream: Any) -> str:

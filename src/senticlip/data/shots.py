@@ -31,7 +31,7 @@ def windows(duration: float, seconds: float = 5.0) -> list[Line]:
         UsageError: a length below LEAST, or none at all.
     """
     if not LEAST <= seconds < inf:
-        raise UsageError(f"--seconds {seconds}: the length of a window must be at least {LEAST}")
+        raise UsageError(f"--seconds {seconds}: a window must be at least {LEAST} s long")
     return _pieces(0.0, duration, max(1, round(duration / seconds)))
 
 
@@ -61,7 +61,7 @@ def shots(video: str | Path, end: float) -> list[Line]:
     with container:
         for frame in pictures(container, stream):
             if frame.time is None:
-                raise UserError(f"{video}: its pictures have no times to cut at — leave out --cut shots")
+                raise UserError(f"{video}: its pictures have no timestamps to cut at — leave out --cut shots")
             time = frame.time - zero
             if last is not None and time - now < STEP:
                 continue

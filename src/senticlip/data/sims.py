@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from senticlip.data.table import (
     EMPTY,
+    FEATURE_SUFFIXES,
     SPLIT_NAMES,
     SPLITS,
     TARGET_COLUMNS,
@@ -39,16 +40,13 @@ PROTOCOLS = ("official", "tenth", "video")
 
 
 class Report(NamedTuple):
-    """What ``data check`` found: clips, counts by split and class, what is wrong (problems) and odd (warnings)."""
+    """What ``data check`` found, and prints with ``--json``: the number of clips, counts by split and class, what is
+    wrong (problems) and what is odd (warnings)."""
 
     clips: int
     splits: dict[str, dict[str, int]]
     problems: list[str]
     warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``senticlip data check --json`` prints."""
-        return self._asdict()
 
 
 class _Row(NamedTuple):
@@ -86,7 +84,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     chosen = [clip for clip in clips if split in ("all", clip.split)]
     if not chosen:
         there = ", ".join(name for name in SPLITS if any(clip.split == name for clip in clips))
-        raise UserError(f"{table}: no clips in split {split!r} — there is {there}: give some rows that split")
+        raise UserError(f"{table}: no clips in split {split!r}, only in {there} — assign some rows to it")
     return chosen
 
 
@@ -114,7 +112,7 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
     rows = [row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)]
     warnings += [*leaks(rows), *absent(table, clips)]
     if lacking := {"train", "valid"} - {clip.split for clip in clips}:
-        warnings.append(f"{table}: no clip is in {' or '.join(sorted(lacking))}, so nothing can be trained on it")
+        warnings.append(f"{table}: no clip is in {' or '.join(sorted(lacking))}, so it cannot be used for training")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for clip in clips:
         if "M" in clip.labels:
@@ -184,11 +182,11 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
         raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
     places = [path / "label.csv", path / "meta.csv"] if path.is_dir() else [path]
     tables = [place for place in places if place.is_file()]
-    pickled = tables == [path] and path.suffix.lower() in (".pkl", ".pickle")
+    pickled = tables == [path] and path.suffix.lower() in FEATURE_SUFFIXES
     if pickled or (not tables and (path / "Processed").is_dir()):
         return _from_features(path)
     if not tables and path.is_dir():
-        raise UserError(f"{path}: no label.csv and no meta.csv in it — is this a CH-SIMS folder?")
+        raise UserError(f"{path}: has neither label.csv nor meta.csv — is this a CH-SIMS folder?")
     if not tables:
         raise UsageError(f"{path}: no such folder or CSV file")
     table = tables[0]
@@ -207,15 +205,15 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
             row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
         # rows of one's own may repeat a file; a CH-SIMS clip stands in the table once
         if row.clip.id in seen and ids:
-            row.problems.append(f"{table}, row {line.row}: {row.clip.id} was in row {seen[row.clip.id]} already")
+            row.problems.append(f"{table}, row {line.row}: {row.clip.id} is already in row {seen[row.clip.id]}")
         elif row.clip.id in seen:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
-    told = [f"{other}: not read, since {table.name} is there, too" for other in tables[1:]]
+    told = [f"{other}: ignored, since {table.name} is there, too" for other in tables[1:]]
     told += only_0_and_1(table, columns, lines) + (unread(table, columns, whole[0].cells) if named else [])
     if protocol == "official" and "split" not in columns:
-        told.append(f"{table}: no split column: clips drawn at random, a tenth each, are valid and test")
+        told.append(f"{table}: no split column: a random tenth each becomes valid and test")
     rows[0].warnings.extend(told)
     return table, rows
 
@@ -247,7 +245,7 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
             labels[target] = value
         elif cell or column == "label":
             problems.append(
-                f"{where}, column {column}: {cell!r} is no label — a number from -1 to 1, or negative/neutral/positive"
+                f"{where}, column {column}: {cell!r} is not a label — give -1 to 1, or negative/neutral/positive"
                 ", 消极/中性/积极"
             )
     word = score(cells.get("annotation", ""))
@@ -255,18 +253,18 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
         warnings.append(f"{where}: label {labels['M']:g}, but annotation {cells['annotation']}")
     split = SPLIT_NAMES.get(cells.get("split", "").casefold())
     if official and "split" in columns and split is None:
-        problems.append(f"{where}, column split/mode: {cells['split']!r} is unknown — there are {', '.join(SPLITS)}")
+        problems.append(f"{where}, column split/mode: {cells['split']!r} is unknown — choose from {', '.join(SPLITS)}")
     times: dict[str, float] = {}
     for column in ("start", "end"):
         if told := cells.get(column):
             if (time := finite(told)) is None:
-                problems.append(f"{where}, column {column}: {told!r} is no time in seconds")
+                problems.append(f"{where}, column {column}: {told!r} is not a time in seconds")
             else:
                 times[column] = time
     if times.get("start", 0.0) < 0:
-        problems.append(f"{where}, column start: {times['start']:g} s is before the beginning")
+        problems.append(f"{where}, column start: {times['start']:g} s is before the video starts")
     if times.get("end", math.inf) <= times.get("start", 0.0):
-        problems.append(f"{where}, columns start and end: the piece ends at {times['end']:g} s, before it begins")
+        problems.append(f"{where}, columns start and end: the segment ends at {times['end']:g} s, not after its start")
     video, name, source, faults = find(cells, line.row)
     problems += [f"{where}: {fault}" for fault in faults]
     text = None if cells.get("text", "") in EMPTY else cells["text"]
@@ -285,7 +283,7 @@ class _Raw:
         self.root = table.parent / "Raw"
         self.there = self.root.is_dir()
         if not self.there and not (table.parent / "Processed").is_dir():
-            raise UserError(f"{table.parent}: neither Raw/ nor Processed/ is in it — where are the clips?")
+            raise UserError(f"{table.parent}: has neither Raw/ nor Processed/ — where are the clips?")
         self.folders = _by_id(self.root, lambda path: path.is_dir()) if self.there else {}
         self.files: dict[Path, dict[str, list[Path]]] = {}
 
@@ -324,7 +322,7 @@ def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path |
     if len(exact or near) == 1:
         return (exact or near)[0], ""
     if near:
-        return None, f"{name!r} fits {' and '.join(path.name for path in near)} in {folder} — keep one"
+        return None, f"{name!r} matches {' and '.join(path.name for path in near)} in {folder} — keep one"
     return None, f"{folder / name} does not exist"
 
 
@@ -339,7 +337,7 @@ def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str,
             if path is not None and not path.is_file():
                 faults = [f"{path} does not exist"]
         except (OSError, RuntimeError) as error:
-            faults = [f"{name!r} can be no file's name ({getattr(error, 'strerror', None) or error})"]
+            faults = [f"{name!r} cannot be a file name ({getattr(error, 'strerror', None) or error})"]
         clip = cells.get("id") or name or f"row {row}"
         return path, clip, cells.get("video_id") or (os.path.normpath(name) if name else clip), faults
 

@@ -80,7 +80,7 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
     has_timings = "[Events]" not in text and (_TIMING.search(text) or _LIKE_TIMING.search(text))
     cues = _timed(text, path) if has_timings else _by_pysubs2(text, path)
     if not cues:
-        raise UserError(f"{path}: no timed line in it — is it a {path.suffix[1:]} file?")
+        raise UserError(f"{path}: has no timed line — is it a {path.suffix[1:]} file?")
     return merge(cues, shift)
 
 
@@ -108,13 +108,13 @@ def _timed(text: str, path: Path) -> list[Cue]:
         if like.start() not in timings:
             row = text.count("\n", 0, like.start()) + 1
             line = text[like.start() :].partition("\n")[0].strip()[:60]
-            raise UserError(f"{path}, row {row}: {line} is no timing — write 00:00:01,000 --> 00:00:02,000")
+            raise UserError(f"{path}, row {row}: {line} is not a timing — write 00:00:01,000 --> 00:00:02,000")
     cues = []
     for told, after in zip(found, [*found[1:], None], strict=True):
         if not is_vtt and max(len(hours or "") for hours in told.groups()) > 2:
             row = text.count("\n", 0, told.start()) + 1
             time = told[0].split("-->")[0].strip()
-            raise UserError(f"{path}, row {row}: {time} is no time of a film — hours have two digits")
+            raise UserError(f"{path}, row {row}: {time} is not a time in a film — hours have two digits")
         rows = text[told.end() : after and after.start()].split("\n")[1:]
         if is_vtt:  # behind an empty row come names, NOTE, STYLE and REGION blocks
             rows = rows[: rows.index("")] if "" in rows else rows
@@ -268,5 +268,5 @@ def guess_text(data: bytes, path: Path) -> str:
 
     best = from_bytes(data).best()
     if best is None:
-        raise UserError(f"{path}: its encoding is not known — save the subtitles as UTF-8")
+        raise UserError(f"{path}: its encoding is unknown — save the subtitles as UTF-8")
     return str(best)

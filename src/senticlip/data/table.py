@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ VIDEO_SUFFIXES = (
     ".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv",
     ".mpeg", ".3gp", ".ogv", ".m2ts", ".mts", ".f4v",
 )  # fmt: skip
+FEATURE_SUFFIXES = (".pkl", ".pickle")
 SPLITS = ("train", "valid", "test")
 
 SPLIT_NAMES = {name: name for name in SPLITS} | {
@@ -97,7 +98,7 @@ def check_no_workbook(data: bytes, path: Path) -> None:
         UserError: it is one.
     """
     if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
-        raise UserError(f"{path}: is an Excel workbook, or a zip — save it as CSV UTF-8 (另存为 → CSV UTF-8)")
+        raise UserError(f"{path}: is an Excel workbook or a zip file — save it as CSV UTF-8 (另存为 → CSV UTF-8)")
 
 
 def delimiter_of(line: str) -> str:
@@ -205,7 +206,7 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
         if {"video_id", "clip_id"} <= columns.keys() and ("path" not in columns or (table.parent / "Raw").is_dir()):
             columns = {name: index for name, index in columns.items() if name not in _OWN}
     else:
-        columns = _guess(lines)
+        columns = _guess(lines, table.parent / "Raw")
         columns = {} if _is_foreign_header(first, columns) else columns
     if "label" not in columns and "annotation" in columns:
         columns["label"] = columns["annotation"]
@@ -227,8 +228,9 @@ def _is_foreign_header(first: list[str], columns: dict[str, int]) -> bool:
     return index < len(first) and score(first[index]) is None
 
 
-def _guess(lines: list[Line]) -> dict[str, int]:
-    """Columns of a table without a header: the usual order if it fits, else by what the cells look like."""
+def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
+    """Columns of a table without a header: the ids by the files of ``raw`` that they name; the others in the usual
+    order if it fits, else by what the cells look like."""
     sample = [line.cells for line in lines[:200]]
     width = Counter(map(len, sample)).most_common(1)[0][0]
     sample = [cells for cells in sample if len(cells) == width]
@@ -236,8 +238,10 @@ def _guess(lines: list[Line]) -> dict[str, int]:
     def mostly(index: int, test: Any) -> bool:
         return sum(bool(test(cells[index])) for cells in sample) > 0.6 * len(sample)
 
+    ids = _naming(raw, sample, width)
     kinds = {
-        index: "split" if mostly(index, lambda cell: cell.casefold() in SPLIT_NAMES)
+        index: "id" if index in ids
+        else "split" if mostly(index, lambda cell: cell.casefold() in SPLIT_NAMES)
         else "word" if mostly(index, lambda cell: cell.casefold() in SCORES)
         else "score" if mostly(index, lambda cell: score(cell) is not None)
         else "path" if mostly(index, lambda cell: cell.casefold().endswith(VIDEO_SUFFIXES))
@@ -245,7 +249,7 @@ def _guess(lines: list[Line]) -> dict[str, int]:
         for index in range(width)
     }  # fmt: skip
     usual = ["other", "any", "any", "score", "score", "score", "score", "word", "split"]
-    if width == len(usual) and all(usual[i] in ("any", kinds[i]) for i in range(width)):
+    if not ids and width == len(usual) and all(usual[i] in ("any", kinds[i]) for i in range(width)):
         return {name: index for index, name in enumerate(_COLUMNS)}
     columns: dict[str, int] = {}
     of_kind = {kind: [i for i in kinds if kinds[i] == kind] for kind in ("split", "word", "score", "path", "other")}
@@ -257,9 +261,18 @@ def _guess(lines: list[Line]) -> dict[str, int]:
     rest = of_kind["other"]
     if rest:
         columns["text"] = max(rest, key=lambda index: _wordy([cells[index] for cells in sample]))
-        ids = [index for index in rest if index != columns["text"]]
-        columns |= dict(zip(("video_id", "clip_id"), ids, strict=False))
-    return columns
+        ids = ids or [index for index in rest if index != columns["text"]]
+    return columns | dict(zip(("video_id", "clip_id"), ids, strict=False))
+
+
+def _naming(raw: Path, sample: list[list[str]], width: int) -> list[int]:
+    """The columns of the video's and the clip's id, if the files of ``raw`` tell: a clip's id may read as a label."""
+    there = {(without_zeros(file.parent.name), without_zeros(file.stem)) for file in raw.glob("*/*")}
+    found: Counter[tuple[int, int]] = Counter()
+    for cells in sample:
+        names = [without_zeros(cell) for cell in cells]
+        found.update(pair for pair in permutations(range(width), 2) if (names[pair[0]], names[pair[1]]) in there)
+    return [index for pair, rows in found.most_common(1) if rows > 0.6 * len(sample) for index in pair]
 
 
 def _wordy(cells: list[str]) -> tuple[int, int]:
@@ -307,7 +320,7 @@ def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]
             own.append(cell)
         elif cell and (name not in _KNOWN or columns[name] != index):
             left.append(cell)
-    told = {"not read": left, "not read, since a clip is the whole file that video_id and clip_id name": own}
+    told = {"ignored columns": left, "ignored columns, since video_id and clip_id name whole files": own}
     return [f"{table}: {what}: {', '.join(cells)}" for what, cells in told.items() if cells]
 
 
@@ -316,7 +329,7 @@ def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> lis
     index = columns["label"]
     if {finite(line.cells[index]) for line in lines if any(line.cells[index : index + 1])} != {0.0, 1.0}:
         return []
-    told = f"{table}: labels are 0 and 1 only: 0 is neutral, 1 positive"
+    told = f"{table}: labels are only 0 and 1: 0 is neutral, 1 positive"
     return [f"{told} — if 0 means negative, write words (negative/positive)"]
 
 
@@ -325,7 +338,7 @@ def absent(table: Path, clips: list[Clip]) -> list[str]:
     scores = {clip.labels["M"] for clip in clips if "M" in clip.labels}
     signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # of which only_0_and_1 speaks
     lacks = [
-        f"no label is {side} 0, which is neutral — labels are from -1 (negative) to 1 (positive)"
+        f"no label is {side} 0 (neutral) — labels range from -1 (negative) to 1 (positive)"
         for side, sign in (("below", 0), ("above", 2))
         if signs and sign not in signs
     ]

@@ -10,10 +10,10 @@ from typing import Any
 import pysubs2
 from av.codec.codec import Properties
 from av.error import FFmpegError
-from av.stream import Discard, Disposition
+from av.stream import Disposition
 from av.subtitles.subtitle import AssSubtitle
 
-from senticlip.data.sequential import clock_start, open_container
+from senticlip.data.sequential import clock_start, discard_others, open_container
 from senticlip.data.subtitles import Cue, Line, merge
 from senticlip.structures import UsageError, UserError
 
@@ -21,7 +21,7 @@ CHINESE = {"zh", "chi", "zho", "chs", "cht", "cmn", "yue"}
 TITLED = re.compile(r"[中简繁簡粤粵]|[国國][语語]|(?<![a-z])(?:zh|chs|cht|chinese|mandarin)(?![a-z])", re.IGNORECASE)
 """Languages and titles of Chinese tracks."""
 
-_PICTURES = "are pictures, not text — give the lines as a file: --subtitles F.srt"
+_PICTURES = "are images, not text — give them as a file: --subtitles F.srt"
 
 
 def embedded(
@@ -48,17 +48,15 @@ def embedded(
         if track is None:
             streams = _texts(streams, lambda told: tell(f"{video}: {told}"))
         elif not 0 <= track < len(streams):
-            there = f"there are 0 to {len(streams) - 1}" if streams else "it has none, give a file: --subtitles F.srt"
+            there = f"there are 0 to {len(streams) - 1}" if streams else "it has none; give a file: --subtitles F.srt"
             raise UsageError(f"{video}: no subtitle track {track} — {there}")
         if not streams:
             return []
         stream = streams[track] if track is not None else _spoken(streams)
         if stream.codec_context is None:
-            raise UserError(f"{video}: there is no decoder for subtitle track {track} — give a file: --subtitles F.srt")
+            raise UserError(f"{video}: no decoder for subtitle track {track} — give a file: --subtitles F.srt")
         zero = clock_start(container)
-        for other in container.streams:
-            if other.index != stream.index:
-                other.discard = Discard.all
+        discard_others(container, stream)
         cues = []
         for packet in container.demux(stream):
             if packet.pts is None or not packet.size:
@@ -87,7 +85,7 @@ def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
     if known and not texts:
         tell(f"its subtitles {_PICTURES}")
     elif any(map(_is_chinese, known)) and not any(map(_is_chinese, texts)):
-        tell(f"subtitle track {streams.index(_spoken(texts))} is read, no Chinese one: those {_PICTURES}")
+        tell(f"using subtitle track {streams.index(_spoken(texts))}, not a Chinese one: those {_PICTURES}")
     return texts
 
 

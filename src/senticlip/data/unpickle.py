@@ -70,10 +70,6 @@ class Array:
         return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
-def _reconstruct(*_: Any) -> Array:
-    return Array()
-
-
 def _from_buffer(data: Any, dtype: DType, shape: tuple[int, ...], order: str = "C", *_: Any) -> Array:
     array = Array()
     array.state = (1, shape, dtype, order == "F", data)
@@ -92,7 +88,7 @@ def _encode(text: Any, encoding: str) -> Any:
 
 
 NAMES = {
-    ("_reconstruct", "multiarray"): _reconstruct,
+    ("_reconstruct", "multiarray"): Array,
     ("scalar", "multiarray"): _scalar,
     ("_frombuffer", "numeric"): _from_buffer,
     ("ndarray", "numpy"): Array,
@@ -192,14 +188,14 @@ def load(path: str | Path) -> Any:
             return _plain(Unpickler(file).load(), {})
     except Refused as error:
         raise UserError(
-            f"{path}: holds {error}, but a feature file holds arrays, numbers, strings, lists and dicts only — "
+            f"{path}: contains {error}, but a feature file may hold only arrays, numbers, strings, lists and dicts — "
             "it was not run; get the file from a source you trust"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:
         # a broken pickle can fail in any way
-        raise UserError(f"{path}: no complete pickle ({type(error).__name__}) — copy it again") from None
+        raise UserError(f"{path}: not a complete pickle ({type(error).__name__}) — copy it again") from None
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:

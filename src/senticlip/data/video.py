@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-from av.subtitles.stream import SubtitleStream
 from av.video.frame import VideoFrame
 
 from senticlip.data.cutaways import GRID, main_shot, without_bars
@@ -32,21 +30,15 @@ class Frames(NamedTuple):
 class VideoInfo(NamedTuple):
     """The properties of a video file.
 
-    The first frame is at ``start`` on a player's clock, and all last for ``duration`` (both seconds); ``width`` and
-    ``height`` in pixels, after rotation; ``aspect``: as the reader's; ``subtitle_tracks``: a name for each;
-    ``problem``: a line for the user if the file is shorter than its header says, else None.
+    The pictures begin at ``start`` on a player's clock and last ``duration`` (both in seconds); ``aspect``: width by
+    height on a screen; ``problem``: a line for the user if the file is shorter than its header says, else None.
     """
 
+    start: float
     duration: float
-    width: int
-    height: int
     aspect: float
-    fps: float
     has_audio: bool
-    subtitle_tracks: list[str]
-    codec: str
     problem: str | None
-    start: float = 0.0
 
 
 class VideoReader:
@@ -72,11 +64,7 @@ class VideoReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
+    def __exit__(self, *_: object) -> None:
         self._decoder.close()
 
     @property
@@ -114,8 +102,8 @@ class VideoReader:
                 shape = shape or picture.shape
                 pixels[stamp] = picture if size is None else resize(picture[None], size)[0].numpy()
         keep = shown if times is not None else sorted(pixels)
-        height, width = shape[1:] if size is None and shape else (size or 0, size or 0)
-        stack = np.stack([pixels[stamp] for stamp in keep]) if keep else np.zeros((0, 3, height, width), np.uint8)
+        nothing = np.zeros((0, 3, size or 0, size or 0), np.uint8)
+        stack = np.stack([pixels[stamp] for stamp in keep]) if keep else nothing
         found = Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
         if cutaways == "drop":
             stays = main_shot(resize(without_bars(stack), GRID).numpy())
@@ -125,15 +113,15 @@ class VideoReader:
     def _spaced(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
         """t_i = start + (i + ½)·T/m; a piece that reaches beyond the video is cut at its end."""
         if frames < 1:
-            raise UsageError(f"{self.path}: {frames} frames asked for — ask for at least 1")
+            raise UsageError(f"{self.path}: {frames} frames requested — request at least 1")
         first = self._start if start is None else Fraction(start)
         last = self._end if end is None else min(Fraction(end), self._end)
         if end is not None and end < first:
-            raise UserError(f"{self.path}: the piece ends at {end} s, before its start {float(first)} s — swap them")
+            raise UserError(f"{self.path}: the segment ends at {end} s, before its start {float(first)} s — swap them")
         if start is not None and start < 0:
-            raise UserError(f"{self.path}: the piece begins at {start:g} s, before the beginning — start at 0")
+            raise UserError(f"{self.path}: the segment starts at {start:g} s, before the video — start at 0")
         if start is not None and first >= self._end:
-            raise UserError(f"{self.path}: no frame at {start:.2f} s, the video ends at {float(self._end):.2f} s")
+            raise UserError(f"{self.path}: no frame at {start:.2f} s — the video ends at {float(self._end):.2f} s")
         return [first + (2 * i + 1) * (last - first) / (2 * frames) for i in range(frames)]
 
     def _stamp(self, time: float | Fraction) -> int:
@@ -223,12 +211,7 @@ def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
     return np.ascontiguousarray(rgb).transpose(2, 0, 1)
 
 
-def _codec(track: SubtitleStream) -> str:
-    """The name of a subtitle track's codec; FFmpeg knows some that nothing here decodes."""
-    return track.codec_context.name if track.codec_context else "unknown"
-
-
-def _cut_off(reader: VideoReader, rate: float) -> str | None:
+def _cut_off(reader: VideoReader) -> str | None:
     """A line for the user if a file's header tells of more pictures than are there."""
     stream, there, promised = reader._decoder.stream, reader.duration, 0.0
     if "matroska" in reader._decoder.container.format.name:  # no length for each stream, but its end in a tag
@@ -237,7 +220,7 @@ def _cut_off(reader: VideoReader, rate: float) -> str | None:
             promised = sum(float(part) * unit for part, unit in zip(told.groups(), (3600, 60, 1), strict=True))
     elif stream.duration:
         promised = float(stream.duration * reader._decoder.tick)
-    if there >= promised - max(0.5, 2 / (rate or 25)):
+    if there >= promised - max(0.5, 2 / (stream.average_rate or stream.guessed_rate or 25)):
         return None
     return f"{reader.path}: cut off, {there:.1f} s of {promised:.1f} s are there — copy it again"
 
@@ -249,17 +232,8 @@ def probe(path: str | Path) -> VideoInfo:
         UserError: not a readable video, or nothing in it decodes.
     """
     with VideoReader(path) as reader:
-        decoder = reader._decoder
-        streams = decoder.container.streams
-        codec, has_audio = decoder.stream.codec_context.name, bool(streams.audio)
-        names = [
-            " ".join(filter(None, (track.language, track.metadata.get("title"), f"({_codec(track)})")))
-            for track in streams.subtitles
-        ]
-        rate = float(decoder.stream.average_rate or decoder.stream.guessed_rate or 0)
-        problem, start = _cut_off(reader, rate), float(reader._start)
-        _, height, width = reader.read(times=[start]).pixels.shape[1:]
-        return VideoInfo(reader.duration, width, height, reader.aspect, rate, has_audio, names, codec, problem, start)
+        has_audio = bool(reader._decoder.container.streams.audio)
+        return VideoInfo(float(reader._start), reader.duration, reader.aspect, has_audio, _cut_off(reader))
 
 
 def faults(clip: Clip) -> list[str]:
@@ -270,5 +244,5 @@ def faults(clip: Clip) -> list[str]:
     except UserError as error:
         return [str(error)]
     if (clip.start or 0.0) >= info.start + info.duration:
-        return [f"{clip.video} ends at {info.start + info.duration:.2f} s, before the piece begins"]
+        return [f"{clip.video} ends at {info.start + info.duration:.2f} s, before the segment starts"]
     return [info.problem] if info.problem else []

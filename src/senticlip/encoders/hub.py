@@ -85,7 +85,7 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UsageError(f"{key}: no folder {name} — give a folder with config.json or a hub id") from None
+        raise UsageError(f"{key}: no such folder: {name} — give a folder with config.json or a hub id") from None
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
         if has_weights(folder):  # a killed download leaves a snapshot without them
@@ -107,7 +107,7 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", weights]))
     except Exception as error:
         # the hub's own errors, the network library's, the disk's
-        raise UsageError(f"{key}: the hub has no {name} for you ({type(error).__name__}); {advice}") from None
+        raise UsageError(f"{key}: {name} cannot be fetched from the hub ({type(error).__name__}); {advice}") from None
 
 
 def has_weights(folder: Path) -> bool:
@@ -156,17 +156,17 @@ def loading(folder: Path, key: str) -> Iterator[None]:
     except Exception as error:
         # each library, and each format, fails in a way of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{key}: no weights can be read from {folder} ({reason}) — fetch them again") from error
+        raise UserError(f"{key}: the weights in {folder} cannot be read ({reason}) — download them again") from error
 
 
-def read_config(folder: Path, key: str) -> dict[str, Any]:
-    """The ``config.json`` of an encoder's folder."""
+def read_config(folder: Path, key: str, file: str = "config.json") -> dict[str, Any]:
+    """The ``config.json`` (or another JSON object) of an encoder's folder."""
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"{key}: {folder} holds no readable config.json — it is no encoder's folder") from None
+        data = dict(json.loads((folder / file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UsageError(f"{key}: {folder} has no readable {file} — it is not an encoder folder") from None
     if data.get("model_type") == "senticlip":
-        raise UsageError(f"{key}: {folder} is a RUN, no encoder's folder — start={folder} goes on from it")
+        raise UsageError(f"{key}: {folder} is a RUN, not an encoder folder — start={folder} continues from it")
     return data
 
 
@@ -175,7 +175,10 @@ def hf_config(data: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     rest = {name: value for name, value in _sizes(data).items() if name not in ("model_type", "architectures")}
-    return AutoConfig.for_model(data["model_type"], **rest)
+    try:
+        return AutoConfig.for_model(data["model_type"], **rest)
+    except ValueError as error:
+        raise UsageError(f"config.json: transformers cannot build this ({str(error).partition('. ')[0]})") from None
 
 
 def _sizes(data: dict[str, Any]) -> dict[str, Any]:
@@ -214,5 +217,5 @@ def load_pretrained(module: Any, weights: dict[str, Any], key: str, part: str = 
     own = list(module.state_dict())
     missing = sorted(name for name in own if part + name not in weights)
     if missing:
-        raise UsageError(f"{key}: the weights lack {len(missing)} tensors, the first is {part}{missing[0]}")
+        raise UsageError(f"{key}: the weights lack {len(missing)} tensors, the first: {part}{missing[0]}")
     module.load_state_dict({name: weights[part + name] for name in own})

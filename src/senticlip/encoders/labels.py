@@ -34,9 +34,8 @@ class LabelEncoder(nn.Module):
 
     def __init__(self, spec: dict[str, Any], shape: tuple[int, int], train: bool) -> None:
         super().__init__()
-        self.clip = spec.get("model_type") == "chinese_clip"
         config = hub.hf_config(spec)
-        self.dim: int = config.projection_dim if self.clip else config.hidden_size
+        self.dim: int = config.projection_dim if config.model_type == "chinese_clip" else config.hidden_size
         self.trained = train
         if train:
             self.tower = LabelTower(spec)

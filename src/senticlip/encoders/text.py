@@ -24,7 +24,7 @@ def build_body(spec: dict[str, Any]) -> Any:
     if config.model_type == "chinese_clip":
         return ChineseCLIPTextModel(config.text_config, add_pooling_layer=False)
     if config.model_type.startswith("timm") or _names_backbone(config.to_dict()):
-        raise UsageError(f"text.encoder: {config.model_type} reads pictures, by a network that lies elsewhere")
+        raise UsageError(f"text.encoder: {config.model_type} reads images through an external network")
     try:
         return AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False)
     except TypeError:
@@ -66,7 +66,7 @@ def text_spec(config: Any, key: str = "text.encoder") -> tuple[dict[str, Any], P
     folder = hub.fetch(config.encoder, key)
     spec = hub.read_config(folder, key)
     if "model_type" not in spec:
-        raise UsageError(f"{key}: {config.encoder} is no text encoder (its config.json names no model_type)")
+        raise UsageError(f"{key}: {config.encoder} is not a text encoder (its config.json has no model_type)")
     return spec, folder
 
 
@@ -89,18 +89,18 @@ def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
 
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"{folder}: the tokenizer's folder is missing — copy it from where the weights came from")
+            raise UserError(f"{folder}: the tokenizer folder is missing — copy it from where the weights came from")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
         except Exception as error:
             # each kind of tokenizer fails in a way of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder}: no tokenizer can be read here ({reason}) — fetch the folder again") from error
+            raise UserError(f"{folder}: the tokenizer cannot be read ({reason}) — get the folder again") from error
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
         if any((folder / name).is_file() for name in files):
             return tokenizer
         if not random:  # transformers has made one that knows no word
-            raise UserError(f"{folder}: no vocabulary here ({', '.join(sorted(files))}) — fetch the folder again")
+            raise UserError(f"{folder}: no vocabulary found ({', '.join(sorted(files))}) — get the folder again")
     characters = [
         chr(code)
         for code in (*range(0x21, 0x7F), *range(0x3000, 0x3020), *range(0x4E00, 0x9FA6), *range(0xFF01, 0xFF20))
@@ -135,6 +135,8 @@ class TextEncoder(nn.Module):
         ids B×n, mask B×n → Sequence B×n×d
     """
 
+    prompt_ids: Tensor | None
+
     def __init__(self, spec: dict[str, Any], config: TextConfig, prompt: str, prompt_length: int) -> None:
         super().__init__()
         self.body: Any = build_body(spec)
@@ -143,9 +145,8 @@ class TextEncoder(nn.Module):
         self.prefix = (
             nn.Parameter(0.02 * torch.randn(config.prefix_length, words.embedding_dim)) if prompt == "learned" else None
         )
-        if prompt == "discrete":
-            self.prompt_ids: Tensor
-            self.register_buffer("prompt_ids", torch.zeros(prompt_length, dtype=torch.long))
+        ids = torch.zeros(prompt_length, dtype=torch.long) if prompt == "discrete" else None
+        self.register_buffer("prompt_ids", ids)
         length = {"learned": config.prefix_length, "discrete": prompt_length, "none": 0}[prompt]
         places = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
         padding = getattr(places, "padding_idx", None)
@@ -153,9 +154,7 @@ class TextEncoder(nn.Module):
         positions = getattr(self.body.config, "max_position_embeddings", -1)  # -1: relative ones, without a limit
         limit = positions - length - unused
         if positions > 0 and config.max_length > limit:
-            raise UsageError(
-                f"text.max_length: {config.max_length} is more than the encoder's positions allow ({limit})"
-            )
+            raise UsageError(f"text.max_length: {config.max_length} is more than the encoder allows ({limit})")
 
     def start_prompt(self, ids: Tensor) -> None:
         """Start the prompt from the words ``ids`` p (a learned one repeats them to the length of the prefix)."""
@@ -163,7 +162,7 @@ class TextEncoder(nn.Module):
             words = self.body.get_input_embeddings().weight.detach()
             with torch.no_grad():
                 self.prefix.copy_(words[ids.repeat(len(self.prefix) // len(ids) + 1)[: len(self.prefix)]])
-        elif hasattr(self, "prompt_ids"):
+        elif self.prompt_ids is not None:
             self.prompt_ids.copy_(ids)
 
     def _avoids_sync(self, x: Tensor) -> bool:
@@ -185,9 +184,7 @@ class TextEncoder(nn.Module):
         seen[:, 0] = True  # attention over an all-masked row is NaN
         words = self.body.get_input_embeddings()
         x = words(ids)  # B×n×e
-        prompt = (
-            self.prefix if self.prefix is not None else words(self.prompt_ids) if hasattr(self, "prompt_ids") else None
-        )
+        prompt = self.prefix if self.prompt_ids is None else words(self.prompt_ids)
         if prompt is None:
             return Sequence(self._states(x, seen), mask)
         p = len(prompt)

@@ -27,22 +27,19 @@ def vision_spec(config: VisionConfig) -> tuple[dict[str, Any], Path | None]:
         data = hub.KNOWN.get(config.encoder) or {"architecture": _timm_name(config.encoder)}
     if data.get("model_type") == "chinese_clip":
         return _clip_spec(data, folder, config.size), weights
-    if "architecture" in data:
+    if _timm_name(str(data.get("architecture"))):
         return _timm_spec(data, config.size), weights
     raise UsageError(f"vision.encoder: {config.encoder} is neither a Chinese-CLIP model nor a timm network")
 
 
 def _clip_spec(data: dict[str, Any], folder: Path | None, size: int | None) -> dict[str, Any]:
     sizes = hub.hf_config(data)
-    mean, std = hub.OPENAI_MEAN, hub.OPENAI_STD
-    if folder is not None and (folder / "preprocessor_config.json").is_file():
-        import json
-
-        processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
+    there = folder is not None and (folder / "preprocessor_config.json").is_file()
+    processor = hub.read_config(folder, "vision.encoder", "preprocessor_config.json") if folder and there else {}
+    mean, std = processor.get("image_mean") or hub.OPENAI_MEAN, processor.get("image_std") or hub.OPENAI_STD
     own, patch = sizes.vision_config.image_size, sizes.vision_config.patch_size
     if size and size < patch:
-        raise UsageError(f"vision.size: {size} — one patch of this network has {patch} pixels")
+        raise UsageError(f"vision.size: {size} is smaller than one patch of this network ({patch} pixels)")
     return {
         "kind": "chinese_clip",
         "config": data,
@@ -80,7 +77,7 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
             states = body(torch.zeros(1, 3, spec["size"], spec["size"], device="meta"))
         _, dim = states.shape
     except Exception as error:
-        told = f"{data['architecture']} cannot read {spec['size']}×{spec['size']} pixels into one vector"
+        told = f"{data['architecture']} cannot turn {spec['size']}×{spec['size']} pixels into one vector"
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UsageError(f"vision.encoder: {told} ({reason}) — choose another network or vision.size") from None
     return {**spec, "dim": dim}
@@ -222,8 +219,8 @@ class VisionEncoder(nn.Module):
     def images(self, pixels: Tensor) -> Tensor:
         """N×3×H×W normalised → N×d."""
         if self.kind == "chinese_clip":
-            pixels = self.body(pixel_values=pixels, interpolate_pos_encoding=self.resized).pooler_output
-            return self.projection(pixels)
+            state = self.body(pixel_values=pixels, interpolate_pos_encoding=self.resized).pooler_output
+            return self.projection(state)
         # twice as fast for convolutions on the CPU, and no slower elsewhere
         return self.body(pixels.contiguous(memory_format=torch.channels_last))
 
@@ -280,12 +277,12 @@ def _timm_body(spec: dict[str, Any]) -> Any:
     name = spec["config"]["architecture"]
     args = {key: value for key, value in spec["config"]["model_args"].items() if key not in ELSEWHERE}
     if not timm.is_model(name):  # "hf-hub:…" would ask the network
-        raise UsageError(f"vision.encoder: timm knows no network {name}")
+        raise UsageError(f"vision.encoder: timm has no network {name}")
     body = timm.create_model(name, pretrained=False, num_classes=0, **args)
     if _takes_size(body):
         patch = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
         sides = patch if isinstance(patch, tuple | list) else (patch,)
         if any(spec["size"] % side for side in sides):
-            raise UsageError(f"vision.size: {name} cannot read {spec['size']} pixels — take a multiple of {sides[0]}")
+            raise UsageError(f"vision.size: {name} cannot read {spec['size']} pixels — use a multiple of {sides[0]}")
         body = timm.create_model(name, pretrained=False, num_classes=0, **{**args, "img_size": spec["size"]})
     return body

@@ -59,7 +59,7 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
         tokenizer = text_encoder.load_tokenizer(folders["text"], random=not config.text.pretrained)
         tokens["prompt"] = _words(tokenizer, config.text.prefix_text)
         if config.prompt != "none" and not len(tokens["prompt"]):
-            raise UsageError(f"text.prefix_text: {config.text.prefix_text!r} is no word to this encoder's tokenizer")
+            raise UsageError(f"text.prefix_text: {config.text.prefix_text!r} has no token in this encoder's tokenizer")
         parts["text"] = {"spec": spec, "prompt_length": len(tokens["prompt"])}
     if "vision" in config.modalities and "vision" not in widths:
         spec, folders["vision"] = vision_encoder.vision_spec(config.vision)
@@ -68,7 +68,7 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
         parts["label"], folders["label"], tokens["label"], tokens["label_mask"] = _label_part(config, parts)
     missing = [name for name in config.modalities if name not in widths and name not in parts]
     if missing:
-        raise UsageError(f"modalities: {', '.join(missing)} has no encoder and no features here")
+        raise UsageError(f"modalities: {', '.join(missing)} has neither an encoder nor features here")
     if "text" in parts:
         widths["text"] = text_encoder.spec_width(parts["text"]["spec"])
     if "vision" in parts:
@@ -115,15 +115,15 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
         key, source = ("vision.encoder", config.vision) if clip else ("text.encoder", config.text)
     if source.encoder in FROM_FILE:
         raise UsageError(
-            "head: similarity needs an encoder that reads the labels — label.encoder=FOLDER or head=linear"
+            "head: similarity needs an encoder that reads the labels — set label.encoder=FOLDER or head=linear"
         )
     spec, folder = text_encoder.text_spec(source, key)
     prompts: list[str | None] = [label.prompt.replace("{}", str(name)) for name in label.names]
     weights = folder if label.pretrained and source.pretrained else None
     ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder, random=weights is None), prompts, 52)
     if len({tuple(row) for row in ids.tolist()}) < len(prompts):
-        why = "the same name, words that it does not know, or over 52 tokens"
-        raise UsageError(f"label.names, label.prompt: to the encoder two labels read alike ({why}) — give others")
+        why = "the same name, unknown words, or more than 52 tokens"
+        raise UsageError(f"label.names, label.prompt: two labels look the same to the encoder ({why}) — change them")
     return {"spec": spec, "shape": list(ids.shape)}, weights, ids, mask
 
 

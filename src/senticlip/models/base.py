@@ -54,7 +54,7 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
         return
     layers = _layers(module)
     if not 0 < how <= len(layers):
-        raise UsageError(f"{key}: top {how} layers of an encoder that has {len(layers)}")
+        raise UsageError(f"{key}: top {how} layers, but the encoder has {len(layers)}")
     names = {id(p) for p in layers[len(layers) - how].parameters()}
     learning = False
     for parameter in module.parameters():  # in the order of definition, which is the order of depth
@@ -103,7 +103,7 @@ def run_folder(run: str | Path) -> Path:
     """
     if Path(run).is_dir():
         return Path(run)
-    return hub.fetch(str(run), "RUN", "give a folder that senticlip train wrote")
+    return hub.fetch(str(run), "RUN", "give a folder written by senticlip train")
 
 
 def only(features: Batch, kept: Collection[str]) -> Batch:
@@ -128,6 +128,7 @@ class SentimentModel(PreTrainedModel):
         from senticlip.models import MODELS
 
         self.tokenizer: Any = None
+        self.card = ""  # of the RUN it was loaded from, in Markdown
         self.experiment = experiment = from_dict(config.experiment)
         encoders = config.encoders
         self.encoders = nn.ModuleDict()
@@ -169,7 +170,7 @@ class SentimentModel(PreTrainedModel):
         path = run_folder(folder)
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
             raise UsageError(
-                f"{path}: no trained model here (config.json and model.safetensors) — senticlip train makes one"
+                f"{path}: no trained model here (config.json and model.safetensors) — create one with senticlip train"
             )
         model = cls._described(path)
         if not os.access(path / "model.safetensors", os.R_OK):
@@ -180,14 +181,16 @@ class SentimentModel(PreTrainedModel):
             lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
             reason = lines[:2][-1][:200]  # torch lists the wrong keys below a heading
             file = path / "model.safetensors"
-            raise UserError(f"{file}: broken, or not its config's ({reason}) — copy it again") from None
+            raise UserError(f"{file}: broken, or does not match its config ({reason}) — copy it again") from None
+        if (path / "README.md").is_file():
+            model.card = (path / "README.md").read_text(encoding="utf-8", errors="replace")
         if "text" in model.encoders:
             model.tokenizer = load_tokenizer(path / "tokenizer")
             encoder: Any = model.encoders["text"]
             words, known = len(model.tokenizer), encoder.body.get_input_embeddings().num_embeddings
             if words > known:
-                told = f"{words} words, the model has {known}"
-                raise UserError(f"{path}/tokenizer: {told} — copy it again, it is another model's")
+                told = f"{words} words, but the model has {known}"
+                raise UserError(f"{path}/tokenizer: {told} — copy it again, it belongs to another model")
         return model.eval()
 
     @classmethod
@@ -197,7 +200,7 @@ class SentimentModel(PreTrainedModel):
             config = SenticlipConfig.from_pretrained(path)
             if config.model_type != "senticlip" or config.format_version > FORMAT:
                 raise UserError(
-                    f"format {config.format_version} of {config.model_type!r}; this senticlip reads up to {FORMAT}"
+                    f"format {config.format_version} of {config.model_type!r}; this version reads up to {FORMAT}"
                 )
             with torch.random.fork_rng(devices=[]):  # the caller's numbers stay: what is drawn here is overwritten
                 return cls(config)
@@ -206,15 +209,22 @@ class SentimentModel(PreTrainedModel):
         except Exception as error:
             # a broken description can fail anywhere
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise UserError(f"{path}/config.json: describes no model ({reason}) — copy it again") from error
+            raise UserError(f"{path}/config.json: not a valid model config ({reason}) — copy it again") from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config, weights and, in ``tokenizer/``, the tokenizer; ``push_to_hub`` sends what this writes."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **{**kwargs, "max_shard_size": 1 << 50})  # one file: no shards are read
         for weights in Path(save_directory).glob("*.safetensors"):  # safetensors makes them readable to the owner only
             weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """``push_to_hub`` would publish transformers' empty form; a card that the hub has stays."""
+        card = Path(working_dir) / "README.md"
+        if self.card and (not card.exists() or "[More Information Needed]" in card.read_text(encoding="utf-8")):
+            card.write_text(self.card, encoding="utf-8")
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def train(self, mode: bool = True) -> SentimentModel:
         """As in torch, but frozen parts stay in eval mode, without dropout and with fixed batch-norm statistics."""
@@ -244,7 +254,7 @@ class SentimentModel(PreTrainedModel):
             UsageError: a name that is no modality; raw input of a modality for which the model has no encoder.
         """
         if unknown := sorted(batch.modalities.keys() - {*MODALITIES}):
-            raise UsageError(f"{unknown[0]}: no modality of a Batch — its names are {', '.join(MODALITIES)}")
+            raise UsageError(f"{unknown[0]}: not a modality — choose from {', '.join(MODALITIES)}")
         features = {}
         # frames first: they keep a GPU busy while the CPU launches the rest
         for name in sorted(self.experiment.modalities, key=lambda name: name != "vision"):

@@ -97,7 +97,7 @@ class ClipCaMsa(nn.Module):
         self.temporal: Any = TEMPORAL[config.temporal](config) if "vision" in self.names else None
         self.fusion = FUSION[config.fusion](config, self.names) if len(self.names) > 1 else None
         self.labels = LabelEncoder(label["spec"], tuple(label["shape"]), config.label.train) if label else None
-        self.heads = nn.ModuleDict({name: self._head(name) for name in self.names})
+        self.heads: Any = nn.ModuleDict({name: self._head(name) for name in self.names})
         self.combine: Any = LOSSES[config.loss](self.names)
         own = self.fusion is not None and "audio" in self.names and config.audio.own
         self.hearing = PooledHead(config) if own else None  # logits of the audio alone, for its own label
@@ -132,8 +132,7 @@ class ClipCaMsa(nn.Module):
         return Output(logits, log_probs, weights, None, maps, first | own)
 
     def _logits(self, name: str, states: Sequence) -> Tensor:
-        if isinstance(self.heads[name], SimilarityHead):
-            assert self.labels is not None
+        if name == "vision" and self.labels is not None:
             return self.heads[name](states, self.labels())  # eq. 13
         return self.heads[name](states)
 
@@ -186,9 +185,8 @@ class ClipCaMsa(nn.Module):
     def step_finished(self) -> None:
         """Clamp s and logit_scale in place: in the forward pass they would lose their gradient."""
         self.combine.clamp()
-        for head in self.heads.values():
-            if isinstance(head, SimilarityHead):
-                head.logit_scale.clamp_(max=MAX_SCALE)
+        if self.labels is not None:
+            self.heads["vision"].logit_scale.clamp_(max=MAX_SCALE)
 
 
 def _nothing(rows: int, dim: int, device: torch.device) -> Sequence:

@@ -40,12 +40,12 @@ class Peer(nn.Module):
         known = {**Peer.DEFAULTS, **self.DEFAULTS}
         unknown = sorted(map(str, set(config.options) - set(known)))
         if unknown:
-            raise UsageError(f"options.{unknown[0]}: {config.model} does not have it; it has {', '.join(known)}")
+            raise UsageError(f"options.{unknown[0]}: {config.model} has no such option, only {', '.join(known)}")
         given = {name: typed(type(known[name]), value, f"options.{name}") for name, value in config.options.items()}
         self.options = {**known, **given}
         _check(self.options, self.TASKS)
         if config.train.balance == "weights" and self.options["task"] == "regression":
-            raise UsageError(f"train.balance: weights — {config.model} learns a score, no classes: choose none")
+            raise UsageError(f"train.balance: weights — {config.model} learns a score, not classes: choose none")
         self.names = [name for name in MODALITIES if name in config.modalities]
         self.dims = {name: dims[name] for name in self.names}
         self.target = config.target
@@ -55,13 +55,12 @@ class Peer(nn.Module):
 
     def inputs(self, batch: Batch) -> dict[str, Sequence]:
         """The features by modality, in this peer's order and dtype; one that the batch lacks is absent in all rows."""
-        kind = next(p.dtype for p in self.parameters() if p.is_floating_point())
-        rows = next(iter(batch.modalities.values())).mask
-        nothing = {
-            n: Sequence(rows.new_zeros(len(rows), 1, d), rows.new_zeros(len(rows), 1)) for n, d in self.dims.items()
-        }
-        found = {name: batch.modalities.get(name, nothing[name]) for name in self.names}
-        return {name: Sequence(sequence.values.to(kind), sequence.mask) for name, sequence in found.items()}
+        kind, rows = next(self.parameters()).dtype, next(iter(batch.modalities.values())).mask
+        absent, found = rows.new_zeros(len(rows), 1), {}
+        for name, dim in self.dims.items():
+            values, mask = batch.modalities.get(name) or (absent.new_zeros(len(rows), 1, dim), absent)
+            found[name] = Sequence(values.to(kind), mask)
+        return found
 
     def answer(self, raw: Tensor, **more: Any) -> Output:
         """B×C logits, or B×1 scores, as an Output; in fp32, since two rounded ones may be equal."""
@@ -91,7 +90,7 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
     for name, value in options.items():
         if name in words:
             if wrong := [word for word in (value if isinstance(value, list) else [value]) if word not in words[name]]:
-                raise UsageError(f"options.{name}: {wrong[0]!r} — there is {', '.join(words[name])}")
+                raise UsageError(f"options.{name}: {wrong[0]!r} — choose from {', '.join(words[name])}")
         elif name.endswith("dropout") and not 0 <= value < 1:
             raise UsageError(f"options.{name}: {value} — must be at least 0 and below 1")
         else:  # counts are at least 1, other numbers at least 0
@@ -99,7 +98,7 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
             if not least <= value < math.inf:
                 raise UsageError(f"options.{name}: {value} — must be at least {least}")
     if options.get("width", 0) % options.get("heads", 1):
-        raise UsageError(f"options.width: {options['width']} cannot be divided among heads: {options['heads']}")
+        raise UsageError(f"options.width: {options['width']} is not divisible by heads: {options['heads']}")
 
 
 def masked_mean(sequence: Sequence) -> Tensor:
