@@ -1,4 +1,4 @@
-"""senticlip: the sentiment of a video clip and of what is said in it, by CLIP-CA-MSA."""
+"""senticlip: the sentiment of a video clip and its transcript, by CLIP-CA-MSA."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What is imported on use is offered, too, where a notebook completes a name."""
+    """Include the lazily imported names, so that notebooks complete them."""
     return sorted({*globals(), *__all__})

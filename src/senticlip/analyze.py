@@ -1,4 +1,4 @@
-"""A long video and what is said in it → a timeline: a row for each line, and a page to look at."""
+"""A long video and its lines → a timeline: a row for each line, and an HTML page."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from senticlip.sources import cache_root
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 BATCH = 8
-"""Lines in a batch; a kill loses one batch at most."""
+"""Lines per batch; a kill loses at most one batch."""
 
 THUMBNAIL = 96
-"""Height of a thumbnail, pixels."""
+"""Height of a thumbnail in pixels."""
 
 LONGER = 1.0
-"""Seconds by which sound outlasts the pictures if the film goes on without them; encoders round by less."""
+"""If the sound outlasts the pictures by more seconds than this, the film goes on without them; rounding by encoders
+stays below it."""
 
 SCHEMA = pa.schema(
     [("start", pa.float64()), ("end", pa.float64()), ("text", pa.string()), *answers.FIELDS], {"senticlip": "timeline"}
@@ -44,7 +45,8 @@ _PART = SCHEMA.append(pa.field("thumbnail", pa.binary()))
 
 
 class _Job(NamedTuple):
-    """One film to analyze: its lines, its end and its pictures' (seconds), where its timeline goes, the job's key."""
+    """A film to analyze: its lines, its end and the end of its pictures (``last``), both in seconds, the folder of its
+    timeline, and the job's key."""
 
     video: Path
     lines: list[Line]
@@ -56,7 +58,7 @@ class _Job(NamedTuple):
 
     @property
     def parts(self) -> Path | None:
-        """The folder of finished batches, until all are finished."""
+        """The folder of finished batches; removed when all are finished."""
         return None if self.out is None else self.out / ".timeline"
 
 
@@ -76,26 +78,26 @@ def analyze(
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The sentiment of every line of a film, as a stream of rows: start, end (seconds), text, and answers.FIELDS.
+    """Yield the sentiment of each line of a film as a row: start, end (seconds), text, and answers.FIELDS.
 
     Args:
         run: a RUN folder, or a Predictor.
-        video: the film; it is opened once and read from front to back.
-        subtitles: .srt, .ass or .vtt; without one, the film's own subtitle track; without that, see the next three.
+        video: the film; it is read from beginning to end.
+        subtitles: .srt, .ass, .ssa or .vtt; by default the film's embedded track; without any, see ``cut``.
         out: a folder for timeline.parquet, timeline.csv and timeline.html; None writes nothing.
-        shift: seconds added to every subtitle's times.
+        shift: seconds added to the times of all subtitles.
         resume: continue where a killed run stopped.
-        transcribe: have faster-whisper (extra ``asr``) write the lines, and ignore the film's own subtitles.
+        transcribe: get the lines from faster-whisper (extra ``asr``) and ignore embedded subtitles.
         cut: the lines of a film without any text: ``windows`` of about ``seconds`` each, or ``shots``.
-        track: which of the film's own subtitle tracks.
+        track: index of the embedded subtitle track.
         asr_model: size or folder of the speech model.
         device: cpu, cuda, cuda:N.
-        precision: fp32, bf16 or int8; of a Predictor, its own.
-        progress: called with (lines done, lines in all), batch by batch.
+        precision: fp32, bf16 or int8; ignored if ``run`` is a Predictor.
+        progress: called after each batch with (lines done, total lines).
 
     Raises:
-        UsageError: wrong arguments, a missing extra, a film that has nothing which this model reads. UserError: a film
-            or subtitles that cannot be read; another process writes to ``out``.
+        UsageError: wrong arguments, a missing extra, or a film with nothing that this model reads. UserError: the film
+            or subtitles cannot be read, or another process writes to ``out``.
     """
     video = Path(video)
     source = LineSource(subtitles, shift, track, transcribe, asr_model, cut, seconds)
@@ -108,7 +110,7 @@ def analyze(
         told = f"{video}: the sound runs {sound - end:.0f} s longer than the pictures; the last picture is held"
         console.print(told, soft_wrap=True, highlight=False)
         end = sound
-    if transcribe:  # takes long: a model or a folder that cannot be used is told before
+    if transcribe:  # slow: report an unusable model or folder first
         run = _loaded(run, device, precision)
         out = out and make_folder(out)
     lines = source.lines(video, end, device)
@@ -128,7 +130,7 @@ def _loaded(run: Any, device: str | None, precision: str) -> Any:
 
 
 def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
-    """A hash of what the timeline depends on: the model and its precision, the film, the lines."""
+    """A hash of everything the timeline depends on: model, precision, film and lines."""
     with spinner(f"reading {video.name}"):
         film = [str(video.resolve()), file_keys([video], cache_root())[video]]
     job = [answers.fingerprint(predictor.run), predictor.precision, *film, BATCH, lines]
@@ -137,7 +139,7 @@ def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
 
 
 def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-    """The rows; with an ``out`` folder, its files are written at the end."""
+    """The rows; with an ``out`` folder, also write its files at the end."""
     if job.out is None or job.parts is None:
         yield from _rows(job, predictor, progress)
         return
@@ -153,7 +155,7 @@ def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, in
 
 
 def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-    """The rows, batch by batch: from its part if that exists, else from the model."""
+    """The rows, batch by batch: from the batch's part file if there is one, else from the model."""
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
@@ -170,13 +172,13 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
 
 
 def _finished(path: Path) -> str | None:
-    """The key of the job that wrote a timeline."""
+    """The key of the job that wrote a timeline; None if there is no timeline."""
     about = answers.about_parquet(path)
     return None if about is None else (about.metadata or {}).get(b"job", b"").decode()
 
 
 def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
-    """Make the folder of parts; with ``resume``, keep one of the same job."""
+    """Make the folder of parts; with ``resume``, keep that of the same job."""
     stamp = parts / "job"
     try:
         if resume and stamp.is_file() and stamp.read_text() != key:
@@ -193,7 +195,7 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
 
 
 def _frames_of(reader: VideoReader, last: float) -> Callable[..., Frames]:
-    """``read_frames`` from the open film, whose pictures end at ``last``: after that a player shows the last one."""
+    """``read_frames`` for the open film, whose pictures end at ``last``: from then on, players show the last one."""
 
     def read(_: Path, frames: int, start: float, end: float, **options: Any) -> Frames:
         return reader.read(frames, start, end, None if start < last else [last], **options)
@@ -205,7 +207,7 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
     """The rows of one batch of lines."""
     chosen = job.lines[first : first + BATCH]
     clips = [
-        # a line after the film has text only
+        # a line after the end of the film has text only
         Clip(
             f"line {number}",
             job.video if line.start < job.end else None,
@@ -216,13 +218,13 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
         for number, line in enumerate(chosen, first + 1)
     ]
 
-    # opened for each batch: decoded AAC noise depends on all that was decoded before, and a resumed run starts there
+    # opened for each batch, so that a resumed run gives the same: decoded AAC noise depends on all decoded before
     with AudioReader(job.video) as sound:
         pictures = _frames_of(reader, job.last)
         found = list(answers.answer(predictor, clips, read=pictures, listen=lambda _, *piece: sound.read(*piece)))
     if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
         if job.parts is not None:
-            shutil.rmtree(job.parts, ignore_errors=True)  # there is nothing to go on from
+            shutil.rmtree(job.parts, ignore_errors=True)  # nothing to resume
         raise UsageError(f"{job.video}: {found[0][1]}")  # the film has nothing that the model reads
     for line, (prediction, error, frames) in zip(chosen, found, strict=True):
         row = {"start": line.start, "end": line.end, "text": line.text, **answers.record(prediction, error)}
@@ -230,7 +232,7 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
 
 
 def _thumbnail(pixels: Any, aspect: float) -> bytes:
-    """A frame as the model read it, 3×S×S uint8 → a JPEG in the film's aspect ratio."""
+    """A frame as read by the model, 3×S×S uint8 → a JPEG in the film's aspect ratio."""
     from PIL import Image
 
     picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
@@ -241,7 +243,7 @@ def _thumbnail(pixels: Any, aspect: float) -> bytes:
 
 
 def _finish(out: Path, parts: Path, job: _Job) -> None:
-    """Write the three files from the parts; timeline.parquet comes last, so that it marks a finished job."""
+    """Write the three files from the parts; timeline.parquet comes last, to mark a finished job."""
     files = sorted(parts.glob("[0-9]*.parquet"))
     page = resources.files("senticlip").joinpath("templates", "timeline.html").read_text(encoding="utf-8")
     before, after = page.split("/*DATA*/")
@@ -265,7 +267,7 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
 
     table = pa.concat_tables(answers.read_parquet(part).drop_columns("thumbnail") for part in files)
     table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
-    with suppress(OSError):  # of another job, it would pass for finished if this one were killed just now
+    with suppress(OSError):  # a kill from here on must not leave another job's
         (out / "timeline.parquet").unlink(missing_ok=True)
     write_whole(out / "timeline.html", write_page)
     write_whole(out / "timeline.csv", write_csv)
@@ -279,7 +281,7 @@ def _inert(text: str) -> str:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the page reads it: short names, few digits (more for the values that rows are sorted by)."""
+    """A row as the page reads it: short names and few digits (more for values that rows are sorted by)."""
 
     def short(value: float | None, digits: int = 3) -> float | None:
         return None if value is None else round(value, digits)

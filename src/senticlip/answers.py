@@ -1,4 +1,4 @@
-"""Predictions as rows of a table; and batches of clips in which a clip that fails does not cost the others."""
+"""Predictions as rows of a table, and batches of clips in which one bad clip does not fail the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from senticlip.files import write_whole
 from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, bounded, whole
 
 HEADS = tuple(SURFACE.values())
-"""The modalities by the names that a user reads: text, video, audio."""
+"""The modalities by their user-facing names: text, video, audio."""
 
 _WEIGHTS = ("config.json", "model.safetensors")
 
@@ -30,18 +30,18 @@ FIELDS = [
     ("conflict", pa.float64()),
     ("error", pa.string()),
 ]
-"""The columns of every answer. ``sentiment`` is P(positive) − P(negative), or a regression model's score, clipped: in
-[-1, 1]. ``conflict`` is half the distance of the sentiments of text and video: 0 equal, 1 opposite, empty if one is
-absent."""
+"""The columns of every answer. ``sentiment`` is P(positive) − P(negative), or a regression model's score clipped to
+[-1, 1]. ``conflict`` is half the distance between the sentiments of text and video: 0 if equal, 1 if opposite, empty if
+one of them is missing."""
 
 
 def shown(path: str | Path) -> str:
-    """A file's name as valid UTF-8, for a page."""
+    """A file's name as valid UTF-8, for an HTML page."""
     return Path(path).name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:
-    """A prediction, or the error instead of it, as a row with the columns FIELDS; missing values are None."""
+    """A prediction, or the error in its place, as a row with the columns FIELDS; missing values are None."""
     row: dict[str, Any] = {name: None for name, _ in FIELDS}
     row["error"] = None if error is None else whole(str(error))
     if prediction is None:
@@ -66,19 +66,19 @@ def _sentiment(probabilities: dict[str, float]) -> float:
 
 
 Answer = tuple[Prediction | None, UserError | None, Any]
-"""A prediction or else an error, and the frames k×3×S×S uint8 that the model read (None without any)."""
+"""A prediction or an error, and the frames that the model read, k×3×S×S uint8 (None if it read none)."""
 
 
 def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer]:
-    """The Answer of each clip.
+    """The Answer to each clip.
 
-    All clips are one batch; if that fails, each is tried alone, so that only the bad one is lost. A RuntimeError (of
-    torch) or MemoryError may be the machine's fault: such a clip is tried once more. If several clips end so and none
-    is answered, the error is raised: the work can then be continued elsewhere.
+    All clips form one batch; if it fails, each clip is tried alone, so that only the bad one is lost. A RuntimeError
+    (of torch) or MemoryError may be the machine's fault: such a clip is tried once more. If several clips still fail in
+    this way and none is answered, the error is raised, so that the work can be continued elsewhere.
 
     Args:
         predictor: senticlip.load(RUN).
-        clips: few enough to be one batch.
+        clips: few enough for one batch.
         options: passed on to ``predictor.batch``.
     """
     together = _together(predictor, clips, options)
@@ -101,7 +101,7 @@ def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer
 
 
 def _together(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> list[Answer] | Exception:
-    """The Answers of clips in one batch, or the error."""
+    """The Answers to clips in one batch, or the error."""
     try:
         batch = predictor.batch(clips, **options)
         predictions = predictor.predictions(predictor.output(batch))
@@ -115,12 +115,12 @@ def _together(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> lis
 
 
 def _may_be_machine(found: Any) -> bool:
-    """Whether an error may be the machine's fault (FFmpeg's, some of which are of these types, are about a file)."""
+    """Whether an error may be the machine's fault. (Some FFmpeg errors have these types, but are about a file.)"""
     return isinstance(found, (RuntimeError, MemoryError)) and not isinstance(found, FFmpegError)
 
 
 def as_user_error(name: str, error: Exception) -> UserError:
-    """Any error as a UserError of one line; ``name`` says what it is about."""
+    """Any error as a one-line UserError; ``name`` says what it is about."""
     if isinstance(error, UserError):
         return error
     return UserError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -136,20 +136,20 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table atomically."""
 
     def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # pyarrow itself opens no path that is not UTF-8
+        with partial.open("wb") as file:  # pyarrow cannot open paths that are not UTF-8
             pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
     write_whole(path, write)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A table that ``write_parquet`` wrote."""
+    """Read a table written by ``write_parquet``."""
     with path.open("rb") as file:
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
 def sound_parquet(path: Path, columns: list[str] | None = None) -> pa.Table | None:
-    """The same; None if it is missing or damaged (a disk may lose what was written)."""
+    """As ``read_parquet``, but None if the file is missing or damaged (a disk may lose what was written)."""
     try:
         return read_parquet(path, columns)
     except (OSError, pa.ArrowInvalid):
@@ -157,7 +157,7 @@ def sound_parquet(path: Path, columns: list[str] | None = None) -> pa.Table | No
 
 
 def about_parquet(path: Path) -> pq.FileMetaData | None:
-    """The metadata of a Parquet file; None if it is missing, or its end is damaged."""
+    """The metadata of a Parquet file; None if the file is missing or its end is damaged."""
     try:
         with path.open("rb") as file:
             return pq.read_metadata(file)
@@ -166,12 +166,12 @@ def about_parquet(path: Path) -> pq.FileMetaData | None:
 
 
 class _CallableModule(ModuleType):
-    """A module that is called as the function of its own name: ``senticlip.bulk(…)`` is ``senticlip.bulk.bulk(…)``."""
+    """A module callable as the function of the same name: ``senticlip.bulk(…)`` is ``senticlip.bulk.bulk(…)``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 def make_callable(module: str) -> None:
-    """Make the module of this name callable: importing it hides the function of the same name in ``senticlip``."""
+    """Make a module callable: once imported, it hides the function of the same name in ``senticlip``."""
     sys.modules[module].__class__ = _CallableModule

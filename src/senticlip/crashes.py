@@ -1,4 +1,4 @@
-"""Clips whose decoding kills the process (a codec that crashes, a picture larger than memory), found in another one."""
+"""Finds clips whose decoding kills the process (a crashing codec, a picture larger than memory), in a subprocess."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from senticlip.structures import Clip
 
 DEADLINE = 300.0
-"""Seconds that a piece may take: one that takes longer counts as one that kills the process."""
+"""Time limit for a piece, in seconds; a slower one counts as killing the process."""
 
 _DECODE = """import json, os, signal, sys
 from contextlib import suppress
@@ -31,7 +31,8 @@ Piece = tuple[float | None, float | None]
 
 
 def deadly(clips: dict[int, Clip]) -> set[int]:
-    """The keys of the clips whose decoding kills the process. Each video has one of its own, and then each piece."""
+    """The keys of clips whose decoding kills a process: each video is decoded in its own, then, if that dies, each of
+    its pieces."""
     pieces: dict[Path, dict[int, Piece]] = {}
     for key, clip in clips.items():
         if clip.video is not None:
@@ -40,12 +41,13 @@ def deadly(clips: dict[int, Clip]) -> set[int]:
     for video, of_it in pieces.items():
         if how := kills(video, of_it.values()):
             alone = {key for key, piece in of_it.items() if len(of_it) == 1 or kills(video, [piece])}
-            # who crashes only after others have is not known; who is only slow beside another process is no culprit
+            # a crash only of all pieces together: any may be to blame; only slow together: none is
             found |= alone or (set() if how == signal.SIGALRM else of_it.keys())
     return found
 
 
 def kills(video: Path, pieces: Collection[Piece]) -> int:
-    """The signal that kills a process that decodes pieces of a video; SIGALRM after DEADLINE with one, 0 for none."""
+    """The signal that kills a process decoding these pieces of a video: SIGALRM if one takes over DEADLINE, 0 if none
+    does."""
     command = [sys.executable, "-c", _DECODE, str(video), json.dumps([*pieces]), str(DEADLINE)]
     return max(0, -subprocess.run(command, stderr=subprocess.DEVNULL).returncode)

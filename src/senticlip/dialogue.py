@@ -1,4 +1,4 @@
-"""The lines of a film: its subtitles, those in the file itself, what is heard in it, or pieces of time or shots."""
+"""The lines of a film: a subtitle file, an embedded subtitle track, a transcript, or else windows or shots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from senticlip.structures import UsageError, UserError
 
 
 class LineSource(NamedTuple):
-    """Where the lines of a film come from; the fields are those of ``analyze``."""
+    """Where the lines of a film come from; the fields are arguments of ``analyze``."""
 
     subtitles: str | Path | None
     shift: float
@@ -26,10 +26,10 @@ class LineSource(NamedTuple):
     seconds: float
 
     def check(self) -> None:
-        """Refuse options that are none or would have no effect.
+        """Refuse options that are invalid or would have no effect.
 
         Raises:
-            UsageError: there are such, or no faster-whisper or speech model.
+            UsageError: there are such options, or faster-whisper or the speech model is missing.
         """
         if self.cut not in ("windows", "shots"):
             raise UsageError(f"cut {self.cut!r}: unknown — choose windows or shots")
@@ -45,10 +45,10 @@ class LineSource(NamedTuple):
             model_folder(self.asr_model)
 
     def lines(self, video: Path, end: float, device: str | None) -> list[Line]:
-        """The lines of ``video``, which ends at ``end`` seconds; ``device``: of the speech model.
+        """The lines of ``video``, which ends at ``end`` seconds; ``device`` is for the speech model.
 
         Raises:
-            UsageError, UserError: no line, or none that can belong to this film; what cannot be read.
+            UsageError, UserError: no line, none that can belong to this film, or something cannot be read.
         """
         if self.transcribe:
             from senticlip.speech import transcript
@@ -63,7 +63,7 @@ class LineSource(NamedTuple):
         return found
 
     def _own(self, video: Path) -> list[Line] | None:
-        """The film's own lines, None if it has none; the user is told of that, and of tracks that cannot be read."""
+        """The film's embedded lines, or None; tells the user if there are none, and of tracks that cannot be read."""
         told: list[str] = []
         found: list[Line] | None = embedded(video, self.track, self.shift, told.append)
         if not found and not (self.shift < 0 and embedded(video, self.track)):
@@ -76,7 +76,7 @@ class LineSource(NamedTuple):
         return found
 
     def _check_times(self, lines: list[Line], video: Path, end: float) -> None:
-        """Refuse lines that cannot belong to this film; tell the user of those that begin after its end."""
+        """Refuse lines that cannot belong to this film; warn of lines that begin after its end."""
         source = self.subtitles or video
         if not lines:
             moved = f" after 0 s: --shift {self.shift:g} moves all of them before it" if self.shift < 0 else ""

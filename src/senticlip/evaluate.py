@@ -1,4 +1,4 @@
-"""A checkpoint on a split → metrics and a predictions file; two checkpoints on the same split → their difference."""
+"""Evaluate a checkpoint on a split (metrics, predictions file), or compare two checkpoints on the same split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, Output, UsageEr
 
 
 class Answers(NamedTuple):
-    """A run's answers on a split: true and predicted class indices, n each, in the order of ``clips``."""
+    """A run's predictions on a split: true and predicted class indices, n each, in the order of ``clips``."""
 
     clips: list[Clip]
     truth: np.ndarray
@@ -41,26 +41,26 @@ def evaluate(
     target: str | None = None,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Metrics of a run on a split; writes ``RUN/predictions-<split>.csv`` (nothing where RUN is a hub id).
+    """Metrics of a run on a split; writes ``RUN/predictions-<split>.csv`` (not for a hub id).
 
     Args:
         run: the checkpoint folder, or a hub id.
-        data: a CH-SIMS folder or a CSV of one's own.
+        data: a CH-SIMS folder or your own CSV.
         split: train, valid, test or all.
         device: cpu, cuda, cuda:N.
-        target: the label to compare with (M, T, A, V); the one it was trained for by default.
+        target: the label to compare with (M, T, A, V); by default the one it was trained on.
         precision: fp32, bf16 or int8.
 
     Returns:
-        accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n, target; MMSA's acc_2, f1_2
-        and the same ``_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips
-        that have its modality) and ``equal_weights``; a regression model's scores; a reduced precision's
-        ``disagreement``; ``unread``, how many clips have nothing that the model reads, if any; ``predictions``, the
-        file of the answers.
+        accuracy, macro_f1, weighted_f1, precision, recall, per_class, confusion, ece, n, target; MMSA's acc_2 and
+        f1_2, also as ``…_nonzero``; ``interval`` (95 % bootstrap of accuracy); ``heads`` (each head alone, on the clips
+        that have its modality) and ``equal_weights``; regression metrics; ``disagreement`` of a reduced precision;
+        ``unread``, the number of clips without any input for the model, if there are any; ``predictions``, the path of
+        the predictions file.
 
     Raises:
-        UsageError: no such run, split, device, target or precision. UserError: the data cannot be read, or has no
-            such label.
+        UsageError: no such run, split, device, target or precision. UserError: the data cannot be read or lacks
+            the label.
     """
     return _answers(run, data, split, device, target, precision).result
 
@@ -111,13 +111,13 @@ def _answers(
         if os.access(run, os.W_OK):
             write_text(file, _table(clips, truth, predicted, values))
             result["predictions"] = str(file)
-        else:  # a RUN without write permission can be evaluated, too
+        else:  # a read-only RUN can be evaluated, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, predicted, result)
 
 
 def _tell_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
-    """How many clips have nothing that the model reads: their answers say nothing, and count all the same."""
+    """Count and report the clips without any input for the model: their predictions are arbitrary, but still count."""
     nothing = np.all([store.lengths == 0 for store in rows.stores.values()], axis=0)
     if nothing.any():
         said = " or ".join(LABELS[index] for index in np.unique(predicted[nothing]))
@@ -127,7 +127,7 @@ def _tell_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
 
 
 def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
-    """Warn if the data's rows have changed since the training: random splits may then have changed, too."""
+    """Warn if the data's rows have changed since training: random splits may have changed with them."""
     trained = read_metrics(run)
     if "rows" not in trained or Path(trained["data"]).resolve() != Path(data).resolve():
         return
@@ -137,7 +137,7 @@ def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
 
 
 def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """All metrics of an output against class indices and label scores."""
+    """All metrics of an output against true class indices and label scores."""
     values, predicted = values_and_classes(output)
     if output.score is not None:
         result = metrics.classification(truth, predicted) | metrics.regression(scores, values[:, 0])
@@ -153,7 +153,7 @@ def _short(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 
 
 def _table(clips: list[Clip], truth: np.ndarray, predicted: np.ndarray, values: np.ndarray) -> str:
-    """id, text, truth, predicted, a probability per class (or the score)."""
+    """CSV: id, text, truth, predicted, a probability per class (or the score)."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["id", "text", "truth", "predicted", *(LABELS if values.shape[1] > 1 else ["score"])])
@@ -171,11 +171,11 @@ def compare(
     target: str | None = None,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Two runs on the same clips: both metrics, the difference A − B with its interval and p.
+    """Two runs on the same clips: the metrics of both, and the difference A − B with its interval and p.
 
     Raises:
-        UserError: the runs split the data differently, so that their clips are not the same.
-        UsageError: they were trained for different labels, and no ``target`` is given.
+        UserError: the runs split the data differently, so their clips differ.
+        UsageError: they were trained on different labels, and no ``target`` is given.
     """
     a, b = (_answers(run, data, split, device, target, precision) for run in (run_a, run_b))
     if [clip.id for clip in a.clips] != [clip.id for clip in b.clips]:

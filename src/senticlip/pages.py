@@ -1,4 +1,4 @@
-"""What all pages have: the templates, the Chinese names of labels and modalities, numbers as they are read."""
+"""What all HTML pages share: templates, Chinese names of labels and modalities, number formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHINESE = {"negative": "消极", "neutral": "中性", "positive": "积极", "tex
 
 
 def page(template: str, **values: Any) -> str:
-    """A page of the package's templates, with what all of them use."""
+    """Render one of the package's templates, with the globals and filters that all of them use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("senticlip"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -22,9 +22,9 @@ def page(template: str, **values: Any) -> str:
 
 
 def signed(number: float, digits: int = 3, plus: str = "+") -> str:
-    """A number with a true minus, and no sign where it rounds to zero: +0.125, −0.030, 0.000.
+    """A number with a true minus sign, and without a sign if it rounds to zero: +0.125, −0.030, 0.000.
 
-    ``plus``: the sign above zero, "" where a value is told and no change.
+    ``plus``: the sign above zero; "" for a value that is not a change.
     """
     shown = f"{abs(number):.{digits}f}"
     return shown if not float(shown) else ("−" if number < 0 else plus) + shown

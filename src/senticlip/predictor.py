@@ -1,4 +1,4 @@
-"""A checkpoint as a callable: what analyze, explain, bulk and serve stand on."""
+"""A checkpoint as a callable: the basis of analyze, explain, bulk and serve."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from senticlip.structures import (
 
 
 def load(run: str | Path, device: str | None = None, precision: str = "fp32") -> Predictor:
-    """The Predictor of a RUN folder, a hub id, or an ONNX file that ``senticlip export`` wrote.
+    """Load the Predictor of a RUN folder, a hub id, or an ONNX file written by ``senticlip export``.
 
     Sets torch's threads and matmul precision for the whole process (``runtime.setup``).
 
     Args:
         run: the folder, hub id or file.
-        device: cpu, cuda, cuda:N; a GPU if there is one by default.
+        device: cpu, cuda, cuda:N; by default, a GPU if there is one.
         precision: fp32, bf16 or int8 (of the encoders; an ONNX file keeps its own).
 
     Raises:
@@ -54,8 +54,8 @@ def load(run: str | Path, device: str | None = None, precision: str = "fp32") ->
 class Predictor:
     """``predictor("clip.mp4", text="…")`` → Prediction; video or text may be left out. Made by :func:`load`.
 
-    ``run`` is the folder (of a hub id: its snapshot) or the ONNX file. ``disagreement`` tells what a reduced precision
-    changes on synthetic input (``senticlip export RUN --data DIR`` measures it on your data); empty for fp32.
+    ``run`` is the folder (for a hub id, its snapshot) or the ONNX file. ``disagreement`` is how much a reduced
+    precision changes on synthetic input (``senticlip export RUN --data DIR`` measures it on your data); empty for fp32.
     """
 
     def __init__(self, run: str | Path, device: str | None = None, precision: str = "fp32") -> None:
@@ -93,16 +93,16 @@ class Predictor:
         """Predict one clip, or its piece from ``start`` to ``end`` seconds; a blank text or path counts as missing.
 
         Raises:
-            UsageError: nothing that this model reads was given. UserError: the video cannot be read.
+            UsageError: the input has nothing that this model reads. UserError: the video cannot be read.
         """
-        path: Any = video  # batch makes it one
+        path: Any = video  # batch converts a str
         return next(self.predict([Clip("", path, text, start=start, end=end)]))
 
     def predict(self, clips: Iterable[Clip], batch_size: int = 8) -> Iterator[Prediction]:
         """Yield the prediction of each clip, in order, computed ``batch_size`` at a time.
 
         Raises:
-            UsageError: ``batch_size`` below 1. UsageError, UserError: as a call with one clip.
+            UsageError: ``batch_size`` is below 1. UsageError, UserError: as for a single clip.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: {batch_size} — must be at least 1")
@@ -119,13 +119,13 @@ class Predictor:
         """Read clips (frames, log-mel, token ids) into one batch on the model's device.
 
         Args:
-            clips: as many as fit into memory together.
-            read: as ``data.video.read_frames``; an already open film brings its own.
-            listen: as ``data.audio.read_audio``; likewise.
+            clips: as many as fit in memory together.
+            read: replaces ``data.video.read_frames``, for a film that is already open.
+            listen: replaces ``data.audio.read_audio``, likewise.
 
         Raises:
-            UsageError: no clip, or what is none; a clip has nothing that this model reads. UserError: a video cannot be
-                read.
+            UsageError: there are no clips, one is not a Clip, or one has nothing that this model reads. UserError: a
+                video cannot be read.
         """
         if not clips:
             raise UsageError("batch: no clip given — give at least one")
@@ -156,7 +156,7 @@ class Predictor:
         return padded(rows)
 
     def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The log-mel of each clip; a clip without a video, or whose video has no audio, is an empty row."""
+        """The log-mel of each clip; a clip without a video, or whose video has no sound, gets an empty row."""
         bands, average = self.config.audio.bands, self.config.audio.average
         sounds = [np.zeros(0) if c.video is None else listen(c.video, c.start, c.end) for c in clips]
         return padded([log_mel(sound, bands, average) for sound in sounds])
@@ -167,10 +167,10 @@ class Predictor:
         return self.model(batch, attention=attention, alone=True)
 
     def predictions(self, output: Output) -> list[Prediction]:
-        """An output as a Prediction for each row, modalities by their surface names.
+        """A Prediction for each row of an output, with modalities by their surface names.
 
         Raises:
-            UserError: the output has NaN.
+            UserError: the output contains NaN.
         """
         if not output.are_numbers().all():
             raise UserError("the model's answer is NaN, so its weights are broken — train or copy it again")
@@ -198,7 +198,7 @@ class Predictor:
 
 
 def _checked(clip: Clip) -> Clip:
-    """The clip, a blank text or path as None (pandas has NaN where a cell is empty)."""
+    """The clip, with a blank text or path as None. Refuses other types, such as NaN from an empty pandas cell."""
     if not isinstance(clip, Clip):
         raise UsageError(f"{clip!r}: not a clip — give senticlip.structures.Clip(id, video, text)")
     name = clip.id or "clip"

@@ -1,4 +1,4 @@
-"""int8 of an ONNX file: which of its matrix products, and with which weights on this processor."""
+"""int8 quantisation of an ONNX file: which matrix products, and which weight type on this processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def quantize(path: Path) -> Path:
-    """Write ``int8.onnx`` beside a file: dynamic quantisation of its matrix products, weights in 8 bits.
+    """Write ``int8.onnx`` next to a file: dynamic quantisation of its matrix products, weights in 8 bits.
 
     Convolutions, which would get slower, and the ``spared`` products stay in fp32.
     """
@@ -35,11 +35,11 @@ def quantize(path: Path) -> Path:
 
 
 def spared(graph: Any) -> list[str]:
-    """The names of the products that stay in fp32: they cost little and change the answers most (docs/experiments.md).
+    """The names of the products that stay in fp32: cheap, but with the most effect on the output (docs/experiments.md).
 
-    These are the network after the encoders, and the second product of each feed-forward layer of the text encoder: its
-    input has outliers far larger than the rest, and one 8-bit scale has to serve all of it. Nor are stacks of matrices
-    quantised (a class token's last layer), which onnxruntime writes and then cannot read.
+    These are the network after the encoders, and the second product of each feed-forward layer of the text encoder:
+    its input has large outliers, but only one 8-bit scale. Stacked matrices (in the class token's last layer) stay in
+    fp32 too: onnxruntime would write them in a form that it cannot read.
     """
     shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
 
@@ -50,15 +50,15 @@ def spared(graph: Any) -> list[str]:
         return len(sides) > 2 or "'model.encoders." not in scopes or ("'model.encoders.text'" in scopes and narrows)
 
     names = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and spare(node)]
-    return [*names, *(f"{name}_MatMul" for name in names)]  # onnxruntime turns a Gemm into a MatMul first
+    return [*names, *(f"{name}_MatMul" for name in names)]  # onnxruntime first turns a Gemm into a MatMul
 
 
 def weight_type() -> str:
     """The type of int8 weights on this processor: QInt8, or QUInt8 on x86 without VNNI.
 
-    Without VNNI, x86 adds products of uint8 and int8 in 16 bits, which overflow; products of uint8 and uint8 do not
-    (onnxruntime, "Quantize ONNX models"). Weights of 7 bits would not overflow either, and be a fifth faster, but would
-    change more answers (docs/experiments.md).
+    Without VNNI, x86 accumulates uint8 × int8 products in 16 bits, which overflow; uint8 × uint8 products do not
+    (onnxruntime, "Quantize ONNX models"). 7-bit weights would not overflow either and be a fifth faster, but would
+    change more predictions (docs/experiments.md).
     """
     info = Path("/proc/cpuinfo")
     x86 = platform.machine().lower() in ("x86_64", "amd64")

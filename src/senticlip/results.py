@@ -1,4 +1,4 @@
-"""The report of ``reproduce``: our mean ± std beside the paper's numbers, differences, and evidence for its claims."""
+"""The report of ``reproduce``: our mean ± std next to the paper's numbers, differences, evidence for its claims."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from senticlip.tables import Asked, Table, digest, notes
 
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
 SCORES = {"mae": "MAE", "corr": "Corr"}
-"""Of a model that gives a score; no per cent."""
+"""Metrics of regression models; not in per cent."""
 WORDS = {"M": "the joint label M"} | {
     label: f"the {of}'s own label {label}" for label, of in {"T": "text", "A": "sound", "V": "video"}.items()
 }
 DAGGER = "†"
 COLORS = ("#c8553d", "#9aa3ad", "#2a8c82")
-"""Of negative, neutral, positive on every page (templates/explain.css)."""
+"""Colours of negative, neutral and positive on every page (templates/explain.css)."""
 
 
 def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]], seeds: int) -> dict[str, Any]:
-    """Results by (digest of the config, seed) → for each table and target: rows of means, and their comparisons.
+    """Results by (config digest, seed) → table number → target → row name → a summary of the row.
 
-    Each row gives ``runs`` (seed → metrics), ``seeds`` (how many of them), ``scores`` (metric → mean and std),
-    ``versus`` (the paired bootstrap of reference − row over the pooled seeds, clips drawn whole), ``errors`` (seed →
-    why it did not run) and ``random`` (an encoder is frozen with random weights).
+    A row has ``paper`` (its numbers there), ``runs`` (seed → metrics), ``seeds`` (the number of runs), ``scores``
+    (metric → mean and std), ``versus`` (paired bootstrap of reference − row over all seeds, resampling clips),
+    ``errors`` (seed → why it did not run) and ``random`` (an encoder is frozen with random weights).
     """
     found: dict[str, Any] = {}
     for table in tables:
@@ -63,7 +63,7 @@ def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]],
 
 
 def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over seeds of every metric that is a number in all (std 0 for one seed)."""
+    """Mean and sample standard deviation over seeds of each metric that is a number in all runs (one seed: std 0)."""
     names = [name for name in (runs[0] if runs else {}) if all(isinstance(run.get(name), int | float) for run in runs)]
     scores = {}
     for name in names:
@@ -73,15 +73,15 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _random(config: Config) -> bool:
-    """Whether an encoder is frozen with the random weights that it was made with."""
+    """Whether an encoder is frozen at its random initial weights."""
     parts = [getattr(config, name) for name in config.modalities if name != "audio"]
     return any(part.train == "frozen" and not part.pretrained for part in parts)
 
 
 def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
-    """The paired bootstrap of first − second over the seeds that both have run on the same clips; None without any.
+    """The paired bootstrap of first − second over the seeds that both ran on the same clips; None if there are none.
 
-    It draws clips, not seeds: ``accuracy["seeds"]`` has the difference of each.
+    It resamples clips, not seeds; ``accuracy["seeds"]`` lists the difference for each seed.
     """
     pairs = [(first[seed]["predictions"], second[seed]["predictions"]) for seed in first if seed in second]
     pairs = [(a, b) for a, b in pairs if a["id"] == b["id"]]
@@ -99,7 +99,7 @@ def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
 
 
 def numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """The ``--json`` object: table → row → metric → mean and std; a row's other label under ``on_M``."""
+    """The ``--json`` object: table → row → metric → mean and std; scores on a second label are under ``on_M``."""
     tables: dict[str, Any] = {}
     for number, by_target in found.items():
         rows: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def numbers(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
-    """The scores on test of always answering the training set's most frequent class."""
+    """The test scores of always predicting the training set's most frequent class."""
     classes = {
         split: np.array([polarity(c.labels[target]) for c in clips if c.split == split and target in c.labels], int)
         for split in ("train", "test")
@@ -126,9 +126,9 @@ def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
 
 
 def write(out: Path, tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> Path:
-    """Write ``results.json``, ``report.md``, ``labels.svg``, ``tables.tex`` and ``report.html``; the page's path.
+    """Write ``results.json``, ``report.md``, ``labels.svg``, ``tables.tex`` and ``report.html``; return its path.
 
-    ``splits``: the data set as each seed divides it.
+    ``splits``: all clips, as split for each seed.
     """
     kept = {
         number: {
@@ -214,34 +214,34 @@ def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequ
 
 
 def columns_of(rows: dict[str, Any]) -> dict[str, str]:
-    """The metrics of a table and their names; those of scores where a row has them."""
+    """The metrics of a table and their names; regression metrics only if a row has them."""
     return NAMES | {k: name for k, name in SCORES.items() if any(k in entry["scores"] for entry in rows.values())}
 
 
 def best(rows: dict[str, Any]) -> set[tuple[int, int]]:
-    """The places (row, column; names are column 0) of the best of each metric that several rows have.
+    """The cells (row, column; column 0 has the names) with the best value of each metric that several rows have.
 
-    Random weights are never the best: their rows test the path.
+    Rows with random weights are never the best: they only test the code.
     """
     found = set()
     for column, metric in enumerate(columns_of(rows), 1):
         there = {i: e["scores"] for i, e in enumerate(rows.values()) if metric in e["scores"] and not e["random"]}
         means = {i: scores[metric]["mean"] for i, scores in there.items()}
-        shown = {i: round(mean, 4) for i, mean in means.items()}  # what looks the same is the same
+        shown = {i: round(mean, 4) for i, mean in means.items()}  # values that look equal are ties
         top = (min if metric == "mae" else max)(shown.values(), default=0.0)
         found |= {(i, column) for i, mean in shown.items() if mean == top and len(shown) > 1}
     return found
 
 
 def _shown(score: dict[str, float], several: bool, metric: str = "") -> str:
-    """A metric in per cent (MAE and Corr as they are), with its deviation where there are several."""
+    """A metric in per cent (MAE and Corr unscaled), with its standard deviation if there are several runs."""
     factor, digits = (1, 4) if metric in SCORES else (100, 2)
     mean, deviation = (signed(factor * score[name], digits, plus="") for name in ("mean", "std"))
     return f"{mean} ± {deviation}" if several else mean
 
 
 def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Asked) -> str:
-    """The tables in LaTeX: mean ± std, the best of a column bold."""
+    """The tables in LaTeX: mean ± std, the best of each column in bold."""
     parts = [
         r"% \usepackage{booktabs}; Chinese names need XeLaTeX and \usepackage{ctex}. In per cent except MAE and Corr.",
         f"% {' '.join(asked.told(seeds).split())}.",
@@ -279,9 +279,9 @@ def _line(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str
 
 
 def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
-    """What the intervals say about these runs, in sentences; rows with random weights are left out.
+    """Sentences on what the intervals say about these runs; rows with random weights are left out.
 
-    Each row's name is followed by the difference of each seed: the intervals resample clips, not seeds.
+    Row names are followed by the difference for each seed, since the intervals resample clips, not seeds.
     """
     if rows[reference]["random"]:
         return []
@@ -304,7 +304,7 @@ def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
 
 
 def label_figure(clips: list[Clip]) -> str:
-    """An SVG of how many clips of each split are negative, neutral and positive, by each label."""
+    """An SVG of the number of negative, neutral and positive clips, by label and split."""
     counts: dict[tuple[str, str], Counter[int]] = {}
     for clip in clips:
         for target in TARGETS:

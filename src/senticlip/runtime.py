@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from senticlip.structures import UsageError
+from senticlip.structures import UsageError, first_line
 
 # Set before torch is imported. Without a network, the hub would be waited for 90 seconds.
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
@@ -91,7 +91,7 @@ def device(name: str | None = None) -> Any:
         found = torch.device(name)
         torch.zeros(1, device=found).tolist()  # a valid name does not mean that there is such a device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise UsageError(f"--device {name}: cannot be used here ({reason}) — choose cpu, cuda or cuda:N") from None
     return found
 
@@ -107,5 +107,5 @@ def check_compiler(place: Any) -> None:
     try:
         torch.compile(torch.neg)(torch.zeros(2, device=place))
     except Exception as error:  # the compiler's, the backend's, the driver's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(f"train.compile: torch.compile fails here ({reason}) — install gcc, or leave it out") from None

@@ -1,4 +1,4 @@
-"""Transcripts of videos by faster-whisper (extra ``asr``), which are kept in the cache: they take long."""
+"""Transcripts of videos by faster-whisper (extra ``asr``), cached because transcription is slow."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from senticlip.sources import cache_root
 from senticlip.structures import UsageError, UserError
 
 NEEDED = ("model.bin", "tokenizer.json")
-"""Files of a speech model without which faster-whisper fails late, or asks the hub for them."""
+"""Files of a speech model; without them, faster-whisper fails late or asks the hub."""
 
 
 def transcript(video: str | Path, model: str = "small", device: str | None = None) -> list[Line]:
-    """The transcript of a video's speech, in Chinese, as timed lines; from the cache if it was made before.
+    """The transcript of a video's Chinese speech as timed lines; from the cache if it was made before.
 
     Args:
-        video: any file with sound; of several tracks that is heard which players play.
+        video: any file with video and sound; of several sound tracks, the one that players play.
         model: a size that faster-whisper knows (tiny, base, small, medium, large-v3), or a folder with a model.
-        device: cpu, cuda or cuda:N; None chooses.
+        device: cpu, cuda or cuda:N; None lets faster-whisper choose.
 
     Raises:
         UsageError: the extra or the model is missing, or no such device. UserError: no sound that can be read.
@@ -55,32 +55,32 @@ def transcript(video: str | Path, model: str = "small", device: str | None = Non
 
 
 def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
-    """What faster-whisper hears in a video."""
+    """Transcribe a video with faster-whisper."""
     from ctranslate2 import set_random_seed
     from faster_whisper import WhisperModel
 
     late = audio_start(video)  # faster-whisper counts from the first sample
     with counter(f"transcribing {video.name}, seconds") as progress:
-        # faster-whisper itself reads the first track, not the one that is played, and joins what a gap divides
+        # faster-whisper's own reader takes the first track, not the one players play, and drops gaps
         sound = read_audio(video, most=math.inf, gaps=True)
         last, lines = len(sound) / RATE, []
-        set_random_seed(0)  # where it is not sure, it draws
+        set_random_seed(0)  # it samples where it is unsure
         try:
             segments, _ = WhisperModel(str(folder), **options).transcribe(sound, language="zh", vad_filter=True)
             for segment in segments:
-                end = min(segment.end, last)  # it fills the last half minute with silence, and may hear words in it
+                end = min(segment.end, last)  # it pads the sound with silence to 30 s, and may hear words there
                 lines.append(Line(round(segment.start + late, 3), round(end + late, 3), clean(segment.text)))
                 progress(round(end), round(last))
-        except Exception as error:  # tokenizers has none of its own
+        except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"{video}: cannot be transcribed — {' '.join(str(error).split())}") from None
     return [line for line in lines if line.text and line.end > line.start]
 
 
 def model_folder(model: str) -> Path:
-    """The local folder of a speech model: itself, or by its size, from disk, else from the hub.
+    """The local folder of a speech model, given as a folder or a size; a size is taken from disk or else the hub.
 
     Raises:
-        UsageError: there is none, a file is missing in it, or faster-whisper is.
+        UsageError: there is no such model, it lacks a file, or faster-whisper is not installed.
     """
     try:
         from faster_whisper import utils
@@ -96,7 +96,7 @@ def model_folder(model: str) -> Path:
 
 
 def _fetch(model: str, repository: str) -> Path:
-    """The local folder of a model by its size, from disk, else from the hub if that can be reached."""
+    """The local folder of a model of this size, from disk, or else from the hub if that can be reached."""
     from senticlip.encoders.hub import fetch
 
     if "/" in model:

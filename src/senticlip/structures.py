@@ -45,6 +45,11 @@ class UsageError(UserError):
     code = 2
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's error message; its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def bounded(score: float) -> float:
     """A regression model's (unbounded) score as users see it: clipped to [−1, 1], as in MMSA's metrics."""
     return min(1.0, max(-1.0, score))

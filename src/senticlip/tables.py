@@ -1,4 +1,4 @@
-"""What the paper's eight tables hold: rows, the config of each, the paper's numbers. Read from ``experiments/``."""
+"""The paper's eight tables: their rows, the config of each, the paper's numbers. Read from ``experiments/``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAPER_METRICS = ("accuracy", "macro_f1", "precision", "recall")
 
 
 class Row(NamedTuple):
-    """A row as the paper prints it: what to run, by the label that judges it, and what the paper found, in per cent."""
+    """A row of a table in the paper: its configs by target label, and the paper's numbers in per cent."""
 
     name: str
     configs: dict[str, Config]
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One table; its rows are compared with ``reference``."""
+    """One table; its rows are compared with the row ``reference``."""
 
     number: str
     title: str
@@ -36,7 +36,7 @@ class Table(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What was run: the preset, the ``KEY=VALUE`` changes that gave ``config``, the data set."""
+    """What was run: a preset, the ``KEY=VALUE`` changes that turned it into ``config``, and the data set."""
 
     config: Config
     preset: str
@@ -44,15 +44,15 @@ class Asked(NamedTuple):
     data: str
 
     def told(self, seeds: int) -> str:
-        """As the report begins."""
+        """The beginning of the report."""
         changed = f" (changed: {', '.join(self.changes)})" if self.changes else ""
         told = f"preset {self.preset}{changed}, protocol {self.config.protocol}, {seeds} seed(s)"
         return f"Data “{Path(self.data).name}”, {told}"
 
     def own(self, table: Table) -> list[str]:
-        """Which rows keep their own value of a key that was changed, in sentences.
+        """Sentences that name the rows which keep their own value of a changed key.
 
-        What a row reads and which label judges it is left out: the table says it.
+        Modalities and targets are left out, as the table itself shows them.
         """
         told = []
         for key in configs.dotted(parse_overrides(self.changes)):
@@ -66,7 +66,7 @@ class Asked(NamedTuple):
 
 
 def load_preset(name: str, overrides: list[str] | None = None) -> Config:
-    """``tiny``, ``small`` or ``paper`` (or a YAML file of one's own)."""
+    """The config of the preset ``tiny``, ``small`` or ``paper``, or of a YAML file."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
     if not path.is_file() and path.parent == EXPERIMENTS:
         known = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml") if file.stem != "tables")
@@ -75,9 +75,9 @@ def load_preset(name: str, overrides: list[str] | None = None) -> Config:
 
 
 def load_experiment(files: list[str], overrides: list[str] | None = None) -> Config:
-    """A YAML file, others on top of it as the rows of a table are (its stages stay), and ``a.b=c`` overrides.
+    """A YAML file, more files applied on top like the rows of a table (the first's stages stay), ``a.b=c`` overrides.
 
-    Of several files, overrides change the first, as in ``reproduce``, stages and all; and the last, where they win.
+    With several files, overrides are applied to the first, stages included, as in ``reproduce``, and again at the end.
 
     Raises:
         UsageError: as ``config.load``.
@@ -85,7 +85,7 @@ def load_experiment(files: list[str], overrides: list[str] | None = None) -> Con
     if not files[1:]:
         return configs.load(files[0], overrides)
     changes = parse_overrides(overrides or [])
-    # options are of the last file's model
+    # options belong to the model of the last file
     config = configs.from_file(files[0]).override({k: v for k, v in changes.items() if not k.startswith("options")})
     for file in files[1:]:
         try:
@@ -96,16 +96,16 @@ def load_experiment(files: list[str], overrides: list[str] | None = None) -> Con
 
 
 def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], random: bool) -> list[Table]:
-    """The tables of ``experiments/tables.yaml`` on top of a preset.
+    """The tables of ``experiments/tables.yaml``, applied to a preset.
 
     Args:
-        preset: the full model; a row changes it.
-        numbers: which tables; None: all.
+        preset: the full model, which each row changes.
+        numbers: the tables; None: all.
         labels: the labels that the data set has (M, T, A, V).
-        random: build the encoders that the preset does not bring with random weights.
+        random: give encoders that the preset does not use random weights.
 
     Raises:
-        UsageError: no table of that number, or no number.
+        UsageError: no table has that number, or no number is given.
     """
     data = read(EXPERIMENTS / "tables.yaml")
     chosen = list(dict.fromkeys(data["tables"] if numbers is None else numbers))
@@ -126,19 +126,19 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
 
 
 def notes() -> list[str]:
-    """The paper's own inconsistencies, to be read with its numbers."""
+    """Notes on inconsistencies in the paper's numbers."""
     return read(EXPERIMENTS / "tables.yaml")["notes"]
 
 
 def row_changes(file: str | None) -> dict[str, Any]:
-    """The keys that a row's YAML changes, dotted."""
+    """The dotted keys that a row's YAML changes."""
     return configs.dotted(read(EXPERIMENTS / file)) if file else {}
 
 
 def row_configs(
     preset: Config, base: str | None, changes: dict[str, Any], labels: set[str], random: dict[str, dict[str, Any]]
 ) -> dict[str, Config]:
-    """A row's experiments by target: M, and for a single encoder first the modality's own label."""
+    """A row's configs by target: the preset's; for a single encoder (``base``), the modality's own label, then M."""
     if base is None:
         return {preset.target: _built(preset, changes, random)}
     alone = preset.stage(base) if base in preset.stages else preset.override({"modalities": [base], "stages": {}})
@@ -148,7 +148,7 @@ def row_configs(
 
 
 def _built(config: Config, changes: dict[str, Any], random: dict[str, dict[str, Any]]) -> Config:
-    """Apply a row; with ``random``, an encoder that it swaps gets random weights and loses the stage that trains it."""
+    """Apply a row's changes; with ``random``, a replaced encoder gets random weights and no stage trains it."""
     if not changes:
         return config
     made = changed(config, changes)
@@ -162,14 +162,14 @@ def _built(config: Config, changes: dict[str, Any], random: dict[str, dict[str, 
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with dotted keys changed; its stages are as they were."""
+    """The config with dotted keys changed, except in its stages."""
     return config.override({**changes, "stages": _pinned(config, changes)})
 
 
 def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The stages of ``config`` written out in full, so that what a row changes does not reach into them.
+    """The stages of ``config`` written out in full, so that a row's changes do not affect them.
 
-    All rows then share the encoders; only another encoder is trained again, by the stages that read with it.
+    All rows then share the trained encoders; only if a row replaces an encoder are the stages that use it run again.
     """
     pinned = {}
     for name in config.stages:
@@ -182,6 +182,6 @@ def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]
 
 
 def digest(config: Config) -> str:
-    """The same for two rows that are the same model, whatever their seed."""
+    """A hash of the config without its seed: equal for two rows that are the same experiment."""
     data = {**config.to_dict(), "seed": 0}
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=5).hexdigest()

@@ -1,4 +1,4 @@
-"""The module that the Trainer trains: the model, its moving average (EMA), batch augmentation, what is logged."""
+"""The module that the Trainer trains: model, moving average (EMA), batch augmentation, logged values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from senticlip.structures import OWN_LABEL, Batch, Sequence
 
 
 class Trainee(nn.Module):
-    """The model and, with ``train.ema``, an exponential moving average of it, which is what gets evaluated.
+    """The model and, with ``train.ema``, its exponential moving average, which is evaluated in its place.
 
     Args:
-        model: without its frozen encoders: their output comes from the cache, and checkpoints need not hold them.
+        model: without its frozen encoders, whose output is cached and which checkpoints need not contain.
     """
 
     accepts_loss_kwargs = False
@@ -32,7 +32,7 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def step_finished(self) -> None:
-        """Let the network clamp its parameters, then update the average; its decay grows to ``train.ema``."""
+        """Let the network clamp its parameters, then update the average, whose decay grows up to ``train.ema``."""
         if hasattr(self.model.network, "step_finished"):
             self.model.network.step_finished()
         if self.average is None:
@@ -44,13 +44,13 @@ class Trainee(nn.Module):
         for (name, mean), value in zip(self.average.state_dict().items(), state.values(), strict=True):
             if not mean.is_floating_point():
                 mean.copy_(value)
-            elif name in buffers:  # NaN: not known so far (Self-MM's labels)
+            elif name in buffers:  # NaN: not known yet (Self-MM's labels)
                 mean.copy_(torch.where(mean.isnan(), value, mean.lerp(value, 1 - decay)))
             else:  # parameters: one pass over memory
                 mean.lerp_(value, 1 - decay)
 
     def forward(self, **inputs: Tensor) -> dict[str, Any]:
-        """``loss`` and ``prediction`` (log-probabilities B×C, or scores B); in evaluation ``log``, by name B each."""
+        """``loss``, ``prediction`` (log-probabilities B×C, or scores B) and, in evaluation, ``log`` (name → B)."""
         batch = to_batch(inputs)
         model = self.model if self.training or self.average is None else self.average
         batch = model.encode(self.disturb(batch) if self.training else batch)
@@ -63,7 +63,7 @@ class Trainee(nn.Module):
         assert prediction is not None
         if self.training:
             return {"loss": loss, "prediction": prediction}
-        # a value for each row, so that their mean is right where the last batch is smaller
+        # one value per row, so that the mean is right even if the last batch is smaller
         log = {f"weight_{name}": weight for name, weight in output.weights.items()}
         log |= {name: part.expand(len(prediction)) for name, part in parts.items()}
         return {"loss": loss, "prediction": prediction, "log": log}
@@ -84,20 +84,20 @@ class Trainee(nn.Module):
             which = torch.randint(len(parts), (rows,))
             several = torch.stack([sequence.mask.any(1) for sequence in parts.values()]).sum(0) > 1
             for i, (name, sequence) in enumerate(parts.items()):
-                gone = (lost & (which == i)).to(several.device) & several  # nobody loses the only one
+                gone = (lost & (which == i)).to(several.device) & several  # no row loses its only modality
                 parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
         return Batch(parts, batch.labels, batch.rows)
 
 
 def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """Exchange modalities between rows: with probability ``chance``, with a row whose own label has the same sign.
+    """Exchange modalities, with probability ``chance``, between rows whose own labels have the same sign.
 
-    The sign of each modality's own label stays as it was, and so does the joint label.
+    The sign of each row's unimodal labels stays the same, and so does the joint label.
 
     Args:
         parts: the modalities of a batch, B rows each.
-        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays where it is, as
-            does one that a row lacks.
+        labels: M, T, A, V, B each; a modality stays where it is if its own label is missing or unknown in a row, or
+            if the row lacks the modality.
         chance: the share of rows in which a modality is exchanged.
     """
     mixed = {}
@@ -107,7 +107,7 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
             continue
         own = own.cpu()
         stays = own.isnan() | ~sequence.mask.any(1).cpu() | (torch.rand(len(own)) >= chance)
-        group = torch.where(stays, 2.0 * torch.arange(1, len(own) + 1), own.sign())  # -1, 0, 1, or a group of its own
+        group = torch.where(stays, 2.0 * torch.arange(1, len(own) + 1), own.sign())  # -1, 0, 1, or its own group
         rows = torch.empty(len(own), dtype=torch.long)
         rows[torch.argsort(group + torch.rand(len(own)) / 2)] = torch.argsort(group + torch.rand(len(own)) / 2)
         mixed[name] = Sequence(*(values[rows.to(values.device)] for values in sequence))
@@ -115,15 +115,15 @@ def recombine(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: flo
 
 
 def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float) -> dict[str, Sequence]:
-    """Mix text or vision features of rows with audio with those of a row whose own label has another sign.
+    """In rows with audio, mix text or vision features with those of a row whose own label has another sign.
 
-    Fine-tuned encoders are surer on their training clips than on new ones. A fusion network that sees only the former
-    learns to ignore the audio, which has no such encoder and stays as it is. The joint label stays, too.
+    Fine-tuned encoders are more confident on their training clips than on new ones. A fusion network that sees only
+    the former learns to ignore the audio, which has no such encoder. Audio and joint labels are not changed.
 
     Args:
-        parts: the features of a batch by modality, B×L×d; the other row's positions are stretched to the row's length.
-        labels: M, T, A, V, B each; a modality whose own label is not given, or unknown in a row, stays as it is.
-        chance: the probability that a row's modality is mixed; the other row's share is drawn from [0, 1].
+        parts: the features of a batch by modality, B×L×d; the other row is stretched to the length of this one.
+        labels: M, T, A, V, B each; a modality is not mixed if its own label is missing or unknown in a row.
+        chance: the probability that a row's modality is mixed; the other row's weight is drawn from [0, 1].
     """
     misled, has_audio = dict(parts), parts["audio"].mask.any(1).cpu()
     for name, sequence in parts.items():
@@ -144,9 +144,9 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
 
 
 def _stretched(sequence: Sequence, rows: Tensor) -> Tensor:
-    """The values of ``rows`` B, their real positions stretched to each row's number of real positions, B×L×d."""
+    """The values of ``rows`` B (indices), stretched to each row's number of real positions, B×L×d."""
     real = sequence.mask.sum(1, keepdim=True)  # B×1
-    places = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[rows]  # the other's real ones first
-    rank = (sequence.mask.cumsum(1) - 1).clamp_min(0)  # a real position's number in its row
+    places = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[rows]  # its real positions first
+    rank = (sequence.mask.cumsum(1) - 1).clamp_min(0)  # the rank of each real position in its row
     at = places.gather(1, rank * real[rows] // real.clamp_min(1))
     return sequence.values[rows[:, None], at]

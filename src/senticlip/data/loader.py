@@ -80,7 +80,7 @@ class ClipSet(Dataset[dict[str, Tensor]]):
         return len(self.clips)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A batch as tensors by name, without the modalities that no row has; if the rows have none, with all."""
+        """A batch as tensors by name; a modality that no row has is left out, unless the rows have none at all."""
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)

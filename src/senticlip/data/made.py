@@ -1,9 +1,9 @@
-"""The made data set: short clips of drawn talking faces with Chinese lines, whose right answers are known.
+"""The generated data set: short clips of drawn talking faces with Chinese lines, whose correct answers are known.
 
-``make`` writes a CH-SIMS folder (Raw/VIDEO/CLIP.mp4 + label.csv) and ``truth.json``: how every clip was meant, where
-the mouth and the brows are in every frame, and the best accuracy that text alone and video alone can reach. Persons,
-backgrounds, topics and clauses of one split are in no other. The face has the last word: where it shows something, M is
-V; where it shows nothing, M is T (Figure 1 of the paper).
+``make`` writes a CH-SIMS folder (Raw/VIDEO/CLIP.mp4 + label.csv) and ``truth.json``: how each clip was composed, where
+mouth and brows are in each frame, and the best accuracies possible from text alone, video alone and both. No person,
+background, topic or clause is in more than one split. The face decides: where it shows a sentiment, M is V; otherwise
+M is T (Figure 1 of the paper).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SPLITS = {"train": 440, "valid": 120, "test": 520}
 CLIPS_PER_VIDEO = 5
 JOINT = {
     (-1, -1): 0.11, (1, 1): 0.11,  # words and face agree
-    (-1, 0): 0.13, (1, 0): 0.13,   # only the words speak
-    (0, -1): 0.11, (0, 1): 0.11,   # only the face speaks
+    (-1, 0): 0.13, (1, 0): 0.13,   # sentiment in the words only
+    (0, -1): 0.11, (0, 1): 0.11,   # sentiment in the face only
     (-1, 1): 0.06, (1, -1): 0.06,  # they contradict each other: the face decides
     (0, 0): 0.18,
 }  # fmt: skip
-"""Shares of (T, V); text alone can reach 0.66 of M, video alone 0.74, both together 1."""
+"""Shares of (T, V); for M, text alone can reach an accuracy of 0.66, video alone 0.74, both together 1."""
 SIZE, RATE, SAMPLE_RATE = 160, 10, 16_000
 
 
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """How words and face stand to each other: agree, words, face, conflict or neutral."""
+        """How words and face relate: agree, words, face, conflict or neutral."""
         text, face = np.sign(self.line.score), np.sign(self.vision)
         if text and face:
             return "agree" if text == face else "conflict"
@@ -80,13 +80,15 @@ def make(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Make the data set in ``out``; one of the same arguments is left as it is, one of other arguments made anew.
+    """Make the data set in ``out``; one made with the same arguments is kept, one made with others is replaced.
 
     Args:
-        splits: number of clips by split; SPLITS if None.
+        out: the folder to make.
+        seed: of all random choices.
         sound: give each clip a voice whose pitch and tempo follow label_A.
-        workers: processes; 1 works in this one.
-        progress: called with (clips done, clips in all).
+        splits: number of clips by split; SPLITS if None.
+        workers: number of processes; with 1, this process does the work.
+        progress: called with (clips done, total clips).
 
     Returns:
         The content of ``truth.json``: ``spec``, ``best`` (split → text, video, fused), ``clips`` (id → truth).
@@ -138,7 +140,7 @@ def read_truth(folder: str | Path) -> dict[str, Any]:
 
 
 def plan(splits: dict[str, int], seed: int) -> list[Plan]:
-    """All clips: the shares of JOINT are met in each split, to one clip in each cell."""
+    """All clips; each split has the shares of JOINT, to within one clip per cell."""
     total = sum(splits.values())
     grammar = Grammar({name: n / total for name, n in splits.items()}, np.random.default_rng([seed, 1]))
     plans, used = [], 0
@@ -166,7 +168,7 @@ def plan(splits: dict[str, int], seed: int) -> list[Plan]:
 
 
 def best(plans: list[Plan]) -> dict[str, float]:
-    """The accuracy of the best possible answers from T alone, V alone, and both, on these very clips."""
+    """The best accuracy possible on these clips from T alone, from V alone, and from both."""
     table = np.zeros((3, 3, 3))  # clips by the classes of T, V and M
     for p in plans:
         table[polarity(p.line.score), polarity(p.vision), polarity(p.joint)] += 1
@@ -175,7 +177,7 @@ def best(plans: list[Plan]) -> dict[str, float]:
 
 
 def _quota(n: int) -> dict[tuple[int, int], int]:
-    """n clips shared out by JOINT, largest remainders first."""
+    """n clips divided by JOINT, by largest remainders."""
     exact = {cell: share * n for cell, share in JOINT.items()}
     counts = {cell: int(value) for cell, value in exact.items()}
     for cell in sorted(exact, key=lambda c: counts[c] - exact[c])[: n - sum(counts.values())]:
@@ -184,7 +186,7 @@ def _quota(n: int) -> dict[tuple[int, int], int]:
 
 
 def _fresh(grammar: Grammar, split: str, sign: int, rng: Generator, said: set[str]) -> Line:
-    """A line that was not said yet, as long as there is one to be found."""
+    """A line not used yet, if one is found in 50 tries."""
     for _ in range(50):
         line = grammar.line(split, sign, rng)
         if line.text not in said:
@@ -194,7 +196,7 @@ def _fresh(grammar: Grammar, split: str, sign: int, rng: Generator, said: set[st
 
 
 def expression(sign: int, rng: Generator) -> Expression:
-    """A face that shows a polarity, by its mouth, mostly by its brows and eyes, too; the other parts vary freely."""
+    """A face that shows a polarity with its mouth, and mostly with brows and eyes, too; the rest varies freely."""
     strong = rng.uniform(0.6, 1.0)
     if sign > 0:
         return Expression(strong, 0, rng.uniform(-0.1, 0.1), rng.uniform(0, 0.6), rng.uniform(0.7, 0.95),
@@ -217,7 +219,7 @@ def _work(jobs: list[Any], workers: int) -> Any:
 
 
 def _film(job: tuple[Path, list[Plan], bool]) -> dict[str, list[dict[str, Any]]]:
-    """Draw and write the clips of one video; returns the boxes of each frame by clip."""
+    """Draw and write the clips of one video; returns the boxes in each frame, by clip id."""
     folder, plans, sound = job
     folder.mkdir(parents=True, exist_ok=True)
     truth = {}
@@ -244,7 +246,7 @@ def _shoot(p: Plan, rng: Generator) -> tuple[list[np.ndarray], list[dict[str, An
     )
     sway = 0.02 * np.sin(2 * np.pi * rng.uniform(0.3, 0.8, 3)[:, None] * t + rng.uniform(0, 6, 3)[:, None])
     blink = int(rng.integers(0, 3 * n))
-    # what covers the face comes or goes during the clip; a cutaway shows another place for a while
+    # the cover appears or disappears halfway through the clip; a cutaway briefly shows another place
     covered = (t < t[n // 2]) == bool(rng.integers(2))
     cut = range(0)
     if rng.random() < 0.2:
@@ -266,7 +268,7 @@ def _shoot(p: Plan, rng: Generator) -> tuple[list[np.ndarray], list[dict[str, An
 
 
 def _voice(p: Plan, opening: np.ndarray, rng: Generator) -> np.ndarray:
-    """A buzzing tone, as loud as the mouth is open; its pitch rises and falls with label_A. 1×samples float32."""
+    """A buzzing tone, as loud as the mouth is open, whose pitch follows label_A: 1×samples float32."""
     n = int(len(opening) * SAMPLE_RATE / RATE)
     t = np.arange(n) / SAMPLE_RATE
     pitch = rng.uniform(110, 220) * (1 + 0.35 * p.audio) * (1 + 0.06 * (1 + p.audio) * np.sin(2 * np.pi * 2.5 * t))
@@ -277,7 +279,7 @@ def _voice(p: Plan, opening: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def _encode(path: Path, frames: list[np.ndarray], voice: np.ndarray | None) -> None:
-    """H.264 and, if there is a voice, AAC. One thread each, so that the bytes do not depend on the machine's load."""
+    """Write H.264 and, if there is a voice, AAC; in one thread, so that the bytes do not depend on machine load."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
         video.width, video.height, video.pix_fmt = SIZE, SIZE, "yuv420p"

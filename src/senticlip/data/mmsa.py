@@ -1,8 +1,8 @@
-"""MMSA feature files (``unaligned_39.pkl`` and their like) → clips and memory-mapped rows, read without trusting them.
+"""MMSA feature files (such as ``unaligned_39.pkl``) → clips and memory-mapped rows, read without trusting the file.
 
 Format: github.com/thuiar/MMSA; {train, valid, test} → {id, raw_text, text, text_bert, audio, vision, …_lengths,
-regression_labels[_T|_A|_V]}. Two deviations from how MMSA reads it: padding is cut off (``…_lengths``; for text the
-mask in ``text_bert``), and a vision frame that is zero throughout, where OpenFace saw no face, is left out.
+regression_labels[_T|_A|_V]}. Two deviations from how MMSA reads it: padding is cut off (by ``…_lengths``; for text, the
+mask in ``text_bert``), and all-zero vision frames, where OpenFace found no face, are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from senticlip.structures import Clip, UserError
 LABELS = {"M": "regression_labels", **{name: f"regression_labels_{name}" for name in "TAV"}}
 VERSION = 1
 SMALL = 10_000_000
-"""Characters of text that a feature file may have in any case, however often it names one and the same."""
+"""Characters of text always allowed; beyond them, a feature file may not have more text than bytes."""
 
 
 class Features(NamedTuple):
@@ -37,10 +37,10 @@ class Features(NamedTuple):
     widths: dict[str, int]
 
     def choose(self, name: str, clips: list[Clip]) -> Store:
-        """The rows of a modality for ``clips``, found by id; a clip that the file does not have is an empty row.
+        """The rows of a modality for ``clips``, found by id; a clip that is not in the file gets an empty row.
 
         Raises:
-            UserError: the file has none of them; an id matches several, if leading zeros and case are ignored.
+            UserError: none is in the file, or an id matches several when leading zeros and case are ignored.
         """
         exact = {clip.id: i for i, clip in enumerate(self.clips)}
         loose = defaultdict(list)
@@ -89,7 +89,7 @@ def feature_clips(path: str | Path) -> list[Clip]:
 
 
 def _all_clips(path: str | Path, data: dict[str, dict[str, Any]]) -> list[Clip]:
-    """The clips of all splits; to an id that is not unique (each split may count from 0) split and row are added."""
+    """The clips of all splits; split and row are appended to ids that are not unique (each split may count from 0)."""
     clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
     if not clips:
         raise UserError(f"{path}: has no clips: all its id lists are empty")
@@ -105,15 +105,15 @@ def _splits(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("text", "audio", "vision")) -> Features:
-    """Open a feature file; the first time its arrays are checked and copied to the cache, row by row.
+    """Open a feature file; the first time, its arrays are checked and copied to the cache, row by row.
 
     Args:
         path: the pickle.
-        root: of the caches.
+        root: the folder of all caches.
         modalities: which to convert.
 
     Raises:
-        UserError: no plain pickle, a key that is missing, an array of the wrong shape, a value that is not finite.
+        UserError: not a plain pickle, a missing key, an array of the wrong shape, or a value that is not finite.
     """
     path = Path(path)
     data = _splits(path)
@@ -135,7 +135,7 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
                 split, i = places[place]
                 values, lengths = parts[split]
                 row = np.array(values[i, : lengths[i]], dtype=np.float32)
-                if name == "audio":  # official files have some; MMSA takes 0 for them
+                if name == "audio":  # official files have some; MMSA replaces them by 0
                     silent += np.isneginf(row).sum()
                     row[np.isneginf(row)] = 0
                 yield _row(path, split, name, i, row)
@@ -157,18 +157,18 @@ def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[
     if not (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)):
         raise UserError(f"{path}, {split}, {key}: expected a list, not {type(value).__name__}")
     found = list(value)
-    for row, item in enumerate(found):  # a list in itself would have a name without end
+    for row, item in enumerate(found):  # a list that contains itself would have an endless name
         plain = isinstance(item, str | bytes | float | np.generic) or item is None
         if not plain and not (isinstance(item, int) and abs(item) < 1 << 63):
             raise UserError(f"{path}, {split}, {key}, row {row}: expected text or a number, not {type(item).__name__}")
     if sum(len(item) for item in found if isinstance(item, str | bytes)) > max(Path(path).stat().st_size, SMALL):
-        # a row may name a long text again in two bytes, and each would be copied
+        # a row may refer to a long text again in two bytes, and each would be copied
         raise UserError(f"{path}, {split}, {key}: more text than the file itself — store each row's own")
     return found
 
 
 def _numbers(path: str | Path, split: str, key: str, value: Any, count: int) -> np.ndarray:
-    """One number for each of the ``count`` rows of a split, float64."""
+    """One float64 for each of the ``count`` rows of a split."""
     value = value if isinstance(value, list | np.ndarray) else [value]
     try:
         if isinstance(value, list) and not all(_is_number(each) for each in value):
@@ -182,7 +182,7 @@ def _numbers(path: str | Path, split: str, key: str, value: Any, count: int) -> 
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or one in a list or an array of its own."""
+    """Whether ``value`` is a number, or a list or array that holds just one."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     return value.size == 1 if isinstance(value, np.ndarray) else isinstance(value, int | float | np.number)
 
@@ -210,12 +210,12 @@ def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
 
 
 def _said(text: Any) -> str | None:
-    """A row's text; pandas writes an empty one as NaN."""
+    """A row's text, if any; pandas writes an empty one as NaN."""
     return None if text is None or (isinstance(text, float) and math.isnan(text)) else _word(text) or None
 
 
 def _word(value: Any) -> str:
-    """An id or a text; files that went through HDF5, or Python 2, have bytes."""
+    """An id or a text as str; files that went through HDF5 or Python 2 hold bytes."""
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 
@@ -242,7 +242,7 @@ def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tupl
 
 
 def _real_tokens(path: str | Path, split: str, value: Any, count: int) -> np.ndarray:
-    """How many tokens of each row the mask of ``text_bert`` (N×3×n: ids, mask, types) holds for real."""
+    """The number of unmasked tokens in each row of ``text_bert`` (N×3×n: ids, mask, types)."""
     numbers = isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
     if not numbers or value.ndim != 3 or value.shape[:2] != (count, 3):
         told = f"shape {value.shape}" if numbers else type(value).__name__
@@ -251,7 +251,7 @@ def _real_tokens(path: str | Path, split: str, value: Any, count: int) -> np.nda
 
 
 def _row(path: str | Path, split: str, name: str, i: int, row: np.ndarray) -> np.ndarray:
-    """One row without its padding, if it is finite, and without frames that show no face."""
+    """Check that a row (without padding) is finite, and drop vision frames without a face."""
     if not np.isfinite(row).all():
         step, column = np.argwhere(~np.isfinite(row))[0]
         raise UserError(

@@ -21,15 +21,16 @@ WIDTH = 709
 def read_openface(
     path: str | Path, limit: int | None = 55, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
-    """The frames of one CSV in which a face was found, k×709 float32; k is 0 where there was none.
+    """The frames of one CSV in which a face was found, k×709 float32; k is 0 if there are none.
 
     Args:
-        path: what ``FeatureExtraction -f CLIP.mp4`` wrote. Of several faces in a frame the surest counts.
+        path: the output of ``FeatureExtraction -f CLIP.mp4``. Of several faces in a frame, the one with the highest
+            confidence is taken.
         limit: at most so many frames, evenly spaced (MMSA's length on CH-SIMS is 55); None for all.
-        start, end: seconds of the piece that is wanted, by the column ``timestamp``; the whole file by default.
+        start, end: the wanted piece in seconds, by the column ``timestamp``; the whole file by default.
 
     Raises:
-        UserError: no such file, not OpenFace's columns, a cell that is no finite number.
+        UserError: no such file, not OpenFace's columns, or a cell that is not a finite number.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -74,12 +75,12 @@ def read_openface(
 
 
 def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
-    """The rows of clips from ``FOLDER/VIDEO/CLIP.csv``; a clip without a CSV is an empty row.
+    """The rows of clips from ``FOLDER/VIDEO/CLIP.csv``; a clip without a CSV gets an empty row.
 
-    ``FOLDER/CLIP.csv`` will do where no other clip has that name. The pieces of a film share its CSV.
+    ``FOLDER/CLIP.csv`` also works if no other clip has that name. The pieces of a film share its CSV.
 
     Raises:
-        UserError: not one CSV is there.
+        UserError: no clip has a CSV.
     """
     folder = Path(folder)
     names = [_name(clip) for clip in clips]
@@ -103,6 +104,6 @@ def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
 
 
 def _name(clip: Clip) -> str:
-    """A clip's id without the video's ending, and without the row that tells pieces of one file apart."""
+    """A clip's id without the video's suffix and without the row number that tells pieces of one file apart."""
     name = clip.id.removesuffix(f"#{clip.row}")
     return name.rsplit(".", 1)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name

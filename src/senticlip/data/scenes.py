@@ -1,4 +1,4 @@
-"""Where a drawn face is: background, light, camera, and what hides a part of the face."""
+"""The scene of a drawn face: background, light, camera, and what hides a part of the face."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLORS: dict[str, Color] = {
 }  # fmt: skip
 BACKGROUNDS = ("墙", "条纹", "格子", "书架", "窗", "光斑", "风景", "百叶")
 COVERS = ("口罩", "话筒", "手", "杯子", "贴纸")
-"""What may hide a part: the first four the mouth, the last one brow and its eye."""
+"""What may hide a part of the face: the first four hide the mouth, the last one brow and its eye."""
 
 
 class Scene(NamedTuple):
@@ -33,7 +33,7 @@ class Scene(NamedTuple):
 
     @classmethod
     def random(cls, rng: Generator, background: str | None = None, color: str | None = None) -> Scene:
-        """A scene before a given background, or before any."""
+        """A random scene; its background and colour may be given."""
         return cls(
             background or str(rng.choice(BACKGROUNDS)), color or str(rng.choice(list(COLORS))),
             int(rng.integers(2**31)), rng.uniform(0.65, 1.15), rng.uniform(-0.45, 0.45),

@@ -29,41 +29,41 @@ FORMATS = (
     "h261,h263,h264,hevc,vvc,m4v,vc1,dirac,cavsvideo,mjpeg,yuv4mpegpipe,image2,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,"
     "wav,w64,mp3,aac,ac3,eac3,flac,amr,aiff,caf,au,ape,wv,tta,dts,truehd"
 )
-"""The formats that may be opened: they contain their streams. A playlist (HLS, concat, DASH …) could make FFmpeg read
-any file on this machine, or wait for ever."""
+"""Allowed formats: those that contain their streams. A playlist (HLS, concat, DASH, …) could make FFmpeg read any file
+on this machine, or wait forever."""
 
 MOST_PIXELS = 128 << 20
-"""Pixels of a picture at most, as of a telephone's photo: a file of 1 MB may hold one that fills the memory."""
+"""Most pixels of a picture, about those of a phone photo: in a 1 MB file, there may be one that fills the memory."""
 
 SMALLER = f"reduce them to at most {MOST_PIXELS // 10**6} million pixels"
 
 _PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
-"""What encoders of MPEG-4 write into its header if B-frames are packed."""
+"""What MPEG-4 encoders write into the header if B-frames are packed."""
 
 
 def open_container(path: str | Path, **options: str) -> InputContainer:
-    """FFmpeg's container of a file, whatever its name (a colon is no protocol, ``%d`` no sequence of pictures) and
-    however broken its titles."""
+    """FFmpeg's container of a file, whatever its name (a colon marks no protocol, ``%d`` no image sequence) and however
+    broken its metadata."""
     options |= {"format_whitelist": FORMATS, "pattern_type": "none", "max_pixels": str(MOST_PIXELS)}
     return av.open(os.path.abspath(path), metadata_errors="replace", options=options)
 
 
 def clock_start(container: InputContainer) -> float:
-    """The seconds on a file's clock at which a player says 0: that of a recording began somewhere else."""
+    """The time on a file's clock, in seconds, that players show as 0: the clock of a recording starts elsewhere."""
     return (container.start_time or 0) / av.time_base
 
 
 def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
-    """Open a file and its video stream, one decoding thread.
+    """Open a file and its video stream for decoding in one thread.
 
     Raises:
-        UsageError: no such file. UserError: an empty one, none that FFmpeg knows, or one without video.
+        UsageError: no such file. UserError: an empty file, a format FFmpeg does not know, or no video in it.
     """
     path = Path(path)
     try:
         there = path.is_file()
     except OSError as error:
-        if error.errno == errno.EACCES:  # of a folder on the way
+        if error.errno == errno.EACCES:  # for a folder on its path
             raise UserError(f"{path}: cannot be read (permission denied) — ask its owner") from None
         raise UserError(f"{path}: this cannot be a file name ({error.strerror}) — is it the text?") from None
     if not there:
@@ -90,11 +90,11 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     if stream.codec_context is None:
         container.close()
         raise UserError(f"{path}: no decoder for its video — convert it to H.264")
-    if stream.width * stream.height > MOST_PIXELS:  # many have no size until they are decoded
+    if stream.width * stream.height > MOST_PIXELS:  # many sizes are unknown until decoding
         container.close()
         raise UserError(f"{path}: pictures of {stream.width} x {stream.height} pixels — {SMALLER}")
     discard_others(container, stream)
-    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # those above were for the header alone
+    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # open_container's apply to the header only
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
     return container, stream
@@ -114,8 +114,8 @@ def _kind(stream: Any) -> str:
 def _open(path: Path) -> InputContainer:
     """The container; its first frames are decoded only if the header lacks something.
 
-    For a short clip that decoding is a tenth of all work. The header of an MP4 with an index has all but the pixel
-    format, which each frame has, too.
+    For a short clip, that decoding is a tenth of all work. The header of an MP4 with an index has everything but the
+    pixel format, which each frame has, too.
     """
     if path.suffix.lower() in (".mp4", ".m4v", ".mov"):
         container = open_container(path, skip_frame="all")
@@ -126,25 +126,25 @@ def _open(path: Path) -> InputContainer:
 
 
 def sound_of(container: InputContainer) -> AudioStream | None:
-    """The sound that players play: the default track, else the first; None if there is none."""
+    """The sound track that players play: the default one, else the first; None if there is none."""
     tracks = container.streams.audio
     return next((track for track in tracks if track.disposition & Disposition.default), tracks[0] if tracks else None)
 
 
 def packets(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Packet]:
-    """A stream's packets from here on, and an empty one; where a damaged file ends early, those that came."""
+    """The remaining packets of a stream, then an empty one; if a damaged file ends early, those before that."""
     while True:
         try:
             yield from container.demux(stream)
             return
-        except IndexError:  # damage looks like a stream that was not there at opening: go on behind it
+        except IndexError:  # damaged data can look like a new stream: go on after it
             continue
         except FFmpegError:
             return
 
 
 def pictures(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
-    """A stream's frames from here on (of sound, too); a damaged packet is passed over, as a player does."""
+    """The remaining frames of a stream (of video or sound); damaged packets are skipped, as players do."""
     for packet in packets(container, stream):
         with suppress(FFmpegError):
             yield from packet.decode()
@@ -153,7 +153,7 @@ def pictures(container: InputContainer, stream: VideoStream | AudioStream) -> It
 def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:
     """Whether presentation times are guesses: AVI stores none, and FFmpeg guesses those of some B-frames wrong.
 
-    Of H.264's, and of DivX's and Xvid's that lie in one packet with the frame before them.
+    These are B-frames of H.264 and H.265, and of DivX and Xvid if packed into one packet with the frame before.
     """
     codec = stream.codec_context
     packed = codec.name == "mpeg4" and _PACKED.search(codec.extradata or b"") is not None
@@ -172,9 +172,9 @@ class Sequential:
         self._shown: tuple[int, VideoFrame] | None = None
 
     def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Frames and their times; one without a time follows the one before it, at the file's frame rate.
+        """Frames and their times; a frame without a time follows the one before it at the file's frame rate.
 
-        Where only decoding times are true, the n-th frame is shown at the n-th of them.
+        Where only decoding times can be trusted, the n-th frame is shown at the n-th of them.
         """
         guessed = times_are_guessed(self.container, self.stream)
         order: deque[int] = deque()
@@ -192,16 +192,16 @@ class Sequential:
                 coming = stamp + self._step
 
     def passed(self, stamp: int) -> bool:
-        """Whether the frame shown at ``stamp`` lies behind: it cannot be returned any more."""
+        """Whether the frame shown at ``stamp`` has been passed and can no longer be returned."""
         return self._shown is not None and self._shown[0] > stamp
 
     def at(self, stamp: int) -> tuple[int, VideoFrame] | None:
-        """The time and the frame that is shown at ``stamp`` (time base of the stream); None if nothing decodes."""
+        """The frame shown at ``stamp`` (in the stream's time base) and its time; None if nothing decodes."""
         while self._next and (self._shown is None or self._next[0] <= stamp):
             self._shown, self._next = self._next, next(self._frames, None)
         return self._shown
 
     def end(self) -> int:
-        """Decode all that is left; the time at which the last frame ends."""
+        """Decode everything that is left; returns the time at which the last frame ends."""
         last = self.at(1 << 62)
         return last[0] + round(self._step) if last else 0

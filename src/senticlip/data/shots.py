@@ -14,21 +14,21 @@ from senticlip.data.subtitles import Line
 from senticlip.structures import UsageError, UserError
 
 CHANGE = 0.12
-"""A mean difference of colours, in [0, 1], from which on it is a cut. It must also be three times as large as what was
-usual in the seconds before, or every hand-held camera would cut."""
+"""A larger mean colour difference (of 0 … 1) is a cut, if it is also more than three times the median of the seconds
+before: otherwise every hand-held camera would cause cuts."""
 
 STEP, SHORTEST, LONGEST = 0.2, 0.6, 10.0
-"""Seconds between the frames that are compared; no shot is shorter or longer than these."""
+"""Seconds: between compared frames; of the shortest shot (the last may be shorter); of the longest piece of a shot."""
 
 LEAST = 0.1
-"""Seconds of the shortest window: below it a film would have more windows than pictures."""
+"""Seconds of the shortest window: shorter ones could outnumber the pictures of a film."""
 
 
 def windows(duration: float, seconds: float = 5.0) -> list[Line]:
-    """Windows of equal length, as near to ``seconds`` as fits ``duration``; their texts are empty.
+    """Windows of equal length, as close to ``seconds`` as fits ``duration``; their texts are empty.
 
     Raises:
-        UsageError: a length below LEAST, or none at all.
+        UsageError: ``seconds`` is below LEAST or not finite.
     """
     if not LEAST <= seconds < inf:
         raise UsageError(f"--seconds {seconds}: a window must be at least {LEAST} s long")
@@ -36,19 +36,19 @@ def windows(duration: float, seconds: float = 5.0) -> list[Line]:
 
 
 def _pieces(start: float, end: float, count: int) -> list[Line]:
-    """A stretch of film in ``count`` equal pieces."""
+    """A part of a film in ``count`` equal pieces."""
     edges = [round(start + (end - start) * i / count, 3) for i in range(count + 1)]
     return [Line(first, last, "") for first, last in pairwise(edges) if last > first]
 
 
 def shots(video: str | Path, end: float) -> list[Line]:
-    """The shots of a film: it is cut where the picture changes abruptly; long shots are cut into equal pieces.
+    """The shots of a film, cut where the picture changes abruptly; long shots are cut into equal pieces.
 
     Decodes the file once, without non-reference frames, and compares frames at 32×18 pixels.
 
     Args:
         video: any file that FFmpeg reads.
-        end: of the film and its last shot, in seconds on a player's clock (a header may promise more).
+        end: end of the film, and so of its last shot, in seconds on a player's clock (the header may claim more).
 
     Raises:
         UserError: not a readable video, or one without times.

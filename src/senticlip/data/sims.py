@@ -1,8 +1,8 @@
-"""CH-SIMS v1 and v2 folders, and CSV files of one's own → Clips; the three splits; what is wrong with a data set.
+"""CH-SIMS v1 and v2 folders, and the user's own CSV files → Clips; the three splits; the problems of a data set.
 
 A folder holds ``Raw/VIDEO/CLIP.mp4`` and ``label.csv`` or ``meta.csv`` (Yu et al. 2020; Liu et al. 2022 for v2), as
-found in the wild: with a header or without, columns in any order, ``1`` for ``0001``, UTF-8, a BOM, GBK or Big5. A CSV
-file of one's own has the columns path, text, label, and if one likes split, id, video_id, start, end, label_T/A/V.
+found in the wild: with or without a header, columns in any order, ``1`` for ``0001``, UTF-8, a BOM, GBK or Big5. The
+user's own CSV has the columns path, text, label, and optionally split, id, video_id, start, end, label_T/A/V.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PROTOCOLS = ("official", "tenth", "video")
 
 
 class Report(NamedTuple):
-    """What ``data check`` found, and prints with ``--json``: the number of clips, counts by split and class, what is
-    wrong (problems) and what is odd (warnings)."""
+    """What ``data check`` found and prints with ``--json``: the number of clips, counts by split and class, errors
+    (``problems``) and oddities (``warnings``)."""
 
     clips: int
     splits: dict[str, dict[str, int]]
@@ -50,7 +50,7 @@ class Report(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A clip, the video it was cut from, and what is wrong with its line of the table."""
+    """A clip, the video it was cut from, and what is wrong with its row of the table."""
 
     clip: Clip
     source: str
@@ -64,10 +64,10 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Args:
         path: a folder with ``label.csv`` or ``meta.csv`` beside ``Raw/`` (without ``Raw/``, but with
             ``Processed/unaligned_39.pkl``, clips have no video), or one CSV file.
-        split: train, valid or test, or another of its names in tables (val); None (or ``all``) for all.
-        protocol: ``official`` (the table's own; one without splits: ``tenth``), ``tenth`` (random 8:1:1 over clips, as
-            the paper seems to have done) or ``video`` (8:1:1 such that no source video is in two splits).
-        seed: of the two random protocols; the same rows in another order are split alike.
+        split: train, valid or test, or any other name that tables use (``val``); None (or ``all``) for all.
+        protocol: ``official`` (the table's own; ``tenth`` if it has none), ``tenth`` (random 8:1:1 over clips, as the
+            paper seems to have done) or ``video`` (8:1:1 such that no source video is in two splits).
+        seed: of the two random protocols; the order of the rows does not matter.
 
     Raises:
         UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
@@ -93,8 +93,8 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
 
     Args:
         path: as for read_clips.
-        videos: open every file, too: empty, truncated, undecodable ones and those without video are found.
-        protocol, seed: the split to count and to look for leaks in.
+        videos: also open every file, to find empty, truncated and undecodable ones and those without video.
+        protocol, seed: the split whose clips are counted and checked for leaks.
 
     Raises:
         UsageError, UserError: there is no table, or it cannot be read as one.
@@ -122,7 +122,7 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
 
 
 def leaks(rows: list[_Row]) -> list[str]:
-    """Which source video and which text stands in two splits or more: a line for each."""
+    """A line for each source video and each text that is in more than one split."""
     places: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for clip, source, _, _ in rows:
         for kind, name in (("video", source), ("text", "".join((clip.text or "").split()))):
@@ -140,11 +140,11 @@ def leaks(rows: list[_Row]) -> list[str]:
 
 
 def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
-    """The clips with the protocol's splits in them."""
+    """The clips, with their splits set according to the protocol."""
     if protocol == "official" and any(row.clip.split for row in rows):
         return [row.clip for row in rows]
     tenth = round(len(rows) / 10)
-    # sorted first: the split depends on the clips and the seed, not on the order of the file
+    # sorted below, so that the split depends on the clips and the seed, not on the order of the file
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         groups[row.source if protocol == "video" else _content(row.clip)].append(index)
@@ -157,7 +157,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
             if count + len(groups[name]) <= tenth:
                 chosen.append(name)
                 count += len(groups[name])
-        # every video is larger than a tenth: the smallest is the nearest, as long as train keeps one
+        # every video is larger than a tenth: take the smallest, if that leaves one for train
         if not chosen and tenth and len(names) > 1:
             chosen = [min(names, key=lambda name: len(groups[name]))]
         for name in chosen:
@@ -168,7 +168,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
 
 
 def _content(clip: Clip) -> str:
-    """A row's content without its number, with which the id ends if several rows have the same file, or none an id."""
+    """A row's content without its row number, which is in the id if rows share a file or have neither id nor path."""
     name = clip.id.removesuffix(f"#{clip.row}").removesuffix(f"row {clip.row}")
     return "\n".join(map(str, (name, clip.start, clip.end, clip.text, sorted(clip.labels.items()))))
 
@@ -203,7 +203,7 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
         row = _row(table, columns, line, find, protocol == "official")
         if named and any(line.cells[width:]):
             row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
-        # rows of one's own may repeat a file; a CH-SIMS clip stands in the table once
+        # in the user's own table, rows may share a file; a CH-SIMS clip may occur only once
         if row.clip.id in seen and ids:
             row.problems.append(f"{table}, row {line.row}: {row.clip.id} is already in row {seen[row.clip.id]}")
         elif row.clip.id in seen:
@@ -219,19 +219,19 @@ def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
 
 
 def _from_features(path: Path) -> tuple[Path, list[_Row]]:
-    """The clips of a feature file that came without a table."""
+    """The clips of a feature file that has no table."""
     from senticlip.data.mmsa import feature_clips, feature_file
 
     file = feature_file(path)
 
-    def source(name: str) -> str:  # an id of one's own may be a file's name, with its folders
+    def source(name: str) -> str:  # an id may be the path of the user's own file
         return name if name.lower().endswith(VIDEO_SUFFIXES) else name.split("/")[0]
 
     return file, [_Row(clip, source(clip.id), [], []) for clip in feature_clips(file)]
 
 
 def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: bool) -> _Row:
-    """One line of the table as a clip, with all that is wrong with it."""
+    """One row of the table as a clip, with everything that is wrong with it."""
     where = f"{table}, row {line.row}"
     problems, warnings = [], []
     cells = {name: line.cells[index] if index < len(line.cells) else "" for name, index in columns.items()}
@@ -277,7 +277,7 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
 
 
 class _Raw:
-    """Finds ``Raw/VIDEO/CLIP.mp4`` by ids that may have lost their zeros; every folder is listed once."""
+    """Finds ``Raw/VIDEO/CLIP.mp4`` by ids that may have lost their leading zeros; lists each folder only once."""
 
     def __init__(self, table: Path) -> None:
         self.root = table.parent / "Raw"
@@ -315,7 +315,7 @@ def _by_id(folder: Path, keep: Callable[[Path], bool]) -> dict[str, list[Path]]:
 
 
 def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path | None, str]:
-    """The one entry that ``name`` means, or None and why."""
+    """The one entry that matches ``name``, or None and why there is none."""
     stem = name.rsplit(".", 1)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
     near = found.get(without_zeros(name)) or found.get(without_zeros(stem), [])
     exact = [path for path in near if name in (path.stem, path.name)]
@@ -327,7 +327,7 @@ def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path |
 
 
 def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str, str, list[str]]]:
-    """Finds the files of a CSV of one's own; relative paths are relative to it."""
+    """Finds the files of the user's own CSV; relative paths are relative to its folder."""
 
     def find(cells: dict[str, str], row: int) -> tuple[Path | None, str, str, list[str]]:
         name = cells.get("path", "")

@@ -1,7 +1,7 @@
 """Subtitle files (.srt .ass .ssa .vtt) and the subtitle tracks of a video → timed lines of what is said.
 
-What people have is written for a screen: styles, positions, karaoke syllables, shadows drawn as second lines, lines
-that roll, notes of music. Here a line is what is said from one time to another, and no two lines overlap.
+Subtitles are written for a screen: styles, positions, karaoke syllables, shadows drawn as second lines, rolling lines,
+music notes. Here, a line is what is said from one time to another, and no two lines overlap.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from senticlip.structures import UsageError, UserError
 
 SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
 TOGETHER, LEAST = 10.0, 0.5
-"""Lines that merely touch are merged up to so many seconds; real ones are no longer, and none is shorter."""
+"""Longest and shortest spoken line, in seconds; lines that only partly overlap are merged up to the longest."""
 MANY, LONGEST = 200, 10_000
-"""So many neighbours of a cue and rows of a screen are looked at, and to a line of so many characters nothing is added:
-with a file of thousands that are shown at once, all would take hours."""
+"""Bounds against quadratic time where thousands of cues are shown at once: neighbours of a cue and rows of a screen
+that are compared; characters of a line beyond which nothing is joined to it."""
 
 _COLUMNS = ("layer", "start", "end", "style", "name", "marginl", "marginr", "marginv", "effect", "text")
 _SOUNDS = (
@@ -44,7 +44,7 @@ _INVISIBLE = re.compile(f"(?!\u200d[\u2190-\u2bff\U0001f000-\U0001faff])[{_HIDDE
 
 
 class Line(NamedTuple):
-    """What is said from ``start`` to ``end`` (seconds); the text may be empty (a window, a shot)."""
+    """What is said from ``start`` to ``end`` (seconds); the text is empty for a window or a shot."""
 
     start: float
     end: float
@@ -60,10 +60,10 @@ class Cue(NamedTuple):
 
 
 def read(path: str | Path, shift: float = 0.0) -> list[Line]:
-    """The lines of a subtitle file, in order, not overlapping; ``shift`` seconds are added to every time.
+    """The lines of a subtitle file, in order and without overlap; ``shift`` seconds are added to every time.
 
     Raises:
-        UsageError: no such file, or a kind that is not read. UserError: no subtitles can be read from it.
+        UsageError: no such file, or an unsupported kind. UserError: no subtitles can be read from it.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,8 +85,7 @@ def read(path: str | Path, shift: float = 0.0) -> list[Line]:
 
 
 def _usual_columns(text: str) -> str:
-    """ASS whose lines have other columns (its Format line names them) with the usual ones, which pysubs2 takes for
-    granted."""
+    """ASS text with the usual columns, which pysubs2 takes for granted; its Format line may name others."""
     told = re.search(r"^\[Events\][^\[]*?^Format:(.*)$", text, re.MULTILINE)
     names = [name.strip().casefold() for name in told[1].split(",")] if told else []
     if not {"start", "end"} <= set(names) or names[-1] != "text" or (names[1:3], len(names)) == (["start", "end"], 10):
@@ -100,7 +99,7 @@ def _usual_columns(text: str) -> str:
 
 
 def _timed(text: str, path: Path) -> list[Cue]:
-    """The cues of SRT or WebVTT: what stands between the lines with times, without numbers and names of cues."""
+    """The cues of SRT or WebVTT: the text between timing lines, without the numbers and names of cues."""
     is_vtt = text.startswith("WEBVTT")
     found = list(_TIMING.finditer(text))
     timings = {told.start() for told in found}
@@ -116,18 +115,18 @@ def _timed(text: str, path: Path) -> list[Cue]:
             time = told[0].split("-->")[0].strip()
             raise UserError(f"{path}, row {row}: {time} is not a time in a film — hours have two digits")
         rows = text[told.end() : after and after.start()].split("\n")[1:]
-        if is_vtt:  # behind an empty row come names, NOTE, STYLE and REGION blocks
+        if is_vtt:  # an empty row ends a cue: names, NOTE, STYLE and REGION blocks may follow
             rows = rows[: rows.index("")] if "" in rows else rows
-        elif after and len(rows) > 1 and rows[-2].strip().isdecimal():  # the number of the next; the last row is empty
+        elif after and len(rows) > 1 and rows[-2].strip().isdecimal():  # the next cue's number; the last row is empty
             del rows[-2]
-        words = "\n".join(rows).replace("\\N", "\n").replace("\\h", " ")  # as in ASS, from which some were made
+        words = "\n".join(rows).replace("\\N", "\n").replace("\\h", " ")  # left over from ASS
         start, end = map(_seconds, told[0].split("-->"))
         cues.append(Cue(start, end, words.split("\n")))
     return cues
 
 
 def _seconds(time: str) -> float:
-    """``1:02:03,5`` in seconds; what was moved to before 0 is at 0."""
+    """``1:02:03,5`` in seconds; negative times become 0."""
     if "-" in time:
         return 0.0
     time = re.sub(r":(\d{3})$", r".\1", time.strip()).replace(",", ".")
@@ -135,7 +134,7 @@ def _seconds(time: str) -> float:
 
 
 def _by_pysubs2(text: str, path: Path) -> list[Cue]:
-    bare = "[Events]" in text and "Styles]" not in text  # which pysubs2 knows ASS by
+    bare = "[Events]" in text and "Styles]" not in text  # pysubs2 recognizes ASS by its styles
     try:
         return [
             Cue(event.start / 1000, event.end / 1000, event.plaintext.split("\n"))
@@ -150,21 +149,21 @@ def _by_pysubs2(text: str, path: Path) -> list[Cue]:
 
 
 def clean(text: str) -> str:
-    """One line of words: no tags, no positions, no marks of music, no names of sounds, single spaces."""
+    """A line's words, single-spaced: without tags, positions, music symbols and descriptions of sounds."""
     text = _TAGS.sub("", html.unescape(_TAGS.sub("", text)))
     text = _NOTES.sub(" ", _INVISIBLE.sub("", text))
     text = " ".join(text.split()).strip("-–—#* ")
-    # what has no letter, digit or sentence mark says nothing
+    # without a letter, a digit or a sentence mark, nothing is said
     return text if any(unicodedata.category(c)[0] in "LN" or c in "?!？！…" for c in text) else ""
 
 
 def merge(cues: Iterable[Cue], shift: float = 0.0) -> list[Line]:
     """Cues as written → lines as said.
 
-    A row that the cue before showed already (rolling captions, second layers) is left out; cues that are on the screen
-    together (karaoke syllables, two styles, two speakers) become one line, as do those that grow by a syllable; what
-    then still overlaps ends where the next begins, and a title begins where what is said ends. Times are shifted; what
-    ends before 0 is dropped.
+    Rows already shown by the previous cue (rolling captions, second layers) are left out. Cues shown together (karaoke
+    syllables, two styles, two speakers) become one line, as do cues that grow syllable by syllable. A line that then
+    still overlaps the next ends where that begins; a title begins where speech ends. Times are shifted; what ends
+    before 0 is dropped.
     """
     said = [Cue(c.start, c.end, [row for row in map(clean, c.rows) if row]) for c in cues if c.end > c.start]
     ordered = sorted((cue for cue in said if cue.rows), key=lambda cue: cue.start)
@@ -172,14 +171,14 @@ def merge(cues: Iterable[Cue], shift: float = 0.0) -> list[Line]:
     lines: list[tuple[Line, bool]] = []
     shown: list[str] = []
     brief = False
-    # of those that begin together a title comes last
+    # of cues that begin together, a title comes last
     for cue, title in sorted(zip(ordered, titles, strict=True), key=lambda pair: (pair[0].start, pair[1])):
         last, sign = lines[-1] if lines else (None, False)
         touches = last is not None and cue.start - last.end < 0.1
         fresh = _fresh(shown, cue.rows) if touches else cue.rows
         shown = cue.rows if last is None or not touches or cue.start >= last.end else (shown + fresh)[-MANY:]
         text = _join(fresh)
-        # a karaoke line; after a whole second it is an answer that begins with the same word
+        # karaoke; after a full second, it is rather a reply that begins with the same words
         grows = last is not None and text.startswith(last.text) and (brief or cue.start < last.end)
         brief = cue.end - cue.start < 1
         if last is not None and touches and (not text or grows or _together(last, cue, title or sign)):
@@ -194,7 +193,7 @@ def merge(cues: Iterable[Cue], shift: float = 0.0) -> list[Line]:
 
 
 def _stays(cue: Cue, ordered: list[Cue], place: int) -> bool:
-    """Whether the cue at ``place`` is a title or a sign: longer than a line, or lines come and go while it is shown."""
+    """Whether the cue at ``place`` is a title or a sign: longer than any line, or shown while lines come and go."""
     if cue.end - cue.start > TOGETHER:
         return True
     begin, end = (bisect_left(ordered, time, key=lambda other: other.start) for time in (cue.start - LEAST, cue.end))
@@ -202,8 +201,8 @@ def _stays(cue: Cue, ordered: list[Cue], place: int) -> bool:
     around = ordered[max(begin, place - MANY) : place] + during
     first = any(abs(c.start - cue.start) <= LEAST < cue.end - c.end for c in around)
     if first and any(abs(c.end - cue.end) <= LEAST < c.start - cue.start for c in around):
-        return False  # they are its translation, or its syllables
-    # what begins or ends with it is a part of it, too
+        return False  # the others are its translation or its syllables
+    # cues that begin or end with it are parts of it, too
     inside = [c for c in during if c.start - cue.start > LEAST < cue.end - c.end and c.end - c.start >= LEAST]
     words = _join(cue.rows)
     inside = [c for c in inside if _join(c.rows) not in words]
@@ -211,11 +210,11 @@ def _stays(cue: Cue, ordered: list[Cue], place: int) -> bool:
 
 
 def _apart(lines: list[tuple[Line, bool]]) -> list[Line]:
-    """Lines that do not overlap: each ends where the next begins, but a title begins where the line before it ends."""
+    """Remove overlaps: a line ends where the next begins, but a title begins where the line before it ends."""
     apart: list[tuple[Line, bool]] = []
     for line, title in lines:
         while apart and apart[-1][0].start >= line.start and (apart[-1][1] or not title):
-            apart.pop()  # nothing is left for it
+            apart.pop()  # it would be empty
         last, sign = apart[-1] if apart else (Line(0, 0, ""), True)
         if title and not sign:
             line = line._replace(start=max(line.start, last.end))
@@ -226,7 +225,7 @@ def _apart(lines: list[tuple[Line, bool]]) -> list[Line]:
 
 
 def _fresh(shown: list[str], rows: list[str]) -> list[str]:
-    """``rows`` without those at their head that end what was ``shown``."""
+    """``rows`` without the first ones, as far as ``shown`` ends with them."""
     for count in range(min(len(shown), len(rows), MANY), 0, -1):
         if shown[-count:] == rows[:count]:
             return rows[count:]
@@ -234,7 +233,7 @@ def _fresh(shown: list[str], rows: list[str]) -> list[str]:
 
 
 def _together(line: Line, cue: Cue, title: bool) -> bool:
-    """Whether the two are on the screen at the same time for most of it; half is enough if neither is a ``title``."""
+    """Whether both are shown together for most of their time; half the shorter's is enough if neither is a title."""
     both = min(line.end, cue.end) - max(line.start, cue.start)
     length, other = line.end - line.start, cue.end - cue.start
     span = max(line.end, cue.end) - min(line.start, cue.start)
@@ -242,7 +241,7 @@ def _together(line: Line, cue: Cue, title: bool) -> bool:
 
 
 def _join(parts: list[str]) -> str:
-    """Parts as one text: a space between words, none inside Chinese."""
+    """Parts joined by spaces, but without a space between two Chinese characters."""
     text = ""
     for part in parts:
         wide = bool(text) and all(unicodedata.east_asian_width(c) in "WF" for c in (text[-1], part[:1] or "a"))
@@ -251,15 +250,15 @@ def _join(parts: list[str]) -> str:
 
 
 def guess_text(data: bytes, path: Path) -> str:
-    """The text of a subtitle file: a byte order mark, UTF-8, UTF-16, else GB18030 or Big5 if likely, else a guess.
+    """The text of a subtitle file: by its BOM, as UTF-16 or UTF-8, else as GB18030 or Big5 if likely, else a guess.
 
     Raises:
-        UserError: nothing reads it.
+        UserError: no encoding fits.
     """
     if (told := surely(data)) is not None:
         return told
     text = data.decode("utf-8", errors="replace")
-    if 10 * text.count("\ufffd") <= sum(ord(c) > 127 for c in text):  # a damaged byte is no other encoding
+    if 10 * text.count("\ufffd") <= sum(ord(c) > 127 for c in text):  # UTF-8 with damaged bytes
         return text
     share, encoding = chinese(data)
     if share >= 0.5:

@@ -1,4 +1,4 @@
-"""Label tables as people have them: UTF-8, a BOM, UTF-16, GBK or Big5; comma, tab or semicolon; long texts."""
+"""Label tables as found in practice: UTF-8, a BOM, UTF-16, GBK or Big5; comma, tab or semicolon; long texts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from senticlip.structures import Clip, UsageError, UserError, polarity
 
 LONGEST_CELL = 16 << 20
-"""Characters of a cell; csv's own bound (131,072) is less than what is said in a long film."""
+"""Most characters of a cell; csv's own limit (131,072) is less than what is said in a long film."""
 
 SAMPLE = 100_000
-"""Characters of a file that tell its encoding."""
+"""Most characters from which the encoding of a file is guessed."""
 
 EMPTY = ("", "nan", "NaN", "None", "null", "<NA>")
-"""What stands in a cell without a text; all but the first are what pandas makes of nothing where it writes words."""
+"""Cells that count as empty: all but the first are how pandas writes a missing value."""
 
 VIDEO_SUFFIXES = (
     ".mp4", ".mkv", ".mov", ".avi", ".webm", ".flv", ".m4v", ".ts", ".mpg", ".wmv",
@@ -72,11 +72,11 @@ class Line(NamedTuple):
 def decode(data: bytes, path: Path) -> str:
     """The text of a file of unknown encoding.
 
-    A byte order mark decides; then UTF-16, whose ASCII has zero bytes (a table has commas and line breaks); then UTF-8,
-    which is hardly ever right by accident; then Big5, if its frequent characters tell; else GB18030, which holds GBK.
+    Tried in order: a byte order mark; UTF-16, whose ASCII has zero bytes (a table has commas and line breaks); UTF-8,
+    which hardly ever fits by accident; Big5, if its frequent characters suggest it; GB18030, which includes GBK.
 
     Raises:
-        UserError: none of them reads it.
+        UserError: none of them fits, or it is an Excel workbook.
     """
     check_no_workbook(data, path)
     if (told := surely(data)) is not None:
@@ -92,7 +92,7 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def check_no_workbook(data: bytes, path: Path) -> None:
-    """Excel's own files are no tables in text, whatever their name.
+    """Refuse Excel workbooks, whatever their name.
 
     Raises:
         UserError: it is one.
@@ -102,20 +102,20 @@ def check_no_workbook(data: bytes, path: Path) -> None:
 
 
 def delimiter_of(line: str) -> str:
-    """What separates the cells of a table, by its first line: comma, tab or semicolon."""
+    """The separator of a table's cells, judged by its first line: comma, tab or semicolon."""
     return max(",\t;", key=line.count)
 
 
 def likeliest(data: bytes) -> str:
-    """The encoding of what is not in UTF-8: Big5 if its frequent characters tell, else GB18030."""
+    """The encoding of data that is not UTF-8: Big5 if its frequent characters suggest it, else GB18030."""
     share, encoding = chinese(data)
     return encoding if share >= 0.5 else "gb18030"
 
 
 def chinese(data: bytes) -> tuple[float, str]:
-    """How sure it is that the data are in GB18030 or in Big5 (the share of frequent characters), and which it is.
+    """The likelier of GB18030 and Big5, after a measure of its likelihood: the share of frequent characters.
 
-    Each reads most of the other's files, as rare characters. Of a few that are frequent in both, GB18030.
+    Each decodes most files of the other, but to rare characters. On a tie, GB18030.
     """
     found: list[tuple[float, str]] = []
     for encoding, first, last in (("gb18030", 0xB0, 0xD7), ("cp950", 0xA4, 0xC6)):
@@ -127,7 +127,7 @@ def chinese(data: bytes) -> tuple[float, str]:
 
 
 def _lead(character: str, encoding: str) -> int:
-    """The first byte of a character: it tells frequent from rare ones in GB2312 and in Big5."""
+    """The first byte of a character, which tells frequent from rare characters in GB2312 and Big5."""
     try:
         code = character.encode("gb2312" if encoding == "gb18030" else encoding)
     except UnicodeEncodeError:
@@ -136,13 +136,13 @@ def _lead(character: str, encoding: str) -> int:
 
 
 def surely(data: bytes) -> str | None:
-    """The text if its first bytes tell the encoding; else None."""
+    """The text if its first bytes identify the encoding; else None."""
     encoding = told_encoding(data[:4000])
     return None if encoding is None else data.decode(encoding, errors="replace")
 
 
 def told_encoding(data: bytes) -> str | None:
-    """The encoding that a byte order mark, or the zero bytes of ASCII in UTF-16, tell; else None."""
+    """The encoding identified by a byte order mark, or by the zero bytes of ASCII in UTF-16; else None."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF16_LE, "utf-16"),
@@ -157,13 +157,13 @@ def told_encoding(data: bytes) -> str | None:
 
 
 def located(folder: Path, name: str) -> Path:
-    """The file that a table in ``folder`` names; Windows' a\\b.mp4 is a/b.mp4 where nothing is called so."""
+    """The file that a table in ``folder`` names; Windows' a\\b.mp4 is taken as a/b.mp4 if no such file exists."""
     path = folder / name
     return path if "\\" not in name or os.path.exists(path) else folder / name.replace("\\", "/")
 
 
 def read_table(path: Path) -> list[Line]:
-    """The records of a CSV file, blank ones left out, the header (if there is one) still among them.
+    """The records of a CSV file, including its header (if any), without blank ones.
 
     Raises:
         UsageError: no such file. UserError: unreadable, empty, or a quote that is never closed.
@@ -193,16 +193,16 @@ def read_table(path: Path) -> list[Line]:
 
 
 def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Line]]:
-    """Where each column is, by its header or by what stands in it, and the lines below the header.
+    """The index of each column, by its header or its content, and the lines below the header.
 
-    Where ids name the clips (in a CH-SIMS folder, or without paths), path, start and end are left out.
+    If the clips are named by ids (in a CH-SIMS folder, or without paths), path, start and end are left out.
     """
     first = lines[0].cells
     names = [NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
     if len(_KNOWN & set(names)) >= min(2, len(names)):
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
-        # in a CH-SIMS folder a column "video" or "filename" may hold anything, "start" where the film had the clip
+        # in a CH-SIMS folder, "video" or "filename" may hold anything, and "start" the clip's place in the film
         if {"video_id", "clip_id"} <= columns.keys() and ("path" not in columns or (table.parent / "Raw").is_dir()):
             columns = {name: index for name, index in columns.items() if name not in _OWN}
     else:
@@ -220,8 +220,8 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
 
 
 def _is_foreign_header(first: list[str], columns: dict[str, int]) -> bool:
-    """Whether the first line names the columns by names that nobody knows: no number in it, no file, and no label where
-    the others have theirs."""
+    """Whether the first line is a header of unknown names: no number and no file in it, and no label where the other
+    lines have theirs."""
     if any(finite(cell) is not None or cell.casefold().endswith(VIDEO_SUFFIXES) for cell in first):
         return False
     index = next((column for name, column in columns.items() if name in ("label", "annotation")), len(first))
@@ -229,8 +229,8 @@ def _is_foreign_header(first: list[str], columns: dict[str, int]) -> bool:
 
 
 def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
-    """Columns of a table without a header: the ids by the files of ``raw`` that they name; the others in the usual
-    order if it fits, else by what the cells look like."""
+    """Columns of a table without a header: the ids by the files in ``raw`` that they name; the others in the usual
+    order if it fits, else by their content."""
     sample = [line.cells for line in lines[:200]]
     width = Counter(map(len, sample)).most_common(1)[0][0]
     sample = [cells for cells in sample if len(cells) == width]
@@ -257,7 +257,7 @@ def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
         if of_kind[kind]:
             columns[name] = of_kind[kind][0]
     columns |= dict(zip(TARGET_COLUMNS, of_kind["score"], strict=False))
-    # the text is what has most Chinese characters, then most others; the ids stand in the order video, clip
+    # the text column has the most Chinese characters, else the most characters; the ids come in the order video, clip
     rest = of_kind["other"]
     if rest:
         columns["text"] = max(rest, key=lambda index: _wordy([cells[index] for cells in sample]))
@@ -266,7 +266,7 @@ def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
 
 
 def _naming(raw: Path, sample: list[list[str]], width: int) -> list[int]:
-    """The columns of the video's and the clip's id, if the files of ``raw`` tell: a clip's id may read as a label."""
+    """The columns of video and clip ids, by the files in ``raw``: a clip id may look like a label. Empty if unknown."""
     there = {(without_zeros(file.parent.name), without_zeros(file.stem)) for file in raw.glob("*/*")}
     found: Counter[tuple[int, int]] = Counter()
     for cells in sample:
@@ -276,18 +276,18 @@ def _naming(raw: Path, sample: list[list[str]], width: int) -> list[int]:
 
 
 def _wordy(cells: list[str]) -> tuple[int, int]:
-    """How many different Chinese characters, and characters at all, stand in the cells of a column."""
+    """The numbers of different Chinese characters, and of different characters, per cell, summed over a column."""
     return sum(len(set(re.findall("[\u4e00-\u9fff]", cell))) for cell in cells), sum(len(set(cell)) for cell in cells)
 
 
 def without_zeros(name: str) -> str:
-    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` meet, and so do ``video_1`` and ``video_0001``; but not
-    ``2.5`` and ``2.05``."""
+    """An id without leading zeros: ``1``, ``1.0`` and ``0001`` become equal, as do ``video_1`` and ``video_0001``, but
+    not ``2.5`` and ``2.05``."""
     return re.sub(r"(?<!\d)(?<!\d\.)0*(\d+)", r"\1", re.sub(r"^(\d+)\.0$", r"\1", name.strip()))
 
 
 def score(cell: str) -> float | None:
-    """A label: a number from -1 to 1 or a word; None if it is neither."""
+    """The score of a label, which is a number from -1 to 1 or a word; None if it is neither."""
     if cell.casefold() in SCORES:
         return SCORES[cell.casefold()]
     value = finite(cell)
@@ -295,12 +295,12 @@ def score(cell: str) -> float | None:
 
 
 def split_named(name: str | None) -> str:
-    """The split that a user means: ``valid`` by any of its names, ``all`` by None; an unknown name as it is."""
+    """The split that a name means (``valid`` for ``val``, …); ``all`` for None; an unknown name is returned as is."""
     return "all" if name is None else SPLIT_NAMES.get(name.casefold(), name)
 
 
 def finite(cell: str) -> float | None:
-    """A finite number, also with a typeset minus or in full width (－０．５); None if it is none."""
+    """The cell as a finite number, also with a typographic minus or in full width (－０．５); else None."""
     try:
         value = float(cell.translate(_TYPESET))
     except ValueError:
@@ -309,9 +309,9 @@ def finite(cell: str) -> float | None:
 
 
 def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]:
-    """A warning if a header names columns that are not read: who called the videos' something else would miss them.
+    """Warnings that name the columns that are not read: otherwise, a misnamed path column would go unnoticed.
 
-    Of two that mean the same, the first is read.
+    Of two columns with the same meaning, the first is read.
     """
     left, own = [], []
     for index, cell in enumerate(header):
@@ -325,7 +325,7 @@ def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]
 
 
 def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
-    """A warning, if the labels are the numbers 0 and 1 throughout: many write negative as 0."""
+    """A warning if all labels are 0 or 1: many people write negative as 0."""
     index = columns["label"]
     if {finite(line.cells[index]) for line in lines if any(line.cells[index : index + 1])} != {0.0, 1.0}:
         return []
@@ -334,9 +334,9 @@ def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> lis
 
 
 def absent(table: Path, clips: list[Clip]) -> list[str]:
-    """Warnings of what no clip has: a kind of label, the video, the text."""
+    """Warnings about what no clip has: a negative or a positive label, a video, a text."""
     scores = {clip.labels["M"] for clip in clips if "M" in clip.labels}
-    signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # of which only_0_and_1 speaks
+    signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # only_0_and_1 warns of 0 and 1
     lacks = [
         f"no label is {side} 0 (neutral) — labels range from -1 (negative) to 1 (positive)"
         for side, sign in (("below", 0), ("above", 2))

@@ -1,4 +1,4 @@
-"""The subtitle tracks inside a video file: which is read, and its lines."""
+"""The subtitle tracks inside a video file: which one is read, and its lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PICTURES = "are images, not text — give them as a file: --subtitles F.srt"
 def embedded(
     video: str | Path, track: int | None = None, shift: float = 0.0, tell: Callable[[str], None] = lambda told: None
 ) -> list[Line]:
-    """The lines of a subtitle track inside a video file, on a player's clock; an empty list if it has none of text.
+    """The lines of a subtitle track inside a video file, on a player's clock; empty if it has no text track.
 
     Args:
         video: any container that FFmpeg reads.
@@ -66,7 +66,7 @@ def embedded(
             try:
                 subtitles = packet.decode()
             except FFmpegError:
-                continue  # one damaged line is no reason to lose the film
+                continue  # one damaged line must not fail the film
             for subtitle in subtitles:
                 if not isinstance(subtitle, AssSubtitle):
                     raise UserError(f"{video}: its subtitles {_PICTURES}")
@@ -79,7 +79,7 @@ def embedded(
 
 
 def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
-    """The tracks of text; ``tell`` is called if those of pictures are all there are, or the only Chinese ones."""
+    """The text tracks; calls ``tell`` if there are only image tracks, or if only these are Chinese."""
     known = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
     texts = [s for s in known if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
     if known and not texts:
@@ -90,13 +90,13 @@ def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
 
 
 def _is_chinese(stream: Any) -> bool:
-    """By its language or, since that is often missing or wrong, its title."""
+    """Judged by the language or, since that is often missing or wrong, by the title."""
     language = (stream.language or "").split("-")[0].lower()
     return language in CHINESE or TITLED.search(stream.metadata.get("title", "")) is not None
 
 
 def _spoken(streams: list[Any]) -> Any:
-    """The track that most likely has all that is said."""
+    """The track that most likely contains everything that is said."""
     some = [s for s in streams if _is_chinese(s)] or streams
     some = [s for s in some if not s.disposition & Disposition.forced] or some
     return next((s for s in some if s.disposition & Disposition.default), some[0])

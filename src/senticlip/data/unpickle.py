@@ -1,7 +1,7 @@
-"""A pickle read without trusting it and without holding it: arrays, numbers, strings, lists, dicts and nothing else.
+"""Reads a pickle without trusting it or loading it into memory: arrays, numbers, strings, lists and dicts only.
 
-Nothing that the file names is imported or called; the few names that numpy's arrays need get stand-ins from here. The
-bytes of a large array are not read: the array becomes a memory map of their place in the file.
+Nothing that the file names is imported or called; the few names that numpy arrays need are replaced by stand-ins from
+this module. The bytes of a large array are not read: the array becomes a memory map of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 
 
 class Refused(Exception):
-    """What the file asks for is none of the things that it may hold."""
+    """The file contains something that is not allowed."""
 
 
 class DType:
@@ -35,7 +35,7 @@ class DType:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, order, *parts = state
-        if parts[:3] != [None, None, None]:  # a type within, names of fields, their types
+        if parts[:3] != [None, None, None]:  # subarray type, field names, field types
             raise Refused("an array of records")
         self.order = order
 
@@ -97,8 +97,8 @@ NAMES = {
 }
 
 
-class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replaced
-    """Knows the opcodes that plain data and arrays need."""
+class Unpickler(pickle._Unpickler):  # the Python implementation: its opcodes can be replaced
+    """Handles the opcodes that plain data and arrays need."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     # set up by the base class when it loads
@@ -113,7 +113,7 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
         self.file, self.size = file, Path(file.name).stat().st_size
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in, or no."""
+        """The stand-in for a name; any other name is refused."""
         top = module.split(".")
         found = NAMES.get((name, top[-1]))
         if found is None or top[0] not in ("numpy", "_codecs"):
@@ -121,21 +121,21 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        """Nothing lies outside of the file."""
+        """Refused: no data is outside the file."""
         raise Refused("a persistent object")
 
     def get_extension(self, code: int) -> Any:
-        """There is no registry."""
+        """Refused: there is no registry."""
         raise Refused(f"extension {code}")
 
     def load_build(self) -> None:
-        """Only stand-ins of data have a state; a function's would change this process."""
+        """Only stand-ins for data may have a state; setting a function's would change this process."""
         if not isinstance(self.stack[-2], Array | DType):
             raise Refused(f"a state of a {type(self.stack[-2]).__name__}")
         super().load_build()  # type: ignore[misc]
 
     def _place(self, length: int) -> np.ndarray | None:
-        """Map and skip a large object that lies in the file as it is (pickles put no large one into a frame)."""
+        """Map and skip a large object (never inside a pickle frame); None if it must be read."""
         frame = self._unframer.current_frame
         if length < LARGE or (frame is not None and frame.tell() < len(frame.getbuffer())):
             return None
@@ -151,7 +151,7 @@ class Unpickler(pickle._Unpickler):  # the Python one: its opcodes can be replac
         self.append(self.read(length) if mapped is None else mapped)
 
     def _text(self, width: int) -> None:
-        """Protocol 2 writes bytes as text, one character a byte: large ones are turned back by way of a file."""
+        """Protocol 2 writes bytes as text, a character per byte: large ones are decoded into a temporary file."""
         length = int.from_bytes(self.read(width), "little")
         mapped = self._place(length) if self.proto < 3 else None
         if mapped is None:
@@ -181,7 +181,7 @@ def load(path: str | Path) -> Any:
     """The plain data of a pickle; large arrays are read-only memory maps of the file.
 
     Raises:
-        UserError: no such file, no pickle, cut off, or something in it that is no plain data.
+        UserError: no such file, not a pickle, cut off, or it contains anything but plain data.
     """
     try:
         with open(path, "rb") as file:
@@ -199,7 +199,7 @@ def load(path: str | Path) -> Any:
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Stand-ins → arrays, everywhere; shared parts stay shared."""
+    """Replace all stand-ins by arrays; shared parts stay shared."""
     if id(value) in done:
         return done[id(value)][1]
     result = value
@@ -213,5 +213,5 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         raise Refused(f"a number of {value.bit_length()} bits")
     elif not isinstance(value, np.ndarray | str | bytes | bytearray | int | float | bool | type(None)):
         raise Refused(f"a {type(value).__name__}")
-    done[id(value)] = (value, result)  # the value itself, too: its id must stay its own
+    done[id(value)] = (value, result)  # keeps the value alive, so that its id is not reused
     return result

@@ -1,4 +1,4 @@
-"""A clip, or a piece of a film → frames evenly spaced in time; and the properties of a video file."""
+"""A clip, or a piece of a film → frames evenly spaced in time; also the properties of a video file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Frames(NamedTuple):
-    """``pixels`` uint8 k×3×H×W as they are displayed (k×3×S×S if a size was asked for); ``times`` k, in seconds."""
+    """``pixels``: uint8 k×3×H×W as displayed (k×3×S×S if a size was given); ``times``: k, in seconds."""
 
     pixels: np.ndarray
     times: np.ndarray
@@ -30,8 +30,8 @@ class Frames(NamedTuple):
 class VideoInfo(NamedTuple):
     """The properties of a video file.
 
-    The pictures begin at ``start`` on a player's clock and last ``duration`` (both in seconds); ``aspect``: width by
-    height on a screen; ``problem``: a line for the user if the file is shorter than its header says, else None.
+    The pictures begin at ``start`` on a player's clock and last ``duration`` (both in seconds). ``aspect``: displayed
+    width / height. ``problem``: a line for the user if the file is shorter than its header says, else None.
     """
 
     start: float
@@ -42,13 +42,13 @@ class VideoInfo(NamedTuple):
 
 
 class VideoReader:
-    """One open video that serves many pieces; those in increasing time order cost the least.
+    """An open video from which many pieces are read; fastest in increasing order of time.
 
     Time 0 is where a player shows 0:00 (the start of the file's first stream). A frame is shown from its own time until
-    the next frame's; before the first frame the first is taken, after the last the last.
+    the next frame's; times before the first frame give the first, times after the last give the last.
 
     Raises:
-        UserError: on opening, where the file is missing, empty, no video, or nothing of it can be decoded.
+        UsageError: on opening, if there is no such file. UserError: it is empty, no video, or has no frames.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +56,7 @@ class VideoReader:
         self._decoder = Decoder(self.path)
         tick, zero = self._decoder.tick, self._decoder.container.start_time
         start = (self._decoder.stream.start_time or 0) * tick
-        # the container's start is in microseconds, the stream's in its own unit: the exact one, where they agree
+        # the container's start is in microseconds, the stream's in exact ticks: use the latter if both agree
         self._zero = start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
         self._start = max(start, self._decoder.first * tick, self._zero) - self._zero
         self._end = max(self._decoder.end * tick - self._zero, self._start)
@@ -69,12 +69,12 @@ class VideoReader:
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame to the end of the last that is in the file."""
+        """Seconds from the first frame to the end of the last frame present in the file."""
         return float(self._end - self._start)
 
     @property
     def aspect(self) -> float:
-        """Width by height of the first picture on a screen: pixels may be no squares, and it may be turned."""
+        """Displayed width / height of the first picture: pixels may not be square, and it may be rotated."""
         ((_, frame),) = self._decoder.frames([self._stamp(self._start)])
         wide = frame.width * float(self._decoder.stream.sample_aspect_ratio or 1) / frame.height
         return 1 / wide if frame.rotation % 180 else wide
@@ -111,7 +111,7 @@ class VideoReader:
         return found
 
     def _spaced(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
-        """t_i = start + (i + ½)·T/m; a piece that reaches beyond the video is cut at its end."""
+        """t_i = start + (i + ½)·T/m; a piece that extends beyond the video is cut at its end."""
         if frames < 1:
             raise UsageError(f"{self.path}: {frames} frames requested — request at least 1")
         first = self._start if start is None else Fraction(start)
@@ -125,7 +125,7 @@ class VideoReader:
         return [first + (2 * i + 1) * (last - first) / (2 * frames) for i in range(frames)]
 
     def _stamp(self, time: float | Fraction) -> int:
-        """Plus a thousandth of a tick, or a time that was rounded down would miss the frame that begins there."""
+        """In ticks, plus a thousandth: otherwise, a time that was rounded down would miss the frame beginning there."""
         return floor((Fraction(time) + self._zero) / self._decoder.tick + Fraction(1, 1000))
 
     def _seconds(self, stamp: int) -> float:
@@ -141,21 +141,21 @@ def read_frames(
     size: int | None = None,
     cutaways: str = "keep",
 ) -> Frames:
-    """The frames that are shown at t_i = (i + ½)·T/m, where T is the duration of the clip, or of the piece of it.
+    """The frames shown at t_i = (i + ½)·T/m (plus ``start``), where T is the duration of the clip or its piece.
 
     Args:
         path: any video file that FFmpeg reads.
-        frames: m; where the piece has fewer distinct frames, all of these k < m.
-        start: where the piece begins, seconds (a player's clock); the start of the video if None.
-        end: where it ends.
-        times: these times instead, a frame for each (that stays), also where two of them show the same one.
-        size: squash every frame to size×size as it comes (8K frames are then never together in memory).
-        cutaways: "drop" leaves out the frames that are not of the clip's main shot, see ``cutaways.main_shot``.
+        frames: m; if the piece has only k < m distinct frames, all k are returned.
+        start: where the piece begins, in seconds on a player's clock; the start of the video if None.
+        end: where the piece ends; the end of the video if None.
+        times: use these times instead; one frame for each (before ``cutaways``), even if two show the same frame.
+        size: squash each frame to size×size once decoded (so that 8K frames are never in memory together).
+        cutaways: "drop" leaves out frames that are not of the clip's main shot, see ``cutaways.main_shot``.
 
     Raises:
-        UserError: not a readable video; nothing in it decodes; a piece beyond its end. Of a file that was cut off you
-            get the frames that are there (``probe(path).problem`` tells).
-        UsageError: fewer than one frame asked for.
+        UserError: not a readable video, nothing in it decodes, or a piece beyond its end. From a truncated file, the
+            frames that are present are returned (``probe(path).problem`` tells that it is truncated).
+        UsageError: no such file, or fewer than one frame requested.
     """
     with VideoReader(path) as reader:
         reader._decoder.alone = True
@@ -163,12 +163,12 @@ def read_frames(
 
 
 def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Tensor:
-    """Squash uint8 frames k×3×H×W (or k of 3×H×W) to k×3×S×S: antialiased bicubic, across and then down, as PIL does.
+    """Squash uint8 frames k×3×H×W (or k of 3×H×W) to k×3×S×S: antialiased bicubic, horizontal pass first, as in PIL.
 
-    Within 1/255 (in pure noise a pixel in 100 000 is off by 2). Where the height shrinks much more than the width,
-    Pillow goes down first since version 13: what is clipped between the two steps differs then, in noise by up to 30.
+    Equal to PIL within 1/255 (in pure noise, one pixel in 100 000 is off by 2). If the height shrinks much more than
+    the width, Pillow >= 13 does the vertical pass first; clipping in between then differs, in noise by up to 30.
     """
-    import torch  # here, so that ``data check`` need not wait for it
+    import torch  # not at the top: slow, and ``data check`` does not need it
 
     if not len(pixels):
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
@@ -176,28 +176,28 @@ def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Ten
         return torch.cat([resize(frame[None], size) for frame in pixels])
     frames = torch.as_tensor(pixels)
     if min(frames.shape[-2:]) < size:
-        # enlarging, torch's 8-bit path is off by up to 2: its weights are coarse. In PIL's steps: across, round, down
+        # torch's 8-bit path is off by up to 2 when enlarging (coarse weights): in floats, with PIL's two passes
         for shape in ((frames.shape[-2], size), (size, size)):
             wide = torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
             frames = wide.round().clamp(0, 255).byte()
     elif frames.shape[-2:] != (size, size):
-        # PIL's path for channels that lie side by side is the fastest
+        # torch's 8-bit path for interleaved channels, as in PIL, is the fastest
         frames = frames.contiguous(memory_format=torch.channels_last)
         frames = torch.nn.functional.interpolate(frames, (size, size), mode="bicubic", antialias=True)
     return frames.contiguous()
 
 
 def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """A decoded frame as uint8 RGB 3×H×W (a view of H×W×3), turned and mirrored as its display matrix says.
+    """A decoded frame as uint8 RGB 3×H×W (a view of H×W×3), rotated and mirrored according to its display matrix.
 
-    ``shape``: the 3×H×W that it must have; a frame of another size (some streams change it) is stretched to it.
+    ``shape``: the required 3×H×W; a frame of another size (some streams change it) is stretched to it.
     """
     a, b, c, d = 1, 0, 0, 1
     try:
         matrix: Any = frame.side_data.get("DISPLAYMATRIX")
         if matrix is not None:
             a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    except ValueError:  # PyAV does not know all kinds of side data, such as a photo's EXIF: quarter turns to the left
+    except ValueError:  # PyAV does not know all side data, such as a photo's EXIF: counterclockwise quarter turns
         a, b = ((1, 0), (0, -1), (-1, 0), (0, 1))[round(frame.rotation / 90) % 4]
         c, d = -b, a
     turned = abs(b) > abs(a)
@@ -212,9 +212,9 @@ def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
 
 
 def _cut_off(reader: VideoReader) -> str | None:
-    """A line for the user if a file's header tells of more pictures than are there."""
+    """A line for the user if a file's header promises more pictures than are there."""
     stream, there, promised = reader._decoder.stream, reader.duration, 0.0
-    if "matroska" in reader._decoder.container.format.name:  # no length for each stream, but its end in a tag
+    if "matroska" in reader._decoder.container.format.name:  # streams have no duration, but a tag with their end
         there = float(reader._end + reader._zero)
         if told := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
             promised = sum(float(part) * unit for part, unit in zip(told.groups(), (3600, 60, 1), strict=True))
@@ -226,10 +226,10 @@ def _cut_off(reader: VideoReader) -> str | None:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Open a file, decode its first frame and look for its last packet.
+    """Open a file, decode its first frame and find its last packet.
 
     Raises:
-        UserError: not a readable video, or nothing in it decodes.
+        UsageError: no such file. UserError: not a readable video, or nothing in it decodes.
     """
     with VideoReader(path) as reader:
         has_audio = bool(reader._decoder.container.streams.audio)
@@ -237,7 +237,7 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def faults(clip: Clip) -> list[str]:
-    """Why the video of a clip cannot be used, or is not all there: it is opened, decoded, and its end looked for."""
+    """Why a clip's video cannot be used or is incomplete: opens it, decodes its first frame and finds its end."""
     assert clip.video is not None
     try:
         info = probe(clip.video)

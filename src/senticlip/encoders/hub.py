@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from senticlip.structures import UsageError, UserError
+from senticlip.structures import UsageError, UserError, first_line
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SHIPPED = "senticlip/"
@@ -155,7 +155,7 @@ def loading(folder: Path, key: str) -> Iterator[None]:
         raise
     except Exception as error:
         # each library, and each format, fails in a way of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{key}: the weights in {folder} cannot be read ({reason}) — download them again") from error
 
 

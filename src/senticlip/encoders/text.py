@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from senticlip.config import TextConfig
 from senticlip.encoders import hub
-from senticlip.structures import Sequence, UsageError, UserError
+from senticlip.structures import Sequence, UsageError, UserError, first_line
 
 
 def build_body(spec: dict[str, Any]) -> Any:
@@ -94,7 +94,7 @@ def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
         except Exception as error:
             # each kind of tokenizer fails in a way of its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"{folder}: the tokenizer cannot be read ({reason}) — get the folder again") from error
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
         if any((folder / name).is_file() for name in files):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from senticlip.config import VisionConfig
 from senticlip.encoders import hub
-from senticlip.structures import Sequence, UsageError
+from senticlip.structures import Sequence, UsageError, first_line
 
 
 def vision_spec(config: VisionConfig) -> tuple[dict[str, Any], Path | None]:
@@ -78,7 +78,7 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
         _, dim = states.shape
     except Exception as error:
         told = f"{data['architecture']} cannot turn {spec['size']}×{spec['size']} pixels into one vector"
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        reason = first_line(error)[:80]
         raise UsageError(f"vision.encoder: {told} ({reason}) — choose another network or vision.size") from None
     return {**spec, "dim": dim}
 
