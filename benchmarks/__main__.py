@@ -1,4 +1,4 @@
-"""All benchmarks of speed, one after the other: ``python -m benchmarks [--quick]``."""
+"""All speed benchmarks, one after the other: ``python -m benchmarks [--quick]``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What `senticlip bulk` does with many clips: rows a second with one worker and with two, and memory as rows grow.
+"""`senticlip bulk` with many clips: rows per second with one and with two workers, and memory by number of rows.
 
-Repeats the clips of a CH-SIMS folder in a manifest and answers it in processes of their own: one worker and two (one
-thread each, on Ray both times, a model loaded and warm in both: only the time from the first part to the last counts),
-then one process with few and with many rows.
+Repeats the clips of a CH-SIMS folder in a manifest and answers it in separate processes: with one and with two workers
+(one thread each, both on Ray, both with a warm model: only the time from the first part to the last counts), then in
+one process with few and with many rows.
 
     python benchmarks/archive.py RUN DATA [--speed-rows 2048] [--rows 1000,20000] [--skip-speed] [--skip-memory]
 
-Prints one JSON object. Two workers need two quiet cores: the load of the machine before each measurement stands by it.
+Prints one JSON object. Two workers need two idle cores: each measurement includes the machine's load before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 PART = 64
-"""Rows of a part."""
+"""Rows per part."""
 
 DRIVER = """
 import json, sys, time
@@ -41,7 +41,7 @@ print(json.dumps([time.monotonic() for _ in rows]))
 
 
 def manifest(path: Path, data: Path, count: int) -> Path:
-    """``count`` rows of the data's clips, over and over."""
+    """A manifest of ``count`` rows that repeats the data's clips."""
     with (data / "label.csv").open(encoding="utf-8-sig", newline="") as file:
         clips = list(csv.DictReader(file))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -54,7 +54,7 @@ def manifest(path: Path, data: Path, count: int) -> Path:
 
 
 def drive(run: Path, source: Path, out: Path, workers: int, how: str) -> tuple[list[float], dict]:
-    """Have a process of its own answer a manifest: when its rows came, and what it took."""
+    """Answer a manifest in a separate process: the time of each row, and the resources used."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     load, memory = os.getloadavg()[0], []
     arguments = [sys.executable, "-c", DRIVER, run, source, out, str(workers), str(PART), how]
@@ -94,7 +94,7 @@ def main() -> None:
             source = manifest(folder / "speed.csv", options.data, options.speed_rows)
             for workers in (1, 2):
                 stamps, found = drive(options.run, source, folder / f"speed{workers}", workers, "ray")
-                # the first part of each worker is its warming up
+                # the first part of each worker is its warm-up
                 first = workers * PART
                 rate = (len(stamps) - first) / (stamps[-1] - stamps[first - 1])
                 result[f"{workers}_on_ray"] = {"rows_per_second": round(rate, 2), "load_before": found["load_before"]}

@@ -1,6 +1,6 @@
-"""Clips → cached features of frozen encoders: one after the other the naive way, against clip_set.
+"""Clips → cached features of frozen encoders: naively, clip by clip, against clip_set.
 
-The third line is the encoders alone, on frames that are there: what the cache's building cannot go below.
+The third line is the vision encoder alone, on decoded frames: a lower bound for building the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from senticlip.structures import Clip, Sequence
 
 
 def run(quick: bool) -> None:
-    """360p clips; a fresh cache in every round."""
+    """360p clips; a fresh cache in each round."""
     count = 3 if quick else 8
     torch.manual_seed(0)
     model = create_model(paper.config("frozen").override({"prompt": "none"})).eval().requires_grad_(False)

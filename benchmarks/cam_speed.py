@@ -1,9 +1,9 @@
-"""How long the heat maps of one clip take, with reused activations and the naive way, in one run.
+"""How long the heat maps of one clip take: with reused activations, and the naive way.
 
     python benchmarks/cam_speed.py
 
-The paper's sizes with random weights: Chinese-CLIP ViT-B/16 reads 6 frames, RoBERTa base the text. The naive way (each
-channel zeroed, the whole model run for it) is timed on some channels and counted up to all; on them both must agree.
+The paper's sizes with random weights: Chinese-CLIP ViT-B/16 reads 6 frames, RoBERTa base the text. The naive way (run
+the whole model for each zeroed channel) is timed on some channels and extrapolated to all; on these, both must agree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from senticlip.structures import Batch, Sequence
 
 @torch.no_grad()
 def naive(model: Any, batch: Batch, index: int, channels: list[int]) -> tuple[torch.Tensor, float]:
-    """Weights of some channels of the first frame, by the whole model for each; and the CPU seconds for one channel."""
+    """Weights of some channels of the first frame by a run of the whole model each, and the CPU seconds per channel."""
     layer: Any = Split(model.encoders["vision"]).norm
     y = model(batch).log_probs.double().exp()[0, index]
     weights, began = [], time.process_time()

@@ -1,8 +1,8 @@
 """Six frames of a clip: OpenCV reading all of it, against read_frames.
 
-What can be saved is the decoding of B-frames and the conversion of all others: it hangs on how many bits a frame has.
+read_frames saves decoding B-frames and converting unused frames; how much that is depends on the bits per frame.
 
-    python -m benchmarks.decode [--quick] [VIDEO …]     # your own videos instead of the made clips of 4 seconds
+    python -m benchmarks.decode [--quick] [VIDEO …]     # your own videos instead of generated clips of 4 seconds
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from senticlip.data.video import read_frames
 
 
 def read_all(path: Path, frames: int = 6) -> np.ndarray:
-    """Decode every frame, keep those that are shown in the middle of ``frames`` equal parts: k×3×H×W RGB."""
+    """Decode every frame, keep those shown in the middle of ``frames`` equal parts: k×3×H×W RGB."""
     video = cv2.VideoCapture(str(path))
     every, times = [], []
     while True:
@@ -34,7 +34,7 @@ def read_all(path: Path, frames: int = 6) -> np.ndarray:
 
 
 def same(one: np.ndarray, two: np.ndarray) -> float:
-    """The mean difference of two stacks of frames of 0 … 255; another frame would differ by more than 3."""
+    """The largest mean difference between corresponding frames (0 … 255); different frames differ by more than 3."""
     assert one.shape == two.shape, (one.shape, two.shape)
     gaps = np.abs(one.astype(np.int16) - two).mean((1, 2, 3))
     assert gaps.max() < 3, f"not the same frames: {gaps}"
@@ -42,7 +42,7 @@ def same(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def compare(title: str, path: Path, quick: bool) -> None:
-    """Both ways of reading one video."""
+    """Time both ways of reading one video."""
     ways = {"OpenCV, read all": lambda: read_all(path), "ours": lambda: read_frames(path, 6).pixels}
     answers, costs = timing.interleave(ways, 3 if quick else 9)
     gap = f"difference {same(*answers.values()):.2f}/255"
@@ -50,7 +50,7 @@ def compare(title: str, path: Path, quick: bool) -> None:
 
 
 def run(quick: bool, videos: list[Path] | None = None) -> None:
-    """720p and 360p, as a camera in a dim room and one in daylight see it; or these videos."""
+    """720p and 360p, with the noise of a dim room and of daylight; or the given videos."""
     for path in videos or []:
         compare(f"decode {path.name}", path, quick)
     if videos:

@@ -1,4 +1,4 @@
-"""The model's forward on one decoded clip: frame by frame in torch's default fp32, against each precision."""
+"""The forward pass on one decoded clip: frame by frame in torch's default fp32, against each precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from senticlip.structures import Batch, Sequence
 
 
 def run(quick: bool) -> None:
-    """With the share of the machine's own matrix product, measured now and at the same precision."""
+    """Includes the share of this machine's matrix-product speed, measured now at the same precision."""
     naive = paper.predictor("fp32").model
     ids, mask = tokenize(paper.predictor("fp32").tokenizer, [paper.TEXT], 64)
     pixels = torch.randint(0, 256, (1, 6, 3, 224, 224), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -21,7 +21,7 @@ def run(quick: bool) -> None:
     ways = {"frame by frame, fp32": lambda: paper.frame_by_frame(naive, batch)}
     for name in paper.precisions(quick):
         ways[f"ours {name}"] = lambda p=name: paper.predictor(p).output(batch)
-        paper.predictor(name)  # loaded before the clock starts
+        paper.predictor(name)  # load it before timing
     answers, costs = timing.interleave(ways, 2 if quick else 9)
     first = answers["frame by frame, fp32"]
     notes = {}

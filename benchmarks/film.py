@@ -1,13 +1,13 @@
-"""What `senticlip analyze` costs on a long film: time, memory, and a kill in the middle.
+"""The cost of `senticlip analyze` on a long film: time, memory, and a kill in the middle.
 
-Makes a film out of clips (encoded once, its packets then copied end to end) and subtitles, has `analyze` go
-through it in a process of its own, and answers some of its lines as clips, a file each, for comparison.
+Makes a film from clips (encoded once, then its packets are repeated) and subtitles, runs `analyze` on it in a separate
+process, and for comparison answers some of its lines as clips, one file each.
 
     python benchmarks/film.py DATA [--run RUN | --text E5 --vision EFFICIENTNET] [--hours 2] [--lines 1500]
         [--height 720] [--precision bf16] [--out DIR]
 
-DATA: a CH-SIMS folder (Raw, label.csv). Without --run, a small-preset model with untrained fusion on the two encoders:
-what it answers is of no worth, what it costs is the same. Prints one JSON object; times are of one core (CPU seconds).
+DATA: a CH-SIMS folder (Raw, label.csv). Without --run, a small-preset model with untrained fusion on the two encoders
+is used: its answers are worthless, but its cost is the same. Prints one JSON object; per-core times are CPU seconds.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from senticlip import load
 from senticlip.structures import Clip
 
 RATE, REEL = 25, 120
-"""Of the film: frames a second, and the seconds that are encoded and then repeated."""
+"""The film's frames per second, and the seconds of it that are encoded and then repeated."""
 
 GAP = 0.8
-"""A line lasts this share of the time to the next one."""
+"""Length of a line, as a share of the time until the next line begins."""
 
 SAMPLES = 640
-"""Of sound, for each frame."""
+"""Sound samples per frame."""
 
 SAMPLE = 24
 """Lines that are also answered as clips."""
@@ -63,7 +63,7 @@ def pictures(data: Path, seconds: float, height: int):
 
 
 def encode(path: Path, frames) -> Path:
-    """Frames → an H.264 file as x264 makes it by default (a keyframe every 250 frames and at cuts), with a noise."""
+    """Frames → an H.264 file with x264's default keyframes (every 250 frames and at cuts), with noise as sound."""
     random = np.random.default_rng(0)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "23"})
@@ -84,13 +84,13 @@ def encode(path: Path, frames) -> Path:
 
 
 def repeat(reel: Path, path: Path, seconds: float) -> Path:
-    """A film of the reel's packets, over and over."""
+    """A film that repeats the reel's packets."""
     with av.open(str(path), "w") as out, av.open(str(reel)) as source:
         new = {old.index: out.add_stream_from_template(old) for old in source.streams}
         for turn in range(round(seconds / REEL)):
             source.seek(0)
             for packet in source.demux():
-                # AAC's first packet, before 0, is there once: behind a turn's last one it would lie in the past
+                # AAC's first packet, before 0, is kept only once: repeated, its time would go back
                 if packet.dts is not None and not (turn and packet.stream.type == "audio" and packet.pts < 0):
                     later = round(turn * REEL / packet.time_base)
                     packet.pts, packet.dts = packet.pts + later, packet.dts + later
@@ -119,7 +119,7 @@ def srt(path: Path, lines: list[tuple[float, float, str]]) -> Path:
 
 
 def small_run(folder: Path, text: str, vision: str) -> Path:
-    """The small preset on these encoders, untrained."""
+    """An untrained RUN of the small preset with these encoders."""
     from senticlip.encoders.text import load_tokenizer
     from senticlip.models import create_model
     from senticlip.tables import load_preset
@@ -136,7 +136,7 @@ def command(model: Model, film: Path, subtitles: Path, out: Path, *more: str) ->
 
 
 def watched(arguments: list[str]) -> dict:
-    """Run a command; its seconds, CPU seconds, and memory (MiB) at a quarter, the half, the end, and its peak."""
+    """Run a command; returns its seconds, CPU seconds, and memory (MiB): at 25, 50, 75 %, at the end, and its peak."""
     began, memory = time.monotonic(), []
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while True:
@@ -159,7 +159,7 @@ def watched(arguments: list[str]) -> dict:
 
 
 def one_by_one(model: Model, reel: Path, lines: list[tuple[float, float, str]], folder: Path) -> float:
-    """CPU seconds per clip of ``predict`` on files that hold a line each (model loading left out)."""
+    """CPU seconds per clip of ``predict`` on one file per line (without loading the model)."""
     with av.open(str(reel)) as source:
         stream = iter(source.decode(video=0))
         clips = []
@@ -176,7 +176,7 @@ def one_by_one(model: Model, reel: Path, lines: list[tuple[float, float, str]], 
 
 
 def interrupted(model: Model, film: Path, subtitles: Path, folder: Path) -> bool:
-    """Whether a run that was killed at its half and went on made the files of one that was not."""
+    """Whether a run that was killed and resumed made the same files as one that was not."""
     subprocess.run(command(model, film, subtitles, folder / "whole"), check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(command(model, film, subtitles, folder / "cut"))
     while len(list((folder / "cut" / ".timeline").glob("[0-9]*.parquet"))) < 3:

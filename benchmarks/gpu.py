@@ -1,8 +1,8 @@
 """The paper's model on a GPU: a training step, ``senticlip train``'s own loop from cached frames, and inference.
 
-Random weights of the full size (Chinese-CLIP ViT-B/16 reads 6 frames, RoBERTa base the text), everything learns. The
-share is that of a large bf16 matrix product's FLOP/s, measured first. Without a GPU it runs on the CPU, two clips at a
-time and one step each, which only shows that it works.
+Random weights of the full size (Chinese-CLIP ViT-B/16 reads 6 frames, RoBERTa base the text); all are trained. Shares
+are of the FLOP/s of a large bf16 matrix product, measured first. Without a GPU it runs on the CPU, two clips at a time
+and one step each, which only shows that it works.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 def wait() -> None:
-    """Until the GPU has done what it was told."""
+    """Wait until the GPU has finished."""
     if GPU:
         torch.cuda.synchronize()
 
 
 def seconds(call: Callable[[], Any], times: int, rounds: int = 3) -> float:
-    """Median seconds of a call, of ``rounds`` with ``times`` calls each, after two to warm up."""
+    """Median seconds per call over ``rounds`` of ``times`` calls each, after two warm-up calls."""
     found = []
     for _ in range(2):
         call()
@@ -62,7 +62,7 @@ def ceiling(size: int) -> float:
 
 
 def trainee_of(config: Config) -> Trainee:
-    """The full model, as ``fit`` has it."""
+    """The full model, set up as in ``fit``."""
     torch.manual_seed(0)
     trainee = Trainee(create_model(config).to(DEVICE)).train()
     if config.train.compile:
@@ -96,12 +96,12 @@ def made_batch(count: int) -> dict[str, Tensor]:
 
 
 def work(trainee: Trainee, batch: dict[str, Tensor]) -> float:
-    """TFLOP of a clip's training step, the optimizer's left out."""
+    """TFLOP per clip of a training step, without the optimizer's."""
     return paper.counted(lambda: trainee(**batch)["loss"].backward()) / 1e3 / len(batch["rows"])
 
 
 def stepper(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """A training step as the Trainer does it."""
+    """A training step, as done by the Trainer."""
     bf16, clip = trainee.experiment.train.precision == "bf16", trainee.experiment.train.clip_norm
     optimizer = torch.optim.AdamW(parameter_groups(trainee), fused=True)
 
@@ -119,14 +119,14 @@ def stepper(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
 
 
 def say(name: str, clips: int, took: float, flop: float, top: float, note: str = "") -> None:
-    """A line of the table."""
+    """Print a line of the table."""
     memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
     share = f"{clips * flop / took / top:5.0%}"
     print(f"{name:52} {clips / took:9.1f} clips/s  {share} of the product  {memory:5.1f} GiB  {note}", flush=True)
 
 
 def forget() -> None:
-    """What is compiled and the memory that nothing uses, so that what follows is measured alone."""
+    """Clear compiled code and unused memory, so that they do not affect the next measurement."""
     torch._dynamo.reset()
     if GPU:
         torch.cuda.empty_cache()
@@ -143,7 +143,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def steps(top: float, flop: float) -> None:
-    """A training step, its batch on the device already."""
+    """Time a training step whose batch is already on the device."""
     count = 32 if GPU else 2
     for name, (products, changes) in STEPS.items():
         torch.set_float32_matmul_precision(products)
@@ -159,13 +159,13 @@ def steps(top: float, flop: float) -> None:
 
 
 class Clock(TrainerCallback):
-    """Seconds a step, from the end of step ``skip`` to the end of the last one; and until the first was through."""
+    """Seconds per step, from the end of step ``skip`` to the end of the last one, and seconds until the first ended."""
 
     def __init__(self, skip: int) -> None:
         self.skip, self.begin, self.first, self.took = skip, time.perf_counter(), 0.0, 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All of them wait for the GPU."""
+        """Note the end of the first step and of step ``skip``."""
         if state.global_step == 1:
             wait()
             self.first = time.perf_counter() - self.begin
@@ -174,13 +174,13 @@ class Clock(TrainerCallback):
             self.begin = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step is through."""
+        """Note the end of the last step."""
         wait()
         self.took = (time.perf_counter() - self.begin) / (state.global_step - self.skip)
 
 
 def whole(top: float, flop: float, data: ClipSet, folder: Path, size: int) -> None:
-    """The Trainer's loop from cached frames, without its first epoch, in which it compiles."""
+    """Time the Trainer's loop on cached frames, without the first epoch, in which it compiles."""
     size = size if GPU else 2
     forget()
     trainee = trainee_of(paper.config().override({**BF16, "train.compile": True, "train.batch_size": size}))
@@ -193,7 +193,7 @@ def whole(top: float, flop: float, data: ClipSet, folder: Path, size: int) -> No
 
 
 def inference(top: float) -> None:
-    """Frame by frame in torch's default fp32, against the model as the Predictor has it."""
+    """Time the model frame by frame in torch's default fp32, and as used by the Predictor."""
     model = create_model(paper.config()).to(DEVICE).eval()
     batches = {n: to_batch(made_batch(n)) for n in ((1, 8, 64, 256) if GPU else (1,))}
     one = batches[1]
@@ -215,7 +215,7 @@ def inference(top: float) -> None:
 
 
 def run(quick: bool) -> None:
-    """All of it; quick: ``senticlip train`` alone."""
+    """Everything; if quick, only ``senticlip train``."""
     print(torch.cuda.get_device_name() if GPU else "no GPU here", f"{runtime.cores()} cores", flush=True)
     top = max(ceiling(8192 if GPU else 512) for _ in range(3))
     flop = work(trainee_of(paper.config()), made_batch(2))

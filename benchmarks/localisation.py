@@ -1,13 +1,13 @@
-"""Are the heat maps where the reason is? On made clips, whose mouth and brows are known in every frame.
+"""Do heat maps point at the reason? Tested on generated clips, where mouth and brows are known in each frame.
 
     senticlip demo --out demo
     python benchmarks/localisation.py demo/run --data demo/data --shuffled shuffled
 
-Clips of test that the model answers rightly and whose face shows something. For each method: the pointing game (Zhang
-et al. 2018: does the map's highest point lie in a box of mouth or brows), the share of the map's energy inside them,
-both against a random map, a centre bias (a Gaussian in the middle) and the training clips' mean of these boxes; and the
-same for models trained on shuffled labels (Adebayo et al. 2018). Then frames and characters are deleted from the clip,
-and inserted into nothing, in the order of what their removal changes, and the probability of the class is followed.
+Uses test clips that the model answers correctly and whose face shows a sentiment. For each method: the pointing game
+(Zhang et al. 2018: is the map's maximum in a box of mouth or brows) and the share of the map's energy in these boxes,
+both compared with a random map, a centre bias (a Gaussian) and the mean of these boxes in the training clips; and the
+same for models trained on shuffled labels (Adebayo et al. 2018). Then deletion and insertion: frames and characters are
+removed, or added to an empty clip, in order of importance, and the probability of the class is averaged.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from senticlip.tables import load_preset
 from senticlip.train import train
 
 SIZE = 96
-"""Maps and boxes are compared at this size."""
+"""Side at which maps and boxes are compared."""
 TOLERANCE = 1 / 24
-"""What the pointing game forgives, of the frame's width: half a cell of the demo's feature map."""
+"""Tolerance of the pointing game, as a share of the frame's width: half a cell of the demo's feature map."""
 PARTS = ("mouth", "brow_left", "brow_right")
 
 
@@ -62,7 +62,7 @@ def large(maps: torch.Tensor) -> np.ndarray:
 
 
 def judge(maps: np.ndarray, boxes: list[dict[str, list[float]]]) -> tuple[float, float]:
-    """Pointing (share of the frames with a face) and energy ratio of one clip's maps k×SIZE×SIZE."""
+    """Pointing accuracy (over frames with a visible mouth) and energy ratio of one clip's maps k×SIZE×SIZE."""
     hits, inside, total = [], 0.0, 0.0
     for heat, box in zip(maps, boxes, strict=True):
         if "mouth" not in box:
@@ -74,7 +74,7 @@ def judge(maps: np.ndarray, boxes: list[dict[str, list[float]]]) -> tuple[float,
 
 
 def rivals(shape: tuple[int, ...], prior: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Maps that know nothing of the clip: noise at the feature map's size, a Gaussian, the mean of the boxes."""
+    """Baseline maps, independent of the clip: noise at the feature map's size, a Gaussian, the mean of the boxes."""
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE - 0.5
     centre = np.exp(-(x**2 + y**2) / (2 * 0.2**2))
     noise = large(torch.from_numpy(rng.random(shape)))
@@ -92,7 +92,7 @@ def prior_of(data: Path) -> np.ndarray:
 
 
 def chosen(predictor: Any, data: Path, count: int, right: bool = True) -> list[Clip]:
-    """Test clips whose face shows something, that the model answers rightly, at most ``count``."""
+    """At most ``count`` test clips whose face shows a sentiment and (if ``right``) that the model answers correctly."""
     clips = [c for c in read_clips(data, "test") if c.labels["V"]]
     found = predictor.predict(clips)
     return [c for c, p in zip(clips, found, strict=True) if not right or p.label == LABELS[polarity(c.labels["M"])]][
@@ -101,7 +101,7 @@ def chosen(predictor: Any, data: Path, count: int, right: bool = True) -> list[C
 
 
 def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> dict[str, np.ndarray]:
-    """Pointing and energy ratio by method, clips×2 each."""
+    """Pointing accuracy and energy ratio by method, clips×2 each."""
     truth, prior, rng = read_truth(data), prior_of(data), np.random.default_rng(0)
     found: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
@@ -122,7 +122,7 @@ def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> di
 
 
 def shuffled_run(data: Path, out: Path, scratch: bool) -> Path:
-    """The tiny preset, trained on the same clips with the labels of each split dealt out anew."""
+    """The tiny preset, trained on the same clips with labels shuffled within each split."""
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "Raw").exists():
@@ -148,13 +148,13 @@ def shuffled_run(data: Path, out: Path, scratch: bool) -> Path:
 
 
 def energy(predictor: Any, batch: Any, index: int) -> list[float]:
-    """How much of the map lies in each frame."""
+    """The map's energy in each frame."""
     return cam.ablation_cam(predictor.model, batch, index).sum((1, 2)).tolist()
 
 
 @torch.no_grad()
 def frame_curves(predictor: Any, clips: list[Clip], rng: np.random.Generator) -> dict[str, list[tuple[float, float]]]:
-    """Deletion and insertion, clips×2: the mean probability of the class while frames go, and while they come."""
+    """Deletion and insertion, clips×2: the mean probability of the class while frames are removed, and while added."""
     found: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
         batch = predictor.batch([clip])

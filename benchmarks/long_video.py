@@ -13,7 +13,7 @@ from senticlip.data.video import read_frames
 
 
 def grab_all(path: Path, count: int, frames: int = 6) -> np.ndarray:
-    """Decode every frame, convert only those that are wanted: k×3×H×W RGB."""
+    """Decode every frame, convert only the wanted ones: k×3×H×W RGB."""
     video = cv2.VideoCapture(str(path))
     wanted = {int((i + 0.5) * count / frames) for i in range(frames)}
     kept = []
@@ -26,7 +26,7 @@ def grab_all(path: Path, count: int, frames: int = 6) -> np.ndarray:
 
 
 def run(quick: bool) -> None:
-    """Ten minutes; one when quick. What must be decoded is what lies between a frame and the keyframe before it."""
+    """Ten minutes; one if quick. ``read_frames`` decodes only from the keyframe before a wanted frame to that frame."""
     minutes = 1 if quick else 10
     with timing.folder() as folder:
         for gop in (2,) if quick else (2, 6):

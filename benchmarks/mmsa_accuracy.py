@@ -1,12 +1,12 @@
-"""MMSA's own TFN, LMF, MulT and Self-MM trained on feature files of ours: test Acc-3 and macro F1, beside our peers'.
+"""MMSA's own TFN, LMF, MulT and Self-MM trained on our feature files: test Acc-3 and macro F1, to compare with ours.
 
-The features are those that our peers read: a run's fine-tuned encoders, text and video (the sound is one step of zero);
-Self-MM reads them in the place of its own BERT's. One file for each seed: the first is trained with seed 0, and so on.
+The features are those that our peers read: text and video by a run's fine-tuned encoders (audio is one step of zeros).
+Self-MM reads them instead of its own BERT's. One file per seed: the first is trained with seed 0, and so on.
 
     senticlip features DATA --run RUN --out features0.pkl
     PYTHONPATH=src mmsa/bin/python benchmarks/mmsa_accuracy.py features0.pkl [features1.pkl …] [--models tfn,lmf]
 
-(environment: see mmsa_parity.py). The hyperparameters are its own for CH-SIMS; it chooses the epoch on valid.
+(environment: see mmsa_parity.py). Hyperparameters are MMSA's for CH-SIMS; the best epoch is chosen on valid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METRICS = ("accuracy", "macro_f1")
 
 
 def without_sound(path: Path, folder: Path) -> Path:
-    """The same file with one silent step for each clip."""
+    """The same file with one silent step as each clip's audio."""
     data = load(path)
     for part in data.values():
         rows = len(part["id"])
@@ -39,7 +39,7 @@ def without_sound(path: Path, folder: Path) -> Path:
 
 
 def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
-    """Train one of MMSA's models by its own trainer; test metrics of its best epoch."""
+    """Train one of MMSA's models by its own trainer; returns the test metrics of its best epoch."""
     torch.cuda.set_device = lambda *_: None
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     from MMSA.data_loader import MMDataLoader
@@ -51,7 +51,7 @@ def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
     more = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
     best = folder / "model.pth"
     args = settings(name, **more, dataset_name="sims", cur_seed=seed, model_save_path=str(best))
-    if name == "self_mm":  # the file's states are what its BERT would have said
+    if name == "self_mm":  # the file's states replace its BERT's output
         sys.modules["MMSA.models.multiTask.SELF_MM"].BertTextEncoder = lambda **_: torch.nn.Identity()
         args.update(use_bert=False)
     setup_seed(seed)

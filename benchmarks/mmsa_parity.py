@@ -1,6 +1,6 @@
-"""MMSA's weights in our peers: the same outputs and gradients on unpadded input, and what each makes of padding.
+"""MMSA's weights in our peers: the same outputs and gradients on unpadded input, and how each handles padding.
 
-Needs ``mmsa`` 2.2.1, which imports with torch below 2.15, so it has an environment of its own:
+Needs ``mmsa`` 2.2.1, which requires torch below 2.15 to import, and so its own environment:
 
     python -m venv mmsa && mmsa/bin/pip install torch==2.13.0 mmsa==2.2.1 pyyaml av
     PYTHONPATH=src mmsa/bin/python benchmarks/mmsa_parity.py
@@ -38,7 +38,7 @@ def settings(name, **changes):
 
 
 def tiny_bert(folder, width=768):
-    """A random BERT for MMSA's Self-MM, which insists on loading one."""
+    """A random BERT for MMSA's Self-MM, which always loads one."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     config = BertConfig(vocab_size=100, hidden_size=width, num_hidden_layers=1, num_attention_heads=12)
@@ -88,7 +88,7 @@ RENAME = {
 
 
 def translate(name, state):
-    """Their state dict under our names and in our layouts; what has no counterpart is left out."""
+    """Their state dict with our names and layouts; entries without a counterpart are left out."""
     rules = next(rules for key, rules in RENAME.items() if re.fullmatch(key, name))
     result = {}
     for key, value in state.items():
@@ -112,7 +112,7 @@ def pair(name, bert):
     args = settings(name, transformers="bert", pretrained=bert)
     theirs = THEIRS[name](args).eval()
     for module in theirs.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):  # statistics that matter
+        if isinstance(module, torch.nn.BatchNorm1d):  # nontrivial statistics
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     config = Config().override({"model": name, "modalities": ["text", "audio", "vision"]})

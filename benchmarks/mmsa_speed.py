@@ -1,9 +1,9 @@
-"""Training time of TFN, LMF, MulT and Self-MM: MMSA's own code beside ours, in one run.
+"""Training time of TFN, LMF, MulT and Self-MM: MMSA's own code against ours, in one run.
 
-Same hyperparameters (MMSA's for CH-SIMS), same made features (39×768, 400×33, 55×709; lengths as CH-SIMS's clips have:
-a mean of a third of the longest), one thread, fp32, each in its own process. What is timed is MMSA's own epoch loop
+Same hyperparameters (MMSA's for CH-SIMS), same generated features (39×768, 400×33, 55×709; lengths as in CH-SIMS: on
+average a third of the longest), one thread, fp32, each in its own process. Timed are MMSA's own epoch loop
 (``do_train`` on its own loader) and ours (the same batches, loss and optimizer step as ``senticlip train``). For
-Self-MM both read a frozen text encoder: MMSA recomputes its BERT, a small one here, ours reads the cached states.
+Self-MM, both have a frozen text encoder: MMSA recomputes its BERT (a small one here), ours reads cached states.
 
     PYTHONPATH=src mmsa/bin/python benchmarks/mmsa_speed.py [--rows 256] [--models tfn,lmf,mult,self_mm]
 
@@ -55,11 +55,11 @@ def make(folder, rows):
 
 
 class Stop(Exception):
-    """Raised where MMSA's first epoch is over and its validation would begin."""
+    """Raised when MMSA's first epoch is over and its validation would begin."""
 
 
 def theirs(name, path, folder):
-    """CPU seconds of MMSA's first epoch (its loader's workers included)."""
+    """CPU seconds of MMSA's first epoch (including its loader's workers)."""
     import resource
 
     torch.cuda.set_device = lambda *_: None
@@ -70,7 +70,7 @@ def theirs(name, path, folder):
 
     from mmsa_parity import settings, tiny_bert
 
-    # the package's own name for this module is the class in it
+    # by sys.modules, since the package's attribute of this name is the class in the module
     sys.modules["MMSA.trains.singleTask.MULT"].ReduceLROnPlateau = lambda *a, verbose=None, **k: plateau(*a, **k)
     more = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
     args = settings(name, **more, dataset_name="sims", cur_seed=1, model_save_path=str(Path(folder) / "m.pth"))

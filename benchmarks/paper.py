@@ -26,7 +26,7 @@ TEXT = "今天的天气真不错，我们一起去公园散步吧，好不好呀
 
 
 def config(train: str = "full") -> Config:
-    """The paper's preset, nothing downloaded."""
+    """The paper's preset, without downloads."""
     part = {"pretrained": False, "train": train}
     return from_dict({"text": part, "vision": {**part, "frames": 6}, "label": {"pretrained": False}})
 
@@ -44,13 +44,13 @@ def run_folder() -> Path:
 
 @functools.cache
 def predictor(precision: str) -> Predictor:
-    """Its predictor, loaded once."""
+    """The predictor of ``run_folder()``, loaded once."""
     return Predictor(run_folder(), "cpu", precision)
 
 
 @functools.cache
 def _as_published(vision: Any) -> Any:
-    """transformers' own image tower with the same weights: the whole of its last layer, its own activation."""
+    """transformers' own image tower with the same weights: with its complete last layer and its own activation."""
     from transformers import ChineseCLIPVisionModel
 
     body = ChineseCLIPVisionModel(vision.body.config).eval().to(vision.std.device)
@@ -59,13 +59,13 @@ def _as_published(vision: Any) -> Any:
 
 
 def naive_images(vision: Any, pixels: Tensor) -> Tensor:
-    """The naive peer's states of normalised frames N×3×S×S: N×d."""
+    """The naive peer's states N×d of normalised frames N×3×S×S."""
     return vision.projection(_as_published(vision)(pixel_values=pixels).pooler_output)
 
 
 @torch.no_grad()
 def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Output:
-    """The naive peer: torch's default fp32, one frame after the other; ``pixels`` m×3×S×S are normalised already."""
+    """The naive peer: torch's default fp32, one frame at a time; ``pixels`` m×3×S×S are already normalised."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     vision = model.encoders["vision"]
@@ -83,7 +83,7 @@ def frame_by_frame(model: Any, batch: Batch, pixels: Tensor | None = None) -> Ou
 
 
 def counted(call: Callable[[], Any]) -> float:
-    """GFLOP of a call, attention in plain products: the counter sees nothing of the CPU's fused one."""
+    """GFLOP of a call, with attention as plain products: the counter does not see the CPU's fused attention."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops() / 1e9
@@ -91,12 +91,12 @@ def counted(call: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def work(model: Any, batch: Batch) -> float:
-    """GFLOP of a forward pass of ours."""
+    """GFLOP of our forward pass."""
     return counted(lambda: model(batch))
 
 
 def ceiling(precision: str) -> float:
-    """GFLOP for each CPU second of this machine's matrix product at a precision, measured now and printed."""
+    """GFLOP per CPU second of this machine's matrix product at a precision, measured now and printed."""
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     top = timing.ceiling(kinds[precision]) if precision in kinds else timing.int8_ceiling()
     print(f"{'GEMM ceiling':22} {precision:26} {top:.0f} GFLOP/cpu-s", flush=True)
@@ -104,7 +104,7 @@ def ceiling(precision: str) -> float:
 
 
 def gap(one: Output, two: Output) -> float:
-    """The largest difference of a probability."""
+    """The largest difference of any probability."""
     assert one.log_probs is not None
     assert two.log_probs is not None
     return float((one.log_probs.exp() - two.log_probs.exp()).abs().max())
@@ -112,7 +112,7 @@ def gap(one: Output, two: Output) -> float:
 
 @functools.cache
 def precisions(quick: bool) -> list[str]:
-    """All; a quick run is over before int8 would be exported, and before a processor without bf16 units is through."""
+    """All precisions; if quick, without int8 (slow to export), and without bf16 on processors without bf16 units."""
     if not quick:
         return ["fp32", "bf16", "int8"]
     fp32, bf16 = (timing.ceiling(kind, 256, 3) for kind in (torch.float32, torch.bfloat16))

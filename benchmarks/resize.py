@@ -22,12 +22,12 @@ def processor() -> Any:
 
 
 def through_pil(way: Any, frames: np.ndarray) -> Tensor:
-    """k×3×H×W uint8 → k×3×224×224 normalised, a frame at a time."""
+    """k×3×H×W uint8 → k×3×224×224 normalised, one frame at a time."""
     return torch.cat([way(frame.transpose(1, 2, 0), return_tensors="pt")["pixel_values"] for frame in frames])
 
 
 def run(quick: bool) -> None:
-    """Both answers within 1/255 of a pixel."""
+    """Also checks that both results agree within 1/255."""
     std = torch.tensor(OPENAI_STD)[:, None, None]
     mean = torch.tensor(OPENAI_MEAN)[:, None, None]
     with timing.folder() as folder:

@@ -1,7 +1,7 @@
-"""An epoch of the fusion head on cached features: transformers.Trainer as ``senticlip train`` runs it, against a bare
-PyTorch loop of the same model; and against the frozen encoders run each time.
+"""An epoch of the fusion head on cached features: transformers.Trainer as run by ``senticlip train``, against a bare
+PyTorch loop with the same model, and against running the frozen encoders each time.
 
-The encoders' epoch is not run: their forward on one clip is timed and counted for every clip.
+The encoders' epoch is extrapolated: their forward pass is timed on one clip and multiplied by the number of clips.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def made_set(folder: Path, count: int, widths: dict[str, int]) -> ClipSet:
 
 
 def fresh(seed: int = 0) -> Any:
-    """The network without its frozen encoders, and what they were."""
+    """The network without its frozen encoders, and the encoders."""
     torch.manual_seed(seed)
     model = create_model(paper.config("frozen").override({"prompt": "none", "dropout": 0.0}))
     encoders = {name: model.encoders.pop(name).eval() for name in list(model.encoders)}
@@ -46,7 +46,7 @@ def fresh(seed: int = 0) -> Any:
 
 
 def arguments_of(trainee: Trainee, folder: Path, device: str = "cpu", epochs: int = 1) -> TrainingArguments:
-    """As ``senticlip train`` has them, for some epochs without evaluation and checkpoints."""
+    """The arguments of ``senticlip train``, for some epochs without evaluation and checkpoints."""
     return dataclasses.replace(
         _arguments(trainee.experiment, folder, torch.device(device)),
         num_train_epochs=epochs,
@@ -57,7 +57,7 @@ def arguments_of(trainee: Trainee, folder: Path, device: str = "cpu", epochs: in
 
 
 def bare(trainee: Trainee, data: ClipSet, folder: Path) -> float:
-    """The loop that one would write by hand: the same batches, optimizer and schedule; the mean loss."""
+    """A hand-written loop with the same batches, optimizer and schedule; returns the mean loss."""
     arguments, size = arguments_of(trainee, folder), trainee.experiment.train.batch_size
     steps, losses = len(data) // size, []
     optimizer = torch.optim.AdamW(parameter_groups(trainee), fused=True)
@@ -77,14 +77,14 @@ def bare(trainee: Trainee, data: ClipSet, folder: Path) -> float:
 
 
 class InOrder(Fitter):
-    """The batches in the order of the rows, as the bare loop has them."""
+    """Takes batches in the order of the rows, as the bare loop does."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
 
 def by_trainer(trainee: Trainee, data: ClipSet, folder: Path) -> float:
-    """The same by the Trainer."""
+    """The same with the Trainer."""
     arguments = arguments_of(trainee, folder)
     trainer = InOrder(trainee, arguments, data_collator=collate, train_dataset=data, callbacks=[Hooks(trainee)])
     trainer.pop_callback(PrinterCallback)
@@ -101,7 +101,7 @@ def encode_one(encoders: dict[str, Any]) -> None:
 
 
 def run(quick: bool) -> None:
-    """1368 clips, as in CH-SIMS; fewer when quick."""
+    """1368 clips, as in CH-SIMS; fewer if quick."""
     count = 128 if quick else 1368
     model, encoders = fresh()
     twin = fresh()[0]
@@ -117,7 +117,7 @@ def run(quick: bool) -> None:
             "encoders, one clip": lambda: encode_one(encoders),
         }
         answers, costs = timing.interleave(ways, 1 if quick else 3)
-    # both have learned the same, in every round from where they were
+    # both learn the same; each round continues from the last
     gap = abs(answers["bare PyTorch loop"] - answers["ours, Trainer"])
     assert gap < 1e-4, answers
     clip = costs.pop("encoders, one clip")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, medians, the machine's GEMM ceiling and made videos."""
+"""What the benchmarks share: interleaved timing, medians, the machine's GEMM ceiling and generated videos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from senticlip import runtime
 
 
 class Cost(NamedTuple):
-    """Median seconds of one call: on the clock, and of CPU over all threads."""
+    """Seconds of a call, or their median: wall-clock time, and CPU time of all threads."""
 
     wall: float
     cpu: float
@@ -34,10 +34,10 @@ def once(way: Callable[[], Any]) -> tuple[Any, Cost]:
 
 
 def interleave(ways: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Any], dict[str, list[Cost]]]:
-    """Call every way in turn, ``rounds`` times: what else runs on the machine meets them all alike.
+    """Call the ways in turn, ``rounds`` times, so that other load on the machine affects all of them alike.
 
     Returns:
-        the last answer and all costs, by the name of the way.
+        the last answer and all costs of each way, by name.
     """
     answers: dict[str, Any] = {}
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
@@ -54,7 +54,7 @@ def median(costs: list[Cost]) -> Cost:
 
 
 def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None = None) -> None:
-    """Print a line for each way; ratios are medians over rounds, of the first way's cost to this one's."""
+    """Print a line for each way; a ratio is the median over rounds of the first way's cost to this one's."""
     first = next(iter(costs.values()))
     for name, found in costs.items():
         cost = median(found)
@@ -69,7 +69,7 @@ def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None 
 
 
 def main(run: Callable[..., None], about: str | None, files: bool = False) -> None:
-    """The command line of one benchmark; ``files``: it takes files, too."""
+    """The command line of a benchmark; ``files``: whether it also takes files."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller inputs")
     if files:
@@ -81,14 +81,14 @@ def main(run: Callable[..., None], about: str | None, files: bool = False) -> No
 
 
 def ceiling(dtype: torch.dtype, size: int = 1536, rounds: int = 5) -> float:
-    """GFLOP for each CPU second that torch's matrix product reaches: the best of some rounds."""
+    """GFLOP per CPU second of torch's matrix product: the best of several rounds."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return max(2e-9 * size**3 / once(lambda: torch.mm(a, b))[1].cpu for _ in range(rounds))
 
 
 def int8_ceiling(size: int = 1536, rounds: int = 5) -> float:
-    """The same of onnxruntime's product of uint8 with constant int8."""
+    """The same for onnxruntime's product of uint8 and constant int8."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -130,10 +130,10 @@ def make_video(
     noise: float = 4,
     gop: float = 10,
 ) -> Path:
-    """A textured picture that pans, a patch that moves its own way, sensor noise; x264's own settings (B-frames).
+    """A panning textured picture with a patch that moves independently, and sensor noise; x264's defaults (B-frames).
 
-    ``noise`` is its standard deviation (of 255): the more there is of it, the more of the work is reading bits.
-    ``gop`` is the most seconds from keyframe to keyframe.
+    ``noise`` is the noise's standard deviation (of 255): the more noise, the more of the work is reading bits. ``gop``
+    is the longest time between keyframes, in seconds.
     """
     random = np.random.default_rng(seed)
     coarse = torch.from_numpy(random.random((1, 3, 24, 40), np.float32))
@@ -161,17 +161,17 @@ def make_video(
 
 
 def describe(path: Path) -> str:
-    """What a ratio hangs on: the bitrate, and the share of B-frames (of which some two in three need no decoding)."""
+    """What ratios depend on: the bitrate, and the share of B-frames (about two in three need no decoding)."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
         seconds = (container.duration or 0) / av.time_base
-    behind = np.array(stamps) < np.maximum.accumulate(stamps)  # shown before one that is decoded earlier
+    behind = np.array(stamps) < np.maximum.accumulate(stamps)  # shown before a frame that is decoded earlier
     return f"{path.stat().st_size * 8e-6 / seconds:.1f} Mbit/s, {behind.mean():.0%} B-frames"
 
 
 def repeat_video(source: Path, path: Path, times: int) -> Path:
-    """The packets of a video, again and again: a long video without encoding one."""
+    """Repeat the packets of a video: a long video without encoding one."""
     with av.open(str(path), "w") as out:
         with av.open(str(source)) as container:
             target = out.add_stream_from_template(container.streams.video[0])

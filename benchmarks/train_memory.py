@@ -1,7 +1,7 @@
-"""Is the memory of a training flat in the number of clips? An epoch of the fusion head on cached features, two sizes.
+"""Is training memory independent of the number of clips? An epoch of the fusion head on cached features, at two sizes.
 
-Each size in a process of its own, by transformers.Trainer as ``senticlip train`` runs it. What counts is anonymous
-memory: the pages of the memory-mapped cache are the kernel's, which drops them as it likes.
+Each size runs in a separate process, by transformers.Trainer as in ``senticlip train``. Only anonymous memory counts:
+the kernel can drop pages of the memory-mapped cache at any time.
 
     python -m benchmarks.train_memory [--clips 2000,16000]
 
@@ -31,7 +31,7 @@ def memory() -> int:
 
 
 def child(count: int) -> dict[str, int]:
-    """Train once; memory in MiB before it, and the most that was seen every 50 ms since."""
+    """Train once; returns memory in MiB before it, and its maximum, sampled every 50 ms."""
     from benchmarks import step
 
     from senticlip import runtime
@@ -42,7 +42,7 @@ def child(count: int) -> dict[str, int]:
         model, encoders = step.fresh()
         encoders.clear()
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # a training that grew would else take what the encoders have left
+        ctypes.CDLL(None).malloc_trim(0)  # else growth could hide in what the encoders freed
         data = step.made_set(Path(scratch) / "cache", count, model.network.dims)
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*.npy")) >> 20
         seen, done = [memory()], threading.Event()

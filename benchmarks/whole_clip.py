@@ -1,4 +1,4 @@
-"""From a 720p file and a text to probabilities: OpenCV, PIL and frame by frame, against the Predictor."""
+"""From a 720p file and a text to probabilities: OpenCV, PIL and one frame at a time, against the Predictor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from senticlip.structures import Batch, Clip, Output, Sequence
 
 
 def naive(path: Path, peer: object) -> Output:
-    """Read all, PIL, one frame after the other."""
+    """Read all frames, resize by PIL, encode one frame at a time."""
     return forward(through_pil(peer, read_all(path)))
 
 
 def forward(pixels: Tensor) -> Output:
-    """The naive peer's answer to frames m×3×S×S that are normalised."""
+    """The naive peer's answer to normalised frames m×3×S×S."""
     predictor = paper.predictor("fp32")
     text = Sequence(*tokenize(predictor.tokenizer, [paper.TEXT], 64))
     return paper.frame_by_frame(predictor.model, Batch({"text": text}, {}), pixels)
@@ -36,7 +36,7 @@ def run(quick: bool) -> None:
             ways[f"ours {name}"] = lambda p=predictor: p.output(p.batch([clip]))
         answers, costs = timing.interleave(ways, 2 if quick else 9)
         batch = full.batch([clip])
-    # frames through PIL differ from ours by up to 1/255: models are compared on the very same pixels
+    # frames through PIL differ from ours by up to 1/255, so models are compared on the same pixels
     same = forward(full.model.encoders["vision"].normalize(batch.modalities["vision"].values[0]))
     work, notes = paper.work(full.model, batch), {}
     for name in paper.precisions(quick):

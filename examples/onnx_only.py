@@ -15,11 +15,11 @@ from av.stream import Disposition
 from tokenizers import Tokenizer
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime  # after that line, or it tells Microsoft of each use
+import onnxruntime  # only after that line, or it sends usage data to Microsoft
 
 
 def cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = -0.5, the one of PIL and of torch's antialiased bicubic."""
+    """Keys' kernel with a = -0.5, as in PIL and torch's antialiased bicubic."""
     x = np.abs(x)
     return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
 
@@ -34,7 +34,7 @@ def weights(length: int, size: int) -> np.ndarray:
 
 
 def squash(image: np.ndarray, size: int) -> np.ndarray:
-    """H×W×3 uint8 → 3×size×size uint8; each pass is rounded, as PIL does it."""
+    """H×W×3 uint8 → 3×size×size uint8; each pass is rounded, as in PIL."""
     wide = np.einsum("sw,hwc->hsc", weights(image.shape[1], size), image.astype(np.float64))
     wide = np.rint(wide).clip(0, 255)
     tall = np.einsum("sh,hwc->csw", weights(image.shape[0], size), wide)
@@ -42,7 +42,7 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def frames(path: str, count: int, size: int) -> np.ndarray:
-    """The frames shown at (i + ½)·T/count, upright, as uint8 k×3×size×size (decodes them all: a clip is short)."""
+    """The frames shown at (i + ½)·T/count, upright, as uint8 k×3×size×size (decodes every frame: a clip is short)."""
     with av.open(path) as container:
         decoded = list(container.decode(video=0))
         last = decoded[-1]
@@ -55,9 +55,9 @@ def frames(path: str, count: int, size: int) -> np.ndarray:
 
 
 def main_shot(pixels: np.ndarray) -> np.ndarray:
-    """Which frames of k×3×S×S are of the clip's main shot: senticlip/data/cutaways.py says more."""
+    """Which frames of k×3×S×S show the clip's main shot; see senticlip/data/cutaways.py."""
     k, steps = len(pixels), range(-2, 3)
-    bright = pixels.max((0, 1)) > 24  # what is black in all frames are bars
+    bright = pixels.max((0, 1)) > 24  # black in all frames: bars
     rows, columns = [np.flatnonzero(bright.any(axis)) if bright.any() else [0, -2] for axis in (1, 0)]
     lit = pixels[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     small = np.stack([squash(image.transpose(1, 2, 0), 16) for image in lit])
@@ -72,18 +72,18 @@ def main_shot(pixels: np.ndarray) -> np.ndarray:
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
-    """H×W×3 RGB; a phone stores what its sensor saw, and how far to turn that."""
+    """H×W×3 RGB; phones store frames as the sensor saw them, and how far to rotate them."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def log_mel(path: str, bands: int, average: int) -> np.ndarray:
-    """The sound's log-mel, steps×bands, each step the mean of ``average`` frames of 20 ms; no sound: no step."""
+    """The sound's log-mel, steps×bands, each step the mean of ``average`` frames of 20 ms; no steps without sound."""
     parts: list[np.ndarray] = []
     with av.open(path) as container:
         tracks = sorted(container.streams.audio, key=lambda track: not track.disposition & Disposition.default)
-        sounds = container.decode(tracks[0]) if tracks else []  # of several, the one that players play
-        decoded = list(takewhile(lambda frame: (frame.time or 0) < 600, sounds))  # no more is heard of a clip
-        # FFmpeg's own mono is 3 dB louder than the mean of two channels
+        sounds = container.decode(tracks[0]) if tracks else []  # the track that players play
+        decoded = list(takewhile(lambda frame: (frame.time or 0) < 600, sounds))  # senticlip reads no more of a clip
+        # FFmpeg's own downmix is 3 dB louder than the mean of two channels
         mono = bool(decoded) and decoded[0].layout.nb_channels == 1
         resampler = av.AudioResampler("fltp", "mono" if mono else "stereo", 16000)
         for frame in [*decoded, None] if decoded else []:

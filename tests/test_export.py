@@ -168,6 +168,20 @@ def test_another_order_and_another_switch_give_the_same(tmp_path):
             torch.testing.assert_close(getattr(two, kind)[name], getattr(one, kind)[name], atol=1e-4, rtol=1e-4)
 
 
+def test_every_export_of_a_process_takes_any_number_of_frames(tmp_path):
+    """torch remembers the LSTM of an export before."""
+    run = make_run(tmp_path, modalities=["text", "vision", "audio"], temporal="lstm")
+    model = SentimentModel.from_pretrained(run)
+    for name in ("first", "second"):
+        export(run, tmp_path / f"{name}.onnx")
+        again = OnnxModel(tmp_path / f"{name}.onnx")
+        for frames in (1, 3, 4):
+            batch = made_batch(2, frames, 5)
+            with torch.inference_mode():
+                one, two = model(batch), again(batch)
+            torch.testing.assert_close(two.log_probs, one.log_probs, atol=1e-4, rtol=1e-4)
+
+
 def test_predictions_are_the_same(run, file, video):
     one, two = senticlip.load(run), senticlip.load(file)
     for clip in ((video, "今天真开心"), (video, None), (None, "呵呵，真棒啊"), (video, "很长" * 40)):

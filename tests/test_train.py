@@ -25,7 +25,7 @@ from senticlip import train as training
 from senticlip.checkpoint import newest_checkpoint, outputs
 from senticlip.data.loader import BalancedSampler, ClipSet
 from senticlip.data.sims import read_clips
-from senticlip.fit import parameter_groups, score
+from senticlip.fit import Fitter, parameter_groups, score
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.models.self_mm import SelfMM
@@ -147,6 +147,22 @@ def test_resume_after_a_kill_ends_in_the_same_weights(place, tmp_path):
     assert (out / "metrics.json").stat().st_mtime_ns == written
     with pytest.raises(UserError, match="a different config"):
         train(experiment.override({"width": 32}), place / "data", out, resume=True)
+
+
+@pytest.mark.parametrize("ends", [{"train.epochs": 3}, {"train.epochs": 30, "train.lr": 0.0, "train.scalar_lr": 0.0}])
+def test_a_kill_right_after_the_last_epoch_trains_no_further(place, tmp_path, monkeypatch, terminal, ends):
+    """Whether all epochs are done or it stopped early: the counter of epochs without improvement is full."""
+    experiment = settings(place, **{"train.patience": 2, "train.ema": 0.9, **ends})
+    train(experiment, place / "data", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Fitter, "_load_best_model", lambda _: 1 / 0)  # before the last epoch's checkpoint is deleted
+        with pytest.raises(ZeroDivisionError):
+            train(experiment, place / "data", tmp_path / "killed")
+    before = terminal.getvalue()
+    train(experiment, place / "data", tmp_path / "killed", resume=True)
+    assert not re.search(r"epoch +\d", terminal.getvalue().removeprefix(before))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
 def test_a_table_of_ones_own_has_one_label_and_no_splits(place, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What may stand behind ``senticlip``: the verbs and their options. argparse only; ``cli.py`` does the work."""
+"""The verbs of ``senticlip`` and their options. Only argparse; ``cli.py`` does the work."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MANIFEST = ".csv, .jsonl or .parquet: id, path, text or subtitles, and optionall
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, and out."""
+    """Print one line to stderr and exit."""
     print(f"senticlip: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells wrong use in one line, without the usage."""
+    """Reports wrong use in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exit 2."""
@@ -32,11 +32,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def folder(name: str) -> str:
-    """The argument of an option that names a folder to write into: it can be made where it is said to be."""
+    """The argument of an option that names a folder to write to: refused if a file is in the way."""
     if not name.strip():
         raise argparse.ArgumentTypeError("no name given — is a shell variable unset?")
     for place in (Path(name), *Path(name).parents):
-        if os.path.exists(place) and not os.path.isdir(place):  # Path's raise where a name is too long
+        if os.path.exists(place) and not os.path.isdir(place):  # Path's methods raise if a name is too long
             raise argparse.ArgumentTypeError(f"{place} is a file, not a folder")
     return name
 
@@ -50,7 +50,7 @@ def file(name: str) -> str:
 
 
 def joined(arguments: list[str]) -> list[str]:
-    """``--text -你好`` as ``--text=-你好``, as lines of subtitles begin: argparse would take it for an option."""
+    """``--text -你好`` as ``--text=-你好``: argparse would take such a text for an option; subtitles often begin so."""
     whole: list[str] = []
     for word in arguments:
         if whole and whole[-1] == "--text" and re.match("-[^-]", word):
@@ -61,7 +61,7 @@ def joined(arguments: list[str]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All verbs; ``options.verb`` says which one it is."""
+    """The parser of all verbs; ``options.verb`` is the chosen one."""
     top = Parser(prog="senticlip", description="Sentiment analysis of video clips with CLIP-CA-MSA")
     top.add_argument("--version", action="version", version=f"senticlip {__version__}")
     verbs = Verbs(top)
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Verbs:
-    """The verbs of a parser, and the options that all of them, or several, have."""
+    """The verbs of a parser, and the options they have in common."""
 
     def __init__(self, top: argparse.ArgumentParser) -> None:
         self.common = Parser(add_help=False)
@@ -84,7 +84,7 @@ class Verbs:
         self.known = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(self, name: str, text: str) -> argparse.ArgumentParser:
-        """One more verb."""
+        """Add a verb."""
         return self.known.add_parser(name, help=text, description=text, parents=[self.common])
 
 

@@ -1,8 +1,8 @@
 """An archive of videos → Parquet: on Ray Data (extra ``ray``), or in one process.
 
-The manifest is cut into parts, the unit of all work: a worker answers a part and writes its file atomically, always in
-the same batches, so that a part answered twice gives the same file. After a kill, the parts that exist are done, and
-the same call answers the others.
+The manifest is cut into parts, the unit of work: a worker answers a part, always in the same batches, and writes its
+file atomically, so that a part answered twice gives the same file. After a kill, the same call answers only the parts
+that are missing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from senticlip.files import alone, disk, write_text
 from senticlip.structures import PRECISIONS, Clip, UsageError, UserError
 
 BATCH = 16
-"""Clips in a batch: always the same ones, so that a part that is answered again is the same to the last bit."""
+"""Clips per batch: always the same ones, so that a part that is answered again is identical to the last bit."""
 
 PATIENCE = 3
-"""Attempts at a part that ended without a word after which its videos are first decoded in another process."""
+"""How often a part may end without an error or an answer before its videos are first decoded in another process."""
 
 SCHEMA = pa.schema([("id", pa.string()), *answers.FIELDS])
 
@@ -49,24 +49,24 @@ def bulk(
     retry: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Answer every row of a manifest, as a stream of rows: id, and answers.FIELDS (``error`` where it failed).
+    """Answer each row of a manifest; yields rows of id and answers.FIELDS (``error`` for a row that failed).
 
-    The rows also lie in ``out/part-NNNNNN.parquet``, in the manifest's order; the stream gives a part when it is there.
-    The same call goes on after a kill.
+    The rows are also in ``out/part-NNNNNN.parquet``, in the manifest's order; those of a part are yielded once it is
+    written. After a kill, the same call continues.
 
     Args:
-        run: a RUN folder or an exported .onnx file; on a cluster, one that every machine sees, as manifest, videos and
-            ``out`` must be, too.
+        run: a RUN folder or an exported .onnx file. On a cluster, all machines must see it, as well as the manifest,
+            the videos and ``out``.
         manifest_file: .csv, .jsonl or .parquet; id, path (relative to the manifest), text or subtitles, start, end.
-        out: folder of the answers.
-        address: of a Ray cluster; None works on this machine alone.
-        workers: processes that hold a model, each with one core (or one GPU); default: all there are. One worker
-            without ``address`` is this process.
+        out: the folder for the answers.
+        address: of a Ray cluster; None for this machine only.
+        workers: number of processes that hold a model, each on one core (or GPU); by default, one for each. A single
+            worker without ``address`` is this process.
         device: cpu or cuda.
-        rows_per_part: what a worker answers at a time, and a kill loses.
+        rows_per_part: rows that a worker answers at a time; a kill loses at most these.
         precision: fp32, bf16 or int8.
-        retry: make the parts again that hold a row with an error.
-        progress: called with (rows done, rows in all), first for what is there and then part by part.
+        retry: redo the parts with a row that failed.
+        progress: called with (rows done, total rows), first for the existing parts, then after each part.
 
     Raises:
         UsageError: wrong arguments, a missing extra. UserError: the manifest cannot be read, or ``out`` belongs to
@@ -106,7 +106,7 @@ def part_path(out: Path, number: int) -> Path:
 
 
 def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: str) -> dict[str, Any]:
-    """Make ``out``, or check that it belongs to this job; cut the manifest; remove what a killed process left."""
+    """Make ``out``, or check that it belongs to this job; cut the manifest; remove leftovers of a killed process."""
     if not source.is_file():
         raise UsageError(f"{source}: no such manifest")
     key = {
@@ -116,7 +116,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         "rows_per_part": rows_per_part,
         "precision": precision,
     }
-    # readers of a folder of Parquet files skip names that begin with a dot, and so see the answers only
+    # Parquet readers skip names that begin with a dot, and so see only the answers in this folder
     stamp, parts = out / ".bulk" / "job.json", out / ".bulk" / "rows.parquet"
     try:
         parts.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         raise UserError(f"{stamp}: damaged, so the answers there cannot be identified — choose another --out") from None
     except OSError as error:
         raise UserError(f"{out}: cannot be used — {error.strerror or error}") from None
-    if not (stamp.is_file() and answers.about_parquet(parts)):  # what was cut without a stamp may be another manifest's
+    if not (stamp.is_file() and answers.about_parquet(parts)):  # without a stamp, it may be another manifest's
         manifest.split(source, parts, rows_per_part)
     write_text(stamp, json.dumps(key, indent=1))
     job = {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
@@ -145,7 +145,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
 def _stream(
     job: dict[str, Any], address: str | None, workers: int | None, progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the parts that exist, then of the others as they are written."""
+    """The rows of the existing parts, then those of the others as they are written."""
     out, cut = Path(job["out"]), answers.about_parquet(Path(job["parts"]))
     assert cut is not None
     with alone(out, "bulk"):
@@ -168,7 +168,7 @@ def _stream(
 
 
 def _is_done(part: Path, retry: bool) -> bool:
-    """Whether a part exists and is complete, and, with ``retry``, has no row with an error."""
+    """Whether a part exists, is complete and, with ``retry``, has no row that failed."""
     if (about := answers.about_parquet(part)) is None:
         return False
     errors = answers.sound_parquet(part, ["error"]) if retry else None
@@ -176,12 +176,12 @@ def _is_done(part: Path, retry: bool) -> bool:
 
 
 def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
-    """The number of each part in ``todo``, when its file is written."""
+    """Yield the number of each part in ``todo`` once its file is written."""
     if todo and (workers != 1 or address):
         try:
             yield from on_ray(Worker, job, todo, address, workers)
         finally:
-            for begun in Path(job["out"]).glob(".*.begun"):  # their workers ended with this job, not of a video
+            for begun in Path(job["out"]).glob(".*.begun"):  # their workers ended with this job: no crash
                 begun.unlink(missing_ok=True)
     elif todo:
         yield from map(Worker(job).make, todo)
@@ -193,16 +193,16 @@ class Worker:
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
         self.job, self.out, self.root, self.place = job, *(Path(job[key]) for key in ("out", "root", "parts"))
         if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # before load: onnxruntime and OpenVINO keep their threads
-        self.lines = lru_cache(8)(subtitles.read)  # the rows of a film follow each other
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # before load, which fixes onnxruntime's and OpenVINO's
+        self.lines = lru_cache(8)(subtitles.read)  # a film's rows follow each other
         self.parts = pq.ParquetFile(self.place.open("rb"), page_checksum_verification=True)
 
     @cached_property
     def predictor(self) -> Any:
-        """The model, loaded for the first part: where it cannot be, Ray would tell of an actor that died.
+        """Loaded when the first part is made: from an error in `__init__` Ray would tell only that an actor died.
 
         Raises:
-            UserError: it is another one than when bulk began; others: as ``senticlip.load``.
+            UserError: the model has changed since bulk began; others: as ``senticlip.load``.
         """
         from senticlip.predictor import load
 
@@ -213,16 +213,17 @@ class Worker:
         return loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The interface for Ray Data: numbers of parts → the same, when their files are written."""
+        """The interface for Ray Data: makes the parts of these numbers and returns the numbers."""
         for number in batch["id"]:
             self.make(int(number))
         return {"id": batch["id"]}
 
     def make(self, number: int) -> int:
-        """Answer a part and write its file, unless it exists and is not to be made again."""
+        """Answer a part and write its file, unless it exists and need not be redone."""
         path = part_path(self.out, number)
         if number in self.job["again"] or not path.is_file():
-            rows, _ = self._rows(number), self.predictor  # who dies of loading it is no video's victim
+            # the model is loaded before the mark is set: a crash while loading is no video's fault
+            rows, _ = self._rows(number), self.predictor
             begun = path.with_name(f".{path.name}.begun")
             with disk(self.out), begun.open("a") as file:
                 file.write("|")
@@ -232,7 +233,7 @@ class Worker:
             try:
                 made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
                 answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
-            finally:  # also on a full disk, or at Ctrl-C: no video has killed this process
+            finally:  # also on a full disk or Ctrl-C: no video killed this process
                 begun.unlink(missing_ok=True)
         return number
 
@@ -240,19 +241,19 @@ class Worker:
         try:
             return self.parts.read_row_group(number).to_pylist()
         except (OSError, pa.ArrowInvalid):
-            self.place.unlink(missing_ok=True)  # it is cut again
+            self.place.unlink(missing_ok=True)  # the next call makes it again
             raise UserError(f"{self.place}: was damaged — run the same command again") from None
 
     def _clips(self, rows: list[dict[str, Any]]) -> dict[int, Clip]:
-        """The rows that name something to read, by their places."""
+        """The clips of the rows, by index; invalid rows are left out."""
         clips = {}
         for i, row in enumerate(rows):
-            with suppress(Exception):  # which answer() tells
+            with suppress(Exception):  # answer() reports it
                 clips[i] = self._clip(row)
         return clips
 
     def answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """One batch of manifest rows; what cannot be read becomes a row with its error."""
+        """Answer one batch of manifest rows; one that cannot be read becomes a row with its error."""
         clips: list[Clip] = []
         errors: dict[int, UserError] = {}
         for i, row in enumerate(rows):

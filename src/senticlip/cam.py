@@ -1,12 +1,12 @@
-"""Heat maps over frames: Ablation-CAM, Grad-CAM and attention rollout, of what the whole model answers for the clip.
+"""Heat maps over frames (Ablation-CAM, Grad-CAM, attention rollout) that explain the whole model's answer for a clip.
 
 Ablation-CAM (Desai & Ramaswamy 2020, doi 10.1109/WACV45572.2020.00106): A_k is channel k of one frame's activations, y
-the fused probability of a class, y_k the same with A_k set to zero in that frame, the other frames kept as they are;
-w_k = (y − y_k) / y and the map is ReLU(Σ_k w_k A_k). The layer: a ViT's last LayerNorm before attention (zeroed in all
-tokens, the class token, too); a CNN's first stage of its final resolution, since those that follow on the same grid
-(dilated ones) only widen what a cell sees. What lies before the layer is computed once, the channels go through the
-rest in batches, and Chinese-CLIP's last block only for its class token, where zeroing a channel changes queries, keys
-and values by one column each.
+the fused probability of a class, and y_k the same with A_k set to zero in that frame, the other frames unchanged; then
+w_k = (y − y_k) / y, and the map is ReLU(Σ_k w_k A_k). The layer is a ViT's last LayerNorm before attention (zeroed in
+all tokens, including the class token), or a CNN's first stage at the final resolution, since later stages on the same
+grid (dilated ones) only widen the receptive field. The part before the layer is computed once; the channels go through
+the rest in batches. Chinese-CLIP's last block is computed for the class token only, where zeroing a channel changes
+queries, keys and values by one column each.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from senticlip.models.base import SentimentModel
 
 CHUNK = 128
-"""Ablated channels that go through the model together."""
+"""Number of ablated channels in a batch."""
 
 
 def log_odds(network: Any, output: Output) -> Tensor:
-    """The value that heat maps explain, B×3 float64: ln p / (1 − p) of each class, p its fused probability.
+    """The value that heat maps explain, B×3 float64: ln(p / (1 − p)) of each class, where p is its fused probability.
 
     Computed from the logits in float64: for p near 1, differences of p itself would be rounding errors. For the score s
-    of a regression model: −s, −|s|, s for negative, neutral, positive.
+    of a regression model, −s, −|s|, s for negative, neutral, positive.
     """
     if output.score is not None:
         score = output.score.double()
@@ -48,14 +48,14 @@ def log_odds(network: Any, output: Output) -> Tensor:
 
 
 def drop(output: Output, y: Tensor, without: Tensor) -> Tensor:
-    """The loss by an ablation, from log-odds ``y`` and ``without``: (p − p_k) / p; for a score, y − y_k."""
+    """The drop (p − p_k) / p caused by an ablation, from the log-odds ``y`` and ``without``; for a score, y − y_k."""
     if output.score is not None:
         return y - without
     return -torch.expm1(nn.functional.softplus(-y) - nn.functional.softplus(-without))
 
 
 def repeat(features: Batch, rows: int) -> Batch:
-    """A batch of one clip repeated to ``rows`` rows, without a copy."""
+    """A batch of one clip expanded to ``rows`` rows, without copying."""
     return Batch(
         {
             name: Sequence(s.values.expand(rows, *s.values.shape[1:]), s.mask.expand(rows, -1))
@@ -66,7 +66,7 @@ def repeat(features: Batch, rows: int) -> Batch:
 
 
 def seen_frames(model: SentimentModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The real frames of a batch of one clip, normalised (k×3×S×S), and their indices among all frames (k)."""
+    """The unmasked frames of a batch of one clip, normalised (k×3×S×S), and their indices among all frames (k)."""
     pixels, mask = batch.modalities["vision"]
     encoder: Any = model.encoders["vision"]
     return encoder.normalize(pixels[0][mask[0]]), mask[0].nonzero()[:, 0]
@@ -76,9 +76,9 @@ def seen_frames(model: SentimentModel, batch: Batch) -> tuple[Tensor, Tensor]:
 def ablation_cam(
     model: SentimentModel, batch: Batch, index: int, advance: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Maps k×h×w (not negative, not scaled) of the k real frames of one clip, for class ``index``.
+    """Maps k×h×w (non-negative, not scaled) for class ``index``, of the k unmasked frames of one clip.
 
-    ``advance`` is called with (channels done, channels in all).
+    ``advance`` is called with (channels done, total channels).
     """
     split = Split(_copied(model))
     images, places = seen_frames(model, batch)
@@ -107,7 +107,7 @@ def ablation_cam(
 
 
 class _Answer(nn.Module):
-    """Images k×3×S×S → the explained value, the other modalities kept: the model that grad-cam gets."""
+    """The model passed to grad-cam: images k×3×S×S → the explained value, with the other modalities fixed."""
 
     def __init__(self, model: SentimentModel, batch: Batch, index: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _Answer(nn.Module):
         self.mask = batch.modalities["vision"].mask
 
     def forward(self, images: Tensor) -> Tensor:
-        """The log-odds of the class, a scalar: its gradient is the probability's, up to one factor for all frames."""
+        """The class's log-odds, a scalar: its gradient is the probability's up to a factor common to all frames."""
         states = self.split(images)
         empty = states.new_zeros(*self.mask.shape, states.shape[-1])
         vision = Sequence(empty.masked_scatter(self.mask[..., None], states), self.mask)
@@ -127,7 +127,7 @@ class _Answer(nn.Module):
 
 
 def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) by the grad-cam package: k×h×w, not negative, not scaled."""
+    """Grad-CAM (Selvaraju et al. 2017) by the grad-cam package: k×h×w, non-negative, not scaled."""
     from pytorch_grad_cam import GradCAM
 
     answer = _Answer(model, batch, index)
@@ -136,14 +136,14 @@ def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
     seen = cam.activations_and_grads
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no backward in eval
         torch.autograd.grad(seen(images), images)
-    # not cam(images): that scales each frame by itself, and frames could not be compared
+    # not cam(images): that scales each frame separately, so that frames could not be compared
     maps, slopes = (part[0].float().numpy() for part in (seen.activations, seen.gradients))
     found = cam.get_cam_image(images, answer.split.layer, [], maps, slopes, False)
     return torch.from_numpy(found).float().relu()
 
 
 def _attention_maps(encoder: VisionEncoder, images: Tensor) -> list[Tensor]:
-    """The attention weights of each layer, N×heads×T×T (of a CLIP's last: N×heads×1×T); ``encoder`` keeps the hooks."""
+    """Attention weights of each layer, N×heads×T×T (Chinese-CLIP's last: N×heads×1×T); ``encoder`` keeps the hooks."""
     maps: list[Tensor] = []
     if encoder.kind == "chinese_clip":
         encoder.body.set_attn_implementation("eager")
@@ -161,12 +161,12 @@ def _attention_maps(encoder: VisionEncoder, images: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020) of a ViT: Π (½ mean heads + ½ I), the class token's row; k×h×w.
+    """Attention rollout (Abnar & Zuidema 2020) of a ViT, k×h×w: the class token's row of Π (½ mean of heads + ½ I).
 
     It depends neither on the class nor on the other frames.
 
     Raises:
-        UsageError: no ViT.
+        UsageError: the encoder is not a ViT.
     """
     encoder = _copied(model)
     if encoder.kind != "chinese_clip" and not (is_vit(encoder.body) and hasattr(encoder.body.blocks[0].attn, "qkv")):
@@ -183,11 +183,11 @@ def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {"ablation-cam": ablation_cam, "grad-cam": grad_cam, "rollout": rollout}
-"""Heat maps by name; each takes (model, batch of one clip, class index) and gives k×h×w."""
+"""Heat map methods by name; each takes (model, batch of one clip, class index) and returns k×h×w."""
 
 
 def methods_for(model: SentimentModel) -> list[str]:
-    """The heat maps that a model has; none without a vision encoder."""
+    """The heat map methods that a model supports; none without a vision encoder."""
     if "vision" not in model.encoders:
         return []
     encoder: Any = model.encoders["vision"]
@@ -197,7 +197,7 @@ def methods_for(model: SentimentModel) -> list[str]:
 
 
 def _copied(model: SentimentModel) -> Any:
-    """The encoder with modules of its own: heat maps put hooks into them, and another thread may be using the model."""
+    """A copy of the encoder that shares its tensors: heat maps add hooks, and other threads may use the model."""
     encoder: Any = model.encoders["vision"]
     shared = {id(part): part for part in (*encoder.parameters(), *encoder.buffers())}
     return copy.deepcopy(encoder, shared)

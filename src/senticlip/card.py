@@ -1,4 +1,4 @@
-"""The model card of a RUN: what it is, on what data, how good, what it must not be used for."""
+"""The model card of a RUN: model, training data, metrics, limits, and prohibited uses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ without their knowledge.
 
 
 def _learned(config: Config, name: str) -> str:
-    """How an encoder has learned."""
+    """How an encoder was trained."""
     if getattr(config, name).encoder in FROM_FILE:
         return "read from a file"
     first = any(name in config.stage(stage).modalities for stage in config.stages)
@@ -37,7 +37,7 @@ def _learned(config: Config, name: str) -> str:
 
 
 def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
-    """Markdown with YAML front matter, as the hub reads it."""
+    """Markdown with YAML front matter, as the hub expects it."""
     parts = [f"* text: `{config.text.encoder}` ({_learned(config, 'text')})"] if "text" in config.modalities else []
     if "vision" in config.modalities:
         shots = " of the main shot" if config.vision.cutaways == "drop" else ""
@@ -45,7 +45,7 @@ def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
         parts.append(f"* video: `{config.vision.encoder}` ({_learned(config, 'vision')}), {frames}")
     if "audio" in config.modalities:
         parts.append(f"* audio: log-mel with {config.audio.bands} bands, or from a feature file")
-    own = config.model == "clip_ca_msa"  # the peers have none of its parts, and no temperature
+    own = config.model == "clip_ca_msa"  # peers have none of these parts, and no temperature
     if own:
         parts.append(
             f"* temporal: {config.temporal}, fusion: {config.fusion}, head: {config.head}, loss: {config.loss},"

@@ -1,4 +1,4 @@
-"""The RUN folder: model, tokenizer, resolved experiment, metrics, model card; and the temperatures fitted on valid."""
+"""The RUN folder (model, tokenizer, resolved experiment, metrics, model card) and temperatures fitted on valid."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 TEMPERATURES = torch.logspace(-1.5, 2, 701)
 CHECKPOINTS = "checkpoints"
-"""The folder in a RUN from which a killed training can be resumed; removed when the training is finished."""
+"""The folder in a RUN from which an interrupted training resumes; removed when training finishes."""
 TENSORBOARD = "tensorboard"
-"""The folder of a RUN's training curves."""
+"""The folder in a RUN with the training curves."""
 WRITTEN = (CHECKPOINTS, TENSORBOARD, "config.json", "model.safetensors", "README.md")
-"""What a training deletes or overwrites in its folder."""
+"""Files and folders in a RUN that a training deletes or overwrites."""
 
 
 @torch.inference_mode()
 def outputs(model: SentimentModel, data: ClipSet, batch_size: int = 64) -> Output:
-    """The model's output for a whole split, rows in the split's order, on the CPU."""
+    """The model's output for a whole split, in row order, on the CPU."""
     model.eval()
     parts = []
     for begin in range(0, len(data), batch_size):
@@ -59,9 +59,9 @@ def outputs(model: SentimentModel, data: ClipSet, batch_size: int = 64) -> Outpu
 
 
 def calibrate(model: SentimentModel, valid: ClipSet) -> None:
-    """Set each head's temperature τ to the one with the least cross-entropy on valid (Guo et al. 2017).
+    """Set each head's temperature τ to minimise the cross-entropy on valid (Guo et al. 2017).
 
-    Models without a ``temperature`` stay as they are.
+    Models without a ``temperature`` are not changed.
     """
     if not hasattr(model.network, "temperature"):
         return
@@ -76,7 +76,7 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
 
 
 def rows_digest(data: str | Path, clips: list[Clip]) -> str:
-    """A hash of a data set's path and of its clips: ids, video paths, texts, labels, splits (no video contents)."""
+    """A hash of a data set's path and its clips: ids, video paths, texts, labels, splits (not the video contents)."""
     root = Path(data).resolve()
     rows = [(clip.video and os.path.relpath(clip.video, root), clip._replace(video=None)) for clip in clips]
     return _hash([str(root), rows])
@@ -87,10 +87,7 @@ def _hash(value: Any) -> str:
 
 
 def origin(config: Config, data: str | Path) -> dict[str, Any]:
-    """What identifies a training: experiment, weights of its encoders, ready-made features, the data's path and rows.
-
-    As JSON.
-    """
+    """What identifies a training, as JSON: experiment, encoder weights, feature files, the data's path and rows."""
     rows = rows_digest(data, read_clips(data, None, config.protocol, config.seed))
     keys = {"encoders": encoder_keys(config), "features": feature_keys(config, data)}
     return {"experiment": config.to_dict(), **keys, "data": str(data), "rows": rows}
@@ -101,7 +98,7 @@ _READ = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
 def encoder_keys(config: Config) -> dict[str, list[str]]:
-    """Hashes of weights, config and words in the folders of encoders and ``start``, by folder; a hub id has none."""
+    """Hashes of weights, configs and vocabularies of encoder folders and ``start``, by folder; hub ids have none."""
     folders = {config.text.encoder, config.vision.encoder, config.label.encoder, config.start}
     files = {f: [p for p in Path(f).glob("*.*") if p.suffix in _READ] for f in sorted(filter(None, folders))}
     keys = file_keys((path for found in files.values() for path in found), cache_root())
@@ -109,14 +106,14 @@ def encoder_keys(config: Config) -> dict[str, list[str]]:
 
 
 def feature_keys(config: Config, data: str | Path) -> dict[str, str]:
-    """A hash of the data set's feature file and one of OpenFace's CSVs, by path, where the experiment reads them."""
+    """Hashes of the data set's feature file and OpenFace CSVs, by path, if the experiment reads them."""
     root, files = Path(data).resolve(), dict[Path, list[Path]]()
     encoders = {getattr(config, name).encoder for name in config.modalities if name != "audio"} & {*FROM_FILE}
     if "openface" in encoders and (faces := root / "OpenFace").is_dir():
         files[faces] = sorted(faces.rglob("*.csv"))
         encoders.remove("openface")
     if encoders:
-        with suppress(UserError):  # a file that is missing is told where it is read
+        with suppress(UserError):  # a missing file is reported where it is read
             file = feature_file(root)
             files[file] = [file]
     keys = file_keys((path for found in files.values() for path in found), cache_root())
@@ -124,14 +121,14 @@ def feature_keys(config: Config, data: str | Path) -> dict[str, str]:
 
 
 def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
-    """In what a run's origin differs from ``mine``, in words for a message; empty if in nothing."""
+    """How a run's origin differs from ``mine``, as words for a message; empty if it does not."""
     try:
         same = from_dict(record["experiment"]) == from_dict(mine["experiment"])
     except (KeyError, UsageError):
         same = False
     if not same:
         return "a different config"
-    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # older runs do not record them
+    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # not recorded by older runs
         return "different encoders (the weights in a folder have changed)"
     if record.get("rows") != mine["rows"]:
         return f"different data ({record['data']}, or its labels have changed)"
@@ -140,29 +137,29 @@ def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
 
 
 def share_stage(run: Path, name: str, stage: Path) -> None:
-    """Link the finished ``stage`` of another run into ``run``, so that ``train`` with ``resume`` finds it finished."""
+    """Link the finished ``stage`` of another run into ``run``, so that ``train`` with ``resume`` need not repeat it."""
     link = run / "stages" / name
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.exists():  # or it points to nothing
+    if not link.exists():  # missing, or a dangling link
         link.unlink(missing_ok=True)
-        target = os.path.relpath(stage.resolve(), link.parent.resolve())  # both may be moved together
+        target = os.path.relpath(stage.resolve(), link.parent.resolve())  # relative, so that both can be moved together
         link.symlink_to(target, target_is_directory=True)
 
 
 def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a finished run of this origin; None if there is none, it is incomplete, or is being trained again.
+    """The result of a finished run of this origin; None if there is none, or it is incomplete or being trained again.
 
     Raises:
-        UserError: there is a run of another origin, finished or not.
+        UserError: ``out`` holds a run of another origin, finished or not.
     """
     folder = out / CHECKPOINTS
     finished, begun = read_metrics(out), read_json(folder / "origin.json")
-    if begun and not _difference(begun, mine):  # a finished run has no origin.json: this one is trained again
+    if begun and not _difference(begun, mine):  # a finished run has no origin.json: this one is being trained again
         return None
     if finished and not _difference(finished, mine):
         if not (_has_weights(out) and (out / "config.json").is_file()):
             return None
-        if folder.exists() and not begun:  # a kill left it; with origin.json it is another training's
+        if folder.exists() and not begun:  # left by a kill; with origin.json it would be another training's
             with suppress(UserError), alone(out, "training"):
                 shutil.rmtree(folder, ignore_errors=True)
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
@@ -174,10 +171,10 @@ def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
-    """Record in ``out`` what is trained there, and delete the checkpoints of another training.
+    """Record in ``out`` what is trained there, and delete the checkpoints of other trainings.
 
     Raises:
-        UserError: files that are no run's are where a run's would be; ``out`` is the RUN that the training starts from.
+        UserError: ``out`` holds other files where a RUN's would go, or is the RUN that training starts from.
     """
     if (start := mine["experiment"]["start"]) and Path(start).resolve() == out.resolve():
         raise UserError(f"{out}: this is the RUN that training starts from — choose another --out")
@@ -189,19 +186,19 @@ def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
         _tell_loss(out, begun, mine)
         if finished and not begun:
             console.print(f"{out}: holds a finished run, which this one will replace", soft_wrap=True)
-        for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays: it marks a run
+        for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays: it marks the folder as a run
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "origin.json", json.dumps(mine))
 
 
 def _holds(path: Path) -> bool:
-    """Whether a path exists and is no folder that a full disk or a kill has left: empty, but for files half written."""
+    """Whether a path exists and is not a folder left by a full disk or a kill (empty except for partial files)."""
     return os.path.lexists(path) and not (path.is_dir() and all(each.match(".*.partial") for each in path.iterdir()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: one with a missing or truncated file was not fully written or copied."""
+    """The newest complete checkpoint; those with a missing or truncated file are skipped."""
     complete = []
     for path in folder.glob("checkpoint-*"):
         state, rest = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
@@ -212,10 +209,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def best_checkpoint(newest: Path) -> Path:
-    """The checkpoint of the best epoch so far. (Without it, Trainer would silently end with the last epoch's weights.)
+    """The checkpoint of the best epoch so far. (Without it, Trainer would silently keep the last epoch's weights.)
 
     Raises:
-        UserError: its weights are missing, or not whole.
+        UserError: its weights are missing or incomplete.
     """
     best = newest.parent / f"checkpoint-{read_json(newest / 'trainer_state.json')['best_global_step']}"
     if not _has_weights(best):
@@ -224,7 +221,7 @@ def best_checkpoint(newest: Path) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a folder has complete weights. (Trainer silently goes on without them.)"""
+    """Whether a folder has complete weights. (Without them, Trainer silently continues.)"""
     try:
         with safe_open(folder / "model.safetensors", "np"):
             return True
@@ -233,7 +230,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Tell the user if a training that could have been resumed is deleted."""
+    """Tell the user if a training that could be resumed is being deleted."""
     newest = newest_checkpoint(out / CHECKPOINTS)
     if newest is not None:
         step, other = newest.name.rpartition("-")[2], _difference(begun, mine)
@@ -242,7 +239,7 @@ def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
 
 
 def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write the RUN into a temporary folder, then move each file; ``metrics.json`` comes last: the run is finished."""
+    """Write the RUN to a temporary folder, then move each file; ``metrics.json`` comes last and marks it finished."""
     from senticlip.card import model_card
 
     partial = out / ".partial"
@@ -250,7 +247,7 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
     model.save_pretrained(partial)
     write_text(partial / "experiment.yaml", config.to_yaml())
     write_text(partial / "README.md", model_card(config, mine["data"], result))
-    for old in (out / "metrics.json", *out.glob("predictions-*.csv")):  # an older run's
+    for old in (out / "metrics.json", *out.glob("predictions-*.csv")):  # from an older run
         old.unlink(missing_ok=True)
     for path in sorted(partial.rglob("*")):
         if path.is_file():
@@ -264,12 +261,12 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """The ``metrics.json`` of a run; empty if there is none."""
+    """The contents of a run's ``metrics.json``; empty if there is none."""
     return read_json(run / "metrics.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file, or no object in it."""
+    """The object in a JSON file; empty if there is no such file or it holds no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

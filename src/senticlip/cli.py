@@ -1,4 +1,4 @@
-"""The command line: one verb, one function; heavy imports inside them, errors in one line."""
+"""The command line: one function per verb, with heavy imports inside; errors in one line."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ INTERRUPTED = {
     **dict.fromkeys(("train", "analyze"), "interrupted — rerun with --resume to continue"),
     **dict.fromkeys(("bulk", "reproduce"), "interrupted — rerun the same command to continue"),
 }
-"""What to tell at Ctrl-C, SIGTERM or SIGHUP, by verb, where the work can be continued."""
+"""Messages on Ctrl-C, SIGTERM or SIGHUP, for verbs whose work can be continued."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; in JSON that reads as one
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     options = parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     try:
         with terminable():
             result = VERBS[options.verb](options)
         if options.json and runtime.first_process():
-            # a terminal in ASCII would be told \xNN, which is no JSON
+            # on an ASCII terminal, backslashreplace would print \xNN, which is not JSON
             spoken = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
             print(json.dumps(result, ensure_ascii=not spoken), flush=True)
     except KeyboardInterrupt:
@@ -53,7 +53,7 @@ def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def say(options: argparse.Namespace, text: str) -> None:
-    """Print for a person: to stderr with ``--json``, since stdout is then for the object alone."""
+    """Print for people: to stderr with ``--json``, since stdout is then for the JSON object only."""
     if runtime.first_process():
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
@@ -104,7 +104,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """``senticlip evaluate RUN``, ``senticlip evaluate RUN_A RUN_B`` and of more, as seeds of one experiment."""
+    """``senticlip evaluate RUN …``: one run; two runs and their difference; or more, as seeds of one experiment."""
     from senticlip.evaluate import compare
     from senticlip.evaluate import evaluate as run
 
@@ -138,7 +138,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each run, and the mean and standard deviation over them."""
+    """Each run, and the mean and standard deviation over all of them."""
     from senticlip.checkpoint import read_metrics
     from senticlip.data.sims import read_clips
     from senticlip.results import spread
@@ -245,7 +245,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None, pair: str, clips: str) -> None:
-    """What a reduced precision, or an exported file, changes, if it was measured."""
+    """How much a reduced precision or an exported file changes, if measured."""
     if said:
         flips, most = round(said["flips"] * said["n"]), said["max_difference"]
         say(options, f"{pair} on {said['n']} {clips}: {flips} labels change, largest difference {most:.2g}")

@@ -1,4 +1,4 @@
-"""The parts of bulk on Ray: a cluster of one's own or one that is running, and its errors in one line."""
+"""The parts of bulk on Ray: on a cluster started here or one already running; its errors in one line."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from senticlip.progress import console
 from senticlip.structures import UsageError, UserError
 
 RETRIES = 8
-"""How often a part is tried again after its worker died: a clip that kills every worker must not be tried for ever."""
+"""Retries of a part whose worker died: a clip that kills every worker must not be retried forever."""
 
 
 def on_ray(
     worker: type, job: dict[str, Any], todo: list[int], address: str | None, workers: int | None
 ) -> Iterator[int]:
-    """The number of each part in ``todo``, when its file is written.
+    """Yield the number of each part in ``todo`` once its file is written.
 
-    Actors hold the model, few parts are in flight, a dead worker's part is tried again.
+    Actors hold the model, few parts are in flight, and the part of a worker that died is tried again.
 
     Args:
-        worker: made of a job; called with a batch of parts' numbers.
-        job: as of ``bulk``.
-        todo: the parts.
-        address: of a cluster that is running; None starts one.
-        workers: how many; by default as many as there are GPUs, else cores.
+        worker: a class constructed with the job; its instances are called with batches of part numbers.
+        job: see ``bulk``.
+        todo: the numbers of the parts.
+        address: of a running cluster; None starts one.
+        workers: how many; by default one per GPU, or per core if there is none.
 
     Raises:
-        UserError, UsageError: a worker's; UserError: the cluster cannot be reached or started, a worker failed.
+        UserError, UsageError: a worker's own. UserError: the cluster cannot be reached or started, or a worker failed.
     """
     import ray
     import ray.data
 
-    # there is no other way yet to set how often a part is tried again
+    # deprecated, but still the only way to set the number of retries
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if address:
         _reach(address)
@@ -55,7 +55,7 @@ def on_ray(
         kind = "GPU" if gpus else "CPU"
         if address and ray.available_resources().get(kind, 0) < 1:
             console.print(f"--address {address}: waiting, every {kind} of the cluster is in use", highlight=False)
-        # all cores are for workers: the read task, which yields the parts' numbers, costs nothing
+        # all cores go to workers: the read task, which only yields part numbers, costs nothing
         pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
         made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
             worker,
@@ -67,7 +67,7 @@ def on_ray(
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-        # Ray has set up its own logging by now; errors are raised
+        # only now, after Ray has set up its logging; errors are raised anyway
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         yield from (int(row["id"]) for row in made.iter_rows())
     except (ConnectionError, ray.exceptions.RayError) as error:
@@ -78,23 +78,23 @@ def on_ray(
 
 
 def _begin(address: str | None, workers: int | None) -> None:
-    """Connect to a cluster, or start one of our own, whatever else runs here."""
+    """Connect to a cluster, or start our own, even if another one runs on this machine."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where: dict[str, Any] = {"address": address}
     if not address:
         where = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written to ~/.ray, for all to come
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to ~/.ray, for good
     before = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    if callable(before):  # Ray's own dumps the stack and aborts
+    if callable(before):  # Ray's handler dumps the stack and aborts
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, before)
 
 
 def _told(error: Exception, address: str | None) -> UserError:
-    """An error of Ray, or of a worker, as one line."""
+    """An error of Ray or a worker as a one-line UserError."""
     line = " ".join(str(error).split())
     if isinstance(error, ConnectionError) or type(error).__name__ == "AuthenticationError":
         told = f"--address {address or 'local'}: the Ray cluster refused the connection ({line[:120]})"
@@ -106,10 +106,10 @@ def _told(error: Exception, address: str | None) -> UserError:
 
 
 def _reach(address: str) -> None:
-    """Check that something listens at the address: Ray itself would wait for minutes.
+    """Check that something listens at the address: Ray would wait for minutes.
 
     Raises:
-        UsageError: it has a scheme (Ray's client cannot run this). UserError: nothing answers.
+        UsageError: the address has a scheme (Ray's client cannot run this). UserError: nothing answers.
     """
     if "://" in address:
         raise UsageError(f"--address {address}: give the HOST:PORT of ray start --head (port 6379), without ://")

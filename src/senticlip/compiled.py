@@ -21,30 +21,30 @@ from senticlip.progress import spinner
 from senticlip.structures import Sequence, UserError
 
 GROUP = 384
-"""Inputs of an int8 product that share a scale; below 256 it takes longer (docs/experiments.md)."""
+"""The number of inputs of an int8 product that share a scale; below 256 it is slower (docs/experiments.md)."""
 
 FORMAT = 2
-"""Of the twin's files; raise it when the graphs change."""
+"""The version of the OpenVINO files; increase it when the graphs change."""
 
 
 class CompiledEncoder(nn.Module):
-    """A twin of an encoder: the same input, the same output up to its precision, no gradient and no inner states.
+    """A compiled copy of an encoder: same input, same output up to precision, no gradients, no hidden states.
 
     Shape:
-        as the encoder's: text ids B×n, or frames B×m×3×S×S uint8, with their mask → Sequence B×…×d
+        as for the encoder: text ids B×n, or frames B×m×3×S×S uint8, with their mask → Sequence B×…×d
     """
 
-    kind = "compiled"  # there are no heat maps of it
+    kind = "compiled"  # no heat maps are possible
 
     def __init__(self, encoder: Any, graph: Any, about: str) -> None:
         super().__init__()
         self.dim, self.size, self.body = encoder.dim, getattr(encoder, "size", None), None
         self.request, self.lock = graph.create_infer_request(), Lock()
-        # in its state dict, as an encoder's weights are: another twin has other features
+        # in the state dict, so that another compiled copy gets other cached features
         self.register_buffer("about", torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8))
 
     def _run(self, *inputs: Tensor) -> Tensor:
-        with self.lock:  # a request is for one thread at a time
+        with self.lock:  # a request serves one thread at a time
             return torch.from_numpy(np.array(self.request.infer([part.numpy() for part in inputs])[0]))
 
     def forward(self, given: Sequence) -> Sequence:
@@ -70,14 +70,14 @@ class _Plain(nn.Module):
 
 
 def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> Any:
-    """Put its compiled twins in the place of a model's encoders.
+    """Replace a model's encoders by their compiled copies.
 
     Args:
         model: on the CPU.
-        folder: where ``make`` has put the twins.
-        weights: what identifies the model's weights.
-        precision: bf16, or int8 (the weights of matrix products, and their inputs; the rest in bf16). Where the
-            processor has no units for it, and in int8 networks without a product, fp32.
+        folder: the folder given to ``make``.
+        weights: a fingerprint of the model's weights.
+        precision: bf16, or int8 (weights and inputs of matrix products; the rest in bf16). fp32 replaces bf16 on a
+            processor without it, and in int8 for networks without such products.
 
     Raises:
         UserError: an encoder cannot be compiled.
@@ -94,7 +94,7 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
             graph = _core().read_model(place / f"{name}.xml")
             low = precision == "bf16" or _to_int8(graph)
             rest: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32"}
-            if name == "text":  # kernels are kept for each length of text: hundreds of MiB
+            if name == "text":  # a kernel would be cached for each text length: hundreds of MiB
                 rest["CPU_RUNTIME_CACHE_CAPACITY"] = 0
             compiled = _core().compile_model(graph, "CPU", options | rest)
         except RuntimeError as error:
@@ -105,13 +105,13 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
 
 
 def made(folder: Path, weights: str) -> bool:
-    """Whether ``folder/openvino`` holds the twins of these weights."""
+    """Whether ``folder/openvino`` holds the OpenVINO models of these weights."""
     mark = folder / "openvino" / "of.txt"
     return mark.is_file() and mark.read_text() == f"{FORMAT} {weights}"
 
 
 def make(model: Any, folder: Path, weights: str) -> None:
-    """Write the twins of a model's encoders to ``folder/openvino``, weights in fp16.
+    """Write a model's encoders as OpenVINO models to ``folder/openvino``, weights in fp16.
 
     Raises:
         UsageError: ONNX is not installed. UserError: an encoder cannot be compiled.
@@ -126,7 +126,7 @@ def make(model: Any, folder: Path, weights: str) -> None:
                 _trace(encoder, name, model.experiment).save(str(beside / "graph.onnx"))
                 openvino.save_model(_core().read_model(beside / "graph.onnx"), whole / f"{name}.xml")
             except Exception as error:
-                reason = _reason(error.__cause__ or error)  # the exporter's own is advice for those who debug it
+                reason = _reason(error.__cause__ or error)  # the exporter's own message is for debugging it
                 raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave out --precision") from error
         (whole / "of.txt").write_text(f"{FORMAT} {weights}")
         shutil.rmtree(place, ignore_errors=True)
@@ -138,13 +138,13 @@ def make(model: Any, folder: Path, weights: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line that says something: OpenVINO's messages begin with places in its sources."""
+    """The last non-empty line: OpenVINO's messages begin with locations in its source code."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1][:120]
 
 
 def _trace(encoder: Any, name: str, config: Any) -> Any:
-    """The ONNX program of an encoder, for any number of rows and of characters."""
+    """The ONNX program of an encoder, for any number of rows and any text length."""
     rows = torch.export.Dim("rows")
     if name == "vision":
         inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, encoder.size, encoder.size, dtype=torch.uint8),)
@@ -157,9 +157,9 @@ def _trace(encoder: Any, name: str, config: Any) -> Any:
 
 
 def _to_int8(graph: Any) -> int:
-    """Store the weights of a graph's matrix products in int8, a scale for each output; returns how many there are.
+    """Store the weights of a graph's matrix products in int8, with one scale per output; return their number.
 
-    OpenVINO then rounds each product's input to int8 as well, while it runs.
+    At run time, OpenVINO then also quantises each product's input to int8.
     """
     from openvino import opset13 as ops
 
@@ -177,7 +177,7 @@ def _to_int8(graph: Any) -> int:
 
 
 def _weight(product: Any) -> np.ndarray | None:
-    """The second factor of a product if it is a constant matrix (fp16 in the file, followed by a conversion)."""
+    """The second factor of a product, if it is a constant matrix (in the file: fp16, then a conversion)."""
     node = product.input(1).get_source_output().get_node()
     if node.get_type_name() == "Convert":
         node = node.input(0).get_source_output().get_node()
@@ -187,7 +187,7 @@ def _weight(product: Any) -> np.ndarray | None:
 
 
 def _openvino() -> Any:
-    """The package; each import would tell Google Analytics, were the one that tells it to be had."""
+    """The package, without its telemetry package, which would report each import to Google Analytics."""
     modules: Any = sys.modules
     modules.setdefault("openvino_telemetry", None)
     return need("openvino")
@@ -200,10 +200,10 @@ def _core() -> Any:
 
 @cache
 def capabilities() -> list[str]:
-    """What this processor can compute in, as OpenVINO names it: FP32, INT8, BF16 …"""
+    """The data types that this processor supports, as named by OpenVINO: FP32, INT8, BF16 …"""
     return list(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def recipe() -> str:
-    """What a twin's answers hang on besides its weights."""
+    """What the answers of a compiled encoder depend on besides its weights."""
     return f"OpenVINO {_openvino().__version__}, {' '.join(capabilities())}"

@@ -41,7 +41,7 @@ def deadly(clips: dict[int, Clip]) -> set[int]:
     for video, of_it in pieces.items():
         if how := kills(video, of_it.values()):
             alone = {key for key, piece in of_it.items() if len(of_it) == 1 or kills(video, [piece])}
-            # a crash only of all pieces together: any may be to blame; only slow together: none is
+            # no piece dies alone: if a crash needs several, any may be to blame; if one was merely slow, none is
             found |= alone or (set() if how == signal.SIGALRM else of_it.keys())
     return found
 

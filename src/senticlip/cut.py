@@ -1,4 +1,4 @@
-"""A frame encoder split at the layer whose channels a heat map weighs, into what is before it and what is after it."""
+"""Splits a frame encoder at the layer whose channels a heat map weights, into the parts before and after it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from senticlip.structures import UsageError
 
 
 class Split(nn.Module):
-    """A frame encoder split at the explained layer: ``before`` gives its activations, ``after`` reads them.
+    """A frame encoder split at the explained layer: ``before`` computes its activations, ``after`` continues from them.
 
-    ``layer`` is an Identity that the activations N×C×h×w or N×tokens×C pass through, for grad-cam's hooks.
+    ``layer`` is an Identity that the activations (N×C×h×w or N×tokens×C) pass through, for grad-cam's hooks.
 
     Raises:
-        UsageError: a network that is neither a plain ViT nor one that ends with feature maps.
+        UsageError: the network is neither a plain ViT nor ends with feature maps.
     """
 
     def __init__(self, encoder: VisionEncoder) -> None:
@@ -56,7 +56,7 @@ class Split(nn.Module):
         return seen[0], seen[1]
 
     def _feature_map(self, images: Tensor) -> Tensor:
-        """The feature map of ``stage``; the network's last one, if the modules after the stage are no plain chain."""
+        """The feature map of ``stage``; or the network's last, if the modules after the stage are not a plain chain."""
         if self.stage is None:
             return self.body.forward_features(images)
         seen: list[Tensor] = []
@@ -94,7 +94,7 @@ class Split(nn.Module):
         return self.encoder.projection(self.body.post_layernorm(token))
 
     def forward(self, images: Tensor) -> Tensor:
-        """What ``encoder.images`` gives."""
+        """As ``encoder.images``."""
         activations, residual = self.before(images)
         return self.after(self.layer(activations), residual)
 
@@ -105,7 +105,7 @@ class Split(nn.Module):
         return to_grid(activations[:, self.prefix :].transpose(1, 2))
 
     def ablated(self, activations: Tensor, residual: Tensor | None, channels: Tensor) -> Tensor:
-        """The states K×d of one frame (N = 1) with each of K channels zeroed in turn."""
+        """The states K×d of one frame (N = 1), with each of K channels zeroed in turn."""
         if self.encoder.kind == "chinese_clip" and residual is not None:
             return self._ablated_clip(activations[0], residual[0], channels)
         rows = activations.repeat(len(channels), *[1] * (activations.ndim - 1))
@@ -114,7 +114,7 @@ class Split(nn.Module):
         return self.after(rows, None if residual is None else residual.expand(len(channels), -1, -1))
 
     def _ablated_clip(self, x: Tensor, residual: Tensor, channels: Tensor) -> Tensor:
-        """Chinese-CLIP's last block for its class token, x T×D: without a channel, q, k, v change by a column each."""
+        """Chinese-CLIP's last block for the class token, x T×D: zeroing a channel changes q, k, v by a column each."""
         attention = self.block.self_attn
         heads, width = attention.num_heads, attention.head_dim
 
@@ -134,7 +134,7 @@ class Split(nn.Module):
 
 
 def last_stage(body: Any) -> str | None:
-    """The name of the first stage with the final resolution of a timm CNN; None if timm does not list its stages."""
+    """The name of a timm CNN's first stage at the final resolution; None if timm does not list its stages."""
     stages = [dict(stage) for stage in getattr(body, "feature_info", None) or []]
     names = dict(body.named_modules())
     found = [s["module"] for s in stages if s["reduction"] == stages[-1]["reduction"]]

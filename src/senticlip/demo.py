@@ -1,4 +1,4 @@
-"""``senticlip demo``: make clips, train, compare with text alone and video alone, explain one, and write a report."""
+"""``senticlip demo``: make clips, train, compare with text alone and video alone, explain a clip, write a report."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ ALONE = {"text": "text", "video": "vision"}
 
 
 def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = False) -> dict[str, Any]:
-    """Make ``out``/data, train ``out``/run and its two single modalities, evaluate, and write ``out``/report.html.
+    """Make ``out``/data, train ``out``/run and one run for each modality alone, evaluate, write ``out``/report.html.
 
     Args:
-        out: the folder.
-        config: the experiment, of text and video; the tiny preset by default. Its seed is that of the clips, too.
+        out: the folder to write to.
+        config: the experiment, which must read text and video; the tiny preset by default. Its seed is also used for
+            the clips.
         sound: give the clips a voice.
 
     Returns:
         ``{"accuracy": …, "macro_f1": …, "report": path}`` of the fused model on test.
 
     Raises:
-        UserError: another demo is writing there, or a folder of a run is something else. UsageError: so is
-            ``out``/data, or the experiment reads no text or no video.
+        UserError: another demo is writing there, or the folder of a run holds something else. UsageError: ``out``/data
+            holds something else, or the experiment does not read both text and video.
     """
     config = config or load_preset("tiny")
     if not set(ALONE.values()) <= set(config.modalities):
@@ -59,9 +60,9 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
     found = {}
     for name, experiment in runs.items():
         run = out / ("run" if name == "fused" else f"run-{name}")
-        if name != "fused":  # its encoder was trained by itself, as a stage of the fused model
+        if name != "fused":  # its encoder was trained before, as a stage of the fused model
             if run.exists():
-                with workshop(run) as folder:  # it goes as a whole: what a kill left of it would be nobody's
+                with workshop(run) as folder:  # moved away at once: a kill must not leave parts of it
                     run.rename(folder / run.name)
             for stage in stages_of(experiment, out / "data"):
                 share_stage(run, stage, out / "run" / "stages" / stage)
@@ -76,7 +77,7 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
 
 
 def _check_is_run(run: Path) -> None:
-    """What is deleted must be a run, or what a kill has left of its beginning: links to stages, and hidden files.
+    """Refuse to delete anything but a run, or what a kill left of its beginning: links to stages and hidden files.
 
     Raises:
         UserError: it is something else.
@@ -87,7 +88,7 @@ def _check_is_run(run: Path) -> None:
 
 
 def strip(predictions: Path, there: dict[str, Clip]) -> list[dict[str, Any]]:
-    """The first two clips of each kind (``there``: by id), with a thumbnail of their middle and what was predicted."""
+    """The first two clips of each kind, with a thumbnail and their predictions; ``there``: the clips by id."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -102,7 +103,7 @@ def strip(predictions: Path, there: dict[str, Clip]) -> list[dict[str, Any]]:
 
 
 def curves(found: dict[str, dict[str, Any]]) -> str:
-    """Accuracy on valid by epoch of each model, as SVG."""
+    """An SVG of each model's accuracy on valid by epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""One clip's prediction explained on a page: heat maps, cross-attention, and the prediction without each part."""
+"""Explains one clip's prediction on a page: heat maps, cross-attention, and the prediction without each part."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, Usage
 
 SAID = {"text": "words", "video": "picture", "audio": "sound"}
 HEIGHT, WIDEST = 256, 1024
-"""Height of the page's pictures, and their largest width, pixels."""
+"""Height of the page's pictures and their largest width, in pixels."""
 FAINT = 0.01
-"""If the prediction changes by less without the video (occlusion.change), the page says so: heat maps are scaled to
-their largest value, however small that is."""
+"""If the prediction changes by less than this without the video (occlusion.change), the page says so: heat maps are
+scaled to their largest value, however small."""
 
 
 class Attention(NamedTuple):
-    """Cross-attention weights for the page: words×frames, and frames×words; each row sums to 1."""
+    """Cross-attention weights for the page: words×frames and frames×words; each row sums to 1."""
 
     words: list[str]
     frames: list[str]
@@ -42,10 +42,10 @@ class Attention(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Everything that the page shows of one clip; ``maps`` k×h×w in 0 … 1, or None if the model has no heat maps.
+    """Everything the page shows about a clip; ``maps``: k×h×w in 0 … 1, or None without heat maps.
 
-    ``dropped``: the model reads the main shot only, so cutaways are missing from ``times``. ``unread``: the end of the
-    text that the model does not read; ``reads_text``: whether it reads any.
+    ``dropped``: the model reads only the main shot, so cutaways are missing from ``times``. ``unread``: the end of the
+    text that the model does not read. ``reads_text``: whether it reads text at all.
     """
 
     name: str
@@ -78,16 +78,16 @@ def explain(
         video: the clip, or None.
         text: what is said in it, or None.
         out: the folder to write to.
-        method: of the heat maps: ablation-cam, grad-cam or rollout; None: Ablation-CAM, or no heat maps if the model
-            has none.
+        method: the heat maps: ablation-cam, grad-cam or rollout; None for Ablation-CAM if the model supports it, else
+            no heat maps.
         device: cpu, cuda, cuda:N.
 
     Returns:
         ``{"html": path, "frames": [path, …]}``.
 
     Raises:
-        UsageError: nothing to read, an unknown method, or one that this model cannot have. UserError: the video cannot
-            be read, the folder cannot be written.
+        UsageError: nothing to read, an unknown method, or one that this model does not support. UserError: the video
+            cannot be read, or the folder cannot be written.
     """
     if method is not None and video is None:
         raise UsageError(f"--method {method}: heat maps need a video, and none was given")
@@ -100,7 +100,7 @@ def load(run: Any, device: str | None = None) -> Any:
     """The Predictor of a RUN, or ``run`` itself if it is one; its model must be a torch model.
 
     Raises:
-        UsageError: an exported file.
+        UsageError: it is an exported file.
     """
     predictor = senticlip.load(run, device=device) if isinstance(run, str | Path) else run
     if not hasattr(predictor.model, "encode"):
@@ -109,7 +109,7 @@ def load(run: Any, device: str | None = None) -> Any:
 
 
 def batch_of(predictor: Any, clip: Clip) -> tuple[Batch, list[float]]:
-    """One clip as a batch, and the times (seconds) of its frames; no times without a video."""
+    """One clip as a batch, and the times of its frames in seconds (none without a video)."""
     seen: list[Frames] = []
 
     def read(*args: Any, **options: Any) -> Frames:
@@ -158,7 +158,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
 def _maps(
     predictor: Any, batch: Batch, prediction: Prediction, method: str | None
 ) -> tuple[np.ndarray | None, str | None]:
-    """Heat maps of the predicted class, scaled by the largest value in any frame, and the method's name."""
+    """Heat maps of the predicted class, divided by the largest value in all frames, and the method's name."""
     possible = cam.methods_for(predictor.model)
     if method is not None and method not in possible:
         raise UsageError(f"--method {method}: not for this model, which has {', '.join(possible) or 'no heat maps'}")
@@ -178,7 +178,7 @@ def _maps(
 
 
 def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
-    """The frames as they look on a screen, read one at a time: many 8K frames would not fit into memory."""
+    """The frames as displayed, read one at a time: many 8K frames would not fit in memory."""
     pictures = []
     with VideoReader(video) as reader:
         aspect = reader.aspect
@@ -193,7 +193,7 @@ def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
 def _attention(
     predictor: Any, weights: dict[str, torch.Tensor], features: Batch, text: str | None, frames: int
 ) -> Attention | None:
-    """The weights with their words and frames; None where the model has none or the clip lacks text or video."""
+    """The weights with their words and frames; None if the model has none, or the clip lacks text or video."""
     maps = [weights.get("text_asks_vision"), weights.get("vision_asks_text")]
     present = all(bool(features.modalities[n].mask.any()) for n in ("text", "vision") if n in features.modalities)
     if maps[0] is None or maps[1] is None or not present or predictor.tokenizer is None or not text:
@@ -225,7 +225,7 @@ def inline(picture: Image.Image) -> str:
 
 
 def sentences(found: Explanation) -> list[tuple[str, str]]:
-    """The explanation in sentences, each Chinese and English: do the modalities agree, and what changes the label."""
+    """The explanation in sentences, each in Chinese and English: do the modalities agree, what changes the label."""
     said = _agreement({name: one.label for name, one in found.alone.items()}, found.prediction.label)
     before = found.cases[0].prediction
     flips = [case for case in found.cases[1:] if case.prediction.label != before.label]
@@ -252,7 +252,7 @@ def sentences(found: Explanation) -> list[tuple[str, str]]:
 
 
 def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
-    """Whether the modalities alone give the same label, and which of them the answer follows."""
+    """Whether the modalities, each alone, give the same label, and which of them the answer follows."""
     if not alone:
         return []
     chinese, english = _named(alone)
@@ -274,7 +274,7 @@ def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
 
 
 def _named(modalities: Iterable[str]) -> tuple[str, str]:
-    """文本、视频与音频; words, picture and sound."""
+    """The modalities as a phrase: 文本、视频与音频; words, picture and sound."""
     names = list(modalities)
     return _joined([CHINESE[name] for name in names], "、", "与"), _joined(
         [SAID[name] for name in names], ", ", " and "
@@ -304,14 +304,14 @@ def write(found: Explanation, out: str | Path) -> dict[str, Any]:
 
 
 def heated(found: Explanation) -> list[Image.Image]:
-    """Its frames blended with their heat maps; unchanged if it has none."""
+    """The frames blended with their heat maps; unchanged if there are none."""
     if found.maps is None:
         return found.pictures
     return [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
 
 
 def html(found: Explanation, frames: list[Image.Image]) -> str:
-    """The page of an explanation; ``frames``: as ``heated`` returns them."""
+    """The page of an explanation; ``frames``: as returned by ``heated``."""
     label, whole = found.prediction.label, found.cases[0].prediction
     pictures = zip(found.pictures, frames, found.times, strict=True)
     # differences of rounded values, so that the numbers on the page add up
@@ -331,7 +331,7 @@ def html(found: Explanation, frames: list[Image.Image]) -> str:
 
 
 def _later_frames(folder: Path, count: int) -> list[Path]:
-    """The pictures of an earlier explanation in this folder, of a clip with more frames."""
+    """Pictures left by an earlier explanation in this folder, of a clip with more frames."""
     numbers = {path: path.stem.removeprefix("frame-") for path in folder.glob("frame-*.png")}
     return [p for p, n in numbers.items() if n.isascii() and n.isdigit() and n[0] != "0" and int(n) > count]
 

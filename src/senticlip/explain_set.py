@@ -1,4 +1,4 @@
-"""A whole split explained on one page: the worst errors, accuracy by kind of clip, the effect of each modality."""
+"""Explains a whole split on one page: the worst errors, accuracy by kind of clip, the effect of each modality."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ KINDS = {
 class Answered(NamedTuple):
     """A clip, its label in [-1, 1], and its predictions: of the whole clip, without each modality, given each alone.
 
-    The last two are by surface name, and empty for a clip that has one modality only. ``blank``: it has none at all.
+    ``without`` and ``alone`` are by surface name, and empty for a clip that has one modality only; ``blank``: it has
+    none.
     """
 
     clip: Clip
@@ -53,7 +54,7 @@ class Answered(NamedTuple):
 
 
 class Worst(NamedTuple):
-    """One error of the list: the clip, its true label, the prediction, and where its page is."""
+    """A listed error: the clip, its true label, the prediction, the kind of clip, a picture and a link to its page."""
 
     clip: Clip
     truth: str
@@ -64,7 +65,7 @@ class Worst(NamedTuple):
 
 
 def kind(text: int, face: int) -> str:
-    """The kind of a clip by the class indices of text and video: agree, text only, video only, conflict, neutral."""
+    """The kind of a clip (see KINDS), given the class indices of text and video."""
     if text != 1 and face != 1:
         return "agree" if text == face else "conflict"
     return "text only" if text != 1 else "video only" if face != 1 else "neutral"
@@ -83,18 +84,18 @@ def explain_set(
 
     Args:
         run: a RUN folder or a Predictor.
-        data: a CH-SIMS folder or a CSV of one's own.
-        out: the folder to write to; each error has a folder of its own in it.
+        data: a CH-SIMS folder or the user's own CSV.
+        out: the folder to write to; each error gets its own subfolder.
         split: train, valid, test or all.
-        worst: how many errors, those with the least probability of the true class first (for a regression model, with
-            the largest error of the score).
-        method: of the heat maps.
+        worst: how many errors to explain, those with the lowest probability of the true class first (for a regression
+            model, those with the largest error of the score).
+        method: the heat maps, see ``explain``.
         device: cpu, cuda, cuda:N.
 
     Returns:
-        ``html``; ``n``; ``accuracy``; ``worst`` (paths of pages); ``kinds`` (kind → n, accuracy, confusion) and
-        ``by`` (whose kinds these are: labels or model); ``modalities`` (name → change, share, flips, weight), of the
-        clips that have several; ``single`` (how many have one only, or none).
+        ``html``; ``n``; ``accuracy``; ``worst`` (paths of pages); ``kinds`` (kind → n, accuracy, confusion) and ``by``
+        (what the kinds are based on: labels or model); ``modalities`` (name → change, share, flips, weight), over clips
+        with several modalities; ``single`` (the number of clips with one or none).
 
     Raises:
         UsageError, UserError: wrong arguments, bad data.
@@ -129,7 +130,7 @@ def explain_set(
 
 @torch.no_grad()
 def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None]) -> list[Answered]:
-    """Predict each clip as it is, without each modality and given each alone; features come from the cache."""
+    """Predict each clip as it is, without each modality, and given each alone; features come from the cache."""
     model, target = predictor.model, predictor.config.target
     rows = clip_set(clips, model, data=data)
     found = []
@@ -151,15 +152,15 @@ def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Calla
 
 
 def _right(row: Answered) -> float:
-    """The probability of the true class, or minus the absolute error of a score."""
+    """The probability of the true class; for a score, minus its absolute error."""
     if row.whole.score is not None:
         return -abs(bounded(row.whole.score) - row.label)
     return row.whole.probabilities[LABELS[row.truth]]
 
 
 def _kinds(rows: list[Answered]) -> tuple[str, list[str]]:
-    """Whose kinds they are, and the kind of each row: by labels T and V; if a row lacks one, by what the model says of
-    text and video alone ("" where a row has only one of them)."""
+    """What the kinds are based on, and the kind of each row: by labels T and V; if any row lacks one, by the model's
+    answers to text and video alone ("" for a row without both)."""
     if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
         return "labels", [kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows]
     said = [[LABELS.index(r.alone[name].label) for name in ("text", "video") if name in r.alone] for r in rows]
@@ -183,7 +184,7 @@ def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
     several = [row for row in rows if row.without]
     for name in sorted({name for row in several for name in row.without}, key=list(SURFACE.values()).index):
         pairs = [(row.whole, row.without[name]) for row in several if name in row.without]
-        # one that is missing weighs nothing, so that the means add up to 1 as each clip's weights do
+        # a missing modality counts as 0, so that the means add up to 1, as the weights of each clip do
         weights = [row.whole.weights.get(name, 0.0) for row in several if row.whole.weights]
         modalities[name] = {
             "change": float(np.mean([change(*pair) for pair in pairs])),
@@ -204,7 +205,7 @@ def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
 
 
 def _sweep(folder: Path, kept: set[str]) -> None:
-    """Remove the pages of an earlier report that had more errors, and nothing else."""
+    """Remove the pages of an earlier report with more errors, and nothing else."""
     for old in folder.glob("worst-[0-9]*"):
         if old.is_dir() and old.name not in kept:
             for file in (*old.glob("frame-*.png"), old / "explain.html"):
@@ -214,8 +215,8 @@ def _sweep(folder: Path, kept: set[str]) -> None:
 
 
 def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
-    """Write the page of one error; none for a clip that lacks all that the model reads, nor of a model that reads
-    feature files, since features cannot be shown."""
+    """Write the page of one error; but none if the clip has nothing that the model reads, or the model reads feature
+    files, since features cannot be shown."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
     if row.blank or not set(predictor.config.modalities) <= set(reads(predictor.model)):
         return entry

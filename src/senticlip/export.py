@@ -1,6 +1,6 @@
-"""A RUN → one ONNX file with everything in it (graph, tokenizer, labels, sizes), and such a file as a model.
+"""A RUN → one self-contained ONNX file (graph, tokenizer, labels, sizes), and such a file as a model.
 
-``senticlip.load("F.onnx")`` answers as the RUN does; examples/onnx_only.py reads the file without torch.
+``senticlip.load("F.onnx")`` predicts as the RUN does; examples/onnx_only.py uses the file without torch.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 LONGEST = 1 << 18
-"""Steps of sound: 87 minutes of 20 ms. Without a bound a trace takes minutes."""
+"""The most audio steps: 87 minutes in steps of 20 ms. Without a bound, tracing takes minutes."""
 
 
 class Graph(nn.Module):
-    """The exported graph: tensors in, tensors out, no control flow that depends on their values.
+    """The exported graph: tensors in, tensors out, no control flow that depends on values.
 
     Shape:
-        text, text_mask B×n; vision B×m×3×S×S uint8, vision_mask B×m; audio B×L×bands, audio_mask B×L, a log-mel (those
-        that the model has) →
-        log_probs B×C; then for each modality its head's logits B×C; its weight B; its answer alone, log-probs B×C
+        text, text_mask B×n; vision B×m×3×S×S uint8, vision_mask B×m; audio B×L×bands (log-mel), audio_mask B×L (those
+        that the model reads) →
+        log_probs B×C; then each head's logits B×C; each weight B; each modality's log-probs B×C given it alone
     """
 
     def __init__(self, model: SentimentModel) -> None:
@@ -52,7 +52,7 @@ class Graph(nn.Module):
         self.names = reads(model)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Encode every frame, also padded ones, which the fusion network ignores."""
+        """Encode every frame, including padding, which the fusion network ignores."""
         features = {}
         for name, values, mask in zip(self.names, inputs[::2], inputs[1::2], strict=True):
             if name == "audio":
@@ -73,8 +73,8 @@ class Graph(nn.Module):
 
 
 def _and_alone(features: dict[str, Sequence], heads: list[str]) -> Batch:
-    """The rows, then for each head the rows with its modality alone: one pass through the network gives a smaller graph
-    than 1 + len(heads) passes, in a third of the time."""
+    """Stack the rows, then for each head the rows with its modality only: one pass through the network gives a smaller
+    graph than 1 + len(heads) passes, in a third of the time."""
     stacked = {}
     for name, (values, mask) in features.items():
         masks = [mask, *(mask if name == head else torch.zeros_like(mask) for head in heads)]
@@ -90,16 +90,16 @@ def export(
     Args:
         run: the RUN folder.
         out: the file, ``….onnx``.
-        int8: weights as int8, activations quantised dynamically (matrix products only).
-        data: a data set on which the file is compared with the RUN.
-        split: of this data set, as the RUN was trained on it; None for all of it.
+        int8: store weights as int8, quantise activations dynamically (matrix products only).
+        data: a data set on which to compare the file with the RUN.
+        split: a split of ``data``, drawn as for the RUN's training; None for all of it.
 
     Returns:
-        ``file``, ``int8``, ``bytes``; with ``data`` ``disagreement`` (see ``precision.disagreement``).
+        ``file``, ``int8``, ``bytes`` and, with ``data``, ``disagreement`` (see ``precision.disagreement``).
 
     Raises:
-        UsageError: another ending than .onnx, no onnx installed, a model that reads feature files or is no CLIP-CA-MSA.
-        UserError: the RUN, the data or the file cannot be read or written.
+        UsageError: ``out`` does not end in .onnx, onnx is not installed, or the model reads feature files or is not a
+            CLIP-CA-MSA. UserError: the RUN or the data cannot be read, or the file cannot be written.
     """
     out = Path(out)
     if out.suffix != ".onnx":
@@ -112,7 +112,7 @@ def export(
         raise UsageError(f"{run}: already exported — give the RUN that it was made from")
     predictor = Predictor(run, "cpu")
     config = predictor.config
-    # read first: an export takes minutes
+    # before the export, which takes minutes: it may fail
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
     if set(config.modalities) != set(reads(predictor.model)) or config.model != "clip_ca_msa":
         raise UsageError(f"{run}: only a CLIP-CA-MSA model that reads clips can be exported to ONNX")
@@ -171,7 +171,7 @@ def trace(model: SentimentModel) -> Any:
 
 
 def traced(graph: nn.Module, inputs: Iterable[Tensor], shapes: Iterable[Any], **names: Any) -> Any:
-    """The ONNX program of a module whose ``forward(*inputs)`` takes tensors; ``shapes``: the free sides of each."""
+    """The ONNX program of a module whose ``forward(*inputs)`` takes tensors; ``shapes``: the dynamic axes of each."""
     with _exportable():
         return torch.onnx.export(
             graph, tuple(inputs), dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False, **names
@@ -180,10 +180,13 @@ def traced(graph: nn.Module, inputs: Iterable[Tensor], shapes: Iterable[Any], **
 
 @contextmanager
 def _exportable() -> Iterator[None]:
-    """Turn off torch's fused Transformer layers, which cannot be exported, and the exporter's messages."""
+    """Disable torch's fused Transformer layers, which cannot be exported, and silence the exporter."""
     before = torch.backends.mha.get_fastpath_enabled()
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
     torch.backends.mha.set_fastpath_enabled(False)
+    # for the time of an export torch.onnx registers an LSTM of any length; after an earlier export, torch's dispatcher
+    # remembers the usual one, which has the sample's length
+    getattr(torch.ops.aten.lstm.input, "_dispatch_cache", {}).clear()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -197,7 +200,7 @@ def _exportable() -> Iterator[None]:
 
 
 def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
-    """Zeros as the input of a modality, for a mask of this shape."""
+    """Zeros as input of a modality, for a mask of this shape."""
     if name == "text":
         return torch.zeros(shape, dtype=torch.long)
     if name == "audio":
@@ -207,7 +210,7 @@ def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
 
 
 def need(name: str) -> Any:
-    """A package of the extra ``onnx``.
+    """Import a package of the extra ``onnx``.
 
     Raises:
         UsageError: it is not installed.
@@ -227,7 +230,7 @@ class OnnxModel:
     """An exported file with the interface that Predictor uses: ``model(batch)`` → Output, ``encoders``, ``experiment``.
 
     Raises:
-        UsageError: no such file. UserError: none that ``senticlip export`` made.
+        UsageError: no such file. UserError: not made by ``senticlip export``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -257,19 +260,19 @@ class OnnxModel:
         self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
 
     def frozen(self, name: str) -> bool:
-        """Never: the file takes ids and frames, and its encoders cannot be run by themselves."""
+        """False: the file takes ids and frames, and its encoders cannot be run separately."""
         return False
 
     def eval(self) -> OnnxModel:
-        """Do nothing: it is always in eval mode."""
+        """Do nothing: the file is always in eval mode."""
         return self
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the file, or None; it is read when it is first asked for.
+        """The tokenizer in the file, or None; loaded on first use.
 
         Raises:
-            UserError: it is broken.
+            UserError: it cannot be read.
         """
         if not self._tokenizer:
             return None
@@ -279,11 +282,11 @@ class OnnxModel:
         try:
             tokenizer = Tokenizer.from_str(self._tokenizer)
             return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises nothing more specific
             raise _not_ours(self.path, error) from None
 
     def __call__(self, batch: Batch, attention: bool = False, alone: bool = True) -> Output:
-        """Run the graph, which computes ``alone`` in any case."""
+        """Run the graph, which always computes ``alone``."""
         if attention:
             raise UsageError("an ONNX file gives no attention maps — use the RUN folder")
         feed: dict[str, np.ndarray] = {}
@@ -300,7 +303,7 @@ class OnnxModel:
         return Output(logits, found["log_probs"], weights, alone=said)
 
     def _filled(self, name: str, batch: Batch) -> Sequence:
-        """A modality of the batch; one that the batch lacks becomes one masked position."""
+        """A modality of the batch; a missing one becomes one masked position."""
         if name in batch.modalities:
             return batch.modalities[name]
         mask = torch.zeros(len(next(iter(batch.modalities.values())).mask), 1, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Clips → an MMSA-style feature file (text, audio, vision) that any model, ours or MMSA's, can be trained on."""
+"""Clips → an MMSA-style feature file (text, audio, vision) on which our models and MMSA's can be trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from senticlip.structures import Clip, UsageError, UserError, polarity
 
 OTHER_FORMATS = (".npz", ".npy", ".h5", ".json", ".csv", ".parquet")
 AUDIO_STEPS = 400
-"""MMSA's length of the sound on CH-SIMS; longer sounds are averaged down to it."""
+"""The audio length in MMSA's CH-SIMS features; longer audio is averaged down to it."""
 
 
 def features(
@@ -41,19 +41,19 @@ def features(
     CQT), at most 400 steps.
 
     Args:
-        data: a CH-SIMS folder, or a CSV of one's own.
+        data: a CH-SIMS folder, or your own CSV.
         out: the pickle to write.
-        config: which encoders.
-        protocol: official, tenth or video: which clip is in which split; the config's, or RUN's, by default.
+        config: selects the encoders.
+        protocol: official, tenth or video, which assigns clips to splits; by default the config's, or RUN's.
         device: cpu, cuda, cuda:N.
-        run: a trained RUN whose encoders are taken instead, as they have learned, learned prompt and all.
+        run: a RUN whose trained encoders are used instead, including a learned prompt.
 
     Returns:
         ``{"clips": …, "file": …}``
 
     Raises:
-        UsageError: the ending of another format, a RUN without encoders, or as ``read_clips`` and the encoders.
-            UserError: a clip has no label or no split.
+        UsageError: ``out`` has the suffix of another format, RUN reads feature files or only audio, or as
+            for ``read_clips`` and the encoders. UserError: a clip has no label or no split.
     """
     if Path(out).suffix.lower() in OTHER_FORMATS:
         raise UsageError(f"--out {out}: a feature file is a pickle — give a name that ends in .pkl")
@@ -86,7 +86,7 @@ def features(
 
 
 def _untrained(config: Config) -> SentimentModel:
-    """A model with the pretrained encoders of a config; its small network is not used."""
+    """A model with the pretrained encoders of a config; its (small) network is not used."""
     prompt = "none" if config.prompt == "none" else "discrete"
     frozen = {"text.train": "frozen", "vision.train": "frozen"}
     lmf = {"model": "lmf", "modalities": ["text", "vision"], "stages": {}, "options": {}}
@@ -109,7 +109,7 @@ def _padded(name: str, store: Rows, places: np.ndarray, width: int, most: int | 
 
 
 def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.ndarray]:
-    """Ids, mask and token types N×3×n; empty without a tokenizer. The input of MMSA's BERT if that has these tokens."""
+    """Ids, mask and token types N×3×n (input for MMSA's BERT if it has these tokens); empty without a tokenizer."""
     if tokenizer is None:
         return {}
     ids, mask = tokenize(tokenizer, [clip.text for clip in clips], max_length)
@@ -117,7 +117,7 @@ def _tokens(tokenizer: Any, clips: list[Clip], max_length: int) -> dict[str, np.
 
 
 def _labels(clips: list[Clip]) -> dict[str, Any]:
-    """Label scores; T, A or V that no clip of the split has is left out, and a clip that lacks one gets its M."""
+    """Label scores; T, A or V is left out if no clip of the split has it; a clip that lacks one gets its M instead."""
     scores = {}
     for target, key in LABELS.items():
         if target == "M" or any(target in clip.labels for clip in clips):

@@ -1,4 +1,4 @@
-"""Atomic writes, one writer at a time in a folder, a full disk as a one-line error, and an end that tidies up."""
+"""Atomic writes, one writer per folder at a time, a one-line error for a full disk, and cleanup on termination."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from senticlip.structures import UsageError, UserError
 
 ABANDONED = 3600
-"""Seconds after which an unfinished file or folder is taken for that of a killed process."""
+"""Seconds after which an unfinished file or folder is taken for a leftover of a killed process."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def disk(place: Path, then: str = "run the same command again") -> Iterator[None
     """Turn the error of a full disk, whichever library raises it, into one line for the user.
 
     Raises:
-        UserError: instead of the error of a full disk; other errors pass.
+        UserError: the disk is full. Other errors pass unchanged.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def disk(place: Path, then: str = "run the same command again") -> Iterator[None
 def is_full(error: BaseException | None) -> bool:
     """Whether an error means a full disk.
 
-    Python gives the errno, safetensors (Rust) a message with its number, torch a message that bytes are missing.
+    Python sets errno, safetensors (Rust) puts its number into the message, torch only says that bytes are missing.
     """
     if error is None:
         return False
@@ -57,11 +57,11 @@ def is_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP as Ctrl-C; by themselves they would end the process with no time to tidy up.
+    """Treat SIGTERM and SIGHUP like Ctrl-C; by default, they end the process without cleanup.
 
-    What somebody handles or ignores (nohup) stays as it is. Inside a long call of a library it waits for its end.
+    Signals already handled or ignored (nohup) are left alone. A signal during a long library call waits for its end.
     """
-    here = threading.current_thread() is threading.main_thread()  # no other may change what signals do
+    here = threading.current_thread() is threading.main_thread()  # only this thread may set handlers
     both = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if here else set()
     mine = [number for number in both if signal.getsignal(number) == signal.SIG_DFL]
     try:
@@ -74,20 +74,20 @@ def terminable() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does just now (uvicorn has a way of its own), also in a job in the background, which ignores that."""
+    """Do what Ctrl-C does at this time (uvicorn handles it itself), even in background jobs, which ignore Ctrl-C."""
     handler = signal.getsignal(signal.SIGINT)
     (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
 
 @contextmanager
 def alone(folder: Path, what: str, patience: float = 0, key: str = "--out") -> Iterator[None]:
-    """Hold the lock of a folder, which is made if it is missing; the kernel frees the lock of a killed process.
+    """Hold the lock of a folder, made if missing; the kernel releases the lock of a killed process.
 
     Args:
-        folder: where this process will write.
-        what: the work, for the message: "another ``what`` is writing here".
+        folder: the folder this process will write to.
+        what: the work, for the message "another ``what`` is writing here".
         patience: seconds to wait for another process.
-        key: the setting that names another folder, for messages.
+        key: the option that sets the folder, for messages.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be written to.
@@ -112,16 +112,16 @@ def abandoned(path: Path) -> bool:
 
 
 def _sweep(found: Iterable[Path]) -> None:
-    """Remove those of the files and folders that killed processes have left."""
+    """Remove those files and folders that killed processes left behind."""
     for left in found:
-        with suppress(OSError):  # gone meanwhile, or not ours
+        with suppress(OSError):  # already gone, or not ours
             if abandoned(left):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager
 def workshop(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``, in which it is made before it is renamed; those of killed processes go.
+    """A temporary folder next to ``out``, to make it in and rename it from; removes those of killed processes.
 
     Raises:
         UserError: the disk is full.
@@ -132,7 +132,7 @@ def workshop(out: Path) -> Iterator[Path]:
 
 
 def make_folder(out: str | Path, key: str = "--out") -> Path:
-    """The folder to write to, made if it is missing.
+    """The folder to write to, made if missing.
 
     Raises:
         UsageError: it cannot be made.
@@ -147,14 +147,14 @@ def make_folder(out: str | Path, key: str = "--out") -> Path:
 
 @cache
 def _tidy(folder: Path) -> None:
-    """Remove half-written files from a folder, once a process: one of many files takes long to list."""
+    """Remove unfinished files from a folder, once per process: a folder of many files takes long to list."""
     _sweep(folder.glob(f".*.{'[0-9a-f]' * 12}.partial"))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: ``write`` gets a temporary path in the same folder, which is then renamed to ``path``.
 
-    Those that killed processes have left in the folder go.
+    Also removes temporary files that killed processes left in the folder.
 
     Raises:
         UserError: it cannot be written (no space, no permission).
@@ -166,7 +166,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with disk(path):
             write(partial)
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # else a power loss may leave an empty file under the new name
+                os.fsync(file.fileno())  # else a power loss could leave an empty file at ``path``
             os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written — {error.strerror or error}") from None

@@ -184,7 +184,7 @@ def fit(
     try:
         if checkpoint is None or not _stopped(checkpoint, config.train.patience):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        else:  # it was killed after its last epoch
+        else:  # killed after its last epoch
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
             trainer.state.best_model_checkpoint = str(best)  # the saved path is stale if the folder was moved
             trainer._load_best_model()

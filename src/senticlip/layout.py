@@ -1,4 +1,4 @@
-"""A report in blocks → Markdown, or one page; its tables in LaTeX."""
+"""A report made of blocks → Markdown or HTML; tables → LaTeX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Block = tuple[str, Any]
 """A piece of a report: ("#" | "##" | "p" | "li", text), ("figure", (file, caption)), or ("table", (header, rows, the
-places (row, column) of what is bold))."""
+cells (row, column) in bold))."""
 
 
 def as_markdown(blocks: list[Block]) -> str:
@@ -38,7 +38,7 @@ figure{margin:1em 0}svg{max-width:100%;height:auto}"""
 
 
 def as_html(blocks: list[Block], folder: Path) -> str:
-    """Blocks → one page; figures are put into it."""
+    """Blocks → one HTML page with the figures inlined."""
     body: list[str] = []
     for kind, content in blocks:
         if kind == "table":
@@ -46,7 +46,7 @@ def as_html(blocks: list[Block], folder: Path) -> str:
             lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
             for i, row in enumerate(rows):
                 cells = [f"<b>{html.escape(c)}</b>" if (i, j) in best else html.escape(c) for j, c in enumerate(row)]
-                # what is in brackets goes below, or no screen would be wide enough
+                # text in brackets goes on a second line: else the table is too wide for a screen
                 cells = [re.sub(r" ([(\[].*[)\]])", r"<br><small>\1</small>", cell) for cell in cells]
                 lines.append("".join(f"<td>{cell}</td>" for cell in cells))
             table = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -58,7 +58,7 @@ def as_html(blocks: list[Block], folder: Path) -> str:
             tag = {"#": "h1", "##": "h2", "p": "p", "li": "li"}[kind]
             line = f"<{tag}>{html.escape(content)}</{tag}>"
             body.append(f"<ul>{line}</ul>" if kind == "li" else line)
-    text = f"<main>{''.join(body).replace('</ul><ul>', '')}</main>"  # items side by side are one list
+    text = f"<main>{''.join(body).replace('</ul><ul>', '')}</main>"  # adjacent items form one list
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>CLIP-CA-MSA reproduced</title>'
     )
@@ -66,7 +66,7 @@ def as_html(blocks: list[Block], folder: Path) -> str:
 
 
 def latex_table(caption: str, label: str, header: list[str], rows: list[list[str]], best: set[tuple[int, int]]) -> str:
-    """A table for LaTeX with booktabs; ``best`` as in a block."""
+    """A LaTeX table with booktabs; ``best`` are the cells in bold."""
 
     def told(cell: str) -> str:
         cell = re.sub(r"[&%$#_{}]", r"\\\g<0>", cell)

@@ -76,7 +76,7 @@ class Uncertainty(nn.Module):
 
 
 class WeightedSum(nn.Module):
-    """Eq. 14 with μ = 1."""
+    """The sum of the losses (eq. 14 with μ = 1)."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()

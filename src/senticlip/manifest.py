@@ -1,6 +1,7 @@
-"""A manifest (CSV, JSONL or Parquet; id, path, text or subtitles) → one Parquet file whose row groups are the work.
+"""A manifest (CSV, JSONL or Parquet; id, path, text or subtitles) → a Parquet file with a row group for each part.
 
-It is read as a stream: ten million rows take no more memory than a thousand. A worker opens the row group it was given.
+It is read as a stream: ten million rows take no more memory than a thousand. A worker reads only the row group it was
+given.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ from senticlip.structures import UsageError, UserError, whole
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
 REMEMBERED = 100_000
-"""Ids of the first rows that are looked for in all: with more, a long manifest would take more memory."""
+"""Only so many ids, those of the first rows, are checked for duplicates in later rows: this bounds memory."""
 
 _SHORT: Any = object()
-"""Stands where a CSV's row ends before its header does."""
+"""Value of cells missing from a CSV row that is shorter than the header."""
 
 _ALIASES = {name: column for name, column in NAMES.items() if column in COLUMNS}
 _ALIASES |= {"subtitle": "subtitles", "字幕": "subtitles"}
 
 
 def split(manifest: Path, path: Path, rows: int) -> None:
-    """Write the manifest to ``path`` in groups of ``rows`` rows.
+    """Write the manifest to ``path`` in row groups of ``rows`` rows.
 
     Raises:
-        UsageError: no such manifest, or not one of the three kinds. UserError: it cannot be read, with the row.
+        UsageError: no such manifest, or not one of the three kinds. UserError: it cannot be read; names the row.
     """
 
     def write(partial: Path) -> None:
         records = read(manifest)
         count = 0
-        # opened here: pyarrow itself opens no path that is not UTF-8
+        # opened here: pyarrow cannot open paths that are not UTF-8
         with (
             partial.open("wb") as sink,
             pq.ParquetWriter(sink, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
@@ -67,13 +68,13 @@ def split(manifest: Path, path: Path, rows: int) -> None:
 
 
 def read(manifest: Path) -> Iterator[dict[str, str | None]]:
-    """The rows of a manifest, one after the other: the columns COLUMNS, as text or None.
+    """Yield the rows of a manifest: the columns COLUMNS and ``error``, each text or None.
 
-    A row that cannot be worked on is no reason to refuse the others: its ``error`` says why.
+    A bad row does not fail the others: its ``error`` says what is wrong.
 
     Raises:
-        UsageError: no such manifest, or not one of the three kinds. UserError: no manifest at all, or not readable from
-            some row on.
+        UsageError: no such manifest, or not one of the three kinds. UserError: the content is no manifest, or cannot be
+            read from some row on.
     """
     if not manifest.is_file():
         raise UsageError(f"{manifest}: no such manifest")
@@ -93,10 +94,10 @@ def read(manifest: Path) -> Iterator[dict[str, str | None]]:
 
 
 def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[str, str | None]:
-    """A row as read → the columns of SCHEMA; under None a CSV's cells that have no column."""
+    """A row as read → the columns of SCHEMA; the key None holds a CSV's cells beyond the header."""
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
-    # EMPTY has the words for None and NaN, too
+    # EMPTY includes str(None) and str(NaN)
     cells = _named({key: v for key, v in row.items() if v is not _SHORT and str(v).strip() not in EMPTY})
     said = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
     sound = {name: whole(said[name]) for name in COLUMNS if name in said}
@@ -118,9 +119,9 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
 
 
 def _named(row: dict[Any, Any]) -> dict[str, Any]:
-    """A row by the names of COLUMNS, for which others may stand (``Path``, ``video``); their own come first.
+    """A row keyed by the names of COLUMNS; aliases (``Path``, ``video``) count only where the name itself is missing.
 
-    ``字幕`` may be a file of subtitles, or the words, as in the tables that models are trained on.
+    ``字幕`` may hold a subtitle file, or the text, as in the tables that models are trained on.
     """
     names = {key: str(key).strip("\ufeff \t").casefold() for key in row if key is not None}
     aliased = {_ALIASES[name]: row[key] for key, name in names.items() if name in _ALIASES}
@@ -148,7 +149,11 @@ def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
 
 
 def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """A line that is no object is a ValueError; where the first is none, the file is no JSONL at all."""
+    """A line that is not a JSON object is yielded as a ValueError; if the first is not, the file is not JSONL.
+
+    Raises:
+        UserError: the first line is not an object.
+    """
     with manifest.open("rb") as file:
         good = False
         for number, line in enumerate(file, 1):
@@ -185,7 +190,7 @@ def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _known(manifest: Path, names: Iterable[str]) -> None:
-    """The header must name a column that can be worked on."""
+    """Refuse a header without a path, text or subtitles column."""
     if not {"path", "text", "subtitles"} & _named(dict.fromkeys(names)).keys():
         found = ", ".join(map(str, names)) or "nothing"
         raise UserError(f"{manifest}, row 1: the columns are {found} — expected id, path, text or subtitles")
@@ -193,14 +198,15 @@ def _known(manifest: Path, names: Iterable[str]) -> None:
 
 
 def _tell_unread(manifest: Path, names: Iterable[Any]) -> None:
-    """Who has called the column of the words something else must not take for them what is answered without."""
+    """Name the columns that are not read: with a misnamed text column, clips would silently be answered without their
+    text."""
     if left := [str(name) for name in names if name is not None and not _named({name: None})]:
         told = f"{manifest}: ignored columns: {', '.join(left)} (columns that are read: {', '.join(COLUMNS)})"
         console.print(told, soft_wrap=True, highlight=False)
 
 
 def _encoding(path: Path) -> str:
-    """What the first bytes tell, else UTF-8 if all of the file is that, else Big5 or GB18030, as of a table."""
+    """The encoding identified by the first bytes, else UTF-8 if the whole file is valid, else Big5 or GB18030."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         first = file.read(4000)

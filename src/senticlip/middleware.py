@@ -1,4 +1,4 @@
-"""ASGI middleware of the server: forms are whole and in UTF-8, a body has a limit, other sites' pages post nothing."""
+"""ASGI middleware of the server: requires complete UTF-8 forms, limits bodies, refuses other sites' posts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MULTIPART, PLAIN = "multipart/form-data", "application/x-www-form-urlencoded"
 
 ENDING = 4096
-"""Bytes at the end of a form among which its closing boundary is looked for."""
+"""The closing boundary of a form is searched for in this many bytes at its end."""
 
 MARKING = "utf_8_marking"
-"""UTF-8 as a codec's name, with U+FFFD for what is none: all that can be told to starlette is a name."""
+"""Name of a codec that is UTF-8 with U+FFFD for invalid bytes; starlette takes a codec only by name."""
 
 
 def _marking(name: str) -> codecs.CodecInfo | None:
@@ -32,17 +32,17 @@ codecs.register(_marking)
 
 
 class Forms:
-    """Middleware for forms, which must be whole and in UTF-8.
+    """Middleware for forms, which must be complete and in UTF-8.
 
-    starlette would read raw bytes as Latin-1, and take the fields of a form that was cut off for all of it.
+    starlette would read raw bytes as Latin-1, and take a truncated form for a complete one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request: percent-encode a plain form's bytes beyond ASCII, mark a multipart form's that are wrong,
-        and look for its closing boundary."""
+        """Handle a request: percent-encode non-ASCII bytes of a plain form; in a multipart form, mark invalid bytes and
+        require the closing boundary."""
         headers = dict(scope.get("headers", ()))
         told, packed = (headers.get(name, b"") for name in (b"content-type", b"content-encoding"))
         parsed = email.message.Message()
@@ -58,7 +58,7 @@ class Forms:
             line = "the form's boundary cannot be read — use ASCII letters, as in boundary=…"
             await JSONResponse({"error": line}, 400)(scope, receive, send)
             return
-        if kind == MULTIPART:  # of two charsets the last counts
+        if kind == MULTIPART:  # of two charsets, the last counts
             marked = told + b"; charset=" + MARKING.encode()
             scope = {**scope, "headers": [(k, marked if k == b"content-type" else v) for k, v in scope["headers"]]}
 
@@ -78,17 +78,17 @@ class Forms:
 
 
 class Browsers:
-    """Middleware that refuses what another site's page posts, and forbids browsers to guess an answer's kind.
+    """Middleware that refuses posts from other sites' pages, and forbids browsers from guessing content types.
 
-    A form needs nobody's leave to be posted to any address, also one that only the browser's machine can reach.
+    Any page may post a form to any address, even one that only the browser's machine can reach.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request: look at Sec-Fetch-Site, which browsers send to https and to their own machine, and which no
-        page can set."""
+        """Handle a request: check Sec-Fetch-Site, which browsers send to https and to their own machine, and which
+        pages cannot set."""
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -105,14 +105,14 @@ class Browsers:
 
 
 class Limit:
-    """Middleware that refuses a body over ``most`` bytes before all of it is written to disk."""
+    """Middleware that refuses a body of more than ``most`` bytes before all of it is on disk."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
         self.line = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or raise --limit"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request: check its Content-Length, and the bytes received."""
+        """Handle a request: check its Content-Length and the bytes received."""
         told = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
         if told > self.most:
             await JSONResponse({"error": self.line}, 413)(scope, receive, send)

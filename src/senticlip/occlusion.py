@@ -14,8 +14,8 @@ from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Seq
 class Case(NamedTuple):
     """The prediction without one part.
 
-    ``kind`` of part: everything (nothing is left out), text, video, audio, frame or character; ``place``: the number of
-    the frame or character, from 0; ``shown``: what the page calls it.
+    ``kind`` of the part: everything (nothing is left out), text, video, audio, frame or character. ``place``: index of
+    the frame or character. ``shown``: what the page calls it.
     """
 
     kind: str
@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 class Character(NamedTuple):
-    """A token that the model reads: its place among the tokens, and text[start:end]."""
+    """A token that the model reads: its index among the tokens, and its characters text[start:end]."""
 
     token: int
     start: int
@@ -35,8 +35,8 @@ class Character(NamedTuple):
 def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Character]:
     """The tokens that stand for characters of the text, in order; of several with the same span, the first.
 
-    SentencePiece's mark of a word's beginning, "▁", stands for none, though its span is the first character's. A span
-    within another (of a token that stands for a part of a character) is left out.
+    SentencePiece's word-start mark "▁" stands for no character, although its span is that of the first. A span inside
+    another (of a token for part of a character) is left out.
     """
     if not text:
         return []
@@ -55,19 +55,19 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
 
 
 def unread(predictor: Any, text: str | None) -> str:
-    """The end of a text that the model does not read, since the text has too many tokens; empty if it reads all."""
+    """The end of a text, if truncated because it has too many tokens for the model; else empty."""
     text = spoken(text)
     if text is None or predictor.tokenizer is None:
         return ""
     most = predictor.config.text.max_length
     if len(predictor.tokenizer(text)["input_ids"]) <= most:
-        return ""  # even so, its last characters may belong to no token
+        return ""  # checked first, since the last characters of a text may belong to no token
     read = characters(predictor.tokenizer, text, most)
     return text[max((one.end for one in read), default=len(text)) :].strip()
 
 
 def value(prediction: Prediction, label: str) -> float:
-    """The probability of ``label``; for a regression model's score s in [−1, 1], as in heat maps, −s, −|s|, s for
+    """The probability of ``label``; for a regression model's score s in [−1, 1], as for heat maps, −s, −|s|, s for
     negative, neutral, positive."""
     if prediction.score is None:
         return prediction.probabilities[label]
@@ -76,14 +76,14 @@ def value(prediction: Prediction, label: str) -> float:
 
 
 def change(before: Prediction, after: Prediction) -> float:
-    """The distance of two predictions, 0 … 1: total variation of their probabilities, or half that of their scores."""
+    """The distance of two predictions, 0 … 1: total variation distance, or half the difference of scores."""
     if before.score is not None and after.score is not None:
         return abs(bounded(before.score) - bounded(after.score)) / 2
     return sum(abs(before.probabilities[name] - after.probabilities[name]) for name in LABELS) / 2
 
 
 def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
-    """One clip's features with a row for each case (modality, place): that position masked, or all of it (−1)."""
+    """One clip's features, a row for each case (modality, place) with that position masked, or all of them for −1."""
     rows = cam.repeat(features, len(cases))
     for name, sequence in rows.modalities.items():
         mask = sequence.mask.clone()
@@ -96,14 +96,14 @@ def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
 
 @torch.no_grad()
 def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
-    """All cases of one clip, "everything" first; the only modality, or the only frame, is never left out.
+    """All cases of one clip, "everything" first, without those that would leave nothing of it.
 
-    A frame is masked (the others keep their temporal positions), a character is cut out of the text; without its only
-    character the clip has no text. Frames are encoded once, since the encoder reads each by itself.
+    A frame is masked (the others keep their temporal positions); a character is cut out of the text; without its only
+    character, the clip has no text. Frames are encoded once, since the encoder reads each separately.
 
     Args:
         predictor: of a RUN.
-        batch: of this one clip, as ``predictor.batch`` returns it, or its features (not encoded again).
+        batch: this clip only, as returned by ``predictor.batch``, or its features (not encoded again).
         text: the clip's text.
     """
     model = predictor.model
@@ -148,7 +148,7 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
 
 @torch.no_grad()
 def alone(predictor: Any, features: Batch) -> dict[str, Prediction]:
-    """The prediction given each modality of one clip alone, by surface name; empty if it has one modality only."""
+    """The prediction given each modality of one clip alone, by surface name; empty if the clip has only one."""
     there = _present(features)
     answers = predictor.model.alone(features) if len(there) > 1 else {}
     return {SURFACE[name]: predictor.predictions(answers[name])[0] for name in there if name in answers}
@@ -160,9 +160,9 @@ def _present(features: Batch) -> list[str]:
 
 
 def cross_attention(output: Output, features: Batch) -> dict[str, torch.Tensor]:
-    """Cross-attention weights of one clip, averaged over heads: ``text_asks_vision`` → queries×keys, real ones only.
+    """Cross-attention weights of one clip, averaged over heads: ``text_asks_vision`` → queries×keys, unmasked only.
 
-    Where the vision sequence begins with a state of the whole clip, that is the first row or column. Rows sum to 1.
+    If the vision sequence begins with a state of the whole clip, that is the first row or column. Rows sum to 1.
     """
     found = {}
     for name, maps in output.attention.items():

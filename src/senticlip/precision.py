@@ -1,4 +1,4 @@
-"""Inference in fp32, bf16 or int8, and what a reduced precision changes: label flips, differences of probabilities."""
+"""Inference in fp32, bf16 or int8, and the effect of reduced precision: label flips, differences in probability."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from senticlip.predictor import Predictor
 
 PATIENCE = 1800.0
-"""Seconds to wait for another process that makes the same file: an export of the paper's size takes a minute."""
+"""Seconds to wait for another process to make the same file: at the paper's size, an export takes a minute."""
 
 
 def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
     """The model of a RUN with its encoders in bf16 or int8, and its ``disagreement`` with fp32 on synthetic input.
 
-    It is measured once for these weights, and kept in ``RUN/precision.json``. On a CPU the encoders are compiled once,
-    into ``RUN/openvino`` (or the cache, if RUN is read-only). int8 is for CPUs, wherever the model was.
+    The disagreement is measured once for these weights and kept in ``RUN/precision.json``. On a CPU, the encoders are
+    compiled once, into ``RUN/openvino`` (or the cache, if RUN is read-only). int8 always runs on the CPU.
 
     Raises:
-        UsageError: a model without an encoder; on a CPU without OpenVINO. UserError: an encoder cannot be compiled;
-            answers are NaN.
+        UsageError: the model has no encoder, or OpenVINO is missing on a CPU. UserError: an encoder cannot be compiled;
+            the output is NaN.
     """
     if not model.encoders:
         raise UsageError(f"--precision {precision}: {run} has no encoder that could run in it")
@@ -47,12 +47,12 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     known, name = _measured(place, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"
     batch = probe(model, model.experiment)
     before = None if name in known else _answer(model, batch)
-    if before is not None and not before.are_numbers().all():  # what is compiled may hide it: OpenVINO's max drops NaN
+    if before is not None and not before.are_numbers().all():  # compiled encoders may hide NaN: OpenVINO's max drops it
         raise UserError(f"{run}: its answers are NaN, so its weights are broken — train or copy it again")
     model = _to_bf16(model) if on_gpu else _compiled(model, run, weights, precision)
     if before is not None:
         known[name] = disagreement([(before, _answer(model, batch))])
-        with suppress(UserError, OSError):  # a read-only RUN is measured each time
+        with suppress(UserError, OSError):  # in a read-only RUN it is measured each time
             write_text(place, json.dumps({"weights": weights, **known}, indent=1))
     return model, known[name]
 
@@ -64,23 +64,23 @@ def _answer(model: Any, batch: Batch) -> Output:
 
 
 def _measured(place: Path, weights: str) -> dict[str, Any]:
-    """The disagreements that were measured for these weights, by precision and device."""
+    """The disagreements already measured for these weights, by precision and device."""
     known = read_json(place)
     return known if known.pop("weights", None) == weights else {}
 
 
 def _compiled(model: Any, run: Path, weights: str, precision: str) -> Any:
-    """The model with compiled encoders, which are kept in its RUN, or in the cache if that is read-only."""
+    """The model with compiled encoders, which are stored in its RUN, or in the cache if RUN is read-only."""
     folder = run if os.access(run, os.W_OK) else cache_root() / "openvino" / weights
     if not compiled.made(folder, weights):
-        with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # the workers of bulk come at once
+        with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # workers of bulk start at the same time
             if not compiled.made(folder, weights):
                 compiled.make(model, folder, weights)
     return compiled.compile_encoders(model, folder, weights, precision)
 
 
 def _to_bf16(model: Any) -> Any:
-    """Compute the encoders in bf16, pixels normalised in fp32 before; the fusion network stays in fp32."""
+    """Run the encoders in bf16; pixel normalisation and the fusion network stay in fp32."""
     for name, encoder in model.encoders.items():
         if name == "text":
             encoder.bfloat16()
@@ -103,8 +103,8 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
     """How the outputs of two models differ on the same rows.
 
     Returns:
-        ``n`` rows, ``flips`` (share of other labels), ``max_difference`` and ``mean_difference`` of a probability (of
-        the score, where the model gives one).
+        ``n`` rows, ``flips`` (share of rows whose label changes), ``max_difference`` and ``mean_difference`` of the
+        probabilities (or of the scores of a regression model).
     """
     rows, flips, most, total = 0, 0, 0.0, 0.0
     for one, two in pairs:
@@ -112,13 +112,13 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
         gap = np.abs(p - q)
         rows += len(p)
         flips += int(((label != other) | np.isnan(gap).any(-1)).sum())
-        most = max(most, float(np.nan_to_num(gap, nan=np.inf).max()))  # NaN counts as infinitely far
+        most = max(most, float(np.nan_to_num(gap, nan=np.inf).max()))  # NaN counts as an infinite difference
         total += float(gap.mean(-1).sum())
     return {"n": rows, "flips": flips / max(rows, 1), "max_difference": most, "mean_difference": total / max(rows, 1)}
 
 
 def values_and_classes(output: Output) -> tuple[np.ndarray, np.ndarray]:
-    """What an output says: probabilities n×C (or scores n×1), and the class index of each row, n."""
+    """The probabilities n×C (or scores n×1) of an output, and the class index of each row, n."""
     if output.score is not None:
         scores = output.score.float().cpu().numpy()
         return scores[:, None], score_class(scores)
@@ -128,7 +128,7 @@ def values_and_classes(output: Output) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_size: int = 8) -> dict[str, float]:
-    """The disagreement of two predictors on clips, each decoded once; without those that have nothing to read."""
+    """The disagreement of two predictors on clips, each decoded once; clips without input are left out."""
 
     def batches(chunk: list[Clip]) -> Iterator[Batch]:
         try:
@@ -147,9 +147,9 @@ def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_siz
 
 
 def probe(model: Any, config: Any, rows: int = 4) -> Batch:
-    """Synthetic input for a model, always the same, on its device: smooth random pictures and random characters.
+    """Synthetic input for a model, always the same, on its device: smooth random images and random characters.
 
-    It shows whether a precision works on this machine; ``compare`` measures what it changes on your clips.
+    It shows whether a precision works on this machine; ``compare`` measures its effect on your clips.
     """
     random = torch.Generator().manual_seed(0)
     modalities = {}

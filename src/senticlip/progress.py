@@ -1,4 +1,4 @@
-"""Progress bars in one style for all long work; none where stderr is no terminal."""
+"""Progress bars in one style for all long tasks; none if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 Row = TypeVar("Row")
 
-console = Console(stderr=True, markup=False, emoji=False)  # names of files may hold brackets and :x:
+console = Console(stderr=True, markup=False, emoji=False)  # file names may contain brackets and :x:
 
 
 def bar(**options: Any) -> Progress:
@@ -24,18 +24,18 @@ def bar(**options: Any) -> Progress:
 
 @contextmanager
 def counter(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that calls back with (done, in all)."""
+    """A bar for work that reports progress through a callback (done, total)."""
     with bar(transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
-    """Yield the rows, with a bar that counts them."""
+    """Yield the rows, counting them with a bar."""
     with bar(transient=True) as progress:
         yield from progress.track(rows, total=total, description=what)
 
 
 def spinner(what: str) -> Status:
-    """For work whose progress is not known."""
+    """A spinner for work whose progress is not known."""
     return console.status(Text(what))

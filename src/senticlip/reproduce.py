@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 8: experiments × seeds → one report beside the paper's numbers, resumable row by row."""
+"""The paper's Tables 1 to 8: experiments × seeds → a report next to the paper's numbers, resumable row by row."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def reproduce(
 
     Raises:
         UsageError: ``overrides`` sets the seed, or a protocol that conflicts with ``protocol``. UserError: a split is
-            empty or lacks the label; ``out`` holds runs with other data or encoders; another reproduce is writing
+            empty or lacks the label; ``out`` has runs with different data or encoders; another reproduce is writing
             there; no row could be run; the disk is full.
     """
     out, changes = Path(out), overrides or []
@@ -70,7 +70,7 @@ def reproduce(
     if wanted.get("protocol", config.protocol) != config.protocol:
         raise UsageError(f"--set protocol={wanted['protocol']}: conflicts with --protocol {protocol} — leave one out")
     splits = [read_clips(data, None, config.protocol, seed) for seed in range(seeds)]
-    for split in SPLITS:  # an empty split is an error before anything is trained
+    for split in SPLITS:  # fail on an empty split before any training
         if not any(config.target in clip.labels for clip in read_clips(data, split, config.protocol)):
             raise UserError(f"{data}: no clip in {split} has label {config.target}")
     labels = {name for clip in splits[0] for name in clip.labels}

@@ -4,10 +4,10 @@
     POST /explain   the same fields → the page of ``senticlip explain`` (not of an exported model)
     GET  /          the page;  GET /health → the model and what it reads;  GET /openapi.json → the interface
 
-What the sender can mend is answered with 400 and ``{"error": line}``, a body over the limit with 413, one for which
-the disk has no room with 507, one that another site's page has a browser send with 403. One clip is answered at a time,
-others wait, and who has gone by then gets no answer; an upload lives in a temporary folder until its answer is there,
-or the server ends.
+Errors that the client can fix are answered with 400 and ``{"error": line}``, a body over the limit with 413, one for
+which the disk has no space with 507, and one posted by another site's page with 403. Clips are answered one at a time;
+others wait, and a client that has disconnected meanwhile is skipped. An upload is kept in a temporary folder until it
+is answered or the server ends.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
 WAITING = 256
-"""Open connections at a time, also of those who send nothing; more are turned away with 503."""
+"""Most open connections, including idle ones; further ones are refused with 503."""
 
 GRACE = 10
-"""Seconds that running answers and uploads have at shutdown."""
+"""Seconds that running requests are given to finish at shutdown."""
 
 LONGEST = 10_000
-"""Characters of a text: models read far fewer, but an explanation shows and tries each."""
+"""Most characters of a text: models read far fewer, but an explanation shows them all."""
 
 Video = Annotated[UploadFile | None, File()]
 Text = Annotated[str | None, Form()]
@@ -70,30 +70,30 @@ def serve(
 ) -> str:
     """Serve a model until interrupted (Ctrl-C, SIGTERM or SIGHUP); return the address.
 
-    If an answer is still being computed GRACE seconds later, the process ends there: a computation cannot be stopped.
+    If an answer is still being computed GRACE seconds later, the process exits: a computation cannot be stopped.
 
     Args:
         run: a RUN folder, a hub id or an exported file.
-        host: 127.0.0.1 is for this machine alone; there is no password, so put a proxy before any other address.
-        port: 0 takes a free one.
-        limit: of an upload, MiB.
+        host: 127.0.0.1 is for this machine only; there is no password, so use a proxy in front of any other address.
+        port: 0 picks a free one.
+        limit: largest upload in MiB.
         device: cpu, cuda, cuda:N.
         precision: fp32, bf16 or int8.
-        ready: called with the address once it can be opened.
+        ready: called with the address once the server listens there.
 
     Raises:
-        UsageError: an address that cannot be used, a model that reads feature files; UsageError, UserError: as
+        UsageError: an address that cannot be used, or a model that reads feature files. UsageError, UserError: as
             ``senticlip.load``.
     """
     most = int(limit * 2**20) if math.isfinite(limit * 2**20) else 0
     if most < 1:
         raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
-    if not host.strip():  # a socket would listen on all networks
+    if not host.strip():  # would listen on all networks
         raise UsageError("--host: no address given — is a shell variable unset?")
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]  # Python tells the address again
+        reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]  # Python repeats the address
         raise UsageError(f"{host}:{port}: cannot listen here ({reason}) — choose another --port or --host") from None
     with door:
         name = Path(run).resolve().name if Path(run).exists() else str(run)
@@ -108,7 +108,7 @@ def serve(
         with suppress(KeyboardInterrupt), terminable():
             ready(url)
             server.run(sockets=[door])
-    if running:  # Python would wait for it
+    if running:  # Python would wait for it to finish
         for folder in filter(None, tuple(running)):
             shutil.rmtree(folder, ignore_errors=True)
         sys.stdout.flush()
@@ -127,13 +127,13 @@ def app(
 
     Args:
         predictor: senticlip.load(RUN).
-        name: of the model, as the page shows it.
-        most: the largest body, bytes.
-        ending: whether the server is shutting down, so that waiting requests are refused.
-        running: is filled while a clip is answered, with "" and the folder of its upload.
+        name: of the model, for the page.
+        most: largest body in bytes.
+        ending: tells whether the server is shutting down; waiting requests are then refused.
+        running: holds "" and the folder of the upload (if any) while a clip is answered.
 
     Raises:
-        UsageError: a model that reads feature files.
+        UsageError: the model reads feature files.
     """
     modalities = [SURFACE[modality] for modality in reads(predictor.model)]
     if not modalities:
@@ -144,12 +144,12 @@ def app(
         title="senticlip",
         version=senticlip.__version__,
         description=__doc__ or "",
-        servers=[{"url": "."}],  # it may lie behind a proxy, below a path that only the proxy knows
+        servers=[{"url": "."}],  # may be behind a proxy, below a path unknown here
         redirect_slashes=False,
-        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
+        docs_url=None,  # FastAPI's own pages load scripts from other sites
         redoc_url=None,
     )
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: its sender is told
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: the client is told
     answers.add_middleware(Forms)
     answers.add_middleware(Limit, most=most)
     answers.add_middleware(Browsers)
@@ -162,7 +162,7 @@ def app(
     async def home() -> str:
         return front
 
-    @answers.head("/health", include_in_schema=False)  # what many a balancer asks
+    @answers.head("/health", include_in_schema=False)  # for load balancers
     @answers.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": name, "reads": modalities}
@@ -190,8 +190,8 @@ def app(
 
 
 def _in_turn(fields: list[str], ending: Callable[[], bool], running: set[str]) -> Callable[..., Awaitable[Any]]:
-    """A function that answers one request after the other; ``ending`` and ``running`` as of ``app``."""
-    one = ThreadPoolExecutor(1)  # each thread that computes has OpenMP start others, and glibc keep memory
+    """A function that answers one request at a time; ``ending`` and ``running`` are as for ``app``."""
+    one = ThreadPoolExecutor(1)  # for each computing thread, OpenMP starts others, and glibc keeps memory
 
     async def answer(request: Request, video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
         names = [name for name, _ in (await request.form()).multi_items()]
@@ -203,7 +203,7 @@ def _in_turn(fields: list[str], ending: Callable[[], bool], running: set[str]) -
             if ending():
                 raise HTTPException(503, "the server is shutting down")
             if run_coroutine_threadsafe(request.is_disconnected(), loop).result(GRACE):
-                raise HTTPException(499, "the client has disconnected")  # nobody reads this
+                raise HTTPException(499, "the client has disconnected")  # read by no one
             running.add("")
             try:
                 with _clip(video, words, running) as clip:
@@ -222,7 +222,7 @@ def _tell_errors(answers: FastAPI) -> None:
     @answers.exception_handler(UserError)
     def mend(request: Request, error: UserError) -> JSONResponse:
         kind = request.headers.get("content-type", "").lower()
-        form = kind.startswith((MULTIPART, PLAIN))  # else none of its fields was read
+        form = kind.startswith((MULTIPART, PLAIN))  # of other bodies, no field was read
         advice = "" if form else "; send a form: -F video=@clip.mp4 -F text=…"
         return JSONResponse({"error": f"{error}{advice}"}, 400)
 
@@ -239,7 +239,7 @@ def _tell_errors(answers: FastAPI) -> None:
 
     @answers.exception_handler(HTTPException)
     def refuse(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, OSError):  # which FastAPI takes for the sender's fault
+        if isinstance(error.__cause__, OSError):  # FastAPI blames the client for it
             return no_room(request, error.__cause__)
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
@@ -264,11 +264,11 @@ def _words(text: str | None) -> str | None:
 
 @contextmanager
 def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iterator[Clip]:
-    """The request as a Clip: the video in a temporary file with the same suffix, ``id`` its name at the sender.
+    """The request as a Clip: the video is in a temporary file with the same suffix, ``id`` is the client's file name.
 
     The file's folder is added to ``folders``.
     """
-    if video is None or not (video.filename or video.size):  # both are empty where no file was chosen
+    if video is None or not (video.filename or video.size):  # both are empty if no file was chosen
         yield Clip("", None, text)
         return
     name = spoken(Path(video.filename or "").name) or "video"
@@ -285,5 +285,5 @@ def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iter
 
 
 def _is_garbled(text: str) -> bool:
-    """Whether the bytes were those of another encoding (UTF-16 has zeros); a damaged one alone is none."""
+    """Whether the text came in another encoding (UTF-16 has zeros); a few damaged bytes do not count."""
     return "\0" in text or 10 * text.count("\ufffd") > sum(ord(c) > 127 for c in text)

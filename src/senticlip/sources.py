@@ -1,4 +1,4 @@
-"""Clips → what a model reads of them: token ids, cached frames, cached features of its frozen encoders."""
+"""Clips → model input: token ids, cached frames, cached features of frozen encoders."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 
 def cache_root() -> Path:
-    """Where caches live: $SENTICLIP_CACHE, else ~/.cache/senticlip."""
+    """The cache folder: $SENTICLIP_CACHE, else ~/.cache/senticlip."""
     return Path(os.environ.get("SENTICLIP_CACHE") or Path.home() / ".cache" / "senticlip")
 
 
 BATCH = 32
-"""Rows that a frozen encoder encodes at once."""
+"""The batch size of frozen encoders."""
 
 
 def ready_made(config: Config) -> list[str]:
-    """The modalities that need no encoder: audio always, text and vision if their ``encoder`` is one of FROM_FILE."""
+    """The modalities without an encoder: always audio; text and vision if their ``encoder`` is one of FROM_FILE."""
     named = {"text": config.text.encoder, "vision": config.vision.encoder, "audio": FROM_FILE[0]}
     return [name for name in config.modalities if named[name] in FROM_FILE]
 
 
 def hears(config: Config) -> bool:
-    """Whether the model reads the clips' log-mel: audio comes from a feature file only if text or vision does, too."""
+    """Whether the model reads the clips' log-mel: audio comes from a feature file only if text or vision does."""
     others = [getattr(config, name).encoder for name in config.modalities if name != "audio"]
     return "audio" in config.modalities and FROM_FILE[0] not in others
 
@@ -57,15 +57,15 @@ def feature_rows(
 ) -> dict[str, tuple[Rows, int]]:
     """Rows and feature width of each modality without an encoder, for clips of the data set ``data``.
 
-    Audio comes from the feature file if text or vision does, else it is the log-mel of the clips. OpenFace's columns
-    come from ``DATA/OpenFace/`` if there is such a folder, else from the feature file.
+    Audio comes from the feature file if text or vision does, else it is the log-mel of the clips. OpenFace features
+    come from ``DATA/OpenFace/`` if that folder exists, else from the feature file.
 
     Raises:
-        UserError: no feature file, or none of the clips in it. UsageError: clips of more than ``vision.frames`` frames.
+        UserError: no feature file, or it has none of the clips. UsageError: a clip has over ``vision.frames`` frames.
     """
     root, names = root or cache_root(), ready_made(config)
     found: dict[str, tuple[Rows, int]] = {}
-    lengths: Any = []  # of vision's rows; a feature file tells those of all its clips before a model is made
+    lengths: Any = []  # of vision; a feature file gives those of all its clips, before a model is built
     folder = Path(data) / "OpenFace"
     if hears(config):
         found["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)
@@ -94,16 +94,16 @@ def feature_widths(config: Config, data: str | Path) -> dict[str, int]:
 def clip_set(
     clips: list[Clip], model: SentimentModel, root: Path | None = None, data: str | Path | None = None
 ) -> ClipSet:
-    """One split as the model reads it; the features of frozen encoders come from the cache.
+    """One split as model input; the features of frozen encoders come from the cache.
 
     Args:
-        clips: the split.
-        model: on its device; its frozen encoders are run here on clips that are not in the cache.
-        root: of the caches.
-        data: the data set, for the modalities without an encoder.
+        clips: the clips of the split.
+        model: on its device; its frozen encoders are run here on clips that are not cached yet.
+        root: the cache folder.
+        data: the data set, for modalities without an encoder.
 
     Raises:
-        UserError: none of the clips has anything that the model reads.
+        UserError: no clip has any input for the model.
     """
     root = root or cache_root()
     config = model.experiment
@@ -125,7 +125,7 @@ def clip_set(
         def frames(places: list[int]) -> Iterator[np.ndarray]:
             return cache.decoded([clips[place] for place in places], m, size, ahead=BATCH, cutaways=cutaways)
 
-        if model.frozen("vision"):  # frames are decoded while others are encoded, and not written to disk
+        if model.frozen("vision"):  # frames are decoded while others are encoded, without being stored
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
@@ -138,7 +138,7 @@ def clip_set(
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """A hash of a module's state dict: another weight, prompt or buffer gives another hash."""
+    """A hash of a module's state dict: it changes with any weight, prompt or buffer."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -153,10 +153,10 @@ def encoded(
 
     Args:
         keys: a content key for each row; empty for an empty row.
-        rows: given indices into ``keys``, yields the encoder's input for each, L×…, one after the other.
+        rows: yields the encoder's input, L×…, for each of the given indices into ``keys``.
         model: the model that has the encoder.
         name: the modality.
-        root: of the caches.
+        root: the cache folder.
     """
     encoder: Any = model.encoders[name].eval()
     device = model.device
@@ -166,7 +166,7 @@ def encoded(
         values, mask = padded(chunk)
         inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
         found = encoder(to_batch(inputs).modalities[name])
-        most = torch.finfo(torch.half).max  # beyond it there is infinity
+        most = torch.finfo(torch.half).max  # larger values would become infinite
         values = found.values.clamp(-most, most).half().cpu().numpy()
         for row, real in zip(values, found.mask.cpu().numpy(), strict=True):
             yield row[real]
@@ -176,9 +176,9 @@ def encoded(
         while chunk := list(islice(coming, BATCH)):
             yield from features(chunk)
 
-    # a text's key is of its token ids; a clip's key is of its file, so the frames that were read are in the spec
+    # a text's key covers its token ids; a clip's key covers its video; the spec adds which frames are read
     vision = model.experiment.vision
     read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
-    built = model.config.encoders[name]  # what no weight tells: the number of heads, the activation, the pooling
+    built = model.config.encoders[name]  # not visible in the weights: number of heads, activation, pooling
     spec = {"encoder": fingerprint(encoder), "built": built, "modality": name, "of": read, "version": 1}
     return cache.cached(root, spec, keys, compute, f"encoding {SURFACE[name]}")

@@ -68,7 +68,7 @@ def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
         try:
             segments, _ = WhisperModel(str(folder), **options).transcribe(sound, language="zh", vad_filter=True)
             for segment in segments:
-                end = min(segment.end, last)  # it pads the sound with silence to 30 s, and may hear words there
+                end = min(segment.end, last)  # it pads the last 30 s with silence, and may hear words there
                 lines.append(Line(round(segment.start + late, 3), round(end + late, 3), clean(segment.text)))
                 progress(round(end), round(last))
         except Exception as error:  # tokenizers raises plain Exception

@@ -118,8 +118,8 @@ class Output(NamedTuple):
     """What every model returns.
 
     Classification: ``logits``: head → B×C (heads are modalities, or ``fused``); ``log_probs`` B×C, fused and
-    normalised. ``weights``: modality → B, its share in the answer; they sum to 1, or to 0 in a row that has no
-    modality. Regression: ``score`` B, in label units. ``attention``, on request: name → B×heads×queries×keys.
+    normalised. ``weights``: modality → B, its share in the answer; they sum to 1 (clip_ca_msa: to 0 in a row that
+    has no modality). Regression: ``score`` B, in label units. ``attention``, on request: name → B×heads×queries×keys.
     ``features``: name → B×d, needed by the losses of some models. ``alone``, on request, classification only: modality
     → B×C log-probabilities given that modality only (a head's logits depend on the others through fusion).
     """

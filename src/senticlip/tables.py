@@ -102,7 +102,7 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
         preset: the full model, which each row changes.
         numbers: the tables; None: all.
         labels: the labels that the data set has (M, T, A, V).
-        random: give encoders that the preset does not use random weights.
+        random: give random weights to the encoders that the preset does not use.
 
     Raises:
         UsageError: no table has that number, or no number is given.

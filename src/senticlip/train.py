@@ -106,7 +106,7 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
     there, needed = _labels(read_clips(data, None, config.protocol, config.seed)), {}
     for name in () if config.start else config.stages:
         stage = config.stage(name)
-        shared = {*stage.modalities} & {*config.modalities} - {"audio"}  # which has no encoder
+        shared = {*stage.modalities} & {*config.modalities} - {"audio"}  # audio has no encoder
         if any(getattr(stage, modality).encoder not in FROM_FILE for modality in shared):
             needed[name] = stage if stage.target in there else stage.override({"target": config.target})
     # stages that read video come first, so that an unreadable video is found early
@@ -152,7 +152,7 @@ def _labels(clips: list[Clip]) -> set[str]:
 
 
 def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], model: SentimentModel) -> None:
-    """Report settings that need unimodal labels the data lacks, and labels that no regression score can match."""
+    """Report settings that need unimodal labels the data lacks, and labels that even an exact score would miss."""
     clips = read_clips(data, None, config.protocol, config.seed)
     missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(clips))
     told = [

@@ -34,7 +34,7 @@ MANY = 2000
 """Most packets kept while looking for the next keyframe, so that memory stays bounded however long a GOP is."""
 
 REORDERED = 16
-"""Most frames that can precede, in the file, a frame shown before them: the limit of H.264 and H.265."""
+"""How many frames can come before one in the file yet be shown after it: at most this many in H.264 and H.265."""
 
 SHORT = 16 << 20
 """Up to so many bytes, all packets of a file are read on opening, not once for its end and again for its frames."""

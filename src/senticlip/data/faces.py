@@ -1,8 +1,8 @@
 """Drawn faces: a person, an expression and a pose in front of a scene → pixels, and the boxes of mouth and brows.
 
-Face coordinates are in units of its half height: (0, 0) is the centre, x goes right, y down, the chin is at y = 1. A
-pose turns (on a cylinder), tilts, scales and places the face. For antialiasing, PIL draws everything at twice the size,
-which is then halved.
+Face coordinates are in units of the face's half height: (0, 0) is its centre, x goes right, y down, the chin is at
+y = 1. A pose turns the face (on a cylinder), tilts, scales and places it. For antialiasing, PIL draws everything at
+twice the size, which is then halved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clips or cached Sequences → batches, each gathered at once from memory-mapped stores."""
+"""Clips or cached Sequences → batches, gathered a whole batch at a time from memory-mapped stores."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ FORMATS = (
 on this machine, or wait forever."""
 
 MOST_PIXELS = 128 << 20
-"""Most pixels of a picture, about those of a phone photo: in a 1 MB file, there may be one that fills the memory."""
+"""Most pixels of a picture, enough for a phone's photos: a 1 MB file could hold a picture that fills the memory."""
 
 SMALLER = f"reduce them to at most {MOST_PIXELS // 10**6} million pixels"
 
@@ -132,7 +132,7 @@ def sound_of(container: InputContainer) -> AudioStream | None:
 
 
 def packets(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Packet]:
-    """The remaining packets of a stream, then an empty one; if a damaged file ends early, those before that."""
+    """The remaining packets of a stream, then an empty one; if a damaged file ends early, those read until then."""
     while True:
         try:
             yield from container.demux(stream)

@@ -168,7 +168,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
 
 
 def _content(clip: Clip) -> str:
-    """A row's content without its row number, which is in the id if rows share a file or have neither id nor path."""
+    """A row's content without its row number, which is part of the id if rows share an id or file, or have neither."""
     name = clip.id.removesuffix(f"#{clip.row}").removesuffix(f"row {clip.row}")
     return "\n".join(map(str, (name, clip.start, clip.end, clip.text, sorted(clip.labels.items()))))
 

@@ -225,7 +225,7 @@ def _apart(lines: list[tuple[Line, bool]]) -> list[Line]:
 
 
 def _fresh(shown: list[str], rows: list[str]) -> list[str]:
-    """``rows`` without the first ones, as far as ``shown`` ends with them."""
+    """``rows`` without the first ones that are also the last of those ``shown``."""
     for count in range(min(len(shown), len(rows), MANY), 0, -1):
         if shown[-count:] == rows[:count]:
             return rows[count:]

@@ -113,7 +113,7 @@ def likeliest(data: bytes) -> str:
 
 
 def chinese(data: bytes) -> tuple[float, str]:
-    """The likelier of GB18030 and Big5, after a measure of its likelihood: the share of frequent characters.
+    """The share of frequent characters if decoded as GB18030 or as Big5, whichever is larger, and that encoding.
 
     Each decodes most files of the other, but to rare characters. On a tie, GB18030.
     """
@@ -309,7 +309,7 @@ def finite(cell: str) -> float | None:
 
 
 def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]:
-    """Warnings that name the columns that are not read: otherwise, a misnamed path column would go unnoticed.
+    """Warnings that name the columns not read: otherwise, a misnamed path column would go unnoticed.
 
     Of two columns with the same meaning, the first is read.
     """

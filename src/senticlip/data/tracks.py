@@ -31,13 +31,13 @@ def embedded(
 
     Args:
         video: any container that FFmpeg reads.
-        track: which of its subtitle tracks, from 0; None for a Chinese one of text, else any of text; of several that
-            which players show (the default one), and none of signs alone (forced), if there is another.
+        track: index of the subtitle track. None: a Chinese text track if there is one, else any text track; of several
+            the default one, and a forced one (signs only) only if there is no other.
         shift: seconds added to every time.
-        tell: called with a line for the user where tracks of pictures are passed over that he may want.
+        tell: called with a line for the user if image tracks are skipped that might be wanted.
 
     Raises:
-        UsageError: no such track. UserError: the file cannot be opened, or the track asked for holds pictures.
+        UsageError: no such track. UserError: the file cannot be opened, or the requested track holds images.
     """
     try:
         container = open_container(video)

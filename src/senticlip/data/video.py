@@ -176,12 +176,12 @@ def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Ten
         return torch.cat([resize(frame[None], size) for frame in pixels])
     frames = torch.as_tensor(pixels)
     if min(frames.shape[-2:]) < size:
-        # torch's 8-bit path is off by up to 2 when enlarging (coarse weights): in floats, with PIL's two passes
+        # torch's 8-bit path is off by up to 2 when enlarging (coarse weights): use floats and PIL's two rounded passes
         for shape in ((frames.shape[-2], size), (size, size)):
             wide = torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
             frames = wide.round().clamp(0, 255).byte()
     elif frames.shape[-2:] != (size, size):
-        # torch's 8-bit path for interleaved channels, as in PIL, is the fastest
+        # channels_last selects the path that follows PIL, the fastest
         frames = frames.contiguous(memory_format=torch.channels_last)
         frames = torch.nn.functional.interpolate(frames, (size, size), mode="bicubic", antialias=True)
     return frames.contiguous()

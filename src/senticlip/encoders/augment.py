@@ -1,4 +1,4 @@
-"""Training-time changes of the frames of a clip, the same for all its frames, on the device, in whole batches."""
+"""Training-time augmentation, the same for all frames of a clip; runs batched on the device."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from senticlip.structures import Sequence
 
 
 def sample_frames(vision: Sequence, k: int) -> Sequence:
-    """Mask all but k random real frames of each clip (fewer where there are fewer); each stays in its place in time."""
+    """Mask all but k random real frames of each clip (or all it has); each keeps its temporal position."""
     chance = torch.rand(vision.mask.shape, device=vision.mask.device).masked_fill(~vision.mask, -1.0)
     chosen = chance.topk(min(k, chance.shape[1]), 1).indices
     return Sequence(vision.values, vision.mask & torch.zeros_like(vision.mask).scatter(1, chosen, True))
 
 
 def augment(vision: Sequence, strength: float) -> Sequence:
-    """Mirror, crop and stretch, turn, relight, lose colour, erase a box: B×m×3×H×W uint8 → the same.
+    """Flip, crop, stretch, rotate, change brightness and contrast, grey, erase a box: B×m×3×H×W uint8 → the same.
 
-    Masked frames, which no encoder reads, are left as they are.
+    Masked frames, which no encoder reads, are not changed.
 
     Args:
         vision: the frames.
-        strength: 0 changes nothing, 1 is usual for faces.
+        strength: 0 is off, 1 is typical for faces.
     """
     pixels, mask = vision
     if not strength or not mask.any():
@@ -55,7 +55,7 @@ def augment(vision: Sequence, strength: float) -> Sequence:
 
 
 def _turns(b: int, strength: float, uniform: Callable[[float, float], Tensor]) -> Tensor:
-    """Mirror, crop, stretch and turn of each clip, B×2×3."""
+    """The affine map of each clip (flip, crop, stretch, rotation), B×2×3."""
     scale = 1 - strength * uniform(0.0, 0.3)
     aspect = torch.exp(strength * uniform(-0.15, 0.15))
     angle = strength * uniform(-1.0, 1.0) * math.radians(15)
@@ -70,7 +70,7 @@ def _turns(b: int, strength: float, uniform: Callable[[float, float], Tensor]) -
 
 
 def _box(b: int, h: int, w: int, strength: float, device: torch.device) -> Tensor:
-    """One box in a third of the rows, up to a third of each side long: B×H×W, True inside."""
+    """A random box in a share ``strength`` / 3 of the clips, sides up to a third of the frame's: B×H×W, True inside."""
     y, x = torch.arange(h, device=device)[None], torch.arange(w, device=device)[None]
     size = torch.rand(2, b, 1, device=device) / 3 * (torch.rand(b, 1, device=device) < strength / 3)
     corner = torch.rand(2, b, 1, device=device) * (1 - size)

@@ -1,6 +1,6 @@
-"""Where encoders come from: a folder, a hub id, or, with random weights, the known sizes of the paper's encoders.
+"""Sources of encoders: a folder, a hub id, or (with random weights) the known configs of the paper's encoders.
 
-All other files get a local folder, or a ``spec``: a JSON dict that rebuilds the architecture offline.
+Other modules get a local folder, or a ``spec``: a JSON dict that rebuilds the architecture offline.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from senticlip.structures import UsageError, UserError, first_line
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SHIPPED = "senticlip/"
-"""The prefix of the names of encoders in this package: senticlip/towers/vision, the demo's."""
+"""The name prefix of encoders in this package, such as the demo's senticlip/towers/vision."""
 BERT_BASE = {"model_type": "bert", "vocab_size": 21128}
 CLIP_TEXT = {"model_type": "chinese_clip_text_model", "vocab_size": 21128}
 
-# The sizes of the encoders of the paper, so that each can be built with random weights where no hub is reachable.
+# The configs of the paper's encoders, so that each can be built with random weights without access to the hub.
 KNOWN: dict[str, dict[str, Any]] = {
     "OFA-Sys/chinese-clip-vit-base-patch16": {
         "model_type": "chinese_clip",
@@ -64,15 +64,15 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def fetch(name: str, key: str, advice: str | None = None) -> Path:
-    """The local folder of an encoder: ``name`` itself if it is one, else the hub's snapshot, from disk if it is there.
+    """The local folder of an encoder: ``name`` itself if it is a folder, else a snapshot, cached or from the hub.
 
     Args:
         name: a folder or a hub id.
-        key: the config key it came from, for the message.
-        advice: what the error says to do; by default, how to set ``key``.
+        key: its config key, for messages.
+        advice: what an error message advises; by default, how to set ``key``.
 
     Raises:
-        UsageError: no such folder or hub id, or no network (after seconds; the hub's own retries take minutes).
+        UsageError: no such folder or hub id, or no network (detected in seconds; the hub's own retries take minutes).
     """
     if name.startswith(SHIPPED):
         return Path(__file__).parents[1] / name.removeprefix(SHIPPED)
@@ -88,7 +88,7 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
         raise UsageError(f"{key}: no such folder: {name} — give a folder with config.json or a hub id") from None
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-        if has_weights(folder):  # a killed download leaves a snapshot without them
+        if has_weights(folder):  # an interrupted download may leave a snapshot without them
             return folder
     except OSError:
         pass
@@ -106,13 +106,13 @@ def fetch(name: str, key: str, advice: str | None = None) -> Path:
         weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", weights]))
     except Exception as error:
-        # the hub's own errors, the network library's, the disk's
+        # errors of the hub, the network library or the disk
         raise UsageError(f"{key}: {name} cannot be fetched from the hub ({type(error).__name__}); {advice}") from None
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether an encoder's weights are in a folder: one file of them, or all those that an index names."""
-    # the last is CTranslate2's, which faster-whisper reads
+    """Whether a folder has an encoder's weights: a single file, or all shards that an index lists."""
+    # model.bin is CTranslate2's format, for faster-whisper
     if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin", "model.bin")):
         return True
     for index in folder.glob("*.index.json"):
@@ -123,9 +123,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def reachable(url: str, seconds: float = 5.0) -> bool:
-    """Whether a URL's host (or the proxy for it) accepts connections within so many seconds.
+    """Whether a URL's host (or its proxy) accepts connections within ``seconds``.
 
-    In a daemon thread, which may be left behind: name resolution has no time limit, and each address has its own.
+    Runs in a daemon thread that may outlive the call: name resolution has no timeout, and each address has its own.
     """
     scheme = urllib.parse.urlparse(url).scheme
     place = urllib.parse.urlparse(urllib.request.getproxies().get(scheme, url))
@@ -148,13 +148,13 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
 
 @contextmanager
 def loading(folder: Path, key: str) -> Iterator[None]:
-    """Turn what libraries raise for missing or broken weights into one line for the user."""
+    """Turn any library error about missing or broken weights into a one-line UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # each library, and each format, fails in a way of its own
+        # each library and format fails in its own way
         reason = first_line(error)
         raise UserError(f"{key}: the weights in {folder} cannot be read ({reason}) — download them again") from error
 
@@ -171,7 +171,7 @@ def read_config(folder: Path, key: str, file: str = "config.json") -> dict[str, 
 
 
 def hf_config(data: dict[str, Any]) -> Any:
-    """The transformers config of a dict with ``model_type``; its models are built in float32."""
+    """The transformers config for a dict with ``model_type``; models built from it are float32."""
     from transformers import AutoConfig
 
     rest = {name: value for name, value in _sizes(data).items() if name not in ("model_type", "architectures")}
@@ -182,10 +182,10 @@ def hf_config(data: dict[str, Any]) -> Any:
 
 
 def _sizes(data: dict[str, Any]) -> dict[str, Any]:
-    """A config dict without what says how it is computed, nested.
+    """A config without the keys that say how it is computed or what code to load, also in nested dicts.
 
-    ``dtype`` (older name: torch_dtype) would build models in half precision; ``attn_implementation`` and ``auto_map``
-    may name code on a hub.
+    ``dtype`` (formerly torch_dtype) could build models in half precision; ``attn_implementation`` and ``auto_map`` may
+    name code on a hub.
     """
     left = ("dtype", "torch_dtype", "auto_map")
     kept = {name: value for name, value in data.items() if name not in left and not is_code(name)}
@@ -193,14 +193,14 @@ def _sizes(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_code(name: Any) -> bool:
-    """Whether transformers may download code (kernels) for a key of a ``config.json`` (id2label has ints for keys)."""
+    """Whether a ``config.json`` key can make transformers download code (kernels); keys may be ints, as in id2label."""
     return str(name).endswith("_implementation")
 
 
 def read_weights(kind: Any, folder: Path, **kwargs: Any) -> dict[str, Any]:
     """The state dict of a transformers class from a folder, in float32.
 
-    Without the tensors that the folder lacks, which transformers initialises at random.
+    Tensors that the folder lacks are left out: transformers would initialise them at random.
     """
     model, info = kind.from_pretrained(
         folder, dtype="float32", output_loading_info=True, trust_remote_code=False, **kwargs
@@ -209,7 +209,7 @@ def read_weights(kind: Any, folder: Path, **kwargs: Any) -> dict[str, Any]:
 
 
 def load_pretrained(module: Any, weights: dict[str, Any], key: str, part: str = "") -> None:
-    """Load all tensors of ``module`` from ``weights``, whose names have the prefix ``part``; others are ignored.
+    """Load all tensors of ``module`` from ``weights``, where their names have the prefix ``part``; ignore the rest.
 
     Raises:
         UsageError: a tensor is missing.

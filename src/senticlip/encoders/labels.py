@@ -1,6 +1,6 @@
 """Prompted class names → C×d (eq. 3 and 5): CLIP's text tower, or another text encoder.
 
-Frozen, they are computed once, and the model keeps only the result; trained, the tower encodes them at each step.
+If frozen, they are computed once and only the result is kept; if trained, the tower encodes them at each step.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from senticlip.encoders.text import build_body, load_body
 class LabelEncoder(nn.Module):
     """The C label vectors.
 
-    CLIP: the [CLS] state × the text projection, no pooler, as its own ``get_text_features``. Other encoders: the mean
-    of the states minus the mean of the C vectors (our choice): sentence encoders give prompts that differ in one word
-    nearly the same vector (e5: cosine 0.95), and their common part does not separate classes.
+    CLIP: the [CLS] state × the text projection, without the pooler, as in its ``get_text_features``. Other encoders:
+    the mean of the states, minus the mean of the C vectors (our choice): sentence encoders map prompts that differ in
+    one word to nearly the same vector (e5: cosine 0.95), and their common part does not separate classes.
 
     Args:
-        spec: of the encoder, see ``hub``.
-        shape: C×n of the prompts' ids.
-        train: keep the tower, and encode the prompts at each step.
+        spec: the encoder's spec, see ``hub``.
+        shape: (C, n) of the prompt ids.
+        train: keep the tower and encode the prompts at each step.
     """
 
     ids: Tensor
@@ -81,7 +81,7 @@ class LabelTower(nn.Module):
             hub.load_pretrained(self.projection, weights, "label.encoder", "text_projection.")
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode the prompts."""
+        """Encode the prompts: ids and mask C×n → C×d."""
         states = self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # C×n×h
         if self.projection is not None:
             return self.projection(states[:, 0])

@@ -1,6 +1,6 @@
-"""Text → states: PIFT (eq. 4), a prompt prefix before the word vectors of a pretrained encoder.
+"""Text → states: PIFT (eq. 4), a prompt prefix before the token embeddings of a pretrained encoder.
 
-Lai et al. 2023, "基于提示嵌入的突发公共卫生事件微博文本情感分析"; the reading is in docs/equations.md.
+Lai et al. 2023, "基于提示嵌入的突发公共卫生事件微博文本情感分析"; our reading is in docs/equations.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from senticlip.structures import Sequence, UsageError, UserError, first_line
 
 
 def build_body(spec: dict[str, Any]) -> Any:
-    """The bare transformers text encoder of a spec, without a pooler; a Chinese-CLIP spec gives its text tower."""
+    """The transformers text encoder of a spec, without head or pooler; for Chinese-CLIP, its text tower."""
     from transformers import AutoModel, ChineseCLIPTextModel
 
     config = hub.hf_config(spec)
@@ -32,7 +32,7 @@ def build_body(spec: dict[str, Any]) -> Any:
 
 
 def _names_backbone(config: dict[str, Any]) -> bool:
-    """Whether transformers would build another network for a part of it, which may come from a hub."""
+    """Whether transformers would build a part of it as another network, possibly from a hub."""
     return any(
         (value and "backbone" in str(name)) or (isinstance(value, dict) and _names_backbone(value))
         for name, value in config.items()
@@ -40,7 +40,7 @@ def _names_backbone(config: dict[str, Any]) -> bool:
 
 
 def load_body(folder: Path, key: str = "text.encoder") -> Any:
-    """The same with the folder's weights, in float32."""
+    """``build_body`` with the weights from a folder, in float32."""
     from transformers import AutoModel, ChineseCLIPModel
 
     spec = hub.read_config(folder, key)
@@ -55,7 +55,7 @@ def load_body(folder: Path, key: str = "text.encoder") -> Any:
 
 
 def text_spec(config: Any, key: str = "text.encoder") -> tuple[dict[str, Any], Path | None]:
-    """The JSON spec of an encoder and its folder (None: an encoder we know, with random weights, offline).
+    """The JSON spec of an encoder and its folder (None: a known encoder with random weights, built offline).
 
     Args:
         config: anything with ``encoder`` and ``pretrained``.
@@ -71,19 +71,19 @@ def text_spec(config: Any, key: str = "text.encoder") -> tuple[dict[str, Any], P
 
 
 def spec_width(spec: dict[str, Any]) -> int:
-    """The width of the states that a spec's encoder gives."""
+    """The hidden size of a spec's encoder."""
     config = hub.hf_config(spec)
     return getattr(config, "text_config", config).hidden_size
 
 
 def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
-    """The tokenizer of a folder; without one, a character tokenizer that covers the common Chinese characters.
+    """The tokenizer of a folder; without a folder, a character tokenizer with the common Chinese characters.
 
-    It pads at the right, whatever the folder says: rows are trimmed there. ``random``: the weights will be, so that a
-    folder that holds a config only will do.
+    It always pads on the right, where rows are trimmed. With ``random`` (random weights), the character tokenizer also
+    serves a folder without a vocabulary.
 
     Raises:
-        UserError: there is none in the folder, or it cannot be read.
+        UserError: the folder has no tokenizer, or it cannot be read.
     """
     from transformers import AutoTokenizer, BertTokenizer
 
@@ -93,13 +93,13 @@ def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
         except Exception as error:
-            # each kind of tokenizer fails in a way of its own
+            # each kind of tokenizer fails in its own way
             reason = first_line(error)
             raise UserError(f"{folder}: the tokenizer cannot be read ({reason}) — get the folder again") from error
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
         if any((folder / name).is_file() for name in files):
             return tokenizer
-        if not random:  # transformers has made one that knows no word
+        if not random:  # transformers has made a tokenizer with an empty vocabulary
             raise UserError(f"{folder}: no vocabulary found ({', '.join(sorted(files))}) — get the folder again")
     characters = [
         chr(code)
@@ -111,7 +111,7 @@ def load_tokenizer(folder: Path | None, random: bool = False) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: list[str | None], max_length: int) -> tuple[Tensor, Tensor]:
-    """Texts → ids B×n (int64) and mask B×n; a missing text (None) is a row without a True."""
+    """Texts → ids B×n (int64) and mask B×n; the mask of a missing text (None) is all False."""
     if all(text is None for text in texts):
         return torch.zeros(len(texts), 1, dtype=torch.long), torch.zeros(len(texts), 1, dtype=torch.bool)
     encoded = tokenizer(
@@ -122,14 +122,14 @@ def tokenize(tokenizer: Any, texts: list[str | None], max_length: int) -> tuple[
 
 
 BY_PAIRS = {"albert", "bert", "chinese_clip_text_model", "electra", "ernie", "roberta", "xlm-roberta"}
-"""Model types that take a 4-D attention mask B×1×L×L as it is."""
+"""Model types that accept a 4-D attention mask B×1×L×L unchanged."""
 
 
 class TextEncoder(nn.Module):
     """[CLS] + p prompt vectors + the characters → states of [CLS] and the characters.
 
-    The prompt is learned (a p×e parameter, initialised with the word vectors of ``prefix_text``), discrete (those words
-    themselves) or none. Its output states are dropped, so the characters keep their positions.
+    The prompt is learned (a p×e parameter, initialised with the embeddings of ``prefix_text``), discrete (the tokens of
+    ``prefix_text``) or none. Its output states are dropped: the output has one state for each input token.
 
     Shape:
         ids B×n, mask B×n → Sequence B×n×d
@@ -150,14 +150,14 @@ class TextEncoder(nn.Module):
         length = {"learned": config.prefix_length, "discrete": prompt_length, "none": 0}[prompt]
         places = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
         padding = getattr(places, "padding_idx", None)
-        unused = 0 if padding is None else padding + 1  # RoBERTa's positions begin behind it
-        positions = getattr(self.body.config, "max_position_embeddings", -1)  # -1: relative ones, without a limit
+        unused = 0 if padding is None else padding + 1  # RoBERTa's positions start after it
+        positions = getattr(self.body.config, "max_position_embeddings", -1)  # -1: relative positions, no limit
         limit = positions - length - unused
         if positions > 0 and config.max_length > limit:
             raise UsageError(f"text.max_length: {config.max_length} is more than the encoder allows ({limit})")
 
     def start_prompt(self, ids: Tensor) -> None:
-        """Start the prompt from the words ``ids`` p (a learned one repeats them to the length of the prefix)."""
+        """Initialise the prompt with token ids ``ids`` p (a learned prompt repeats them up to the prefix length)."""
         if self.prefix is not None:
             words = self.body.get_input_embeddings().weight.detach()
             with torch.no_grad():
@@ -166,18 +166,18 @@ class TextEncoder(nn.Module):
             self.prompt_ids.copy_(ids)
 
     def _avoids_sync(self, x: Tensor) -> bool:
-        """Whether the body gets a 4-D mask: for a 2-D one transformers checks whether all is real, and a GPU syncs."""
+        """Whether to pass a 4-D mask: with a 2-D one, transformers synchronises with the GPU to check for padding."""
         config = self.body.config
         by_pairs = config.model_type in BY_PAIRS and config._attn_implementation == "sdpa"
         return self.training and by_pairs and x.device.type == "cuda"
 
     def _states(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Word vectors B×L×e and their mask B×L → states B×L×d."""
+        """Token embeddings B×L×e and mask B×L → states B×L×d."""
         mask = seen[:, None, None].expand(-1, -1, seen.shape[1], -1) if self._avoids_sync(x) else seen.long()
         return self.body(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
     def forward(self, text: Sequence) -> Sequence:
-        """Encode B×n ids; a row without text gives finite states under an all-False mask."""
+        """Encode ids B×n; a row without text gets finite states and an all-False mask."""
         ids, mask = text
         ids = ids.masked_fill(~mask, self.body.config.pad_token_id or 0)
         seen = mask.clone()

@@ -16,7 +16,7 @@ from senticlip.structures import Sequence, UsageError, first_line
 
 
 def vision_spec(config: VisionConfig) -> tuple[dict[str, Any], Path | None]:
-    """The JSON spec of the network (config, pixel size, mean, std, width) and its folder if its weights are wanted."""
+    """The JSON spec of the network (config, pixel size, mean, std, width) and, for pretrained weights, its folder."""
     known = config.encoder in hub.KNOWN or _timm_name(config.encoder) is not None
     if config.pretrained or Path(config.encoder).is_dir() or not known:
         folder = hub.fetch(config.encoder, "vision.encoder")
@@ -51,7 +51,7 @@ def _clip_spec(data: dict[str, Any], folder: Path | None, size: int | None) -> d
 
 
 def _timm_name(encoder: str) -> str | None:
-    """The timm architecture that an id names (``timm/vit_base_patch32_224.augreg`` too), or None."""
+    """The timm architecture that a name refers to (also ``timm/vit_base_patch32_224.augreg``), or None."""
     import timm
 
     name = encoder.rsplit("/", 1)[-1].split(".")[0]
@@ -84,8 +84,8 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
 
 
 TOGETHER = 6
-"""Frames in one forward pass on a CPU in inference: the activations of more do not fit into its caches
-(EfficientNet-Lite0 at 160 pixels: 9 ms a frame, 20 ms a frame in passes of 192)."""
+"""Frames per forward pass in CPU inference: the activations of more would not fit into the CPU caches
+(EfficientNet-Lite0 at 160 pixels: 9 ms per frame, against 20 ms in passes of 192)."""
 
 
 QUICK_GELU = 1.702
@@ -94,12 +94,12 @@ QUICK_GELU = 1.702
 class QuickGelu(nn.Module):
     """x · sigmoid(1.702 x), CLIP's activation.
 
-    In inference it works in place, since nothing reads its input again: the plain formula's four passes over memory are
-    a tenth of a CPU's forward pass.
+    In inference it works in place, since nothing else reads its input: the plain formula makes four passes over memory,
+    a tenth of the forward pass on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape → the same."""
+        """Any shape → same shape."""
         if torch.is_inference_mode_enabled():
             return nn.functional.silu(x.mul_(QUICK_GELU), inplace=True).div_(QUICK_GELU)
         return x * torch.sigmoid(QUICK_GELU * x)
@@ -108,14 +108,14 @@ class QuickGelu(nn.Module):
 class Patches(nn.Conv2d):
     """A CLIP tower's patch embedding as one matrix product instead of a convolution.
 
-    A training step on a GPU is 4 % shorter.
+    This makes a training step on a GPU 4 % faster.
 
     Shape:
         N×3×H×W → N×D×H/P×W/P
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Equal to the convolution up to rounding; pixels at the right and bottom that fill no patch are left out."""
+        """Equal to the convolution up to rounding; pixels at the right and bottom that fill no patch are ignored."""
         p = self.kernel_size[0]
         h, w = (side // p * p for side in input.shape[-2:])
         rows = input[..., :h, :w].unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # N×h×w×3×P×P
@@ -125,22 +125,22 @@ class Patches(nn.Conv2d):
 class ClassTokenLayer(nn.Module):
     """A CLIP tower's last layer, computed for the class token only: nothing reads the layer's other outputs.
 
-    One query needs no keys and values: q · (W_k x) = (W_kᵀ q) · x, and Σ a W_v x = W_v Σ a x. This saves nearly all of
-    the layer's time. The parameters are the layer's own, under the same names; the softmax cancels the key's bias.
+    A single query needs no keys and values: q · (W_k x) = (W_kᵀ q) · x, and Σ a W_v x = W_v Σ a x. This saves nearly
+    all of the layer's time. It reuses the layer's parameters and their names; the softmax cancels the key bias.
 
     Shape:
-        N×T×D → N×1×D; the submodule ``attention_weights`` returns N×heads×1×T (heat maps hook it)
+        N×T×D → N×1×D; the submodule ``attention_weights`` returns N×heads×1×T (hooked by heat maps)
     """
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        # in the layer's order: an optimizer's saved state knows parameters by their place
+        # in the layer's order: saved optimizer states identify parameters by position
         self.self_attn, self.layer_norm1 = layer.self_attn, layer.layer_norm1
         self.mlp, self.layer_norm2 = layer.mlp, layer.layer_norm2
         self.attention_weights = nn.Softmax(-1)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output for the first token."""
+        """The layer's output for the first token: N×T×D → N×1×D."""
         attention, x = self.self_attn, self.layer_norm1(hidden_states)
         parts = attention.k_proj.weight, attention.v_proj.weight
         to_keys, to_values = (part.unflatten(0, (attention.num_heads, -1)) for part in parts)  # H×w×D
@@ -157,11 +157,11 @@ class ClassTokenLayer(nn.Module):
 class VisionEncoder(nn.Module):
     """One state per frame.
 
-    Padding changes nothing, not even in a batch norm: either only the real frames are encoded, or no frame influences
-    another.
+    Padding has no effect, not even in a batch norm: either only the real frames are encoded, or frames do not influence
+    each other.
 
     Args:
-        spec: as ``vision_spec`` returns it.
+        spec: from ``vision_spec``.
         sampled: whether training masks most of the frames (``vision.train_frames``).
 
     Shape:
@@ -185,7 +185,7 @@ class VisionEncoder(nn.Module):
             for part in self.body.modules():
                 if isinstance(getattr(part, "activation_fn", None), QuickGELUActivation):
                     part.activation_fn = QuickGelu()
-            self.body.embeddings.patch_embedding.__class__ = Patches  # its weights stay, as transformers drew them
+            self.body.embeddings.patch_embedding.__class__ = Patches  # keeps the weights that transformers initialised
             layers = self.body.encoder.layers
             layers[-1] = ClassTokenLayer(layers[-1])
             self.projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
@@ -207,13 +207,13 @@ class VisionEncoder(nn.Module):
             else:
                 import timm
 
-                # timm fits position embeddings to the image size, so it does the loading
+                # let timm load them: it resizes position embeddings to the image size
                 fitted = {"img_size": self.size} if _takes_size(self.body) else {}
                 source = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **fitted)
                 hub.load_pretrained(self.body, source.state_dict(), "vision.encoder")
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """N×3×H×W in 0 … 255 → what the network was trained on."""
+        """N×3×H×W in 0 … 255 → normalised as in the network's pretraining."""
         return (pixels.to(self.std.dtype) - self.mean) / self.std
 
     def images(self, pixels: Tensor) -> Tensor:
@@ -221,13 +221,13 @@ class VisionEncoder(nn.Module):
         if self.kind == "chinese_clip":
             state = self.body(pixel_values=pixels, interpolate_pos_encoding=self.resized).pooler_output
             return self.projection(state)
-        # twice as fast for convolutions on the CPU, and no slower elsewhere
+        # twice as fast for convolutions on a CPU, and not slower elsewhere
         return self.body(pixels.contiguous(memory_format=torch.channels_last))
 
     def _avoids_sync(self, pixels: Tensor) -> bool:
-        """Whether masked frames are encoded, too: in training on a GPU that is faster than waiting to know the mask.
+        """Whether to encode masked frames, too: when training on a GPU, faster than synchronising to read the mask.
 
-        Only where few frames are masked, and no frame influences another (a timm network may have batch norms).
+        Only if few frames are masked and frames do not influence each other (timm networks may have batch norms).
         """
         independent = self.kind == "chinese_clip" and not self.sampled
         return independent and self.training and pixels.device.type == "cuda"
@@ -249,8 +249,8 @@ def real_frames(vision: Sequence, encode: Callable[[Tensor], Tensor], empty: Ten
     Args:
         vision: pixels B×m×3×H×W and mask B×m.
         encode: N×3×H×W → N×d.
-        empty: what it gives of no frame, 0×d.
-        apart: only ``TOGETHER`` frames at a time.
+        empty: the result for no frames, 0×d.
+        apart: encode ``TOGETHER`` frames at a time.
     """
     pixels, mask = vision
     rows = mask.flatten().nonzero()[:, 0]  # synchronises with a GPU
@@ -263,12 +263,12 @@ def real_frames(vision: Sequence, encode: Callable[[Tensor], Tensor], empty: Ten
 
 
 def _takes_size(body: nn.Module) -> bool:
-    """Whether a timm network is made for one image size."""
+    """Whether a timm network is built for a fixed image size."""
     return "img_size" in inspect.signature(type(body).__init__).parameters
 
 
 ELSEWHERE = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""What would have timm look elsewhere than in the folder: a RUN may come from anybody, and names no other file."""
+"""Arguments that would make timm read other files: a RUN may be untrusted, so it must not name any."""
 
 
 def _timm_body(spec: dict[str, Any]) -> Any:
@@ -276,7 +276,7 @@ def _timm_body(spec: dict[str, Any]) -> Any:
 
     name = spec["config"]["architecture"]
     args = {key: value for key, value in spec["config"]["model_args"].items() if key not in ELSEWHERE}
-    if not timm.is_model(name):  # "hf-hub:…" would ask the network
+    if not timm.is_model(name):  # "hf-hub:…" would access the network
         raise UsageError(f"vision.encoder: timm has no network {name}")
     body = timm.create_model(name, pretrained=False, num_classes=0, **args)
     if _takes_size(body):

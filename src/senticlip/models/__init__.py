@@ -26,26 +26,26 @@ MODELS: dict[str, Any] = {
     "self_mm": SelfMM,
     "mmaf": MMAF,
 }
-"""The network of each name; ``config.Model`` lists the names, too, and refuses others."""
+"""The networks by name; ``config.Model`` must list the same names."""
 
 TRAINING = (
     *("target", "protocol", "seed", "start", "stages", "dropout", "focal_gamma", "train."),
     *("text.train", "text.lr", "vision.train", "vision.lr", "vision.augment", "audio.lr", "label.lr"),
 )
-"""Beginnings of the config keys that say how a model is trained, not what it is."""
+"""Prefixes of the config keys that set how a model is trained, not its architecture."""
 
 
 def create_model(config: Config, dims: dict[str, int] | None = None) -> SentimentModel:
-    """A model with its pretrained encoders (or random ones, where the config says so) and a fresh network.
+    """A model with pretrained encoders (or random ones, if the config says so) and a new network.
 
-    With ``config.start``, all of it has that RUN's weights instead.
+    With ``config.start``, all weights come from that RUN instead.
 
     Args:
         config: the experiment.
-        dims: feature widths of the modalities that come as features (feature files, audio): they get no encoder.
+        dims: feature widths of the modalities that come as features (feature files, audio) and need no encoder.
 
     Raises:
-        UsageError: an encoder that cannot be found, parts that do not fit together, or not to ``start``.
+        UsageError: an encoder cannot be found, or parts do not fit together or do not match ``start``.
     """
     widths = {name: width for name, width in (dims or {}).items() if name in config.modalities}
     if config.start is not None:
@@ -80,10 +80,10 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
 
 
 def _continued(config: Config, widths: dict[str, int]) -> SentimentModel:
-    """The model of the RUN ``config.start``, to be trained as ``config`` says; what is set by the data is set anew."""
+    """The model of the RUN ``config.start``, to be trained with ``config``; buffers fitted to the data are reset."""
     saved = SentimentModel.from_pretrained(str(config.start))
     its, ours = _architecture(saved.experiment), _architecture(config)
-    for name, width in widths.items():  # of features: an encoder's is its own
+    for name, width in widths.items():  # of features only: an encoder brings its own
         its[f"width of {name}"], ours[f"width of {name}"] = saved.config.dims.get(name), width
     for key, value in ours.items():
         if its[key] != value:
@@ -106,7 +106,7 @@ def _words(tokenizer: Any, text: str) -> torch.Tensor:
 
 
 def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], Any, torch.Tensor, torch.Tensor]:
-    """Spec, folder of the weights (None: random ones) and prompt ids of the label encoder that LabelConfig tells."""
+    """Spec and shape, weights folder (None: random), prompt ids and mask of the label encoder set in LabelConfig."""
     label = config.label
     source: Any
     key, source = "label.encoder", label
@@ -130,7 +130,7 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
 def _start(
     model: SentimentModel, parts: dict[str, Any], folders: dict[str, Any], tokens: dict[str, torch.Tensor]
 ) -> None:
-    """Load the pretrained weights, initialise the prompt and encode the label prompts."""
+    """Load pretrained weights, initialise the prompt and encode the label prompts."""
     if "text" in parts:
         encoder: Any = model.encoders["text"]
         if folders["text"] is not None and model.experiment.text.pretrained:

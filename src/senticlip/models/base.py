@@ -1,4 +1,4 @@
-"""Encoders + network in one PreTrainedModel, so that save_pretrained, from_pretrained and push_to_hub work."""
+"""Encoders and network in one PreTrainedModel, for save_pretrained, from_pretrained and push_to_hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 class SenticlipConfig(PreTrainedConfig):
-    """The experiment, the specs that rebuild its encoders offline, the feature width of each modality."""
+    """The experiment, specs to rebuild its encoders offline, and the feature width of each modality."""
 
     model_type = "senticlip"
 
@@ -43,7 +43,7 @@ class SenticlipConfig(PreTrainedConfig):
 
 
 def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
-    """Set which parameters of an encoder learn: "frozen" none, "full" all, k its top k layers and what follows them.
+    """Set which parameters of an encoder are trained: "frozen" none, "full" all, k the top k layers and all after them.
 
     Raises:
         UsageError: the encoder has fewer than k layers.
@@ -57,21 +57,21 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
         raise UsageError(f"{key}: top {how} layers, but the encoder has {len(layers)}")
     names = {id(p) for p in layers[len(layers) - how].parameters()}
     learning = False
-    for parameter in module.parameters():  # in the order of definition, which is the order of depth
+    for parameter in module.parameters():  # definition order is depth order
         learning = learning or id(parameter) in names
         parameter.requires_grad_(learning)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder: its largest stack of modules by parameters; of several layers, if there is one."""
+    """The layers of an encoder: its stack of modules with the most parameters, preferring stacks of several layers."""
     stacks = [stack for part in module.modules() if (stack := _stack(part))]
     return max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
 
 
 def _stack(module: nn.Module) -> list[nn.Module]:
-    """The layers of one module: the items of a list, or sibling lists of one kind (ResNet's layer1 … layer4)."""
+    """The layers of one module: the items of a list, or sibling lists of one kind (as ResNet's layer1 … layer4)."""
     lists = nn.ModuleList | nn.Sequential
-    parts = [part for part in module.children() if _size(part)]  # an activation is no layer
+    parts = [part for part in module.children() if _size(part)]  # modules without parameters are not layers
     if isinstance(module, lists):
         return parts
     kinds: dict[type, list[nn.Module]] = {}
@@ -82,7 +82,7 @@ def _stack(module: nn.Module) -> list[nn.Module]:
 
 
 def _eval_frozen(module: nn.Module) -> None:
-    """Put the submodules in which nothing learns into eval mode."""
+    """Put submodules without trainable parameters into eval mode."""
     learning = {parameter.requires_grad for parameter in module.parameters()}
     if learning == {False}:
         module.eval()
@@ -96,10 +96,10 @@ def _size(module: nn.Module) -> int:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The local folder of a RUN: itself, or the snapshot of a hub id.
+    """The local folder of a RUN: the folder itself, or the snapshot of a hub id.
 
     Raises:
-        UsageError: neither.
+        UsageError: it is neither.
     """
     if Path(run).is_dir():
         return Path(run)
@@ -107,7 +107,7 @@ def run_folder(run: str | Path) -> Path:
 
 
 def only(features: Batch, kept: Collection[str]) -> Batch:
-    """The same rows with only the modalities ``kept``; the others become one masked position."""
+    """The same rows with only the modalities ``kept``; each other one becomes a single masked position."""
     parts = features.modalities.items()
     gone = {name: Sequence(s.values[:, :1], torch.zeros_like(s.mask[:, :1])) for name, s in parts if name not in kept}
     return Batch({**features.modalities, **gone}, features.labels, features.rows)
@@ -116,8 +116,8 @@ def only(features: Batch, kept: Collection[str]) -> Batch:
 class SentimentModel(PreTrainedModel):
     """``encode`` (token ids, pixels → features), then ``fuse`` (features → Output); ``forward`` does both.
 
-    Features (float) skip the encoders, so cached features and raw input take one path. ``tokenizer`` is the text
-    encoder's (None without one); it is saved, loaded and pushed with the model.
+    Float input counts as features and skips the encoders, so cached features and raw input share one path.
+    ``tokenizer`` is the text encoder's (None without one); it is saved, loaded and pushed with the model.
     """
 
     config_class = SenticlipConfig
@@ -128,7 +128,7 @@ class SentimentModel(PreTrainedModel):
         from senticlip.models import MODELS
 
         self.tokenizer: Any = None
-        self.card = ""  # of the RUN it was loaded from, in Markdown
+        self.card = ""  # the model card (Markdown) of the RUN it was loaded from
         self.experiment = experiment = from_dict(config.experiment)
         encoders = config.encoders
         self.encoders = nn.ModuleDict()
@@ -149,7 +149,7 @@ class SentimentModel(PreTrainedModel):
         self.post_init()
 
     def _prompt_is_frozen(self, name: str) -> bool:
-        """Whether a frozen text encoder's prompt is frozen, too: a stage has trained it, or the network is a peer."""
+        """Whether a frozen encoder's prompt is frozen too: a stage has trained it, or the network is a peer."""
         experiment = self.experiment
         staged = any(name in experiment.stage(stage).modalities for stage in experiment.stages)
         return staged or experiment.model != "clip_ca_msa"
@@ -161,11 +161,11 @@ class SentimentModel(PreTrainedModel):
     def from_pretrained(cls, folder: str | Path) -> SentimentModel:  # type: ignore[override]
         """Load a saved model from a folder or a hub id, exactly: every parameter and buffer, or an error.
 
-        transformers' own loader builds on ``meta`` and leaves what a file lacks as uninitialised memory. Its options
-        (``dtype``, ``revision`` and so on) are not taken, so that none is passed over in silence.
+        transformers' own loader builds on ``meta`` and leaves tensors missing from the file uninitialised. Its options
+        (``dtype``, ``revision`` and so on) are rejected rather than silently ignored.
 
         Raises:
-            UsageError: no such folder or hub id, no model in it. UserError: a file of it is broken or missing.
+            UsageError: no such folder or hub id, or no model in it. UserError: a file in it is broken or missing.
         """
         path = run_folder(folder)
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
@@ -179,7 +179,7 @@ class SentimentModel(PreTrainedModel):
             model.load_state_dict(load_file(path / "model.safetensors"))
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-            reason = lines[:2][-1][:200]  # torch lists the wrong keys below a heading
+            reason = lines[:2][-1][:200]  # torch lists the mismatched keys below a heading
             file = path / "model.safetensors"
             raise UserError(f"{file}: broken, or does not match its config ({reason}) — copy it again") from None
         if (path / "README.md").is_file():
@@ -195,54 +195,54 @@ class SentimentModel(PreTrainedModel):
 
     @classmethod
     def _described(cls, path: Path) -> SentimentModel:
-        """The model that a folder's config.json describes, its weights not loaded."""
+        """The model that a folder's config.json describes, without loading its weights."""
         try:
             config = SenticlipConfig.from_pretrained(path)
             if config.model_type != "senticlip" or config.format_version > FORMAT:
                 raise UserError(
                     f"format {config.format_version} of {config.model_type!r}; this version reads up to {FORMAT}"
                 )
-            with torch.random.fork_rng(devices=[]):  # the caller's numbers stay: what is drawn here is overwritten
+            with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
                 return cls(config)
         except UserError as error:
             raise UserError(f"{path}/config.json: {error}") from None
         except Exception as error:
-            # a broken description can fail anywhere
+            # a broken config can fail anywhere
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise UserError(f"{path}/config.json: not a valid model config ({reason}) — copy it again") from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write config, weights and, in ``tokenizer/``, the tokenizer; ``push_to_hub`` sends what this writes."""
+        """Write config, weights and, in ``tokenizer/``, the tokenizer; ``push_to_hub`` uploads this."""
         super().save_pretrained(save_directory, **{**kwargs, "max_shard_size": 1 << 50})  # one file: no shards are read
-        for weights in Path(save_directory).glob("*.safetensors"):  # safetensors makes them readable to the owner only
+        for weights in Path(save_directory).glob("*.safetensors"):  # safetensors makes them readable only by the owner
             weights.chmod((Path(save_directory) / "config.json").stat().st_mode)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """``push_to_hub`` would publish transformers' empty form; a card that the hub has stays."""
+        """Upload our model card instead of transformers' empty template; a card already on the hub stays."""
         card = Path(working_dir) / "README.md"
         if self.card and (not card.exists() or "[More Information Needed]" in card.read_text(encoding="utf-8")):
             card.write_text(self.card, encoding="utf-8")
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def train(self, mode: bool = True) -> SentimentModel:
-        """As in torch, but frozen parts stay in eval mode, without dropout and with fixed batch-norm statistics."""
+        """As in torch, but frozen parts stay in eval mode: no dropout, fixed batch-norm statistics."""
         super().train(mode)
         for encoder in self.encoders.values():
             _eval_frozen(encoder)
         return self
 
     def frozen(self, name: str) -> bool:
-        """Whether this modality's encoder is there and nothing in it learns, so that its output may be cached."""
+        """Whether this modality has an encoder without trainable parameters, whose output can be cached."""
         return name in self.encoders and not any(p.requires_grad for p in self.encoders[name].parameters())
 
     def compile_encoders(self) -> None:
-        """Compile the encoders in place with torch.compile, layer by layer; parameters and their names stay.
+        """Compile the encoders in place with torch.compile, layer by layer; parameters keep their names.
 
-        One graph serves all layers of a kind, which takes seconds, not a minute. Text layers take any length.
+        All layers of a kind share one graph, which takes seconds, not a minute. Text layers accept any length.
         """
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers × frozen or not × shapes; beyond it, no graph
+        torch._dynamo.config.recompile_limit = 64  # layer kinds × frozen or not × shapes; beyond it, uncompiled
         for name, encoder in self.encoders.items():
             for part in _layers(encoder.get_submodule("body")):
                 part.compile(dynamic=True if name == "text" else None)
@@ -251,12 +251,12 @@ class SentimentModel(PreTrainedModel):
         """Token ids and pixels → features by modality; modalities that the model does not use are dropped.
 
         Raises:
-            UsageError: a name that is no modality; raw input of a modality for which the model has no encoder.
+            UsageError: an unknown modality, or raw input of a modality for which the model has no encoder.
         """
         if unknown := sorted(batch.modalities.keys() - {*MODALITIES}):
             raise UsageError(f"{unknown[0]}: not a modality — choose from {', '.join(MODALITIES)}")
         features = {}
-        # frames first: they keep a GPU busy while the CPU launches the rest
+        # frames first: they keep the GPU busy while the CPU launches the rest
         for name in sorted(self.experiment.modalities, key=lambda name: name != "vision"):
             if (sequence := batch.modalities.get(name)) is None:
                 continue
@@ -271,11 +271,11 @@ class SentimentModel(PreTrainedModel):
         return Batch(ordered, batch.labels, batch.rows)
 
     def fuse(self, features: Batch, attention: bool = False) -> Output:
-        """Features → Output."""
+        """Features B×L×d by modality → Output."""
         return self.network(features, attention=attention)
 
     def forward(self, batch: Batch, attention: bool = False, alone: bool = False) -> Output:
-        """Raw input or features → Output."""
+        """Raw input or features by modality → Output; with ``alone``, also for each modality on its own."""
         features = self.encode(batch)
         output = self.fuse(features, attention)
         if not alone:
@@ -284,9 +284,9 @@ class SentimentModel(PreTrainedModel):
         return output._replace(alone=said)
 
     def alone(self, features: Batch) -> dict[str, Output]:
-        """The output given one modality only, for each modality of ``features``."""
+        """The output for each modality of ``features`` on its own."""
         return {name: self.fuse(only(features, [name])) for name in features.modalities}
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The network's loss, and its parts by name for the log."""
+        """The network's loss (a scalar), and its parts by name for the log."""
         return self.network.loss(output, batch)

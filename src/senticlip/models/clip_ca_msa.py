@@ -1,4 +1,4 @@
-"""CLIP-CA-MSA: the paper's model, its equations in order (docs/equations.md).
+"""CLIP-CA-MSA: the paper's model, equation by equation (docs/equations.md).
 
 Chen et al. 2024, "基于CLIP和交叉注意力的多模态情感分析模型", doi 10.13705/j.issn.1671-6833.2024.02.003.
 """
@@ -22,7 +22,7 @@ from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence, pol
 
 
 class Entrance(nn.Module):
-    """Features of one modality → the model's width; a row without the modality gets one learned absent token."""
+    """Projects features of one modality to the model's width; rows without it get one learned absent token."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Entrance(nn.Module):
         self.absent = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, features: Sequence, present: Tensor) -> Sequence:
-        """B×L×dim → B×L×d; what lies under the mask is never read."""
+        """B×L×dim → B×L×d; masked values are never read."""
         values, mask = features
         x = self.project(values.to(self.absent.dtype).masked_fill(~mask[..., None], 0.0))
         first = torch.where(present[:, None], x[:, 0], self.absent.to(x.dtype))
@@ -39,10 +39,10 @@ class Entrance(nn.Module):
 
 
 class Whiten(nn.Module):
-    """PCA whitening of the audio features: mean 0, covariance about the identity, B×L×d → B×L×d.
+    """PCA whitening of the audio features: mean 0, covariance close to the identity, B×L×d → B×L×d.
 
     Neighbouring log-mel bands are highly correlated; voices differ in small residuals, which gradient descent learns
-    late. (Cepstra, the cosine transform of a log-mel, decorrelate in part.)
+    late. (Cepstra, the cosine transform of a log-mel, are only partly decorrelated.)
     """
 
     mean: Tensor
@@ -55,11 +55,11 @@ class Whiten(nn.Module):
 
     def forward(self, features: Sequence) -> Sequence:
         """Whiten each position."""
-        with torch.autocast(self.mean.device.type, enabled=False):  # in bf16 small differences would be lost again
+        with torch.autocast(self.mean.device.type, enabled=False):  # bf16 would lose small differences again
             return Sequence((features.values.to(self.mean) - self.mean) @ self.turn, features.mask)
 
     def learn(self, parts: Iterable[Tensor]) -> None:
-        """Set mean and transform from a training set's positions, N×d a part; directions of no variance stay small."""
+        """Fit mean and transform to the training positions, in parts N×d; directions without variance stay small."""
         count, width = 0, len(self.mean)
         total, squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
         for part in parts:
@@ -73,17 +73,17 @@ class Whiten(nn.Module):
 
 
 class ClipCaMsa(nn.Module):
-    """The fusion network: what comes after the encoders.
+    """The network after the encoders.
 
     Args:
-        config: the experiment; temporal, fusion, head and loss choose the rows of Tables 5 to 8.
+        config: the experiment; temporal, fusion, head and loss select the rows of Tables 5 to 8.
         dims: feature width by modality.
         label: spec and shape of the label encoder (similarity head only).
 
     Shape:
         features B×n×d_t (text), B×m×d_v (vision), B×L×d_a (audio) → Output with logits B×C per modality
 
-    With one modality there is no fusion: the head reads the (temporal) states.
+    With a single modality there is no fusion: the head reads the (temporal) states.
     """
 
     temperature: Tensor
@@ -100,7 +100,7 @@ class ClipCaMsa(nn.Module):
         self.heads: Any = nn.ModuleDict({name: self._head(name) for name in self.names})
         self.combine: Any = LOSSES[config.loss](self.names)
         own = self.fusion is not None and "audio" in self.names and config.audio.own
-        self.hearing = PooledHead(config) if own else None  # logits of the audio alone, for its own label
+        self.hearing = PooledHead(config) if own else None  # logits from the audio alone, for its own label
         self.register_buffer("temperature", torch.ones(len(self.names)))
         self.register_buffer("class_weights", torch.ones(len(LABELS)))
 
@@ -110,7 +110,7 @@ class ClipCaMsa(nn.Module):
         return SimilarityHead(self.config, self.labels.dim) if self.labels is not None else LinearHead(self.config)
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
-        """Features → logits per modality, weights and the fused log-probabilities."""
+        """Features B×L×d by modality → logits and weights per modality, and fused log-probabilities B×C."""
         rows, device = next((s.mask.shape[0], s.mask.device) for s in batch.modalities.values())
         states, present = {}, {}
         for name in self.names:
@@ -137,7 +137,7 @@ class ClipCaMsa(nn.Module):
         return self.heads[name](states)
 
     def weights(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
-        """w_i = exp(−s_i) / Σ over the present modalities, B each; a row without any modality gets zeros."""
+        """w_i = exp(−s_i) / Σ over the present modalities, B each; zeros in a row without any modality."""
         stacked = torch.stack([present[name] for name in self.names], 1)  # B×heads
         w = self.combine.weights().to(stacked.device) * stacked
         w = w / w.sum(1, keepdim=True).clamp_min(1e-12)
@@ -149,7 +149,7 @@ class ClipCaMsa(nn.Module):
         return torch.stack(votes).sum(0).log_softmax(-1)
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Focal loss for text, cross-entropy for the others, each over the rows that have the modality and a label."""
+        """Focal loss for text, cross-entropy for the others, each over rows that have the modality and a label."""
         scores = batch.labels[self.config.target]
         known = ~scores.isnan()
         target = polarity(scores)
@@ -175,7 +175,7 @@ class ClipCaMsa(nn.Module):
 
     @torch.no_grad()
     def prepare(self, training: Any) -> None:
-        """Compute the whitening of the audio from the training set (a ClipSet); a RUN that goes on keeps its own."""
+        """Fit the audio whitening to the training set (a ClipSet); with ``start``, the RUN's own is kept."""
         if self.whiten is not None and self.config.start is None:
             store = training.stores["audio"]
             parts = map(store.gather, np.array_split(np.arange(len(store)), 1 + len(store) // 64))
@@ -183,7 +183,7 @@ class ClipCaMsa(nn.Module):
 
     @torch.no_grad()
     def step_finished(self) -> None:
-        """Clamp s and logit_scale in place: in the forward pass they would lose their gradient."""
+        """Clamp s and logit_scale in place: clamped in the forward pass, they would lose their gradient."""
         self.combine.clamp()
         if self.labels is not None:
             self.heads["vision"].logit_scale.clamp_(max=MAX_SCALE)

@@ -1,6 +1,6 @@
-"""Fusion of the modalities' sequences (eq. 9 to 12 and Table 6): cross-attention | concat.
+"""Fusion of the modalities (eq. 9 to 12 and Table 6): cross-attention | concat.
 
-Both map Sequences of one width, by modality, to the same; each row needs at least one real position in each modality.
+Both map Sequences B×L×d by modality to the same shapes; each row needs a real position in each modality.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from senticlip.structures import Sequence
 
 
 class CrossAttentionBlock(nn.Module):
-    """Eq. 9 to 12: cross-attention from one sequence to another; then add & norm, feed-forward, add & norm.
+    """Cross-attention from one sequence to another, add & norm, feed-forward, add & norm (eq. 9 to 12).
 
     Shape:
         query B×q×d, context B×k×d → B×q×d and the attention weights B×heads×q×k (None unless asked for)
@@ -31,7 +31,7 @@ class CrossAttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(d)
 
     def forward(self, query: Sequence, context: Sequence, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """``query`` gives the queries, ``context`` keys and values."""
+        """``query`` provides the queries, ``context`` the keys and values."""
         s, weights = self.attention(
             query.values,
             context.values,
@@ -45,7 +45,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionFusion(nn.Module):
-    """Each modality attends to each other one; the results are joined with its own states: Linear([H_a2b …; H_a])."""
+    """Each modality attends to every other; its states and the results are concatenated: Linear([H_a2b …; H_a])."""
 
     def __init__(self, config: Config, names: list[str]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class CrossAttentionFusion(nn.Module):
     def forward(
         self, inputs: dict[str, Sequence], attention: bool = False
     ) -> tuple[dict[str, Sequence], dict[str, Tensor]]:
-        """Fuse; the attention maps are named ``text_asks_vision`` and so on."""
+        """Fuse; attention maps are named ``text_asks_vision`` and so on."""
         outputs, maps = {}, {}
         for a in self.names:
             contexts = []
@@ -73,7 +73,7 @@ class CrossAttentionFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """One joint sequence through one Transformer encoder with as many layers as cross-attention has blocks."""
+    """One concatenated sequence through a Transformer encoder with as many layers as cross-attention has blocks."""
 
     def __init__(self, config: Config, names: list[str]) -> None:
         super().__init__()

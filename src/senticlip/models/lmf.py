@@ -1,9 +1,9 @@
-"""LMF: the tensor product of TFN with a weight tensor of low rank, never made.
+"""LMF: TFN's tensor product with a low-rank weight tensor, neither of which is materialised.
 
 Liu et al. 2018, Efficient Low-rank Multimodal Fusion with Modality-Specific Factors (arXiv 1806.00064). SIMS
-hyperparameters: MMSA. Deviations from MMSA: time averages and the LSTM skip padding; its optimizer forgets
-``fusion_weights`` and ``fusion_bias`` (``parameters()[:3]`` and ``[5:]``), which stay at their random start; ours
-trains them.
+hyperparameters: MMSA. Deviations from MMSA: time averages and the LSTM skip padding; its optimizer omits
+``fusion_weights`` and ``fusion_bias`` (``parameters()[:3]`` and ``[5:]``), which stay at their random initial values;
+ours trains them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class LowRankFusion(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Project each, multiply over modalities, add over ranks."""
+        """Project each tensor, multiply over modalities, sum over ranks."""
         product = torch.stack([x @ factor for x, factor in zip(inputs, self.factors, strict=True)]).prod(0)  # r×B×out
         return torch.einsum("r,rbo->bo", self.weights[0], product) + self.bias
 
 
 class LMF(Peer):
-    """Text through an LSTM, audio and vision through their means, then the low-rank product."""
+    """An LSTM for text, ``PooledNet`` for audio and vision, then low-rank fusion."""
 
     DEFAULTS = {
         "text_hidden": 64,
@@ -55,11 +55,11 @@ class LMF(Peer):
         self.fusion = LowRankFusion([1 + width for width in widths], self.outputs, o["rank"])
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
-        """A score, or logits."""
+        """Features B×L×d by modality → score B or logits B×C."""
         states = {name: self.nets[name](x) for name, x in self.inputs(batch).items()}  # B×h each
         return self.answer(self.fusion(*[with_one(states[name]) for name in self.names]))
 
     def param_groups(self, config: Config) -> list[dict[str, Any]]:
-        """The factors learn at their own rate."""
+        """The factors have their own learning rate."""
         decay = config.train.weight_decay
         return groups(self, [(self.fusion.factors, self.options["factor_lr"], decay)], config.train.lr, decay)

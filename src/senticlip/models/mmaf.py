@@ -1,9 +1,9 @@
-"""MMAF: each modality attends to itself, pairs perceive each other, a gate mixes; T, A, V as further tasks.
+"""MMAF: self-attention per modality, cross-attention per pair, a gate over all parts; T, A, V as extra tasks.
 
 Wu & Ma 2023, Multi-task & multi-modal sentiment analysis model based on aware fusion (doi
-10.11925/infotech.2096-3467.2022.1017); only its abstract can be read. “MMAF” is the single-task form, “MMAF+T+A+V”
-(``options.tasks``) adds the unimodal tasks, weighed by homoscedastic uncertainty. Our reading: pairwise cross-modal
-attention, and a gate over the modalities and their interactions; BERT, wav2vec and OpenFace are whatever features come.
+10.11925/infotech.2096-3467.2022.1017); only its abstract is accessible. “MMAF” is the single-task form; “MMAF+T+A+V”
+(``options.tasks``) adds the unimodal tasks, weighted by homoscedastic uncertainty. Our interpretation: pairwise
+cross-modal attention, and a gate over modalities and interactions; any features replace BERT, wav2vec and OpenFace.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
 
 class Perception(nn.Module):
-    """Two modalities attend to each other; the two results become one vector.
+    """Two modalities attend to each other; the two results are merged into one vector.
 
     Shape:
         a B×d with B×L_a×d, b B×d with B×L_b×d → B×d and two maps B×heads×1×L
@@ -33,7 +33,7 @@ class Perception(nn.Module):
         self.join = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.LayerNorm(d))
 
     def forward(self, a: tuple[Tensor, Sequence], b: tuple[Tensor, Sequence]) -> tuple[Tensor, list[Tensor]]:
-        """Each pooled vector is the query, the other modality's sequence keys and values."""
+        """Each pooled vector is the query; the other modality's sequence provides keys and values."""
         contexts, maps = [], []
         for attention, (query, _), (_, context) in zip(self.attention, (a, b), (b, a), strict=True):
             keys = ~context.mask
@@ -46,7 +46,7 @@ class Perception(nn.Module):
 
 
 class MMAF(Peer):
-    """Classification; ``weights`` is the gate: an interaction's share is split between its two modalities."""
+    """Classification only; ``weights`` is the gate, with an interaction's share split between its two modalities."""
 
     TASKS = ("classification",)
     DEFAULTS = {"task": "classification", "tasks": ["M"], "width": 128, "heads": 4, "layers": 1, "dropout": 0.2}
@@ -72,7 +72,7 @@ class MMAF(Peer):
         self.weigh: Any = LOSSES[config.loss](self.tasks) if len(self.tasks) > 1 else None
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
-        """Logits of the joint task, and of each modality where its task is trained."""
+        """Logits B×C of the joint task, and of each modality whose task is trained."""
         found = self.inputs(batch)
         there = {name: sequence.mask.any(1) for name, sequence in found.items()}  # B each
         inputs = {name: self.encode(name, sequence) for name, sequence in found.items()}
@@ -85,28 +85,28 @@ class MMAF(Peer):
             real.append(there[a] & there[b])
             maps |= {f"{a}_asks_{b}": ab, f"{b}_asks_{a}": ba} if attention else {}
         keep = torch.stack(real, -1)  # B×P
-        states = torch.where(keep[..., None], torch.stack(parts, 1), 0)  # B×P×d: absent ones say nothing
+        states = torch.where(keep[..., None], torch.stack(parts, 1), 0)  # B×P×d: absent parts are zero
         gate = self.gates(states, keep)
         fused = (gate[..., None] * states).sum(1)
         logits = {name: self.heads[name](self.drop(pooled.get(name, fused))).float() for name in self.tasks}
         return Output(logits, logits["fused"].log_softmax(-1), self.shares(gate), attention=maps)
 
     def encode(self, name: str, sequence: Sequence) -> Sequence:
-        """Project and let the modality attend to itself; an absent one becomes one zero that stands for nothing."""
+        """Project and apply self-attention; an absent modality becomes one zero vector at a position marked as real."""
         absent = ~sequence.mask.any(1, keepdim=True)
         mask = torch.cat([sequence.mask[:, :1] | absent, sequence.mask[:, 1:]], 1)
         values = self.project[name](torch.where(sequence.mask[..., None], sequence.values, 0))
         return Sequence(self.self_attention[name](values, src_key_padding_mask=~mask), mask)
 
     def gates(self, states: Tensor, keep: Tensor) -> Tensor:
-        """B×P×d → B×P that sum to 1 over the parts that are there (all, if a row has none)."""
+        """B×P×d → B×P, which sum to 1 over the present parts (over all parts if a row has none)."""
         if self.gate is None:
             return states.new_ones(states.shape[:2])
         keep = keep | ~keep.any(1, keepdim=True)
         return self.gate(states.flatten(1)).masked_fill(~keep, -torch.inf).softmax(-1)
 
     def shares(self, gate: Tensor) -> dict[str, Tensor]:
-        """The gate by modality, B each."""
+        """The share of each modality in the gate, B each."""
         shares = dict(zip(self.names, gate.unbind(1), strict=False))
         for i, (a, b) in enumerate(self.pairs, len(self.names)):
             shares[a], shares[b] = shares[a] + gate[:, i] / 2, shares[b] + gate[:, i] / 2
@@ -126,11 +126,11 @@ class MMAF(Peer):
         return (losses["fused"] if self.weigh is None else self.weigh(losses, observed)), logs
 
     def step_finished(self) -> None:
-        """Keep the log variances in bounds."""
+        """Clamp the log variances."""
         if self.weigh is not None:
             self.weigh.clamp()
 
     def param_groups(self, config: Config) -> list[dict[str, Any]]:
-        """The log variances learn at their own rate, without weight decay."""
+        """The log variances have their own learning rate and no weight decay."""
         special = [(self.weigh.parameters(), config.train.scalar_lr, 0.0)] if self.weigh is not None else []
         return groups(self, special, config.train.lr, config.train.weight_decay)

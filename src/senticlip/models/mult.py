@@ -1,8 +1,8 @@
-"""MulT: each modality attends to each other one along time, in causal cross-modal Transformers.
+"""MulT: each modality attends to every other over time, in causal cross-modal Transformers.
 
 Tsai et al. 2019, Multimodal Transformer for Unaligned Multimodal Language Sequences (arXiv 1906.00295). SIMS
-hyperparameters: MMSA, which leaves the positions out (``options.positions`` puts them back). Deviations from MMSA: it
-has no padding mask, so its causal band and its “last” step depend on the padding; here both follow each row's length.
+hyperparameters: MMSA, which omits position embeddings (``options.positions`` adds them). Deviations from MMSA: it has
+no padding mask, so its causal band and its “last” step depend on padding; here both follow each row's length.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from senticlip.models.peer import Peer, dropout, packed
 from senticlip.structures import Batch, Output, Sequence
 
 BLOCK = 64
-"""Queries per block: a block computes scores for the keys it may attend to only, and they fit into the CPU's cache."""
+"""Queries per block: each block scores only the keys it may attend to, and its scores fit into the CPU cache."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
-    """Scaled dot-product attention with dropout of the weights; B×heads×L×d, mask B×1×queries×keys (True: attends)."""
+    """Scaled dot-product attention with weight dropout; B×heads×L×d, mask B×1×queries×keys (True: attend)."""
     if not p or q.is_cuda:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     q, parts = q / math.sqrt(q.shape[-1]), []
@@ -65,7 +65,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers, the embedding scaled by √d, a norm at the end."""
+    """A stack of layers, with the input scaled by √d and a final norm."""
 
     def __init__(self, d: int, layers: int, attention_dropout: float, options: dict) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(d)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Scale, add sinusoids if asked for, drop."""
+        """Scale, add sinusoids (with ``options.positions``), apply dropout."""
         x = math.sqrt(x.shape[-1]) * x
         if self.options["positions"]:
             x = x + sinusoids(x.shape[1], x.shape[2]).to(x)
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def last(self, x: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        """The output of self-attention at each row's last real step, B×d; the last layer computes that step only."""
+        """The self-attention output at each row's last real step, B×d; the last layer computes only that step."""
         x = self.embed(x)
         for layer in self.layers[:-1]:
             x = layer(x, x, mask)
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 def sinusoids(length: int, d: int) -> Tensor:
-    """Fixed positions L×d (Vaswani et al. 2017)."""
+    """Sinusoidal position embeddings L×d (Vaswani et al. 2017)."""
     half = (d + 1) // 2
     rates = torch.exp(torch.arange(half) * -(math.log(10000) / max(half - 1, 1)))
     angles = torch.arange(1, length + 1)[:, None] * rates
@@ -110,7 +110,7 @@ def sinusoids(length: int, d: int) -> Tensor:
 def causal(queries: Tensor, keys: Tensor, size: tuple[int, int]) -> Tensor:
     """Lengths B of both sides → mask B×1×q×k: query i attends to the real keys j ≤ i + |L_k − L_q|.
 
-    Padded queries attend to something, too, so that no row of the mask is empty; nothing reads their outputs.
+    Padded queries attend to real keys too, so that no row of the mask is empty; their outputs are never read.
     """
     i, j = (torch.arange(n, device=queries.device) for n in size)
     shift = (keys - queries).abs()[:, None, None]
@@ -118,7 +118,7 @@ def causal(queries: Tensor, keys: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class MulT(Peer):
-    """Convolution to one width, cross-modal Transformers for each ordered pair, self-attention, the last step."""
+    """Convolution to a common width, a cross-modal Transformer per ordered pair, self-attention, the last step."""
 
     DEFAULTS = {
         "width": 50,
@@ -155,7 +155,7 @@ class MulT(Peer):
         self.out = nn.Linear(combined, self.outputs)
 
     def embed(self, name: str, sequence: Sequence) -> tuple[Tensor, Tensor]:
-        """B×L×d_in → B×L'×width and lengths; zeros fill a row shorter than the kernel, an absent one is a zero."""
+        """B×L×d_in → B×L'×width and lengths B; short rows are zero-padded to the kernel, absent ones are zeros."""
         values, lengths = packed(sequence)
         if name == "text":
             values = dropout(values, self.options["text_dropout"], self.training)
@@ -164,7 +164,7 @@ class MulT(Peer):
         return self.project[name](values.mT).mT, (lengths - kernel + 1).clamp(min=1)
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
-        """A score, or logits; ``attention`` gives the last layer's map of each pair (``text_asks_vision`` …)."""
+        """Score B or logits B×C; ``attention`` adds the last layer's map of each pair (``text_asks_vision`` …)."""
         inputs = {name: self.embed(name, x) for name, x in self.inputs(batch).items()}
         maps, last = {}, {}
         for a, (x, length) in inputs.items():
@@ -184,7 +184,7 @@ class MulT(Peer):
 
 
 def attention_map(pair: Encoder, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-    """The weights of a pair's last layer, B×heads×queries×keys."""
+    """The attention weights of a pair's last layer, B×heads×queries×keys."""
     x, memory = pair.embed(x), pair.embed(memory)
     for layer in pair.layers[:-1]:
         x = layer(x, memory, mask)

@@ -1,8 +1,8 @@
-"""What the peers share: options over published defaults, masked pooling, the output and its loss.
+"""Shared parts of the peers: options with published defaults, masked pooling, output and loss.
 
-A peer reads a Batch of float features and returns an Output. It differs from MMSA's code (github.com/thuiar/MMSA) in
-that padding has no effect. A missing modality is read as zeros, whatever the values under its mask are; the biases of
-later layers learn what absence means.
+A peer reads a Batch of float features and returns an Output. Unlike in MMSA's code (github.com/thuiar/MMSA), padding
+has no effect. A missing modality is read as zeros, whatever values are under its mask; the biases of later layers learn
+what absence means.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Seq
 
 
 class Peer(nn.Module):
-    """Base class of the peers: ``options`` over ``DEFAULTS``, the order of modalities, the output and its loss.
+    """Base class of the peers: ``options`` (override ``DEFAULTS``), order of modalities, output and loss.
 
     Args:
         config: ``modalities``, ``target``, ``options``; ``options.task`` is regression (a score; classes by Acc-3
@@ -28,7 +28,7 @@ class Peer(nn.Module):
         dims: feature width by modality.
 
     Raises:
-        UsageError: an option this peer does not have, or not of this value; weights of classes for a score.
+        UsageError: an unknown option or invalid value, or class weights (``balance: weights``) for regression.
     """
 
     class_weights: Tensor
@@ -54,7 +54,7 @@ class Peer(nn.Module):
         self.register_buffer("class_weights", torch.ones(len(LABELS)))
 
     def inputs(self, batch: Batch) -> dict[str, Sequence]:
-        """The features by modality, in this peer's order and dtype; one that the batch lacks is absent in all rows."""
+        """Features by modality, in this peer's order and dtype; a modality not in the batch is absent in all rows."""
         kind, rows = next(self.parameters()).dtype, next(iter(batch.modalities.values())).mask
         absent, found = rows.new_zeros(len(rows), 1), {}
         for name, dim in self.dims.items():
@@ -63,14 +63,14 @@ class Peer(nn.Module):
         return found
 
     def answer(self, raw: Tensor, **more: Any) -> Output:
-        """B×C logits, or B×1 scores, as an Output; in fp32, since two rounded ones may be equal."""
+        """Logits B×C or scores B×1 as an Output; in fp32, since rounding could make two logits equal."""
         raw = raw.float()
         if self.outputs == 1:
             return Output(score=raw[:, 0], **more)
         return Output(logits={"fused": raw}, log_probs=raw.log_softmax(-1), **more)
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1 of the score or cross-entropy of the logits, over the rows whose label is known."""
+        """L1 of the score or cross-entropy of the logits, over rows with a known label."""
         labels = batch.labels[self.target]
         known = ~labels.isnan()
         if output.score is None:
@@ -80,12 +80,12 @@ class Peer(nn.Module):
         return mean_of(rows, known), {}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each row, B; the class is the sign of the label. Mask the rows without a label (NaN)."""
+        """Cross-entropy of each row, B; the class is the sign of the label. Mask rows without a label (NaN)."""
         return cross_entropy(logits, polarity(labels), smoothing=self.smoothing, weight=self.class_weights)
 
 
 def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
-    """Refuse option values out of their range."""
+    """Reject option values out of range."""
     words = {"task": tasks, "tasks": TARGETS, "text_pool": ("first", "mean")}
     for name, value in options.items():
         if name in words:
@@ -102,7 +102,7 @@ def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
 
 
 def masked_mean(sequence: Sequence) -> Tensor:
-    """B×L×d → B×d over the real positions; zeros where there is none. (MMSA averages over the padding, too.)"""
+    """B×L×d → B×d, the mean over real positions; zeros if there are none. (MMSA includes padding.)"""
     real = sequence.mask[..., None]
     return torch.where(real, sequence.values, 0).sum(1) / real.sum(1).clamp(min=1)
 
@@ -113,30 +113,30 @@ def present(sequence: Sequence) -> Tensor:
 
 
 def packed(sequence: Sequence) -> tuple[Tensor, Tensor]:
-    """The real positions moved to the front, zeros behind: values B×L'×d and lengths B (0 where absent).
+    """Real positions moved to the front, followed by zeros: values B×L'×d and lengths B (0 where absent).
 
-    L' is the longest row's length, at least 1: padding costs nothing from here on.
+    L' is the longest row's length, at least 1, which removes unnecessary padding.
     """
     values, mask = torch.where(sequence.mask[..., None], sequence.values, 0), sequence.mask
     lengths = mask.sum(1)
-    if (mask[:, 1:] > mask[:, :-1]).any():  # holes
+    if (mask[:, 1:] > mask[:, :-1]).any():  # there are gaps
         order = (~mask).int().argsort(dim=1, stable=True)
         values = values.gather(1, order[..., None].expand_as(values))
     return values[:, : max(int(lengths.max()), 1)], lengths
 
 
 class LastState(nn.Module):
-    """An LSTM and its state after the last real step: B×L×d → B×h; zeros where the modality is absent."""
+    """The state of an LSTM after the last real step: B×L×d → B×h; zeros where the modality is absent."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.lstm = nn.LSTM(dim, hidden, batch_first=True)
 
     def forward(self, sequence: Sequence) -> Tensor:
-        """Only real steps are computed; an absent row counts as one step of zeros, and its state is dropped."""
+        """Compute only real steps; an absent row is one step of zeros, whose state is discarded."""
         values, lengths = packed(sequence)
         steps = lengths.clamp(min=1).cpu()
-        with torch.autocast(values.device.type, enabled=False):  # not every CPU has a bf16 LSTM
+        with torch.autocast(values.device.type, enabled=False):  # some CPUs do not support bf16 LSTMs
             values = values.to(next(self.lstm.parameters()).dtype)
             _, (last, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(values, steps, True, enforce_sorted=False))
         return last[0] * present(sequence)
@@ -152,7 +152,7 @@ class PooledNet(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(dim if i == 0 else hidden, hidden) for i in range(3)])
 
     def forward(self, sequence: Sequence) -> Tensor:
-        """A batch of one row is normalised by the running statistics: its own would be 0/0."""
+        """B×L×d → B×h; a batch of one row is normalised by running statistics, as its own would give 0/0."""
         x = masked_mean(sequence)
         norm = self.norm
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -163,7 +163,7 @@ class PooledNet(nn.Module):
 
 
 class RecurrentNet(nn.Module):
-    """TFN's and LMF's branch for text, Self-MM's for audio and vision: Linear(last LSTM state); B×L×d → B×out."""
+    """The text branch of TFN and LMF, and audio and vision in Self-MM: Linear(last LSTM state); B×L×d → B×out."""
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class RecurrentNet(nn.Module):
 def branches(
     names: list[str], dims: dict[str, int], options: dict[str, Any], text_out: int
 ) -> tuple[nn.ModuleDict, list[int]]:
-    """The branch of each modality in TFN and LMF, and the widths of their outputs."""
+    """The branches of TFN and LMF by modality, and their output widths."""
     nets: dict[str, nn.Module] = {}
     for name in names:
         dim, hidden = dims[name], options[f"{name}_hidden"]
@@ -188,14 +188,14 @@ def branches(
 
 
 def with_one(x: Tensor) -> Tensor:
-    """B×h → B×(1+h) with a 1 in front: a product of such vectors holds every lower-order product, too."""
+    """Prepend a 1, B×h → B×(1+h): products of such vectors also contain all lower-order products."""
     return nn.functional.pad(x, (1, 0), value=1.0)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout that draws one random byte, not a float, for each element on the CPU; there p is rounded to 1/256.
+    """Dropout that, on a CPU, draws a random byte per element instead of a float; p is then rounded to 1/256.
 
-    With floats, most of the training time of TFN and MulT would go into random numbers.
+    With floats, TFN and MulT would spend most of their training time on random numbers.
     """
     if not (training and p):
         return x
@@ -206,7 +206,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def drop_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """Which elements are kept (bool, on the CPU), and the factor for them, about 1 / (1 − p)."""
+    """Which elements to keep (bool, on the CPU), and their scale factor, about 1 / (1 − p)."""
     drop = min(round(p * 256), 255)
     words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     return (words.view(torch.uint8)[: shape.numel()] >= drop).view(shape), 256 / (256 - drop)
@@ -215,7 +215,7 @@ def drop_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 def groups(
     network: nn.Module, special: Iterable[tuple[Iterable[nn.Parameter], float, float]], lr: float, decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: (parameters, lr, weight decay) for the special ones, ``lr`` and ``decay`` for all others."""
+    """Optimizer groups: (parameters, lr, weight decay) for each in ``special``; ``lr`` and ``decay`` for all others."""
     result, taken = [], set()
     for parameters, rate, weight_decay in special:
         chosen = list(parameters)

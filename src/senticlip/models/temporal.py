@@ -1,6 +1,6 @@
 """Frames → clip (eq. 8 and Table 5): transformer | lstm | mean.
 
-Each maps B×m×d to B×(1+m)×d: position 0 stands for the whole clip, the others for its frames. Each row needs a frame.
+Each maps B×m×d to B×(1+m)×d: position 0 represents the clip, the others its frames. Each row needs a real frame.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def prepend(first: Tensor, frames: Sequence, values: Tensor) -> Sequence:
 
 
 class TransformerTemporal(nn.Module):
-    """[H_CLS, H_1 … H_m] + temporal positions through a Transformer encoder."""
+    """A Transformer encoder over [H_CLS, H_1 … H_m] + temporal position embeddings."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class TransformerTemporal(nn.Module):
 
 
 class LSTMTemporal(nn.Module):
-    """[last state; states]."""
+    """[last state; all states] of an LSTM over the frames."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class LSTMTemporal(nn.Module):
     def forward(self, frames: Sequence) -> Sequence:
         """B×m×d → B×(1+m)×d; masked frames between real ones are skipped."""
         real = frames.mask.long()
-        # where each frame goes: the real ones first, in their order (a stable sort has no ONNX operator)
+        # the new place of each frame: real ones first, in order (ONNX has no stable sort)
         place = torch.where(frames.mask, real.cumsum(1) - 1, real.sum(1, keepdim=True) + (1 - real).cumsum(1) - 1)
         places = place[..., None].expand_as(frames.values)
         states, _ = self.lstm(torch.zeros_like(frames.values).scatter(1, places, frames.values))  # B×m×d

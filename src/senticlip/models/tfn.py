@@ -1,4 +1,4 @@
-"""TFN: the outer product of all modalities, each with a 1 in front.
+"""TFN: the outer product of all modalities, each with a 1 prepended.
 
 Zadeh et al. 2017, Tensor Fusion Network for Multimodal Sentiment Analysis (arXiv 1707.07250). SIMS hyperparameters:
 MMSA. Deviations from MMSA: time averages and the LSTM skip padding.
@@ -18,7 +18,7 @@ from senticlip.structures import Batch, Output
 
 
 class SlicedProduct(torch.autograd.Function):
-    """Σ_i dropout(product · last_i) W_iᵀ with a backward pass that keeps no slice, only which elements were dropped.
+    """Σ_i dropout(product · last_i) W_iᵀ; for the backward pass it stores only the dropout masks, not the slices.
 
     Shape:
         product B×P, last B×S, weight S×out×P → B×out
@@ -26,7 +26,7 @@ class SlicedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, last: Tensor, weight: Tensor, p: float) -> Tensor:
-        """Add up the slices."""
+        """Sum the slices."""
         out, ctx.masks, ctx.scale = product.new_zeros(len(product), weight.shape[1]), [], 1.0
         for i, w in enumerate(weight):
             if p:
@@ -38,13 +38,13 @@ class SlicedProduct(torch.autograd.Function):
 
     @staticmethod
     def slice(ctx: Any, i: int, product: Tensor, last: Tensor) -> Tensor:
-        """product · last_i, dropped and scaled."""
+        """product · last_i with dropout and scaling."""
         z = product * (ctx.scale * last[:, i : i + 1])
         return z.mul_(ctx.masks[i]) if ctx.masks else z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """The slices again, one after the other."""
+        """Recompute the slices, one by one."""
         product, last, weight = ctx.saved_tensors
         to_product, to_last, to_weight = torch.zeros_like(product), torch.empty_like(last), torch.empty_like(weight)
         for i, w in enumerate(weight):
@@ -59,20 +59,20 @@ class SlicedProduct(torch.autograd.Function):
 class TensorLinear(nn.Module):
     """Linear(dropout(flatten(x_1 ⊗ … ⊗ x_M))): M tensors B×h_i → B×out.
 
-    The product (1.1 million numbers a row at SIMS sizes) is made one slice of the last vector at a time, so that it
-    stays in the processor's cache. ``weight`` h_M×out×(h_1 ⋯ h_{M−1}).
+    The product (1.1 million numbers per row at SIMS sizes) is computed for one element of the last vector at a time, so
+    that it stays in the CPU cache. ``weight`` h_M×out×(h_1 ⋯ h_{M−1}).
     """
 
     def __init__(self, sizes: list[int], out: int, p: float) -> None:
         super().__init__()
         *first, last = [1, *sizes] if len(sizes) == 1 else sizes
         self.p = p
-        bound = 1 / math.sqrt(math.prod(sizes))  # as nn.Linear
+        bound = 1 / math.sqrt(math.prod(sizes))  # as in nn.Linear
         self.weight = nn.Parameter(torch.empty(last, out, math.prod(first)).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out).uniform_(-bound, bound))
 
     def forward(self, *factors: Tensor) -> Tensor:
-        """Multiply out, drop, and project."""
+        """Outer product, dropout, projection."""
         *first, last = factors if len(factors) > 1 else (factors[0].new_ones(len(factors[0]), 1), *factors)
         product = first[0]
         for factor in first[1:]:
@@ -87,7 +87,7 @@ class TensorLinear(nn.Module):
 
 
 class TFN(Peer):
-    """Text through an LSTM, audio and vision through their means, then the tensor product."""
+    """An LSTM for text, ``PooledNet`` for audio and vision, then the tensor product."""
 
     DEFAULTS = {
         "text_hidden": 128,
@@ -108,7 +108,7 @@ class TFN(Peer):
         self.out = nn.Linear(o["post_fusion"], self.outputs)
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
-        """Scores within ± ``options.score_range``, or logits."""
+        """Features B×L×d by modality → scores B within ± ``options.score_range``, or logits B×C."""
         states = {name: self.nets[name](x) for name, x in self.inputs(batch).items()}  # B×h each
         fused = self.fusion(*[with_one(states[name]) for name in self.names]).relu()  # B×post_fusion
         raw = self.out(self.hidden(fused).relu())
