@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class SentimentModel(PreTrainedModel):
         from senticlip.models import MODELS
 
         self.tokenizer: Any = None
-        self.card = ""  # the model card (Markdown) of the RUN it was loaded from
+        self.card: Path | None = None  # the model card of the RUN it was loaded from
         self.experiment = experiment = from_dict(config.experiment)
         encoders = config.encoders
         self.encoders = nn.ModuleDict()
@@ -182,8 +183,7 @@ class SentimentModel(PreTrainedModel):
             reason = lines[:2][-1][:200]  # torch lists the mismatched keys below a heading
             file = path / "model.safetensors"
             raise UserError(f"{file}: broken, or does not match its config ({reason}) — copy it again") from None
-        if (path / "README.md").is_file():
-            model.card = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+        model.card = path / "README.md"
         if "text" in model.encoders:
             model.tokenizer = load_tokenizer(path / "tokenizer")
             encoder: Any = model.encoders["text"]
@@ -222,8 +222,9 @@ class SentimentModel(PreTrainedModel):
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """Upload our model card instead of transformers' empty template; a card already on the hub stays."""
         card = Path(working_dir) / "README.md"
-        if self.card and (not card.exists() or "[More Information Needed]" in card.read_text(encoding="utf-8")):
-            card.write_text(self.card, encoding="utf-8")
+        empty = not card.exists() or "[More Information Needed]" in card.read_text(encoding="utf-8")
+        if empty and self.card is not None and self.card.is_file():
+            shutil.copyfile(self.card, card)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def train(self, mode: bool = True) -> SentimentModel:
