@@ -250,6 +250,27 @@ def test_evenly_spaced(animal, m):
     assert np.all(np.diff(got.times) > 0)
 
 
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
+def test_a_picture_that_is_refreshed_bit_by_bit_is_whole(tmp_path, kind):
+    """Its "keyframes" are not: no frame may be taken before all of it has come, whatever FFmpeg calls recovered."""
+    path, random = tmp_path / f"a.{kind}", np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", 10, options={"x264-params": "intra-refresh=1:keyint=40:bframes=0"})
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        scene = random.integers(0, 256, (12, 20, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        for i in range(200):
+            image = np.roll(scene, i, 1)
+            image[48:] ^= 255 * (i // 37 % 2)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode())
+    with av.open(str(path)) as file:
+        wanted = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    with VideoReader(path) as reader:
+        times = [reader._seconds(reader._decoder.first) + (i + 0.5) / 10 for i in range(0, 200, 7)]
+    for i, time in zip(range(0, 200, 7), times, strict=True):
+        assert np.array_equal(read_frames(path, times=[time]).pixels[0].transpose(1, 2, 0), wanted[i]), i
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("plain") / "3s.mp4", 90, 0, seconds=3)
