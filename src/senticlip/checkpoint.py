@@ -129,7 +129,7 @@ def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
     if not same:
         return "a different config"
     if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # not recorded by older runs
-        return "different encoders (the weights in a folder have changed)"
+        return "different encoders (the files in a folder have changed)"
     if record.get("rows") != mine["rows"]:
         return f"different data ({record['data']}, or its labels have changed)"
     same = record.get("features", mine["features"]) == mine["features"]

@@ -40,11 +40,8 @@ REORDERED = 16
 SHORT = 16 << 20
 """Up to so many bytes, all packets of a file are read on opening, not once for its end and again for its frames."""
 
-HEAD = 512
-"""Bytes of a keyframe's packet among which its recovery point is looked for."""
-
 _REFRESH = re.compile(rb"\x00\x00(?:\x01|\x00[\x04-\x10])\x06\x06.[\x00-\x7f]", re.DOTALL)
-"""H.264's mark of a "keyframe" that is complete only some frames later (intra refresh): FFmpeg may show it sooner."""
+"""H.264's recovery point of a "keyframe" that is complete only some frames later (intra refresh)."""
 
 JUMP = 60
 """A longer gap between pictures (seconds) means that the clock of a transport stream has jumped."""
@@ -80,7 +77,6 @@ class Decoder:
         self._slow: Sequential | None = None
         # APNG marks every frame as a keyframe, but most depend on the one before
         self._trusted = self.container.format.name != "apng" and not times_are_guessed(self.container, self.stream)
-        self._may_refresh = self.stream.codec_context.name == "h264"
         self._start_reading()
         if self._trusted and not self._ahead:
             self.close()
@@ -140,7 +136,7 @@ class Decoder:
         packet = next(self._packets, None)
         if packet is None or (packet.pts is None and not packet.size):
             self._finished = True
-        elif packet.pts is None:
+        elif packet.pts is None or (packet.is_keyframe and _is_refresh(packet)):
             self._trusted, self._finished = False, True
         else:
             # without decoding times: what is still to come is shown after all but the latest REORDERED frames read
@@ -155,9 +151,6 @@ class Decoder:
             if self._joins and not -self._back <= gap <= JUMP / self.tick:
                 told = f"its timestamps {'go back' if gap < 0 else 'jump'} by {abs(float(gap * self.tick)):.1f} s"
                 raise UserError(f"{self.path}: {told}, as in joined files — repair it: ffmpeg -i FILE -c copy OTHER")
-            if packet.is_keyframe and self._may_refresh and _REFRESH.search(bytes(memoryview(packet)[:HEAD])):
-                self._trusted, self._finished = False, True
-                return
             self._read_until = max(self._read_until, until)
             self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 
@@ -341,3 +334,8 @@ class Decoder:
                 raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
             raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
         return found
+
+
+def _is_refresh(packet: Packet) -> bool:
+    """Whether a keyframe's packet only begins an intra refresh; FFmpeg may show its picture before it is complete."""
+    return packet.stream.codec_context.name == "h264" and bool(_REFRESH.search(bytes(memoryview(packet)[:512])))
