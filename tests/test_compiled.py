@@ -153,7 +153,7 @@ def test_another_twin_has_other_features_in_the_cache(run):
     """Their key is the encoder's fingerprint."""
     models = [senticlip.load(run, "cpu", precision).model for precision in ("fp32", "bf16", "int8")]
     for name in ("text", "vision"):
-        assert len({fingerprint(model.encoders[name]) for model in models}) == 3
+        assert len({fingerprint(model.encoders[name], model.config.encoders[name]) for model in models}) == 3
 
 
 def test_explained_without_heat_maps(run, tmp_path):

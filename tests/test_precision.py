@@ -122,6 +122,20 @@ def test_int8_is_of_these_weights(run, tmp_path, video):
     assert after != before
 
 
+def test_encoders_are_compiled_again_for_another_config(run, tmp_path):
+    """The activation, for example, does not show in the weights."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "openvino"))
+    first = senticlip.load(copy, "cpu", "bf16")
+    described = json.loads((copy / "config.json").read_text())
+    described["encoders"]["text"]["spec"]["hidden_act"] = "relu"
+    (copy / "config.json").write_text(json.dumps(described))
+    assert senticlip.load(copy, "cpu", "bf16")(text="开心").probabilities == pytest.approx(
+        senticlip.load(copy, "cpu")(text="开心").probabilities, abs=0.03
+    )
+    assert senticlip.load(copy, "cpu", "bf16").disagreement != first.disagreement
+
+
 def test_a_run_that_cannot_be_written_is_compiled_into_the_cache(run, tmp_path, video, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("openvino"))
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)

@@ -41,7 +41,7 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     """
     if not model.encoders:
         raise UsageError(f"--precision {precision}: {run} has no encoder that could run in it")
-    place, weights = run / "precision.json", fingerprint(model)
+    place, weights = run / "precision.json", fingerprint(model, model.config.encoders)
     on_gpu = precision == "bf16" and model.device.type != "cpu"
     model = model if on_gpu else model.to("cpu")
     known, name = _measured(place, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"

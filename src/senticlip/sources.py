@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -137,9 +138,12 @@ def clip_set(
     return ClipSet(clips, stores)
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """A hash of a module's state dict: it changes with any weight, prompt or buffer."""
-    digest = hashlib.blake2b(digest_size=16)
+def fingerprint(module: torch.nn.Module, built: Any) -> str:
+    """A hash of a module's state dict (any weight, prompt or buffer) and of the config that it was built from.
+
+    The config is hashed because weights do not show the number of heads, the activation or the pooling.
+    """
+    digest = hashlib.blake2b(json.dumps(built, sort_keys=True).encode(), digest_size=16)
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -179,6 +183,5 @@ def encoded(
     # a text's key covers its token ids; a clip's key covers its video; the spec adds which frames are read
     vision = model.experiment.vision
     read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
-    built = model.config.encoders[name]  # not visible in the weights: number of heads, activation, pooling
-    spec = {"encoder": fingerprint(encoder), "built": built, "modality": name, "of": read, "version": 1}
+    spec = {"encoder": fingerprint(encoder, model.config.encoders[name]), "modality": name, "of": read, "version": 1}
     return cache.cached(root, spec, keys, compute, f"encoding {SURFACE[name]}")

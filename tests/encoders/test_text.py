@@ -152,7 +152,7 @@ def test_another_prompt_misses_the_cache(tmp_path, prompt):
             direct = model.encoders["text"].eval()(Sequence(*tokenize(model.tokenizer, ["天气很好"], 20))).values[0]
         store = clip_set(clips, model, tmp_path / "cache").stores["text"]
         np.testing.assert_allclose(store.gather(np.array([0]))[0][0], direct, atol=5e-3)  # kept in fp16
-        return fingerprint(model.encoders["text"])
+        return fingerprint(model.encoders["text"], model.config.encoders["text"])
 
     first = features(PROMPT)
     assert features("天气很好") != first
