@@ -58,23 +58,23 @@ def drive(run: Path, source: Path, out: Path, workers: int, how: str) -> tuple[l
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     load, memory = os.getloadavg()[0], []
     arguments = [sys.executable, "-c", DRIVER, run, source, out, str(workers), str(PART), how]
-    with tempfile.TemporaryFile("w+") as answer:
-        process = subprocess.Popen(arguments, stdout=answer, env=environment)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(arguments, stdout=output, env=environment)
         while True:
-            pid, status, used = os.wait4(process.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
             memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize())
             time.sleep(0.2)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert not status, "bulk failed"
-        answer.seek(0)
-        stamps = json.loads(answer.read())
+        output.seek(0)
+        stamps = json.loads(output.read())
     return stamps, {
         "load_before": round(load, 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "rss_mib_at_half": round(memory[len(memory) // 2] / 2**20),
-        "peak_mib": round(used.ru_maxrss / 1024),
+        "peak_mib": round(usage.ru_maxrss / 1024),
     }
 
 
@@ -93,19 +93,22 @@ def main() -> None:
         if not options.skip_speed:
             source = manifest(folder / "speed.csv", options.data, options.speed_rows)
             for workers in (1, 2):
-                stamps, found = drive(options.run, source, folder / f"speed{workers}", workers, "ray")
+                stamps, resources = drive(options.run, source, folder / f"speed{workers}", workers, "ray")
                 # the first part of each worker is its warm-up
                 first = workers * PART
                 rate = (len(stamps) - first) / (stamps[-1] - stamps[first - 1])
-                result[f"{workers}_on_ray"] = {"rows_per_second": round(rate, 2), "load_before": found["load_before"]}
+                result[f"{workers}_on_ray"] = {
+                    "rows_per_second": round(rate, 2),
+                    "load_before": resources["load_before"],
+                }
             result["gain"] = round(result["2_on_ray"]["rows_per_second"] / result["1_on_ray"]["rows_per_second"], 2)
         for count in () if options.skip_memory else map(int, options.rows.split(",")):
             source = manifest(folder / f"{count}.csv", options.data, count)
-            stamps, found = drive(options.run, source, folder / f"memory{count}", 1, "process")
+            stamps, resources = drive(options.run, source, folder / f"memory{count}", 1, "process")
             size = sum(path.stat().st_size for path in (folder / f"memory{count}").glob("part-*.parquet"))
             result[f"{count}_rows"] = {
-                **found,
-                "cpu_ms_per_row": round(1000 * found["cpu_seconds"] / count, 1),
+                **resources,
+                "cpu_ms_per_row": round(1000 * resources["cpu_seconds"] / count, 1),
                 "bytes_per_row": round(size / count),
             }
     print(json.dumps(result, indent=1))

@@ -26,23 +26,23 @@ def run(quick: bool) -> None:
     model = create_model(paper.config("frozen").override({"prompt": "none"})).eval().requires_grad_(False)
     text, vision = model.encoders["text"], model.encoders["vision"]
     model.tokenizer, peer = load_tokenizer(None), processor()
-    number = itertools.count()
+    counter = itertools.count()
     with timing.folder() as folder, torch.inference_mode():
         paths = [timing.make_video(folder / f"{i}.mp4", 640, 360, 3, seed=i) for i in range(count)]
         clips = [Clip(str(i), path, paper.TEXT + str(i)) for i, path in enumerate(paths)]
 
         def naive() -> tuple[np.ndarray, np.ndarray]:
-            words, faces = [], []
+            text_states, frame_states = [], []
             for clip, path in zip(clips, paths, strict=True):
                 ids, mask = tokenize(model.tokenizer, [clip.text], model.experiment.text.max_length)
-                words.append(text(Sequence(ids, mask)).values[0])
+                text_states.append(text(Sequence(ids, mask)).values[0])
                 frames = through_pil(peer, read_all(path))
-                faces.append(torch.cat([paper.naive_images(vision, frame[None]) for frame in frames]))
-            return torch.stack(words).numpy(), torch.stack(faces).numpy()
+                frame_states.append(torch.cat([paper.naive_images(vision, frame[None]) for frame in frames]))
+            return torch.stack(text_states).numpy(), torch.stack(frame_states).numpy()
 
         def ours() -> tuple[np.ndarray, np.ndarray]:
-            found = clip_set(clips, model, folder / f"cache-{next(number)}")
-            return tuple(found.stores[name].gather(np.arange(count))[0] for name in ("text", "vision"))
+            data = clip_set(clips, model, folder / f"cache-{next(counter)}")
+            return tuple(data.stores[name].gather(np.arange(count))[0] for name in ("text", "vision"))
 
         pixels = torch.zeros(count, 6, 3, 224, 224, dtype=torch.uint8)
         ways = {

@@ -52,8 +52,8 @@ def fast(model: Any, batch: Batch, index: int, channels: list[int]) -> torch.Ten
     values = rows.modalities["vision"].values.clone()
     values[:, 0] = states
     rows.modalities["vision"] = Sequence(values, rows.modalities["vision"].mask)
-    found = cam.log_odds(model.network, model.fuse(rows))[:, index]
-    return cam.drop(output, cam.log_odds(model.network, output)[0, index], found)
+    ablated = cam.log_odds(model.network, model.fuse(rows))[:, index]
+    return cam.drop(output, cam.log_odds(model.network, output)[0, index], ablated)
 
 
 def main() -> None:

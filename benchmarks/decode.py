@@ -19,33 +19,33 @@ from senticlip.data.video import read_frames
 def read_all(path: Path, frames: int = 6) -> np.ndarray:
     """Decode every frame, keep those shown in the middle of ``frames`` equal parts: k×3×H×W RGB."""
     video = cv2.VideoCapture(str(path))
-    every, times = [], []
+    images, times = [], []
     while True:
-        there, image = video.read()
-        if not there:
+        ok, image = video.read()
+        if not ok:
             break
-        every.append(image)
+        images.append(image)
         times.append(video.get(cv2.CAP_PROP_POS_MSEC))
     video.release()
     length = times[-1] - times[0] + sum(np.diff(times)[-1:])
     middles = times[0] + (np.arange(frames) + 0.5) * length / frames
     chosen = np.searchsorted(times, middles + 0.01, side="right") - 1
-    return np.stack([every[i][..., ::-1].transpose(2, 0, 1) for i in chosen])
+    return np.stack([images[i][..., ::-1].transpose(2, 0, 1) for i in chosen])
 
 
-def same(one: np.ndarray, two: np.ndarray) -> float:
+def frame_difference(one: np.ndarray, two: np.ndarray) -> float:
     """The largest mean difference between corresponding frames (0 … 255); different frames differ by more than 3."""
     assert one.shape == two.shape, (one.shape, two.shape)
-    gaps = np.abs(one.astype(np.int16) - two).mean((1, 2, 3))
-    assert gaps.max() < 3, f"not the same frames: {gaps}"
-    return float(gaps.max())
+    differences = np.abs(one.astype(np.int16) - two).mean((1, 2, 3))
+    assert differences.max() < 3, f"not the same frames: {differences}"
+    return float(differences.max())
 
 
 def compare(title: str, path: Path, quick: bool) -> None:
     """Time both ways of reading one video."""
     ways = {"OpenCV, read all": lambda: read_all(path), "ours": lambda: read_frames(path, 6).pixels}
     answers, costs = timing.interleave(ways, 3 if quick else 9)
-    gap = f"difference {same(*answers.values()):.2f}/255"
+    gap = f"difference {frame_difference(*answers.values()):.2f}/255"
     timing.show(title, costs, {"OpenCV, read all": timing.describe(path), "ours": gap})
 
 

@@ -52,14 +52,14 @@ class Model(NamedTuple):
 
 def pictures(data: Path, seconds: float, height: int):
     """The frames of the data's clips, one clip after the other."""
-    left = round(seconds * RATE)
+    remaining = round(seconds * RATE)
     for path in sorted((data / "Raw").glob("*/*.mp4")):
         with av.open(str(path)) as source:
             for frame in source.decode(video=0):
-                if not left:
+                if not remaining:
                     return
                 yield frame.reformat(height * 16 // 9 // 2 * 2, height, "yuv420p")
-                left -= 1
+                remaining -= 1
 
 
 def encode(path: Path, frames) -> Path:
@@ -78,8 +78,8 @@ def encode(path: Path, frames) -> Path:
             sound = av.AudioFrame.from_ndarray(noise, "fltp", "mono")
             sound.sample_rate, sound.pts = RATE * SAMPLES, number * SAMPLES
             out.mux(track.encode(sound))
-        for ends in (stream, track):
-            out.mux(ends.encode(None))
+        for output_stream in (stream, track):
+            out.mux(output_stream.encode(None))
     return path
 
 
@@ -87,19 +87,19 @@ def repeat(reel: Path, path: Path, seconds: float) -> Path:
     """A film that repeats the reel's packets."""
     with av.open(str(path), "w") as out, av.open(str(reel)) as source:
         new = {old.index: out.add_stream_from_template(old) for old in source.streams}
-        for turn in range(round(seconds / REEL)):
+        for repetition in range(round(seconds / REEL)):
             source.seek(0)
             for packet in source.demux():
                 # AAC's first packet, before 0, is kept only once: repeated, its time would go back
-                if packet.dts is not None and not (turn and packet.stream.type == "audio" and packet.pts < 0):
-                    later = round(turn * REEL / packet.time_base)
-                    packet.pts, packet.dts = packet.pts + later, packet.dts + later
+                if packet.dts is not None and not (repetition and packet.stream.type == "audio" and packet.pts < 0):
+                    offset = round(repetition * REEL / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
                     packet.stream = new[packet.stream.index]
                     out.mux(packet)
     return path
 
 
-def said(data: Path, seconds: float, count: int) -> list[tuple[float, float, str]]:
+def spread_lines(data: Path, seconds: float, count: int) -> list[tuple[float, float, str]]:
     """Lines spread over the film."""
     with (data / "label.csv").open(encoding="utf-8-sig", newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
@@ -135,12 +135,12 @@ def command(model: Model, film: Path, subtitles: Path, out: Path, *more: str) ->
     return [*verb, "--precision", model.precision, "--subtitles", subtitles, "--out", out, *more]
 
 
-def watched(arguments: list[str]) -> dict:
+def measure(arguments: list[str]) -> dict:
     """Run a command; returns its seconds, CPU seconds, and memory (MiB): at 25, 50, 75 %, at the end, and its peak."""
-    began, memory = time.monotonic(), []
+    started, memory = time.monotonic(), []
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while True:
-        pid, status, used = os.wait4(process.pid, os.WNOHANG)
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
         fields = Path(f"/proc/{process.pid}/statm").read_text().split()
@@ -150,11 +150,11 @@ def watched(arguments: list[str]) -> dict:
     process.returncode = 0
     at = {f"rss_mib_at_{share} %": round(memory[len(memory) * share // 100]) for share in (25, 50, 75)}
     return {
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         **at,
         "rss_mib_last": round(memory[-2]),
-        "peak_mib": round(used.ru_maxrss / 1024),
+        "peak_mib": round(usage.ru_maxrss / 1024),
     }
 
 
@@ -164,18 +164,18 @@ def one_by_one(model: Model, reel: Path, lines: list[tuple[float, float, str]], 
         stream = iter(source.decode(video=0))
         clips = []
         for i, (start, end, text) in enumerate(lines):
-            piece = [next(frame for frame in stream if frame.time >= start)]
-            while piece[-1].time < end:
-                piece.append(next(stream))
-            clips.append(Clip(str(i), encode(folder / f"{i:03}.mp4", piece), text))
+            frames = [next(frame for frame in stream if frame.time >= start)]
+            while frames[-1].time < end:
+                frames.append(next(stream))
+            clips.append(Clip(str(i), encode(folder / f"{i:03}.mp4", frames), text))
     predictor = load(model.run, precision=model.precision)
     list(predictor.predict(clips[:8]))
-    began = time.process_time()
+    started = time.process_time()
     count = sum(1 for _ in predictor.predict(clips, batch_size=16))
-    return (time.process_time() - began) / count
+    return (time.process_time() - started) / count
 
 
-def interrupted(model: Model, film: Path, subtitles: Path, folder: Path) -> bool:
+def resumes_identically(model: Model, film: Path, subtitles: Path, folder: Path) -> bool:
     """Whether a run that was killed and resumed made the same files as one that was not."""
     subprocess.run(command(model, film, subtitles, folder / "whole"), check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(command(model, film, subtitles, folder / "cut"))
@@ -209,25 +209,25 @@ def main() -> None:
         run = options.run or small_run(folder / "run", options.text, options.vision)
         model = Model(run, options.precision)
         seconds = 3600 * options.hours
-        lines = said(options.data, seconds, options.lines)
+        lines = spread_lines(options.data, seconds, options.lines)
         reel = encode(folder / "reel.mp4", pictures(options.data, REEL, options.height))
         short, film = repeat(reel, folder / "short.mp4", 2 * REEL), repeat(reel, folder / "film.mp4", seconds)
         subtitles = srt(folder / "film.srt", lines)
         sample = [line for line in lines if line[1] < REEL - 1][:SAMPLE]
-        alone = one_by_one(model, reel, sample, folder)
-        found = watched(command(model, film, subtitles, folder / "timeline"))
-        few = srt(folder / "short.srt", [line for line in lines if line[1] < 2 * REEL])
+        seconds_per_clip = one_by_one(model, reel, sample, folder)
+        resources = measure(command(model, film, subtitles, folder / "timeline"))
+        short_subtitles = srt(folder / "short.srt", [line for line in lines if line[1] < 2 * REEL])
         result = {
             "height": options.height,
             "film_mb": round(film.stat().st_size / 1e6),
             "lines": options.lines,
-            **found,
-            "times_real_time": round(seconds / found["seconds"], 1),
-            "times_real_time_per_core": round(seconds / found["cpu_seconds"], 1),
-            "cpu_seconds_per_line": round(found["cpu_seconds"] / options.lines, 3),
-            "cpu_seconds_per_clip_alone": round(alone, 3),
-            "film_over_its_clips": round(found["cpu_seconds"] / options.lines / alone, 2),
-            "killed_and_resumed_is_the_same": interrupted(model, short, few, folder),
+            **resources,
+            "times_real_time": round(seconds / resources["seconds"], 1),
+            "times_real_time_per_core": round(seconds / resources["cpu_seconds"], 1),
+            "cpu_seconds_per_line": round(resources["cpu_seconds"] / options.lines, 3),
+            "cpu_seconds_per_clip_alone": round(seconds_per_clip, 3),
+            "film_over_its_clips": round(resources["cpu_seconds"] / options.lines / seconds_per_clip, 2),
+            "killed_and_resumed_is_the_same": resumes_identically(model, short, short_subtitles, folder),
         }
         print(json.dumps(result, indent=1))
 

@@ -34,7 +34,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
-def wait() -> None:
+def synchronize() -> None:
     """Wait until the GPU has finished."""
     if GPU:
         torch.cuda.synchronize()
@@ -42,17 +42,17 @@ def wait() -> None:
 
 def seconds(call: Callable[[], Any], times: int, rounds: int = 3) -> float:
     """Median seconds per call over ``rounds`` of ``times`` calls each, after two warm-up calls."""
-    found = []
+    timings = []
     for _ in range(2):
         call()
     for _ in range(rounds):
-        wait()
-        begin = time.perf_counter()
+        synchronize()
+        started = time.perf_counter()
         for _ in range(times):
             call()
-        wait()
-        found.append((time.perf_counter() - begin) / times)
-    return float(np.median(found))
+        synchronize()
+        timings.append((time.perf_counter() - started) / times)
+    return float(np.median(timings))
 
 
 def ceiling(size: int) -> float:
@@ -70,7 +70,7 @@ def trainee_of(config: Config) -> Trainee:
     return trainee
 
 
-def made_rows(count: int) -> tuple[ArrayRows, list[Clip]]:
+def random_rows(count: int) -> tuple[ArrayRows, list[Clip]]:
     """Texts of 8 to 62 characters and labels."""
     random = np.random.default_rng(0)
     lengths = random.integers(8, 63, count)
@@ -78,18 +78,18 @@ def made_rows(count: int) -> tuple[ArrayRows, list[Clip]]:
     return texts, [Clip(f"{i}", labels={"M": float(random.integers(-1, 2))}) for i in range(count)]
 
 
-def made_set(folder: Path, count: int) -> ClipSet:
+def random_set(folder: Path, count: int) -> ClipSet:
     """Random frames in a real cache."""
-    texts, clips = made_rows(count)
+    texts, clips = random_rows(count)
     random = np.random.default_rng(1)
     rows = (random.integers(0, 256, (6, 3, 224, 224), np.uint8) for _ in clips)
-    frames = cached(folder, {"made": "frames"}, [clip.id for clip in clips], lambda places: rows)
+    frames = cached(folder, {"made": "frames"}, [clip.id for clip in clips], lambda indices: rows)
     return ClipSet(clips, {"text": texts, "vision": frames})
 
 
-def made_batch(count: int) -> dict[str, Tensor]:
+def random_batch(count: int) -> dict[str, Tensor]:
     """A batch on the device."""
-    texts, clips = made_rows(count)
+    texts, clips = random_rows(count)
     frames = np.random.default_rng(1).integers(0, 256, (count, 6, 3, 224, 224), np.uint8)
     data = ClipSet(clips, {"text": texts, "vision": ArrayRows(frames, np.ones((count, 6), bool))})
     return {name: value.to(DEVICE) for name, value in data.__getitems__(list(range(count))).items()}
@@ -100,7 +100,7 @@ def work(trainee: Trainee, batch: dict[str, Tensor]) -> float:
     return paper.counted(lambda: trainee(**batch)["loss"].backward()) / 1e3 / len(batch["rows"])
 
 
-def stepper(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+def training_step(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     """A training step, as done by the Trainer."""
     bf16, clip = trainee.experiment.train.precision == "bf16", trainee.experiment.train.clip_norm
     optimizer = torch.optim.AdamW(parameter_groups(trainee), fused=True)
@@ -118,14 +118,16 @@ def stepper(trainee: Trainee, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     return step
 
 
-def say(name: str, clips: int, took: float, flop: float, top: float, note: str = "") -> None:
+def say(name: str, clips: int, seconds_taken: float, tflop: float, peak: float, note: str = "") -> None:
     """Print a line of the table."""
     memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
-    share = f"{clips * flop / took / top:5.0%}"
-    print(f"{name:52} {clips / took:9.1f} clips/s  {share} of the product  {memory:5.1f} GiB  {note}", flush=True)
+    share = f"{clips * tflop / seconds_taken / peak:5.0%}"
+    print(
+        f"{name:52} {clips / seconds_taken:9.1f} clips/s  {share} of the product  {memory:5.1f} GiB  {note}", flush=True
+    )
 
 
-def forget() -> None:
+def reset_gpu() -> None:
     """Clear compiled code and unused memory, so that they do not affect the next measurement."""
     torch._dynamo.reset()
     if GPU:
@@ -142,19 +144,26 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def steps(top: float, flop: float) -> None:
+def time_steps(peak: float, tflop: float) -> None:
     """Time a training step whose batch is already on the device."""
     count = 32 if GPU else 2
-    for name, (products, changes) in STEPS.items():
-        torch.set_float32_matmul_precision(products)
-        forget()
-        begin = time.perf_counter()
-        batch, trainee = made_batch(count), trainee_of(paper.config().override(changes))
-        step = stepper(trainee, batch)
+    for name, (matmul_precision, changes) in STEPS.items():
+        torch.set_float32_matmul_precision(matmul_precision)
+        reset_gpu()
+        started = time.perf_counter()
+        batch, trainee = random_batch(count), trainee_of(paper.config().override(changes))
+        step = training_step(trainee, batch)
         loss = float(step())
-        first = time.perf_counter() - begin
-        took = seconds(step, 10 if GPU else 1)
-        say(f"step: {name}, {count} clips", count, took, flop, top, f"loss {loss:.2f}, ready in {first:.0f} s")
+        first = time.perf_counter() - started
+        seconds_taken = seconds(step, 10 if GPU else 1)
+        say(
+            f"step: {name}, {count} clips",
+            count,
+            seconds_taken,
+            tflop,
+            peak,
+            f"loss {loss:.2f}, ready in {first:.0f} s",
+        )
         del trainee, step, batch
 
 
@@ -167,66 +176,66 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the end of the first step and of step ``skip``."""
         if state.global_step == 1:
-            wait()
+            synchronize()
             self.first = time.perf_counter() - self.begin
         if state.global_step == self.skip:
-            wait()
+            synchronize()
             self.begin = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the end of the last step."""
-        wait()
+        synchronize()
         self.took = (time.perf_counter() - self.begin) / (state.global_step - self.skip)
 
 
-def whole(top: float, flop: float, data: ClipSet, folder: Path, size: int) -> None:
+def time_training_loop(peak: float, tflop: float, data: ClipSet, folder: Path, size: int) -> None:
     """Time the Trainer's loop on cached frames, without the first epoch, in which it compiles."""
     size = size if GPU else 2
-    forget()
+    reset_gpu()
     trainee = trainee_of(paper.config().override({**BF16, "train.compile": True, "train.batch_size": size}))
     arguments, clock = arguments_of(trainee, folder, DEVICE.type, epochs=2), Clock(len(data) // size)
     trainer = Fitter(trainee, arguments, data_collator=collate, train_dataset=data, callbacks=[Hooks(trainee), clock])
     trainer.pop_callback(PrinterCallback)
     trainer.train()
     name, note = f"senticlip train, cached frames, {size} clips", f"first step after {clock.first:.0f} s"
-    say(name, size, clock.took, flop, top, note)
+    say(name, size, clock.took, tflop, peak, note)
 
 
-def inference(top: float) -> None:
+def inference(peak: float) -> None:
     """Time the model frame by frame in torch's default fp32, and as used by the Predictor."""
     model = create_model(paper.config()).to(DEVICE).eval()
-    batches = {n: to_batch(made_batch(n)) for n in ((1, 8, 64, 256) if GPU else (1,))}
-    one = batches[1]
+    batches = {n: to_batch(random_batch(n)) for n in ((1, 8, 64, 256) if GPU else (1,))}
+    single = batches[1]
     with torch.inference_mode():
-        flop = paper.work(model, one) / 1e3
-        naive = paper.frame_by_frame(model, one)
-        took = seconds(lambda: paper.frame_by_frame(model, one), 5)
-        say("inference: frame by frame, fp32, 1 clip", 1, took, flop, top)
+        tflop = paper.work(model, single) / 1e3
+        naive = paper.frame_by_frame(model, single)
+        seconds_taken = seconds(lambda: paper.frame_by_frame(model, single), 5)
+        say("inference: frame by frame, fp32, 1 clip", 1, seconds_taken, tflop, peak)
         for name in ("fp32", "bf16"):
             if name == "bf16":
                 with timing.folder() as folder:
                     model = lowered(model, folder, name)[0]
-            gap = paper.gap(naive, model(one))
+            gap = paper.gap(naive, model(single))
             assert gap < paper.LIMIT["bf16"], gap
             for n, batch in batches.items():
-                forget()
-                took = seconds(functools.partial(model, batch), 5 if GPU else 1)
-                say(f"inference: {name}, {n} clips", n, took, flop, top, f"largest difference {gap:.0e}")
+                reset_gpu()
+                seconds_taken = seconds(functools.partial(model, batch), 5 if GPU else 1)
+                say(f"inference: {name}, {n} clips", n, seconds_taken, tflop, peak, f"largest difference {gap:.0e}")
 
 
 def run(quick: bool) -> None:
     """Everything; if quick, only ``senticlip train``."""
     print(torch.cuda.get_device_name() if GPU else "no GPU here", f"{runtime.cores()} cores", flush=True)
-    top = max(ceiling(8192 if GPU else 512) for _ in range(3))
-    flop = work(trainee_of(paper.config()), made_batch(2))
-    print(f"bf16 product: {top:.1f} TFLOP/s; {1e3 * flop:.0f} GFLOP a clip and training step", flush=True)
+    peak = max(ceiling(8192 if GPU else 512) for _ in range(3))
+    tflop = work(trainee_of(paper.config()), random_batch(2))
+    print(f"bf16 product: {peak:.1f} TFLOP/s; {1e3 * tflop:.0f} GFLOP a clip and training step", flush=True)
     with timing.folder() as folder:
-        data = made_set(folder / "cache", 4096 if GPU else 4)
+        data = random_set(folder / "cache", 4096 if GPU else 4)
         for size in (128, 64, 32):
-            whole(top, flop, data, folder / "out", size)
+            time_training_loop(peak, tflop, data, folder / "out", size)
     if not quick:
-        steps(top, flop)
-        inference(top)
+        time_steps(peak, tflop)
+        inference(peak)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def boxes_of(clip: Clip, truth: dict[str, Any], times: list[float]) -> list[dict
     return [about["frames"][min(round(t * about["rate"]), len(about["frames"]) - 1)] for t in times]
 
 
-def large(maps: torch.Tensor) -> np.ndarray:
+def upsampled(maps: torch.Tensor) -> np.ndarray:
     """k×h×w → k×SIZE×SIZE, bilinear."""
     return torch.nn.functional.interpolate(maps[:, None].float(), (SIZE, SIZE), mode="bilinear")[:, 0].numpy()
 
@@ -73,11 +73,11 @@ def judge(maps: np.ndarray, boxes: list[dict[str, list[float]]]) -> tuple[float,
     return float(np.mean(hits)), inside / total if total else 0.0
 
 
-def rivals(shape: tuple[int, ...], prior: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def baseline_maps(shape: tuple[int, ...], prior: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Baseline maps, independent of the clip: noise at the feature map's size, a Gaussian, the mean of the boxes."""
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE - 0.5
     centre = np.exp(-(x**2 + y**2) / (2 * 0.2**2))
-    noise = large(torch.from_numpy(rng.random(shape)))
+    noise = upsampled(torch.from_numpy(rng.random(shape)))
     return {
         "random": noise,
         "centre bias": np.repeat(centre[None], shape[0], 0),
@@ -91,19 +91,19 @@ def prior_of(data: Path) -> np.ndarray:
     return np.mean([mask_of(box) for c in clips[::4] for box in c["frames"][::4] if "mouth" in box], 0)
 
 
-def chosen(predictor: Any, data: Path, count: int, right: bool = True) -> list[Clip]:
+def choose_clips(predictor: Any, data: Path, count: int, right: bool = True) -> list[Clip]:
     """At most ``count`` test clips whose face shows a sentiment and (if ``right``) that the model answers correctly."""
     clips = [c for c in read_clips(data, "test") if c.labels["V"]]
-    found = predictor.predict(clips)
-    return [c for c, p in zip(clips, found, strict=True) if not right or p.label == LABELS[polarity(c.labels["M"])]][
-        :count
-    ]
+    predictions = predictor.predict(clips)
+    return [
+        c for c, p in zip(clips, predictions, strict=True) if not right or p.label == LABELS[polarity(c.labels["M"])]
+    ][:count]
 
 
 def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> dict[str, np.ndarray]:
     """Pointing accuracy and energy ratio by method, clips×2 each."""
     truth, prior, rng = read_truth(data), prior_of(data), np.random.default_rng(0)
-    found: dict[str, list[tuple[float, float]]] = {}
+    scores: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
         batch, times = batch_of(predictor, clip)
         boxes = boxes_of(clip, truth, times)
@@ -114,11 +114,11 @@ def localise(predictor: Any, clips: list[Clip], data: Path, compare: bool) -> di
         for name in cam.methods_for(predictor.model):
             maps = cam.METHODS[name](predictor.model, batch, LABELS.index(label))
             shape = tuple(maps.shape)
-            found.setdefault(name, []).append(judge(large(maps), boxes))
+            scores.setdefault(name, []).append(judge(upsampled(maps), boxes))
         if compare:
-            for name, maps in rivals(shape, prior, rng).items():
-                found.setdefault(name, []).append(judge(maps, boxes))
-    return {name: np.array(rows) for name, rows in found.items()}
+            for name, maps in baseline_maps(shape, prior, rng).items():
+                scores.setdefault(name, []).append(judge(maps, boxes))
+    return {name: np.array(rows) for name, rows in scores.items()}
 
 
 def shuffled_run(data: Path, out: Path, scratch: bool) -> Path:
@@ -132,8 +132,8 @@ def shuffled_run(data: Path, out: Path, scratch: bool) -> Path:
     rng, names = np.random.default_rng(0), ["label", "label_T", "label_A", "label_V"]
     for split in ("train", "valid", "test"):
         part = [row for row in rows if row["mode"] == split]
-        dealt = [{name: part[i][name] for name in names} for i in rng.permutation(len(part))]
-        for row, labels in zip(part, dealt, strict=True):
+        shuffled = [{name: part[i][name] for name in names} for i in rng.permutation(len(part))]
+        for row, labels in zip(part, shuffled, strict=True):
             row |= labels
     with (folder / "label.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -155,30 +155,30 @@ def energy(predictor: Any, batch: Any, index: int) -> list[float]:
 @torch.no_grad()
 def frame_curves(predictor: Any, clips: list[Clip], rng: np.random.Generator) -> dict[str, list[tuple[float, float]]]:
     """Deletion and insertion, clips×2: the mean probability of the class while frames are removed, and while added."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
         batch = predictor.batch([clip])
         cases = occlude(predictor, batch, None)
         label = cases[0].prediction.label
         features = predictor.model.encode(batch)
-        places = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
-        falls = [-value(case.prediction, label) for case in cases if case.kind == "frame"]
+        frame_indices = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
+        drops = [-value(case.prediction, label) for case in cases if case.kind == "frame"]
         orders = {
-            "occlusion": np.argsort(falls)[::-1],
+            "occlusion": np.argsort(drops)[::-1],
             "ablation-cam": np.argsort(energy(predictor, batch, LABELS.index(label)))[::-1],
-            "random": rng.permutation(len(places)),
+            "random": rng.permutation(len(frame_indices)),
         }
         for name, order in orders.items():
             rows = cam.repeat(features, 2 * len(order))
             vision = rows.modalities["vision"]
             mask = torch.zeros_like(vision.mask)
             for step in range(1, len(order) + 1):
-                mask[step - 1, [places[i] for i in order[step:]]] = True
-                mask[len(order) + step - 1, [places[i] for i in order[:step]]] = True
+                mask[step - 1, [frame_indices[i] for i in order[step:]]] = True
+                mask[len(order) + step - 1, [frame_indices[i] for i in order[:step]]] = True
             rows.modalities["vision"] = Sequence(vision.values, mask)
             p = [value(answer, label) for answer in predictor.predictions(predictor.model.fuse(rows))]
-            found.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
-    return found
+            curves.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
+    return curves
 
 
 @torch.no_grad()
@@ -186,30 +186,30 @@ def character_curves(
     predictor: Any, clips: list[Clip], rng: np.random.Generator
 ) -> dict[str, list[tuple[float, float]]]:
     """The same for the characters of the text."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     for clip in clips:
         assert clip.text is not None
         cases = occlude(predictor, predictor.batch([clip]), clip.text)
         label = cases[0].prediction.label
         spans = characters(predictor.tokenizer, clip.text, predictor.config.text.max_length)
-        falls = [-value(case.prediction, label) for case in cases if case.kind == "character"]
+        drops = [-value(case.prediction, label) for case in cases if case.kind == "character"]
         for name, order in {
-            "occlusion": np.argsort(falls)[::-1],
+            "occlusion": np.argsort(drops)[::-1],
             "random": rng.permutation(len(spans)),
         }.items():
             kept = [order[step:] for step in range(1, len(order) + 1)] + [
                 order[:step] for step in range(1, len(order) + 1)
             ]
-            texts = ["".join(clip.text[spans[i].start : spans[i].end] for i in sorted(some)) for some in kept]
+            texts = ["".join(clip.text[spans[i].start : spans[i].end] for i in sorted(subset)) for subset in kept]
             p = [value(a, label) for a in predictor.predict([clip._replace(text=text) for text in texts], 64)]
-            found.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
-    return found
+            curves.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
+    return curves
 
 
-def show(title: str, heads: tuple[str, str], found: dict[str, Any]) -> None:
+def show(title: str, columns: tuple[str, str], results: dict[str, Any]) -> None:
     """A Markdown table with the 95 % interval of each mean."""
-    print(f"\n{title}\n\n| | {heads[0]} | {heads[1]} |\n| --- | --- | --- |")
-    for name, rows in found.items():
+    print(f"\n{title}\n\n| | {columns[0]} | {columns[1]} |\n| --- | --- | --- |")
+    for name, rows in results.items():
         values = np.asarray(rows)
         half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
         cells = " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in zip(values.mean(0), half, strict=True))
@@ -224,24 +224,24 @@ def main() -> None:
     parser.add_argument("--shuffled", type=Path, help="train on shuffled labels here (finished runs are taken up)")
     options = parser.parse_args()
     predictor, rng = senticlip.load(options.run, "cpu"), np.random.default_rng(0)
-    clips = chosen(predictor, options.data, options.clips)
-    began = time.monotonic()
-    heads = ("pointing game", "energy inside")
-    found = localise(predictor, clips, options.data, True)
-    show(f"Trained; {len(next(iter(found.values())))} clips", heads, found)
+    clips = choose_clips(predictor, options.data, options.clips)
+    started = time.monotonic()
+    columns = ("pointing game", "energy inside")
+    scores = localise(predictor, clips, options.data, True)
+    show(f"Trained; {len(next(iter(scores.values())))} clips", columns, scores)
     if options.shuffled:
         for scratch, name in ((False, "its head"), (True, "all of it")):
             run = shuffled_run(options.data, options.shuffled, scratch)
-            found = localise(senticlip.load(run, "cpu"), clips, options.data, False)
-            show(f"{name} trained on shuffled labels; {len(next(iter(found.values())))} clips", heads, found)
-    some = clips[:100]
-    show(f"Frames; {len(some)} clips", ("deletion", "insertion"), frame_curves(predictor, some, rng))
-    words = [clip for clip in read_clips(options.data, "test") if clip.labels["T"] and not clip.labels["V"]]
-    answers = predictor.predict(words)
-    right = [c for c, p in zip(words, answers, strict=True) if p.label == LABELS[polarity(c.labels["M"])]]
-    some = right[:100]
-    show(f"Characters; {len(some)} clips", ("deletion", "insertion"), character_curves(predictor, some, rng))
-    print(f"\n{time.monotonic() - began:.0f} s")
+            scores = localise(senticlip.load(run, "cpu"), clips, options.data, False)
+            show(f"{name} trained on shuffled labels; {len(next(iter(scores.values())))} clips", columns, scores)
+    subset = clips[:100]
+    show(f"Frames; {len(subset)} clips", ("deletion", "insertion"), frame_curves(predictor, subset, rng))
+    text_clips = [clip for clip in read_clips(options.data, "test") if clip.labels["T"] and not clip.labels["V"]]
+    answers = predictor.predict(text_clips)
+    right = [c for c, p in zip(text_clips, answers, strict=True) if p.label == LABELS[polarity(c.labels["M"])]]
+    subset = right[:100]
+    show(f"Characters; {len(subset)} clips", ("deletion", "insertion"), character_curves(predictor, subset, rng))
+    print(f"\n{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

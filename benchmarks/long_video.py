@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from benchmarks import timing
-from benchmarks.decode import same
+from benchmarks.decode import frame_difference
 
 from senticlip.data.video import read_frames
 
@@ -38,7 +38,7 @@ def run(quick: bool) -> None:
             }
             answers, costs = timing.interleave(ways, 1 if quick else 2)
             title = f"{minutes} min, key each {gop} s"
-            timing.show(title, costs, {"ours": f"mean difference {same(*answers.values()):.2f}/255"})
+            timing.show(title, costs, {"ours": f"mean difference {frame_difference(*answers.values()):.2f}/255"})
 
 
 if __name__ == "__main__":

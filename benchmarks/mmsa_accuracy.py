@@ -41,16 +41,18 @@ def without_sound(path: Path, folder: Path) -> Path:
 def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
     """Train one of MMSA's models by its own trainer; returns the test metrics of its best epoch."""
     torch.cuda.set_device = lambda *_: None
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    original_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau
     from MMSA.data_loader import MMDataLoader
     from MMSA.models import AMIO
     from MMSA.trains import ATIO
     from MMSA.utils import setup_seed
 
-    sys.modules["MMSA.trains.singleTask.MULT"].ReduceLROnPlateau = lambda *a, verbose=None, **k: plateau(*a, **k)
-    more = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
+    sys.modules["MMSA.trains.singleTask.MULT"].ReduceLROnPlateau = lambda *a, verbose=None, **k: original_scheduler(
+        *a, **k
+    )
+    paths = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
     best = folder / "model.pth"
-    args = settings(name, **more, dataset_name="sims", cur_seed=seed, model_save_path=str(best))
+    args = settings(name, **paths, dataset_name="sims", cur_seed=seed, model_save_path=str(best))
     if name == "self_mm":  # the file's states replace its BERT's output
         sys.modules["MMSA.models.multiTask.SELF_MM"].BertTextEncoder = lambda **_: torch.nn.Identity()
         args.update(use_bert=False)
@@ -62,8 +64,8 @@ def run(name: str, path: Path, folder: Path, seed: int) -> dict[str, float]:
     model, trainer = AMIO(args), ATIO().getTrain(args)
     trainer.do_train(model, loader)
     model.load_state_dict(torch.load(best, weights_only=True))
-    found = trainer.do_test(model, loader["test"], mode="TEST", return_sample_results=True)
-    truth, score = (np.asarray(found[key]).ravel() for key in ("Labels", "SResults"))
+    result = trainer.do_test(model, loader["test"], mode="TEST", return_sample_results=True)
+    truth, score = (np.asarray(result[key]).ravel() for key in ("Labels", "SResults"))
     return classification(np.sign(truth).astype(int) + 1, score_class(score))
 
 
@@ -75,15 +77,17 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models.split(","):
-            found = []
+            results = []
             for seed, features in enumerate(options.features):
-                found.append(run(name, without_sound(features, Path(folder)), Path(folder), seed))
-                print(f"{name} {features}: " + ", ".join(f"{m} {100 * found[-1][m]:.2f}" for m in METRICS), flush=True)
-            told = []
+                results.append(run(name, without_sound(features, Path(folder)), Path(folder), seed))
+                print(
+                    f"{name} {features}: " + ", ".join(f"{m} {100 * results[-1][m]:.2f}" for m in METRICS), flush=True
+                )
+            parts = []
             for metric in METRICS:
-                values = [100 * result[metric] for result in found]
-                told.append(f"{metric} {np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.2f}")
-            print(f"MMSA's {name:7} " + ", ".join(told) + f" ({len(found)} seeds)", flush=True)
+                values = [100 * result[metric] for result in results]
+                parts.append(f"{metric} {np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.2f}")
+            print(f"MMSA's {name:7} " + ", ".join(parts) + f" ({len(results)} seeds)", flush=True)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def pair(name, bert):
     return theirs, ours
 
 
-class Given(torch.nn.Module):
+class FixedStates(torch.nn.Module):
     """Stands in for their BERT."""
 
     def __init__(self, states):
@@ -135,13 +135,13 @@ class Given(torch.nn.Module):
         return self.states
 
 
-def answer(name, theirs, values, lengths):
+def their_output(name, theirs, values, lengths):
     """Their output, B."""
     text, audio, vision = (values[key] for key in ("text", "audio", "vision"))
     if name in ("tfn", "lmf"):
         audio, vision = audio.mean(1, keepdim=True), vision.mean(1, keepdim=True)  # need_normalized
     if name == "self_mm":
-        theirs.text_model = Given(text)  # both read the same text states
+        theirs.text_model = FixedStates(text)  # both read the same text states
         ids = torch.ones(len(text), 3, STEPS["text"])
         return theirs(ids, (audio, lengths["audio"]), (vision, lengths["vision"]))["M"][:, 0]
     return theirs(text, audio, vision)["M"][:, 0]
@@ -152,7 +152,7 @@ def batch(values, lengths):
     return Batch({k: Sequence(v, masks[k]) for k, v in values.items()}, {})
 
 
-def labels_of_self_mm(ours):
+def self_mm_label_difference(ours):
     """Three epochs of label updates by MMSA's trainer and by ours, on the same features."""
     from MMSA.trains.multiTask.SELF_MM import SELF_MM as Trainer
 
@@ -165,13 +165,13 @@ def labels_of_self_mm(ours):
     for epoch in (1, 2, 3):
         ours.epoch_started(epoch)
         for rows in torch.randperm(48).split(16):
-            made = {key: torch.randn(16, args[f"post_{'video' if key == 'vision' else key}_dim"]) for key in heads}
+            features = {key: torch.randn(16, args[f"post_{'video' if key == 'vision' else key}_dim"]) for key in heads}
             if epoch > 1:
-                trainer.update_labels(*made.values(), epoch, rows, None)
-            trainer.update_features(*made.values(), rows)
+                trainer.update_labels(*features.values(), epoch, rows, None)
+            trainer.update_features(*features.values(), rows)
             trainer.update_centers()
-            joined = torch.cat([made[k] for k in ("fusion", "text", "audio", "vision")], -1)
-            ours.remember(rows, truth[rows], joined, torch.ones(4, len(rows), dtype=torch.bool))
+            all_features = torch.cat([features[k] for k in ("fusion", "text", "audio", "vision")], -1)
+            ours.remember(rows, truth[rows], all_features, torch.ones(4, len(rows), dtype=torch.bool))
     return max(
         float((trainer.label_map[key] - ours.labels[ours.heads.index(head)]).abs().max()) for key, head in heads.items()
     )
@@ -179,35 +179,41 @@ def labels_of_self_mm(ours):
 
 def main():
     torch.manual_seed(0)
-    full = {k: torch.full((4,), n) for k, n in STEPS.items()}
+    full_lengths = {k: torch.full((4,), n) for k, n in STEPS.items()}
     values = {k: torch.randn(4, n, DIMS[k]) for k, n in STEPS.items()}
     lengths = {k: torch.randint(n // 3, n, (4,)) for k, n in STEPS.items()}
     padded = {
         k: torch.where((torch.arange(n) < lengths[k][:, None])[..., None], values[k], 0) for k, n in STEPS.items()
     }
-    cut = {k: v[:, : int(lengths[k].max())] for k, v in padded.items()}
-    wide = 58
+    trimmed = {k: v[:, : int(lengths[k].max())] for k, v in padded.items()}
+    width = 58
     print("random input, SIMS shapes 39×768 / 400×33 / 55×709, MMSA's SIMS hyperparameters; |difference| at most")
     with tempfile.TemporaryDirectory() as folder:
         bert = tiny_bert(folder)
         for name in THEIRS:
             theirs, ours = pair(name, bert)
-            whole = {k: v.clone().requires_grad_() for k, v in values.items()}
-            a, b = answer(name, theirs, whole, full), ours(batch(whole, full)).score
-            grads = [torch.autograd.grad(x.sum(), list(whole.values()), allow_unused=True) for x in (a, b)]
+            inputs = {k: v.clone().requires_grad_() for k, v in values.items()}
+            a, b = their_output(name, theirs, inputs, full_lengths), ours(batch(inputs, full_lengths)).score
+            grads = [torch.autograd.grad(x.sum(), list(inputs.values()), allow_unused=True) for x in (a, b)]
             scale = max(float(g.abs().max()) for g in grads[0] if g is not None)
             gap = max(float((x - y).abs().max()) for x, y in zip(*grads, strict=True) if x is not None) / scale
             with torch.no_grad():
-                here = (ours(batch(padded, lengths)).score - ours(batch(cut, lengths)).score).abs().max()
-                there = (answer(name, theirs, padded, lengths) - answer(name, theirs, cut, lengths)).abs().max()
-                apart = (answer(name, theirs, padded, lengths) - ours(batch(padded, lengths)).score).abs().max()
-            print(f"{name:8} {'unpadded: outputs':>{wide - 9}} {float((a - b).detach().abs().max()):.1e}")
-            print(f"{'gradients, relative to the largest':>{wide}} {gap:.1e}")
-            print(f"{'padded: theirs against ours':>{wide}} {float(apart):.1e}")
-            print(f"{'padding cut to the longest row changes theirs by':>{wide}} {float(there):.1e}")
-            print(f"{'… and ours by':>{wide}} {float(here):.1e}")
+                our_change = (ours(batch(padded, lengths)).score - ours(batch(trimmed, lengths)).score).abs().max()
+                their_change = (
+                    (their_output(name, theirs, padded, lengths) - their_output(name, theirs, trimmed, lengths))
+                    .abs()
+                    .max()
+                )
+                difference = (
+                    (their_output(name, theirs, padded, lengths) - ours(batch(padded, lengths)).score).abs().max()
+                )
+            print(f"{name:8} {'unpadded: outputs':>{width - 9}} {float((a - b).detach().abs().max()):.1e}")
+            print(f"{'gradients, relative to the largest':>{width}} {gap:.1e}")
+            print(f"{'padded: theirs against ours':>{width}} {float(difference):.1e}")
+            print(f"{'padding cut to the longest row changes theirs by':>{width}} {float(their_change):.1e}")
+            print(f"{'… and ours by':>{width}} {float(our_change):.1e}")
             if name == "self_mm":
-                print(f"{'labels after three epochs of updates':>{wide}} {labels_of_self_mm(ours):.1e}")
+                print(f"{'labels after three epochs of updates':>{width}} {self_mm_label_difference(ours):.1e}")
 
 
 if __name__ == "__main__":

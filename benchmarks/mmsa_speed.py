@@ -35,11 +35,11 @@ def make(folder, rows):
     random = np.random.default_rng(0)
     data = {}
     for split, count in (("train", rows), ("valid", 16), ("test", 16)):
-        share = np.clip(random.gamma(4, 1 / 12, count), 0.08, 1.0)  # of the longest clip: mean 1/3
-        share[0] = 1.0
+        relative_length = np.clip(random.gamma(4, 1 / 12, count), 0.08, 1.0)  # of the longest clip: mean 1/3
+        relative_length[0] = 1.0
         part = {"id": [f"{split}{i}" for i in range(count)], "raw_text": ["话"] * count}
         for name, steps in STEPS.items():
-            lengths = np.maximum((share * steps).astype(int), 5)
+            lengths = np.maximum((relative_length * steps).astype(int), 5)
             values = random.normal(size=(count, steps, DIMS[name])).astype(np.float32)
             values[np.arange(steps) >= lengths[:, None]] = 0
             part |= {name: values, f"{name}_lengths": lengths.tolist()}
@@ -63,7 +63,7 @@ def theirs(name, path, folder):
     import resource
 
     torch.cuda.set_device = lambda *_: None
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    original_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau
     from MMSA.data_loader import MMDataLoader
     from MMSA.models import AMIO
     from MMSA.trains import ATIO
@@ -71,9 +71,11 @@ def theirs(name, path, folder):
     from mmsa_parity import settings, tiny_bert
 
     # by sys.modules, since the package's attribute of this name is the class in the module
-    sys.modules["MMSA.trains.singleTask.MULT"].ReduceLROnPlateau = lambda *a, verbose=None, **k: plateau(*a, **k)
-    more = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
-    args = settings(name, **more, dataset_name="sims", cur_seed=1, model_save_path=str(Path(folder) / "m.pth"))
+    sys.modules["MMSA.trains.singleTask.MULT"].ReduceLROnPlateau = lambda *a, verbose=None, **k: original_scheduler(
+        *a, **k
+    )
+    paths = {"featurePath": str(path), "custom_feature": None, "feature_T": "", "feature_A": "", "feature_V": ""}
+    args = settings(name, **paths, dataset_name="sims", cur_seed=1, model_save_path=str(Path(folder) / "m.pth"))
     args["train_samples"] = len(pickle.loads(Path(path).read_bytes())["train"]["id"])
     if name == "self_mm":
         args.update(use_finetune=False, pretrained=tiny_bert(Path(folder) / "bert"))
@@ -85,14 +87,14 @@ def theirs(name, path, folder):
 
     trainer.do_test = stop
 
-    def used():
+    def cpu_seconds():
         return sum(resource.getrusage(who)[0] + resource.getrusage(who)[1] for who in (0, -1))
 
-    begin = used()
+    started = cpu_seconds()
     try:
         trainer.do_train(model, loader)
     except Stop:
-        return used() - begin
+        return cpu_seconds() - started
     raise RuntimeError("MMSA's epoch did not end where it was expected to")
 
 
@@ -106,9 +108,10 @@ def our_epoch(name, path, folder):
     root = Path(__file__).parent.parent / "experiments" / "peers"
     config = load(root / f"{name}.yaml", ["modalities=[text,vision,audio]"])
     features = read_features(path, Path(folder) / "cache")
-    places = np.array([i for i, clip in enumerate(features.clips) if clip.split == "train"])
+    train_indices = np.array([i for i, clip in enumerate(features.clips) if clip.split == "train"])
     data = ClipSet(
-        [features.clips[i] for i in places], {n: features.choose(n, [features.clips[i] for i in places]) for n in DIMS}
+        [features.clips[i] for i in train_indices],
+        {n: features.choose(n, [features.clips[i] for i in train_indices]) for n in DIMS},
     )
     torch.manual_seed(0)
     network = MODELS[name](config, DIMS).train()
@@ -117,7 +120,7 @@ def our_epoch(name, path, folder):
     train = config.train
     groups = network.param_groups(config) if hasattr(network, "param_groups") else network.parameters()
     optimizer = torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True)
-    begin = time.process_time()
+    started = time.process_time()
     batches = torch.randperm(len(data)).split(train.batch_size)
     for i, rows in enumerate(batches, 1):
         batch = to_batch(data.__getitems__(rows.tolist()))
@@ -126,7 +129,7 @@ def our_epoch(name, path, folder):
         if i % train.accumulation == 0 or i == len(batches):
             optimizer.step()
             optimizer.zero_grad()
-    return time.process_time() - begin
+    return time.process_time() - started
 
 
 def main():
@@ -147,10 +150,10 @@ def main():
             seconds = {}
             for who in ("theirs", "ours"):
                 command = [sys.executable, __file__, "--one", who, name, str(path)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                seconds[who] = float(done.stdout.strip().splitlines()[-1]) * EPOCH / options.rows
+                process = subprocess.run(command, capture_output=True, text=True, check=False)
+                if process.returncode:
+                    sys.exit(process.stderr)
+                seconds[who] = float(process.stdout.strip().splitlines()[-1]) * EPOCH / options.rows
             ratios.append(seconds["theirs"] / seconds["ours"])
             print(f"{name:8} MMSA {seconds['theirs']:8.1f}   ours {seconds['ours']:8.1f}   ratio {ratios[-1]:5.1f}×")
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -21,11 +21,11 @@ from senticlip.data.loader import ClipSet, collate, to_batch
 from senticlip.fit import Fitter, Hooks, parameter_groups
 from senticlip.models import create_model
 from senticlip.structures import Batch, Clip, Sequence
-from senticlip.train import _arguments
+from senticlip.train import _training_arguments
 from senticlip.trainee import Trainee
 
 
-def made_set(folder: Path, count: int, widths: dict[str, int]) -> ClipSet:
+def random_set(folder: Path, count: int, widths: dict[str, int]) -> ClipSet:
     """Random features in a real cache: 30 characters, 6 frames."""
     random = np.random.default_rng(0)
     keys = [f"{i}" for i in range(count)]
@@ -33,11 +33,11 @@ def made_set(folder: Path, count: int, widths: dict[str, int]) -> ClipSet:
     for name, length in (("text", 30), ("vision", 6)):
         shape = (length, widths[name])
         rows = (random.standard_normal(shape, np.float32).astype(np.float16) for _ in keys)
-        stores[name] = cached(folder, {"made": name}, keys, lambda places, rows=rows: rows)
+        stores[name] = cached(folder, {"made": name}, keys, lambda indices, rows=rows: rows)
     return ClipSet([Clip(key, labels={"M": float(random.integers(-1, 2))}) for key in keys], stores)
 
 
-def fresh(seed: int = 0) -> Any:
+def make_model(seed: int = 0) -> Any:
     """The network without its frozen encoders, and the encoders."""
     torch.manual_seed(seed)
     model = create_model(paper.config("frozen").override({"prompt": "none", "dropout": 0.0}))
@@ -48,7 +48,7 @@ def fresh(seed: int = 0) -> Any:
 def arguments_of(trainee: Trainee, folder: Path, device: str = "cpu", epochs: int = 1) -> TrainingArguments:
     """The arguments of ``senticlip train``, for some epochs without evaluation and checkpoints."""
     return dataclasses.replace(
-        _arguments(trainee.experiment, folder, torch.device(device)),
+        _training_arguments(trainee.experiment, folder, torch.device(device)),
         num_train_epochs=epochs,
         eval_strategy="no",
         save_strategy="no",
@@ -56,7 +56,7 @@ def arguments_of(trainee: Trainee, folder: Path, device: str = "cpu", epochs: in
     )
 
 
-def bare(trainee: Trainee, data: ClipSet, folder: Path) -> float:
+def bare_loop(trainee: Trainee, data: ClipSet, folder: Path) -> float:
     """A hand-written loop with the same batches, optimizer and schedule; returns the mean loss."""
     arguments, size = arguments_of(trainee, folder), trainee.experiment.train.batch_size
     steps, losses = len(data) // size, []
@@ -103,16 +103,16 @@ def encode_one(encoders: dict[str, Any]) -> None:
 def run(quick: bool) -> None:
     """1368 clips, as in CH-SIMS; fewer if quick."""
     count = 128 if quick else 1368
-    model, encoders = fresh()
-    twin = fresh()[0]
+    model, encoders = make_model()
+    model_copy = make_model()[0]
     with timing.folder() as folder:
-        data = made_set(folder / "cache", count, model.network.dims)
+        data = random_set(folder / "cache", count, model.network.dims)
         probe = Batch(to_batch(data.__getitems__([0, 1])).modalities, {})
         with torch.no_grad():
-            assert torch.equal(model.eval()(probe).log_probs, twin.eval()(probe).log_probs)
-        trainees = Trainee(model), Trainee(twin)
+            assert torch.equal(model.eval()(probe).log_probs, model_copy.eval()(probe).log_probs)
+        trainees = Trainee(model), Trainee(model_copy)
         ways = {
-            "bare PyTorch loop": lambda: bare(trainees[0], data, folder / "out"),
+            "bare PyTorch loop": lambda: bare_loop(trainees[0], data, folder / "out"),
             "ours, Trainer": lambda: by_trainer(trainees[1], data, folder / "out"),
             "encoders, one clip": lambda: encode_one(encoders),
         }
@@ -120,12 +120,13 @@ def run(quick: bool) -> None:
     # both learn the same; each round continues from the last
     gap = abs(answers["bare PyTorch loop"] - answers["ours, Trainer"])
     assert gap < 1e-4, answers
-    clip = costs.pop("encoders, one clip")
+    encoder_costs = costs.pop("encoders, one clip")
     timing.show(f"epoch of {count} clips", costs, {"ours, Trainer": f"difference of the loss {gap:.0e}"})
-    head, one = timing.median(costs["ours, Trainer"]).cpu, timing.median(clip).cpu
+    head_seconds, encoder_seconds = timing.median(costs["ours, Trainer"]).cpu, timing.median(encoder_costs).cpu
     print(
-        f"cached epoch: {head:.1f} cpu-s; with the encoders each time {head + count * one:.0f} cpu-s "
-        f"({one:.2f} a clip, counted for {count}): {(head + count * one) / head:.0f}x"
+        f"cached epoch: {head_seconds:.1f} cpu-s; with the encoders each time "
+        f"{head_seconds + count * encoder_seconds:.0f} cpu-s ({encoder_seconds:.2f} a clip, counted for {count}): "
+        f"{(head_seconds + count * encoder_seconds) / head_seconds:.0f}x"
     )
 
 

@@ -56,9 +56,9 @@ def median(costs: list[Cost]) -> Cost:
 def show(title: str, costs: dict[str, list[Cost]], notes: dict[str, str] | None = None) -> None:
     """Print a line for each way; a ratio is the median over rounds of the first way's cost to this one's."""
     first = next(iter(costs.values()))
-    for name, found in costs.items():
-        cost = median(found)
-        pairs = list(zip(first, found, strict=True))
+    for name, way_costs in costs.items():
+        cost = median(way_costs)
+        pairs = list(zip(first, way_costs, strict=True))
         ratio = median([Cost(a.wall / b.wall, a.cpu / b.cpu) for a, b in pairs])
         note = (notes or {}).get(name, "")
         print(
@@ -101,10 +101,10 @@ def int8_ceiling(size: int = 1536, rounds: int = 5) -> float:
         [helper.make_tensor_value_info("y", TensorProto.INT32, [size, size])],
         [weight],
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {"x": random.integers(0, 255, (size, size), np.uint8)}
     session.run(None, feed)
     return max(2e-9 * size**3 / once(lambda: session.run(None, feed))[1].cpu for _ in range(rounds))

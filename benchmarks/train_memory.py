@@ -39,26 +39,26 @@ def child(count: int) -> dict[str, int]:
 
     runtime.setup()
     with tempfile.TemporaryDirectory() as scratch:
-        model, encoders = step.fresh()
+        model, encoders = step.make_model()
         encoders.clear()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # else growth could hide in what the encoders freed
-        data = step.made_set(Path(scratch) / "cache", count, model.network.dims)
+        data = step.random_set(Path(scratch) / "cache", count, model.network.dims)
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*.npy")) >> 20
-        seen, done = [memory()], threading.Event()
+        samples, finished = [memory()], threading.Event()
 
         def watch() -> None:
-            while not done.wait(0.05):
-                seen.append(memory())
+            while not finished.wait(0.05):
+                samples.append(memory())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
             step.by_trainer(Trainee(model), data, Path(scratch) / "out")
         finally:
-            done.set()
+            finished.set()
             watcher.join()
-    return {"cache_mib": size, "anonymous_mib_before": seen[0], "anonymous_mib_at_most": max(seen)}
+    return {"cache_mib": size, "anonymous_mib_before": samples[0], "anonymous_mib_at_most": max(samples)}
 
 
 def main() -> None:
@@ -69,12 +69,12 @@ def main() -> None:
     if options.child:
         print(json.dumps(child(options.child)))
         return
-    found = {}
+    results = {}
     for count in map(int, options.clips.split(",")):
         command = [sys.executable, "-m", "benchmarks.train_memory", "--child", str(count)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        found[f"{count} clips"] = json.loads(answer.stdout.splitlines()[-1])
-    print(json.dumps(found, indent=1))
+        results[f"{count} clips"] = json.loads(answer.stdout.splitlines()[-1])
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

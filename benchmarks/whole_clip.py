@@ -27,7 +27,7 @@ def forward(pixels: Tensor) -> Output:
 
 def run(quick: bool) -> None:
     """A clip of 4 seconds."""
-    peer, full = processor(), paper.predictor("fp32")
+    peer, fp32_predictor = processor(), paper.predictor("fp32")
     with timing.folder() as folder:
         clip = Clip("clip", timing.make_video(folder / "clip.mp4", 1280, 720, 4), paper.TEXT)
         ways = {"naive": lambda: naive(folder / "clip.mp4", peer)}
@@ -35,16 +35,16 @@ def run(quick: bool) -> None:
             predictor = paper.predictor(name)
             ways[f"ours {name}"] = lambda p=predictor: p.output(p.batch([clip]))
         answers, costs = timing.interleave(ways, 2 if quick else 9)
-        batch = full.batch([clip])
+        batch = fp32_predictor.batch([clip])
     # frames through PIL differ from ours by up to 1/255, so models are compared on the same pixels
-    same = forward(full.model.encoders["vision"].normalize(batch.modalities["vision"].values[0]))
-    work, notes = paper.work(full.model, batch), {}
+    expected = forward(fp32_predictor.model.encoders["vision"].normalize(batch.modalities["vision"].values[0]))
+    work, notes = paper.work(fp32_predictor.model, batch), {}
     for name in paper.precisions(quick):
-        gap = paper.gap(same, answers[f"ours {name}"])
+        gap = paper.gap(expected, answers[f"ours {name}"])
         assert gap <= paper.LIMIT[name], (name, gap)
         share = work / timing.median(costs[f"ours {name}"]).cpu / paper.ceiling(name)
-        through = paper.gap(answers["naive"], answers[f"ours {name}"])
-        notes[f"ours {name}"] = f"max difference {gap:.1e} (with PIL {through:.1e}), {share:.0%} of the ceiling"
+        pil_gap = paper.gap(answers["naive"], answers[f"ours {name}"])
+        notes[f"ours {name}"] = f"max difference {gap:.1e} (with PIL {pil_gap:.1e}), {share:.0%} of the ceiling"
     timing.show("whole clip 720p", costs, notes)
 
 

@@ -1,4 +1,4 @@
-"""What holds for every test: the same examples and sums in every run, and no cache but its own."""
+"""Settings for all tests: reproducible hypothesis examples and floating-point sums, and a cache folder per test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from rich.console import Console
 
-# hypothesis draws from the test's name, not from the clock
+# derandomize: examples are derived from the test, not from a random seed
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
 
@@ -24,8 +24,8 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def terminal(request, monkeypatch):
-    """What somebody sees who watches the progress bars; with False: who reads a log of them."""
-    shown, watched = io.StringIO(), getattr(request, "param", True)
-    console = Console(file=shown, force_terminal=watched, force_interactive=watched, width=100)
+    """The output of progress bars: on a terminal or, parametrized with False, in a log file."""
+    output, interactive = io.StringIO(), getattr(request, "param", True)
+    console = Console(file=output, force_terminal=interactive, force_interactive=interactive, width=100)
     monkeypatch.setattr("senticlip.progress.console", console)
-    return shown
+    return output

@@ -1,4 +1,4 @@
-"""A predictor with the face of the real one, whose answers can be foretold, and films to show it."""
+"""A stand-in for Predictor whose answers are easy to predict, and films for it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SHADES = {"negative": (200, 60, 40), "neutral": (120, 120, 120), "positive": (40
 
 
 class FakePredictor:
-    """The text decides by 好 and 坏, the picture by its colour, and the picture weighs twice; what is absent is silent.
+    """Classifies text by 好 and 坏, and video by its colour; video has twice the weight. Either may be missing.
 
-    ``fail_after``: the number of batches after which it breaks down, as a killed process would.
+    ``fail_after``: the number of batches after which it raises an error, as if it had been killed.
     """
 
     def __init__(self, run: str | Path = "", fail_after: int | None = None, precision: str = "fp32") -> None:
-        self.run, self.precision, self.left, self.batches = Path(run), precision, fail_after, 0
+        self.run, self.precision, self.fail_after, self.batches = Path(run), precision, fail_after, 0
 
     def batch(self, clips, read=read_frames, listen=None):
         self.batches += 1
-        if self.left is not None and self.batches > self.left:
+        if self.fail_after is not None and self.batches > self.fail_after:
             raise RuntimeError("killed")
         values = torch.zeros(len(clips), 3, 3, 16, 16, dtype=torch.uint8)
         mask = torch.zeros(len(clips), 3, dtype=torch.bool)
@@ -63,20 +63,21 @@ class FakePredictor:
 
 
 def soft(*logits: float) -> dict[str, float]:
-    powers = np.exp(np.array(logits) - max(logits))
-    return dict(zip(LABELS, (powers / powers.sum()).tolist(), strict=True))
+    """The softmax of three logits, by label."""
+    exponentials = np.exp(np.array(logits) - max(logits))
+    return dict(zip(LABELS, (exponentials / exponentials.sum()).tolist(), strict=True))
 
 
 def write_film(path: Path, moods: list[str], seconds: float = 1.0, rate: int = 10, size=(64, 48)) -> Path:
-    """A film of one-coloured shots, one for each mood, with a little noise."""
-    rng = np.random.default_rng(0)
+    """A film with one plain-coloured, slightly noisy shot for each label in ``moods``."""
+    random = np.random.default_rng(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for mood in moods:
             for _ in range(round(seconds * rate)):
-                pixels = np.full((size[1], size[0], 3), SHADES[mood], np.int16) + rng.integers(
+                pixels = np.full((size[1], size[0], 3), SHADES[mood], np.int16) + random.integers(
                     -5, 6, (size[1], size[0], 1)
                 )
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.clip(0, 255).astype(np.uint8), format="rgb24")))

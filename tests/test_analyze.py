@@ -1,4 +1,4 @@
-"""A film → its timeline: right rows, one pass, resumable, a page that stands alone."""
+"""A film → its timeline: correct rows, in one pass, resumable, with a self-contained page."""
 
 import base64
 import io
@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from tests.data import test_subtitles
 from tests.data.test_cutaways import write_shots
-from tests.data.test_video import delayed, remux
+from tests.data.test_video import remux, write_delayed
 from tests.fakes import SHADES, FakePredictor, write_film
 from tests.test_export import add_sound
 
-from senticlip import analyze as room
+from senticlip import analyze as analyze_module
 from senticlip.analyze import analyze
 from senticlip.data.audio import RATE
 from senticlip.data.subtitles import Line
@@ -43,7 +43,7 @@ def srt(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(room, "BATCH", 2)
+    monkeypatch.setattr(analyze_module, "BATCH", 2)
 
 
 def test_rows_files_and_page(film, srt, tmp_path):
@@ -53,10 +53,10 @@ def test_rows_files_and_page(film, srt, tmp_path):
     assert [row["label"] for row in rows] == MOODS
     assert [(row["start"], row["end"]) for row in rows][:2] == [(0.1, 1.9), (2.1, 3.9)]
     conflicts = [row["conflict"] for row in rows]
-    assert set(sorted(range(6), key=conflicts.__getitem__)[-2:]) == {3, 4}  # the face is glad where the words are bad
+    assert set(sorted(range(6), key=conflicts.__getitem__)[-2:]) == {3, 4}  # positive face, negative words
     for row in rows:
-        felt = {name: row[f"{name}_positive"] - row[f"{name}_negative"] for name in ("text", "video")}
-        assert row["conflict"] == pytest.approx(abs(felt["text"] - felt["video"]) / 2)  # 1 for opposite ones
+        sentiments = {name: row[f"{name}_positive"] - row[f"{name}_negative"] for name in ("text", "video")}
+        assert row["conflict"] == pytest.approx(abs(sentiments["text"] - sentiments["video"]) / 2)  # 1 if opposite
         assert row["negative"] + row["neutral"] + row["positive"] == pytest.approx(1)
         assert row["sentiment"] == pytest.approx(row["positive"] - row["negative"])
         assert row["weight_text"] + row["weight_video"] == pytest.approx(1)
@@ -65,22 +65,22 @@ def test_rows_files_and_page(film, srt, tmp_path):
     assert table.column_names == list(rows[0])
     assert table["text"].to_pylist() == WORDS
     assert pyarrow.csv.read_csv(out / "timeline.csv")["label"].to_pylist() == MOODS
-    there = [path.name for path in out.iterdir() if path.name != ".lock"]
-    assert sorted(there) == ["timeline.csv", "timeline.html", "timeline.parquet"]
+    names = [path.name for path in out.iterdir() if path.name != ".lock"]
+    assert sorted(names) == ["timeline.csv", "timeline.html", "timeline.parquet"]
 
     page = (out / "timeline.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=.?(https?:)?//", page)
-    (said,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    data = json.loads(said)
+    (embedded_json,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(embedded_json)
     assert "</ script" not in page
     assert data["name"] == "电影.mp4"
     assert [row["x"] for row in data["rows"]] == WORDS
     assert all(row["i"].startswith("data:image/jpeg;base64,") for row in data["rows"])
 
 
-def test_it_streams_in_one_pass_over_an_open_file(film, srt, monkeypatch):
+def test_rows_stream_in_one_pass_over_the_film(film, srt, monkeypatch):
     opened = []
-    monkeypatch.setattr(room, "VideoReader", lambda path: opened.append(path) or VideoReader(path))
+    monkeypatch.setattr(analyze_module, "VideoReader", lambda path: opened.append(path) or VideoReader(path))
     predictor = FakePredictor()
     rows = analyze(predictor, film, srt)
     next(rows)
@@ -89,17 +89,17 @@ def test_it_streams_in_one_pass_over_an_open_file(film, srt, monkeypatch):
     assert (predictor.batches, len(opened)) == (3, 1)
 
 
-def test_resume_ends_as_if_nothing_had_happened(film, srt, tmp_path):
-    whole = list(analyze(FakePredictor(), film, srt, tmp_path / "whole"))
+def test_resumed_run_writes_identical_files(film, srt, tmp_path):
+    expected = list(analyze(FakePredictor(), film, srt, tmp_path / "whole"))
     with pytest.raises(RuntimeError, match="killed"):
         list(analyze(FakePredictor(fail_after=2), film, srt, tmp_path / "cut"))
     assert not (tmp_path / "cut" / "timeline.parquet").exists()
-    predictor, told = FakePredictor(), []
-    options = {"resume": True, "progress": lambda done, total: told.append((done, total))}
-    again = list(analyze(predictor, film, srt, tmp_path / "cut", **options))
+    predictor, progress_calls = FakePredictor(), []
+    options = {"resume": True, "progress": lambda done, total: progress_calls.append((done, total))}
+    resumed = list(analyze(predictor, film, srt, tmp_path / "cut", **options))
     assert predictor.batches == 1
-    assert told == [(2, 6), (4, 6), (6, 6)]
-    assert again == whole
+    assert progress_calls == [(2, 6), (4, 6), (6, 6)]
+    assert resumed == expected
     for name in ("timeline.parquet", "timeline.csv", "timeline.html"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     finished = FakePredictor()
@@ -107,38 +107,40 @@ def test_resume_ends_as_if_nothing_had_happened(film, srt, tmp_path):
     assert finished.batches == 0
 
 
-def test_what_is_thrown_away_without_resume_is_told(film, srt, tmp_path, capsys):
-    def cut(**options):
+def test_discarded_lines_are_reported_without_resume(film, srt, tmp_path, capsys):
+    def killed(**options):
         with pytest.raises(RuntimeError, match="killed"):
             list(analyze(FakePredictor(fail_after=2), film, srt, tmp_path, **options))
         return capsys.readouterr().err
 
-    assert not cut()
-    assert cut() == f"{tmp_path}: starting over; up to 4 finished lines are discarded — --resume would have continued\n"
-    assert not cut(shift=0.3)  # another job has nothing to go on from
+    assert not killed()
+    assert (
+        killed() == f"{tmp_path}: starting over; up to 4 finished lines are discarded — --resume would have continued\n"
+    )
+    assert not killed(shift=0.3)  # a different job, which --resume could not have continued
 
 
-def test_a_resumed_film_sounds_the_same(film, srt, tmp_path):
-    """The noise that AAC fills in hangs on what was decoded before."""
+def test_resumed_run_reads_identical_sound(film, srt, tmp_path):
+    """The noise that an AAC decoder fills in depends on what it decoded before."""
 
     class Listener(FakePredictor):
         def batch(self, clips, read, listen):
             self.heard = [listen(clip.video, clip.start, clip.end) for clip in clips]
             return super().batch(clips, read)
 
-    loud = add_sound(film, tmp_path / "loud.mp4", 12)
-    whole, resumed = Listener(), Listener()
-    list(analyze(whole, loud, srt, tmp_path / "whole"))
+    film_with_sound = add_sound(film, tmp_path / "loud.mp4", 12)
+    uninterrupted, resumed = Listener(), Listener()
+    list(analyze(uninterrupted, film_with_sound, srt, tmp_path / "whole"))
     with pytest.raises(RuntimeError, match="killed"):
-        list(analyze(FakePredictor(fail_after=2), loud, srt, tmp_path / "cut"))
-    list(analyze(resumed, loud, srt, tmp_path / "cut", resume=True))
-    assert (whole.batches, resumed.batches) == (3, 1)
-    for one, other in zip(whole.heard, resumed.heard, strict=True):
-        assert len(one) == pytest.approx(1.8 * RATE, abs=2)
-        np.testing.assert_array_equal(one, other)
+        list(analyze(FakePredictor(fail_after=2), film_with_sound, srt, tmp_path / "cut"))
+    list(analyze(resumed, film_with_sound, srt, tmp_path / "cut", resume=True))
+    assert (uninterrupted.batches, resumed.batches) == (3, 1)
+    for expected, actual in zip(uninterrupted.heard, resumed.heard, strict=True):
+        assert len(expected) == pytest.approx(1.8 * RATE, abs=2)
+        np.testing.assert_array_equal(expected, actual)
 
 
-def test_resume_of_another_film_is_refused(film, srt, tmp_path):
+def test_resume_with_other_shift_is_rejected(film, srt, tmp_path):
     with pytest.raises(RuntimeError):
         list(analyze(FakePredictor(fail_after=1), film, srt, tmp_path / "out"))
     with pytest.raises(UsageError, match="leave out --resume"):
@@ -146,49 +148,49 @@ def test_resume_of_another_film_is_refused(film, srt, tmp_path):
     assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6
 
 
-def test_a_page_of_another_film_does_not_pass_for_this_one(film, srt, tmp_path, monkeypatch):
+def test_resume_rejects_half_written_files_of_another_job(film, srt, tmp_path, monkeypatch):
     list(analyze(FakePredictor(), film, srt, tmp_path / "out"))
-    monkeypatch.setattr(room.pyarrow.csv, "write_csv", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    monkeypatch.setattr(pyarrow.csv, "write_csv", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError, match="killed"):
         list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))
     with pytest.raises(UsageError, match="leave out --resume"):
         list(analyze(FakePredictor(), film, srt, tmp_path / "out", resume=True))
 
 
-def test_a_film_that_was_replaced_is_another(film, srt, tmp_path):
-    path, other = tmp_path / "a.mp4", bytearray(film.read_bytes())
-    path.write_bytes(other)
-    before = path.stat()
+def test_resume_detects_replaced_film(film, srt, tmp_path):
+    path, data = tmp_path / "a.mp4", bytearray(film.read_bytes())
+    path.write_bytes(data)
+    old_stat = path.stat()
     with pytest.raises(RuntimeError, match="killed"):
         list(analyze(FakePredictor(fail_after=1), path, srt, tmp_path / "out"))
-    other[-1] ^= 1
-    path.write_bytes(other)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(old_stat.st_atime_ns, old_stat.st_mtime_ns))
     with pytest.raises(UsageError, match="leave out --resume"):
         list(analyze(FakePredictor(), path, srt, tmp_path / "out", resume=True))
 
 
-def test_one_analyze_at_a_time_writes_into_a_folder(film, srt, tmp_path):
+def test_output_folder_is_locked(film, srt, tmp_path):
     rows = analyze(FakePredictor(), film, srt, tmp_path / "out")
-    first = next(rows)
+    first_row = next(rows)
     with pytest.raises(UserError, match=r"out: another analyze is writing here — wait, or choose another --out"):
         next(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))
-    assert [row["text"] for row in (first, *rows)] == WORDS
+    assert [row["text"] for row in (first_row, *rows)] == WORDS
     assert pq.read_table(tmp_path / "out" / "timeline.parquet")["text"].to_pylist() == WORDS
-    assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6  # the lock is open again
+    assert len(list(analyze(FakePredictor(), film, srt, tmp_path / "out", shift=0.3))) == 6  # the lock was released
 
 
-def test_a_bad_line_is_a_row_with_its_error(film, srt):
+def test_failed_line_is_a_row_with_its_error(film, srt):
     srt.write_text(srt.read_text(encoding="utf-8").replace("太坏了", "broken"), encoding="utf-8")
     rows = list(analyze(FakePredictor(), film, srt))
     assert [row["label"] for row in rows] == [*MOODS[:3], None, *MOODS[4:]]
     assert rows[3]["error"] == "line 4: broken"
 
 
-def test_lines_after_the_film(film, srt, capsys):
+def test_lines_after_end_of_film(film, srt, capsys):
     rows = list(analyze(FakePredictor(), film, srt, shift=5))
     assert [row["start"] for row in rows] == pytest.approx([5.1, 7.1, 9.1, 11.1, 13.1, 15.1])
-    assert [row["video_positive"] is not None for row in rows] == [True] * 4 + [False] * 2  # the film has 12 s
+    assert [row["video_positive"] is not None for row in rows] == [True] * 4 + [False] * 2  # the film lasts 12 s
     assert [row["error"] for row in rows] == [None] * 6
     assert capsys.readouterr().err == f"2 of 6 lines begin after the end of {film} (12.0 s) — check --shift\n"
     list(analyze(FakePredictor(), film, srt))
@@ -198,43 +200,43 @@ def test_lines_after_the_film(film, srt, capsys):
         analyze(FakePredictor(), film, srt, shift=500)
 
 
-def test_a_film_whose_sound_goes_on_after_its_pictures(film, srt, tmp_path):
-    """As of a still, or a screen that was recorded: a player shows the last picture."""
-    heard = []
+def test_sound_longer_than_video(film, srt, tmp_path):
+    """As with a still picture or a screen recording: players hold the last frame."""
+    durations = []
 
     class Listener(FakePredictor):
         def batch(self, clips, read, listen):
-            heard.extend(len(listen(clip.video, clip.start, clip.end)) / RATE for clip in clips)
+            durations.extend(len(listen(clip.video, clip.start, clip.end)) / RATE for clip in clips)
             return super().batch(clips, read)
 
-    loud = add_sound(film, tmp_path / "loud.mp4", 20)
-    rows = list(analyze(Listener(), loud, srt, shift=7))
+    film_with_sound = add_sound(film, tmp_path / "loud.mp4", 20)
+    rows = list(analyze(Listener(), film_with_sound, srt, shift=7))
     assert [row["video_positive"] is not None for row in rows] == [True] * 6
-    assert all(row["video_positive"] > row["video_negative"] for row in rows[3:])  # the last picture is a glad one
-    assert heard == pytest.approx([1.8] * 6, abs=0.01)
-    ends = [row["end"] for row in analyze(FakePredictor(), loud, seconds=2)]
+    assert all(row["video_positive"] > row["video_negative"] for row in rows[3:])  # the last frame is positive
+    assert durations == pytest.approx([1.8] * 6, abs=0.01)
+    ends = [row["end"] for row in analyze(FakePredictor(), film_with_sound, seconds=2)]
     assert (len(ends), ends[-1]) == (10, pytest.approx(20, abs=0.1))
 
 
-def test_a_film_that_was_cut_off_is_told(film, tmp_path, capsys):
-    short = tmp_path / "short.mp4"
-    short.write_bytes(
+def test_truncated_film_is_reported(film, tmp_path, capsys):
+    truncated = tmp_path / "short.mp4"
+    truncated.write_bytes(
         remux(film, tmp_path / "whole.mp4", movflags="faststart").read_bytes()[: -film.stat().st_size // 3]
     )
-    rows = list(analyze(FakePredictor(), short))
+    rows = list(analyze(FakePredictor(), truncated))
     assert rows[-1]["end"] < 11
     assert re.fullmatch(r".*short\.mp4: cut off, [\d.]+ s of 12\.0 s are there — .*\n.*\n", capsys.readouterr().err)
 
 
-def test_a_shift_does_not_lose_the_films_own_lines(tmp_path):
+def test_shift_that_moves_all_embedded_lines_before_start(tmp_path):
     path = test_subtitles.film(tmp_path / "film.mkv", [("chi", test_subtitles.SRT)])
     assert list(analyze(FakePredictor(), path))
     with pytest.raises(UserError, match="contains no spoken line after 0 s: --shift -100 moves all of them before it"):
         analyze(FakePredictor(), path, shift=-100)
 
 
-def test_pictures_that_begin_after_the_sound(tmp_path):
-    path = delayed(tmp_path)
+def test_video_that_begins_after_its_sound(tmp_path):
+    path = write_delayed(tmp_path)
     info = probe(path)
     assert (info.start, info.duration) == (pytest.approx(0.8), pytest.approx(1.6))
     srt = tmp_path / "a.srt"
@@ -244,23 +246,23 @@ def test_pictures_that_begin_after_the_sound(tmp_path):
     assert [(row["start"], row["end"]) for row in analyze(FakePredictor(), path, seconds=1.2)] == [(0, 1.2), (1.2, 2.4)]
 
 
-def test_the_model_says_how_a_line_is_read(tmp_path):
+def test_model_options_reach_the_video_reader(tmp_path):
     film = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0])
-    seen, predictor = [], FakePredictor()
+    pairs, predictor = [], FakePredictor()
 
     def batch(clips, read, listen):
-        piece = clips[0].video, 4, clips[0].start, clips[0].end
-        seen.append((read(*piece, size=16, cutaways="drop"), read_frames(*piece, size=16, cutaways="drop")))
+        segment = clips[0].video, 4, clips[0].start, clips[0].end
+        pairs.append((read(*segment, size=16, cutaways="drop"), read_frames(*segment, size=16, cutaways="drop")))
         return FakePredictor.batch(predictor, clips, read, listen)
 
     predictor.batch = batch
     list(analyze(predictor, film, seconds=2.0))
-    ((ours, wanted),) = seen
-    assert len(ours.times) == 3
-    assert np.array_equal(ours.pixels, wanted.pixels)
+    ((frames, expected),) = pairs
+    assert len(frames.times) == 3
+    assert np.array_equal(frames.pixels, expected.pixels)
 
 
-def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt, tmp_path):
+def test_usage_error_only_if_no_line_can_be_read(film, srt, tmp_path):
     srt.write_text(
         srt.read_text(encoding="utf-8").replace("真好", "broken").replace("真坏", "broken"), encoding="utf-8"
     )
@@ -273,14 +275,14 @@ def test_what_only_some_lines_suffer_is_not_the_films_fault(film, srt, tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("wrong", [{"shift": float("nan")}, {"shift": float("inf")}, {"seconds": 1e-9}])
-def test_times_that_are_none(film, wrong):
-    with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
-        analyze(FakePredictor(), film, **wrong)
+@pytest.mark.parametrize("option", [{"shift": float("nan")}, {"shift": float("inf")}, {"seconds": 1e-9}])
+def test_invalid_times_are_rejected(film, option):
+    with pytest.raises(UsageError, match=f"--{next(iter(option))}"):
+        analyze(FakePredictor(), film, **option)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"transcribe": True, "shift": 1.0}, "--transcribe ignores subtitles"),
         ({"transcribe": True, "track": 0}, "--transcribe ignores subtitles"),
@@ -289,34 +291,34 @@ def test_times_that_are_none(film, wrong):
         ({"shift": 1.0}, "has no subtitles, and none were given .*; --shift has nothing to move"),
     ],
 )
-def test_options_without_effect_are_refused(film, options, told):
-    with pytest.raises(UsageError, match=told):
+def test_options_without_effect_are_rejected(film, options, message):
+    with pytest.raises(UsageError, match=message):
         analyze(FakePredictor(), film, **options)
 
 
-def test_subtitles_that_are_pictures_are_told(tmp_path, capsys):
-    path = test_subtitles.film(tmp_path / "film.mkv", [], pictures="chi")
+def test_image_subtitles_are_reported(tmp_path, capsys):
+    path = test_subtitles.film(tmp_path / "film.mkv", [], image_language="chi")
     assert all(row["text"] == "" for row in analyze(FakePredictor(), path))
-    told = "its subtitles are images, not text — give them as a file: --subtitles F.srt"
-    assert capsys.readouterr().err == f"{path}: {told}; cutting the film without text\n"
-    path = test_subtitles.film(tmp_path / "both.mkv", [("eng", test_subtitles.SRT)], pictures="chi")
+    message = "its subtitles are images, not text — give them as a file: --subtitles F.srt"
+    assert capsys.readouterr().err == f"{path}: {message}; cutting the film without text\n"
+    path = test_subtitles.film(tmp_path / "both.mkv", [("eng", test_subtitles.SRT)], image_language="chi")
     assert len(list(analyze(FakePredictor(), path))) == 2
     assert capsys.readouterr().err.startswith(f"{path}: using subtitle track 0, not a Chinese one")
 
 
-def test_another_precision_is_another_job(film, srt, tmp_path):
+def test_resume_with_other_precision_is_rejected(film, srt, tmp_path):
     with pytest.raises(RuntimeError):
         list(analyze(FakePredictor(fail_after=1, precision="bf16"), film, srt, tmp_path / "out"))
     with pytest.raises(UsageError, match="leave out --resume"):
         list(analyze(FakePredictor(), film, srt, tmp_path / "out", resume=True))
 
 
-def test_without_words(film, tmp_path):
+def test_film_without_subtitles(film, tmp_path):
     rows = list(analyze(FakePredictor(), film, seconds=2))
     assert [row["label"] for row in rows] == MOODS
     assert all(row["text"] == "" and row["text_positive"] is None for row in rows)
-    cut = list(analyze(FakePredictor(), film, cut="shots"))
-    assert [row["label"] for row in cut] == MOODS
+    shots = list(analyze(FakePredictor(), film, cut="shots"))
+    assert [row["label"] for row in shots] == MOODS
     with pytest.raises(UsageError, match="choose windows or shots"):
         analyze(FakePredictor(), film, cut="scenes")
     empty = tmp_path / "empty.srt"
@@ -328,95 +330,95 @@ def test_without_words(film, tmp_path):
 
 
 def test_transcribed_lines(film, monkeypatch, tmp_path):
-    asked, said = [], [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
-    monkeypatch.setattr("senticlip.speech.transcript", lambda *options: asked.append(options) or said)
+    calls, transcript = [], [Line(0.0, 2.0, "真好"), Line(4.0, 5.5, "然后呢")]
+    monkeypatch.setattr("senticlip.speech.transcript", lambda *options: calls.append(options) or transcript)
     monkeypatch.setattr("senticlip.speech.model_folder", lambda model: tmp_path)
     rows = list(analyze(FakePredictor(), film, transcribe=True, asr_model="tiny", device="cpu"))
     assert [row["text"] for row in rows] == ["真好", "然后呢"]
-    assert asked == [(film, "tiny", "cpu")]
+    assert calls == [(film, "tiny", "cpu")]
     (tmp_path / "file").touch()
-    for run, out, wrong in (
+    for run, out, message in (
         (tmp_path / "none", None, "none"),
         (FakePredictor(), tmp_path / "file", "cannot create this folder"),
     ):
-        with pytest.raises(UsageError, match=wrong):  # told before what takes hours
+        with pytest.raises(UsageError, match=message):  # reported before the slow transcription
             analyze(run, film, out=out, transcribe=True)
-    assert len(asked) == 1
-    said.clear()
+    assert len(calls) == 1
+    transcript.clear()
     with pytest.raises(UserError, match="no speech detected — leave out --transcribe"):
         analyze(FakePredictor(), film, transcribe=True)
 
 
-def test_a_part_that_a_disk_has_lost_is_made_again(film, srt, tmp_path):
-    out = tmp_path / os.fsdecode(b"\xb5\xe7")  # a name that is no UTF-8
-    whole = list(analyze(FakePredictor(), film, srt))
+def test_damaged_parts_are_redone(film, srt, tmp_path):
+    out = tmp_path / os.fsdecode(b"\xb5\xe7")  # a name that is not UTF-8
+    expected = list(analyze(FakePredictor(), film, srt))
     with pytest.raises(RuntimeError, match="killed"):
         list(analyze(FakePredictor(fail_after=2), film, srt, out))
     (out / ".timeline" / "000000.parquet").write_bytes(b"PAR1")
-    again = FakePredictor()
-    assert list(analyze(again, film, srt, out, resume=True)) == whole
-    assert again.batches == 2
-    assert list(analyze(again, film, srt, out, resume=True)) == whole
-    assert again.batches == 2
+    predictor = FakePredictor()
+    assert list(analyze(predictor, film, srt, out, resume=True)) == expected
+    assert predictor.batches == 2
+    assert list(analyze(predictor, film, srt, out, resume=True)) == expected
+    assert predictor.batches == 2
     data = bytearray((out / "timeline.parquet").read_bytes())
     data[8:40] = bytes(byte ^ 0xA5 for byte in data[8:40])
     (out / "timeline.parquet").write_bytes(data)
-    assert list(analyze(again, film, srt, out, resume=True)) == whole
+    assert list(analyze(predictor, film, srt, out, resume=True)) == expected
     assert pyarrow.csv.read_csv((out / "timeline.csv").open("rb"))["text"].to_pylist() == WORDS
 
 
-def shown(out):
-    """What the page of a timeline holds."""
+def page_data(out):
+    """The JSON object in a timeline's page."""
     page = (out / "timeline.html").read_text(encoding="utf-8")
-    (said,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(said)
+    (embedded_json,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(embedded_json)
 
 
-def test_the_page_has_the_numbers_of_the_table(film, srt, tmp_path):
+def test_page_matches_table(film, srt, tmp_path):
     rows = list(analyze(FakePredictor(), film, srt, tmp_path, shift=5))
-    data = shown(tmp_path)
-    assert (data["film"], data["duration"]) == (pytest.approx(12), pytest.approx(rows[-1]["end"]))  # words go on
-    for row, found in zip(rows, data["rows"], strict=True):
-        assert [found[key] for key in "sexl"] == [row[key] for key in ("start", "end", "text", "label")]
-        assert [found[key] for key in "fc"] == pytest.approx([row["sentiment"], row["conflict"]], abs=1e-6)
+    data = page_data(tmp_path)
+    assert (data["film"], data["duration"]) == (pytest.approx(12), pytest.approx(rows[-1]["end"]))  # past the film
+    for row, page_row in zip(rows, data["rows"], strict=True):
+        assert [page_row[key] for key in "sexl"] == [row[key] for key in ("start", "end", "text", "label")]
+        assert [page_row[key] for key in "fc"] == pytest.approx([row["sentiment"], row["conflict"]], abs=1e-6)
         for key, prefix in (("p", ""), ("text", "text_"), ("video", "video_"), ("audio", "audio_")):
-            wanted = [row[prefix + name] for name in ("negative", "neutral", "positive")]
-            assert found[key] == (None if wanted[0] is None else pytest.approx(wanted, abs=5e-4))
-        assert found["w"] == pytest.approx({head: row[f"weight_{head}"] for head in found["w"]}, abs=5e-4)
+            expected = [row[prefix + name] for name in ("negative", "neutral", "positive")]
+            assert page_row[key] == (None if expected[0] is None else pytest.approx(expected, abs=5e-4))
+        assert page_row["w"] == pytest.approx({head: row[f"weight_{head}"] for head in page_row["w"]}, abs=5e-4)
 
 
-def test_a_thumbnail_is_of_the_middle_of_its_line(film, tmp_path):
+def test_thumbnail_is_from_the_middle_of_its_line(film, tmp_path):
     srt = tmp_path / "a.srt"
-    srt.write_text("1\n00:00:00,100 --> 00:00:05,900\n好\n", encoding="utf-8")  # positive, negative, neutral pictures
+    srt.write_text("1\n00:00:00,100 --> 00:00:05,900\n好\n", encoding="utf-8")  # positive, negative, neutral frames
     list(analyze(FakePredictor(), film, srt, tmp_path))
-    data = base64.b64decode(shown(tmp_path)["rows"][0]["i"].partition(",")[2])
+    data = base64.b64decode(page_data(tmp_path)["rows"][0]["i"].partition(",")[2])
     picture = Image.open(io.BytesIO(data))
     assert picture.size == (128, 96)  # the film's 64 x 48
     assert np.asarray(picture).mean((0, 1)) == pytest.approx(SHADES["negative"], abs=15)
 
 
-def test_the_track_that_was_asked_for_is_read(tmp_path):
+def test_requested_track_is_read(tmp_path):
     tracks = [("chi", test_subtitles.SRT), ("eng", test_subtitles.SRT.replace("今天我真的很高兴", "Hello"))]
     path = test_subtitles.film(tmp_path / "film.mkv", tracks)
     for track, words in ((None, "今天我真的很高兴"), (0, "今天我真的很高兴"), (1, "Hello")):
         assert next(analyze(FakePredictor(), path, track=track))["text"] == words
 
 
-def test_without_resume_what_is_finished_is_made_anew(film, srt, tmp_path):
+def test_finished_timeline_is_redone_without_resume(film, srt, tmp_path):
     for options, batches in (({}, 3), ({}, 3), ({"resume": True}, 0)):
         predictor = FakePredictor()
         assert len(list(analyze(predictor, film, srt, tmp_path, **options))) == 6
         assert predictor.batches == batches
 
 
-def test_nought_is_a_number_on_the_page():
-    row = dict.fromkeys(room.SCHEMA.names, 0.0) | {"thumbnail": None}
-    found = room._shown(row)
-    assert [found[key] for key in ("f", "c", "p", "text", "w")] == [
+def test_zeros_stay_on_the_page():
+    row = dict.fromkeys(analyze_module.SCHEMA.names, 0.0) | {"thumbnail": None}
+    page_row = analyze_module._page_row(row)
+    assert [page_row[key] for key in ("f", "c", "p", "text", "w")] == [
         0,
         0,
         [0] * 3,
         [0] * 3,
-        dict.fromkeys(room.HEADS, 0),
+        dict.fromkeys(analyze_module.HEADS, 0),
     ]
-    assert [room._shown(dict.fromkeys(row))[key] for key in ("f", "c", "p")] == [None] * 3
+    assert [analyze_module._page_row(dict.fromkeys(row))[key] for key in ("f", "c", "p")] == [None] * 3

@@ -1,4 +1,4 @@
-"""Compiled encoders answer as those of the RUN, up to their precision; int8 weights are those of rounding by hand."""
+"""Compiled encoders match those of the RUN up to their precision; int8 weights match manual rounding."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ from senticlip.structures import Clip, Sequence, UsageError, UserError
 
 VISION = {"clip": tiny.clip_folder, "cnn": lambda f: tiny.timm_folder(f, "test_resnet")}
 VISION["vit"] = lambda f: tiny.timm_folder(f, "test_vit")
-FAR = {"bf16": 0.05, "int8": 0.05}
-"""How far a state may be from torch's, relative to all of them."""
+TOLERANCE = {"bf16": 0.05, "int8": 0.05}
+"""The largest allowed relative error of the states, compared with torch's."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
     return run_folder(folder, tiny.clip_folder(folder / "clip"))
 
 
-def gap(one: torch.Tensor, two: torch.Tensor) -> float:
+def relative_error(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).norm() / two.norm())
 
 
@@ -52,53 +52,53 @@ def frames(rows: int, length: int, size: int = 32) -> Sequence:
     return Sequence(pixels.to(torch.uint8).unflatten(0, (rows, length)), mask)
 
 
-def both(run: Path, precision: str, name: str):
-    """Of the RUN an encoder as it is, and compiled."""
+def encoder_pair(run: Path, precision: str, name: str):
+    """An encoder of the RUN, as it is (in inference mode) and compiled."""
     model = senticlip.load(run, "cpu").model
-    twin = senticlip.load(run, "cpu", precision).model.encoders[name]
-    assert isinstance(twin, CompiledEncoder)
-    assert twin.dim == model.encoders[name].dim
-    return torch.inference_mode()(model.encoders[name]), twin
+    compiled_encoder = senticlip.load(run, "cpu", precision).model.encoders[name]
+    assert isinstance(compiled_encoder, CompiledEncoder)
+    assert compiled_encoder.dim == model.encoders[name].dim
+    return torch.inference_mode()(model.encoders[name]), compiled_encoder
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("kind", VISION)
-def test_frames_of_any_number(tmp_path, kind, precision):
+def test_any_number_of_frames(tmp_path, kind, precision):
     run = run_folder(tmp_path, VISION[kind](tmp_path / "vision"))
-    torch_s, twin = both(run, precision, "vision")
-    for shape in ((1, 1), (2, 3), (5, 3)):  # the last is more than goes through at once
-        given = frames(*shape)
-        states, mask = twin(given)
-        assert torch.equal(mask, given.mask)
+    reference, compiled_encoder = encoder_pair(run, precision, "vision")
+    for shape in ((1, 1), (2, 3), (5, 3)):  # the last is processed in several parts
+        sequence = frames(*shape)
+        states, mask = compiled_encoder(sequence)
+        assert torch.equal(mask, sequence.mask)
         assert not states[~mask].any()
-        assert gap(states, torch_s(given).values) < FAR[precision]
-    assert not twin(Sequence(given.values, torch.zeros_like(given.mask))).values.any()
-    assert twin.size == 32
+        assert relative_error(states, reference(sequence).values) < TOLERANCE[precision]
+    assert not compiled_encoder(Sequence(sequence.values, torch.zeros_like(sequence.mask))).values.any()
+    assert compiled_encoder.size == 32
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_texts_of_any_length(tmp_path, kind, precision):
+def test_any_text_length(tmp_path, kind, precision):
     text = {"encoder": str(tiny.text_folder(tmp_path / kind, kind)), "max_length": 16, "prefix_length": 2}
     run = run_folder(tmp_path, tiny.clip_folder(tmp_path / "clip"), text=text)
-    torch_s, twin = both(run, precision, "text")
+    reference, compiled_encoder = encoder_pair(run, precision, "text")
     for shape in ((1, 1), (1, 16), (3, 5)):
-        given = texts(*shape)
-        states, mask = twin(given)
-        assert torch.equal(mask, given.mask)
-        assert 0 < gap(states[mask], torch_s(given).values[mask]) < FAR[precision]
-    missing = twin(Sequence(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.bool)))
+        sequence = texts(*shape)
+        states, mask = compiled_encoder(sequence)
+        assert torch.equal(mask, sequence.mask)
+        assert 0 < relative_error(states[mask], reference(sequence).values[mask]) < TOLERANCE[precision]
+    missing = compiled_encoder(Sequence(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.bool)))
     assert missing.values.isfinite().all()
     assert not missing.mask.any()
 
 
-def test_nothing_but_the_encoders_changes(run):
+def test_only_encoders_change(run):
     full, low = (senticlip.load(run, "cpu", precision).model for precision in ("fp32", "int8"))
     one, two = full.network.state_dict(), low.network.state_dict()
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_int8_weights_by_hand():
+def test_int8_weights_match_manual_rounding():
     import openvino
     from openvino import opset13 as ops
 
@@ -106,28 +106,29 @@ def test_int8_weights_by_hand():
     weight = random.normal(size=(4, 6)).astype(np.float32)
     weight[:, 2] = 0
     x = ops.parameter([2, 4], np.float32)
-    across = ops.matmul(x, ops.constant(weight), False, False)
-    along = ops.matmul(across, ops.constant(weight), False, True)
-    both = ops.matmul(along, ops.transpose(along, ops.constant([1, 0])), False, False)  # no weight: left alone
-    graph = openvino.Model([both], [x])
+    first_product = ops.matmul(x, ops.constant(weight), False, False)
+    second_product = ops.matmul(first_product, ops.constant(weight), False, True)
+    # the third product has no constant weight, so it is not changed
+    output = ops.matmul(second_product, ops.transpose(second_product, ops.constant([1, 0])), False, False)
+    graph = openvino.Model([output], [x])
     assert compiled._to_int8(graph) == 2
-    found = []
+    quantized = []
     for node in graph.get_ordered_ops():
         source = node.input(1).get_source_output().get_node() if node.get_type_name() == "MatMul" else None
         if source is not None and source.get_type_name() == "Multiply":
-            small, scale = (source.input(i).get_source_output().get_node() for i in (0, 1))
-            small = small.input(0).get_source_output().get_node()
-            assert small.get_element_type() == openvino.Type.i8
-            found.append((small.get_data().astype(int), scale.get_data()))
-    for (small, scale), axis in zip(found, (0, 1), strict=True):  # the axis that the product sums over
-        most = np.abs(weight).max(axis, keepdims=True)
-        np.testing.assert_allclose(scale, np.maximum(most, 1e-12) / 127, rtol=1e-6)
-        assert (np.abs(small).max(axis) == np.where(most.squeeze(axis) > 0, 127, 0)).all()
-        assert np.abs(small * scale - weight).max() <= (scale / 2 * 1.001).max()
+            rounded, scale = (source.input(i).get_source_output().get_node() for i in (0, 1))
+            rounded = rounded.input(0).get_source_output().get_node()
+            assert rounded.get_element_type() == openvino.Type.i8
+            quantized.append((rounded.get_data().astype(int), scale.get_data()))
+    for (rounded, scale), axis in zip(quantized, (0, 1), strict=True):  # the axis over which the product sums
+        maximum = np.abs(weight).max(axis, keepdims=True)
+        np.testing.assert_allclose(scale, np.maximum(maximum, 1e-12) / 127, rtol=1e-6)
+        assert (np.abs(rounded).max(axis) == np.where(maximum.squeeze(axis) > 0, 127, 0)).all()
+        assert np.abs(rounded * scale - weight).max() <= (scale / 2 * 1.001).max()
 
 
-def test_all_products_of_an_encoder_are_in_int8(run, monkeypatch):
-    """Six a layer, four in the tower's last (no keys, no values); there also the patches and the projection."""
+def test_all_products_of_encoders_are_int8(run, monkeypatch):
+    """Six per layer; in the vision tower's last layer four (no keys, no values), plus patches and projection."""
     counts, to_int8 = [], compiled._to_int8
     monkeypatch.setattr(compiled, "_to_int8", lambda graph: counts.append(to_int8(graph)) or counts[-1])
     model = senticlip.load(run, "cpu", "int8").model
@@ -135,51 +136,51 @@ def test_all_products_of_an_encoder_are_in_int8(run, monkeypatch):
     assert dict(zip(model.encoders, counts, strict=True)) == {"text": 6 * layers, "vision": 6 * layers}
 
 
-def test_fp32_where_less_gains_nothing(tmp_path, monkeypatch):
-    """In int8 networks without a product, and in bf16 on processors without units for it."""
+def test_fp32_where_lower_precision_has_no_benefit(tmp_path, monkeypatch):
+    """In int8, networks without matrix products; in bf16, processors without bf16 units."""
     run = run_folder(tmp_path, VISION["cnn"](tmp_path / "vision"))
-    given, far, units = frames(2, 3), {}, "BF16" in compiled.capabilities()
+    sequence, errors, has_bf16 = frames(2, 3), {}, "BF16" in compiled.capabilities()
     for precision in ("bf16", "int8"):
-        torch_s, twin = both(run, precision, "vision")
-        far[precision] = gap(twin(given).values, torch_s(given).values)
+        reference, compiled_encoder = encoder_pair(run, precision, "vision")
+        errors[precision] = relative_error(compiled_encoder(sequence).values, reference(sequence).values)
     monkeypatch.setattr(compiled, "capabilities", lambda: ["FP32"])
-    twin = both(run, "bf16", "vision")[1]
-    far["no units"] = gap(twin(given).values, torch_s(given).values)
-    assert far["no units"] == far["int8"] < 1e-3  # the files' weights are in fp16
-    assert far["bf16"] > 2 * far["int8"] or not units
+    compiled_encoder = encoder_pair(run, "bf16", "vision")[1]
+    errors["no units"] = relative_error(compiled_encoder(sequence).values, reference(sequence).values)
+    assert errors["no units"] == errors["int8"] < 1e-3  # not 0, as the files store weights in fp16
+    assert errors["bf16"] > 2 * errors["int8"] or not has_bf16
 
 
-def test_another_twin_has_other_features_in_the_cache(run):
-    """Their key is the encoder's fingerprint."""
+def test_each_precision_has_its_own_fingerprint(run):
+    """So cached features of one precision are not used for another: the fingerprint is in their key."""
     models = [senticlip.load(run, "cpu", precision).model for precision in ("fp32", "bf16", "int8")]
     for name in ("text", "vision"):
         assert len({fingerprint(model.encoders[name], model.config.encoders[name]) for model in models}) == 3
 
 
-def test_explained_without_heat_maps(run, tmp_path):
+def test_explanation_has_no_heat_maps(run, tmp_path):
     predictor = senticlip.load(run, "cpu", "int8")
     assert methods_for(predictor.model) == []
-    found = explanation(predictor, Clip("a", tiny.write_clip(tmp_path / "a.mp4", 120, 1), "天气好"))
-    assert found.maps is None
-    assert {case.kind for case in found.cases} >= {"everything", "text", "video", "frame", "character"}
+    result = explanation(predictor, Clip("a", tiny.write_clip(tmp_path / "a.mp4", 120, 1), "天气好"))
+    assert result.maps is None
+    assert {case.kind for case in result.cases} >= {"everything", "text", "video", "frame", "character"}
 
 
-def test_made_once_for_these_weights(run, tmp_path, terminal):
+def test_compiled_once_per_weights(run, tmp_path, terminal):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("openvino"))
     senticlip.load(copy, "cpu", "bf16")
     assert "compiling the encoders" in terminal.getvalue()
-    made = (copy / "openvino" / "text.bin").stat().st_mtime_ns
+    modified = (copy / "openvino" / "text.bin").stat().st_mtime_ns
     senticlip.load(copy, "cpu", "int8")
-    assert (copy / "openvino" / "text.bin").stat().st_mtime_ns == made
+    assert (copy / "openvino" / "text.bin").stat().st_mtime_ns == modified
     (copy / "openvino" / "of.txt").write_text(f"{compiled.FORMAT} others")
     senticlip.load(copy, "cpu", "int8")
-    assert (copy / "openvino" / "text.bin").stat().st_mtime_ns > made
+    assert (copy / "openvino" / "text.bin").stat().st_mtime_ns > modified
     assert not list(copy.glob(".openvino*"))
 
 
-def test_a_twin_of_a_killed_process_is_made_again(run, tmp_path):
-    """What was half made lies under another name; a folder without its mark is none."""
+def test_incomplete_compiled_files(run, tmp_path):
+    """A kill leaves unfinished files under another name; a folder without of.txt is compiled again."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("openvino"))
     answer = senticlip.load(copy, "cpu", "bf16")(text="天气好").probabilities
@@ -190,27 +191,27 @@ def test_a_twin_of_a_killed_process_is_made_again(run, tmp_path):
     assert senticlip.load(copy, "cpu", "bf16")(text="天气好").probabilities == answer
 
 
-def test_what_cannot_be_compiled_is_told_in_a_line(run, tmp_path, monkeypatch):
+def test_compile_error_is_one_line(run, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("openvino"))
 
-    def fails(encoder, name, config):
+    def fail(encoder, name, config):
         raise RuntimeError("advice") from ValueError("at a place\naten::strange")
 
-    monkeypatch.setattr(compiled, "_trace", fails)
+    monkeypatch.setattr(compiled, "_trace", fail)
     with pytest.raises(UserError, match=r"^text\.encoder: cannot be compiled \(aten::strange\) — leave "):
         senticlip.load(copy, "cpu", "bf16")
     assert not (copy / "openvino").exists()
     assert not list(copy.glob(".openvino*"))
 
 
-def test_without_openvino(run, monkeypatch):
+def test_missing_openvino(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UsageError, match=r"openvino is not installed: pip install 'senticlip\[onnx\]'"):
         senticlip.load(run, "cpu", "int8")
 
 
-def test_twins_that_another_holds_are_one_line(run, tmp_path, monkeypatch):
+def test_locked_compiled_encoders_give_one_line_error(run, tmp_path, monkeypatch):
     def busy(*_):
         raise OSError(16, "Device or resource busy")
 
@@ -227,17 +228,17 @@ def test_twins_that_another_holds_are_one_line(run, tmp_path, monkeypatch):
         "from senticlip.export import need; need('onnxruntime')",
     ],
 )
-def test_nothing_is_told_to_the_makers_of_libraries(tmp_path, script):
-    """The imports of OpenVINO and onnxruntime keep an id of this machine at home, and send it."""
-    place = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY")} | {"HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", script], env=place, check=True)
+def test_imports_send_no_telemetry(tmp_path, script):
+    """By default, importing OpenVINO or onnxruntime stores an id of this machine in the home folder and sends it."""
+    env = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY")} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_twins_of_another_format_or_of_other_weights_are_none(tmp_path):
-    mark = tmp_path / "openvino" / "of.txt"
-    mark.parent.mkdir()
-    for written, there in ((f"{compiled.FORMAT} abc", True), (f"{compiled.FORMAT - 1} abc", False), ("abc", False)):
-        mark.write_text(written)
-        assert compiled.made(tmp_path, "abc") == there
+def test_compiled_files_must_match_format_and_weights(tmp_path):
+    marker = tmp_path / "openvino" / "of.txt"
+    marker.parent.mkdir()
+    for content, usable in ((f"{compiled.FORMAT} abc", True), (f"{compiled.FORMAT - 1} abc", False), ("abc", False)):
+        marker.write_text(content)
+        assert compiled.made(tmp_path, "abc") == usable
         assert not compiled.made(tmp_path, "c")

@@ -1,4 +1,4 @@
-"""The experiment's file: what is taken, what is refused in one line, and that no torch is needed to say so."""
+"""Config files: what is accepted, what is rejected with a one-line error, and that this does not need torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRESETS = ["paper", "small", "tiny"]
 
 
 @pytest.fixture
-def file(tmp_path):
+def write_yaml(tmp_path):
     def write(text):
         path = tmp_path / "e.yaml"
         path.write_text(text, encoding="utf-8")
@@ -30,24 +30,24 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_loads_and_its_resolved_form_is_the_same(name, tmp_path):
+def test_presets_round_trip_through_resolved_yaml(name, tmp_path):
     config = load_preset(name)
     (tmp_path / "resolved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert load(tmp_path / "resolved.yaml") == config
 
 
-def test_the_page_of_all_keys_is_that_of_the_code():
+def test_configuration_page_lists_all_keys_and_defaults():
     page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| .+ \|$", page, re.MULTILINE)
+    documented = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| .+ \|$", page, re.MULTILINE)
     data = Config().to_dict()
-    parts = {key: value for key, value in data.items() if isinstance(value, dict) and value}
-    flat = {key: value for key, value in data.items() if key not in parts}
-    flat |= {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items()}
-    assert {key: yaml.safe_load(value) for key, value in told} == flat
+    sections = {key: value for key, value in data.items() if isinstance(value, dict) and value}
+    flat = {key: value for key, value in data.items() if key not in sections}
+    flat |= {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    assert {key: yaml.safe_load(value) for key, value in documented} == flat
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_row_of_a_table_is_a_change_of_a_preset(path):
+def test_table_rows_apply_to_every_preset(path):
     changes = row_changes(f"{path.parent.name}/{path.name}")
     assert changes
     for preset in PRESETS:
@@ -56,7 +56,7 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("override", "message"),
     [
         ("model=foo", "config key model: 'foo' is not one of clip_ca_msa, tfn, lmf, mult, self_mm, mmaf"),
         ("heads=0", "config key heads: 0 — must be at least 1"),
@@ -99,37 +99,37 @@ def test_every_row_of_a_table_is_a_change_of_a_preset(path):
         ("seed=0x" + "f" * 6000, "the value cannot be read as YAML"),
     ],
 )
-def test_what_cannot_be_is_told_at_once(change, said):
-    with pytest.raises(UsageError, match=re.escape(said)) as error:
-        load(EXPERIMENTS / "tiny.yaml", [change])
+def test_invalid_overrides_are_rejected_in_one_line(override, message):
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
+        load(EXPERIMENTS / "tiny.yaml", [override])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 250
 
 
-def test_files_that_are_none(file, tmp_path):
-    for text, said in [
+def test_invalid_config_files(write_yaml, tmp_path):
+    for text, message in [
         ("a: [", "cannot be read as YAML"),
         ("- 1", "expected keys and values"),
         ("text: 3", "text: expected keys"),
         ("foo: 1", "unknown config key foo"),
     ]:
-        with pytest.raises(UsageError, match=rf"e\.yaml: .*{said}"):
-            load(file(text))
-    file("").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(UsageError, match=rf"e\.yaml: .*{message}"):
+            load(write_yaml(text))
+    write_yaml("").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read as YAML"):
         load(tmp_path / "e.yaml")
     with pytest.raises(UsageError, match="no such config file"):
         load(tmp_path)
 
 
-def nested(item, many):
-    """Seven levels, each ten times the one below it."""
-    levels = [f"k0: &a0 {item}"] + [f"k{i}: &a{i} {many.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, 7)]
+def nested(item, outer):
+    """YAML with aliases nested seven levels deep, each level ten times as long as the one below it."""
+    levels = [f"k0: &a0 {item}"] + [f"k{i}: &a{i} {outer.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, 7)]
     return "".join(f"\n  {level}" for level in levels)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("model: tfn\noptions:" + nested("[x, x]", "[{}]"), "more than 65536 characters, with its aliases expanded"),
         ("target:" + nested("[x, x]", "[{}]"), "more than 65536 characters, with its aliases expanded"),
@@ -140,19 +140,19 @@ def nested(item, many):
         ("seed: 0x" + "f" * 6000, "a number of more than 1000 digits"),
     ],
 )  # fmt: skip
-def test_a_short_file_that_would_be_long_to_print_is_one_line(file, text, said):
-    with pytest.raises(UsageError, match=rf"e\.yaml: cannot be read as YAML — {said}$"):
-        load(file(text))
+def test_oversized_yaml_is_rejected_in_one_line(write_yaml, text, message):
+    with pytest.raises(UsageError, match=rf"e\.yaml: cannot be read as YAML — {message}$"):
+        load(write_yaml(text))
 
 
-def test_an_anchor_may_be_used_again(file):
+def test_yaml_anchors_can_be_reused(write_yaml):
     text = "text: &one {lr: 0.1, train: 2}\nvision: {<<: *one, frames: 3}\nstages: {a: {text: *one}, b: {text: *one}}"
-    found = load(file(text))
-    assert (found.vision.lr, found.vision.frames, found.stage("b").text.train) == (0.1, 3, 2)
+    config = load(write_yaml(text))
+    assert (config.vision.lr, config.vision.frames, config.stage("b").text.train) == (0.1, 3, 2)
 
 
 @pytest.mark.parametrize("value", ["x" * 10_000, ["x"] * 10_000, {"x" * 10_000: 1}])
-def test_a_wrong_value_is_told_in_short(value):
+def test_error_messages_shorten_long_values(value):
     for data in ({"target": [value]}, {"target": value}, {"modalities": [value, "x"]}, {"seed": value}):
         with pytest.raises(UsageError) as error:
             from_dict(data)
@@ -163,18 +163,18 @@ def test_a_wrong_value_is_told_in_short(value):
         assert len(str(error.value)) < 300
 
 
-def test_the_presets_are_found_wherever_one_works(file, tmp_path, monkeypatch):
-    """As the README calls them: who installed the package has no experiments/ here."""
+def test_presets_are_found_from_any_working_directory(write_yaml, tmp_path, monkeypatch):
+    """The README's paths also work for an installed package, without an experiments/ folder here."""
     monkeypatch.chdir(tmp_path)
     assert load("experiments/tiny.yaml") == load_preset("tiny")
     (tmp_path / "experiments").mkdir()
-    file("seed: 7").rename("experiments/tiny.yaml")
+    write_yaml("seed: 7").rename("experiments/tiny.yaml")
     assert load("experiments/tiny.yaml").seed == 7
     with pytest.raises(UsageError, match=r"^experiments/none\.yaml: no such config file"):
         load("experiments/none.yaml")
 
 
-def test_every_number_has_a_range_and_every_range_a_key():
+def test_ranges_cover_exactly_the_numeric_keys():
     numbers = set()
     for field in dataclasses.fields(Config):
         value = getattr(Config(), field.name)
@@ -185,28 +185,30 @@ def test_every_number_has_a_range_and_every_range_a_key():
     assert numbers == set(RANGES)
 
 
-def test_the_ends_of_a_range_are_in_it():
+def test_range_limits_are_inclusive():
     assert Config(dropout=0.99).dropout == 0.99
     changes = {"train.warmup": 0.99, "train.ema": 0, "vision.size": None, "text.train": "full", "train.lr": "1e-4"}
     assert Config().override(changes).train.lr == 1e-4
 
 
-def test_a_stage_is_the_main_training_with_its_own_keys(file):
-    plain = file("width: 64\nheads: 4\nstages:\n  text:\n    modalities: [text]\n    train: {epochs: 3, lr: 0.1}\n")
-    assert load(plain).stage("text").train.lr == 0.1
-    changed = load(plain, ["stages.text.train.epochs=9", "stages.text.dropout=0.5", "width=32"]).stage("text")
+def test_stage_overrides_keys_of_main_training(write_yaml):
+    file = write_yaml(
+        "width: 64\nheads: 4\nstages:\n  text:\n    modalities: [text]\n    train: {epochs: 3, lr: 0.1}\n"
+    )
+    assert load(file).stage("text").train.lr == 0.1
+    changed = load(file, ["stages.text.train.epochs=9", "stages.text.dropout=0.5", "width=32"]).stage("text")
     assert (changed.train.epochs, changed.train.lr, changed.dropout, changed.width) == (9, 0.1, 0.5, 32)
     dotted = load(EXPERIMENTS / "tiny.yaml", ["stages.text.train.epochs=2"]).stage("text")
     assert (dotted.train.epochs, dotted.train.patience, dotted.train.lr) == (2, 40, load_preset("tiny").train.lr)
 
 
-def test_an_override_leaves_the_config_it_came_from():
+def test_override_does_not_modify_original():
     config = Config()
     config.override({"text.lr": 1.0, "stages.a.width": 8, "model": "tfn", "options.x": 1})
     assert config == Config() == from_dict(yaml.safe_load(Config().to_yaml()))
 
 
-def test_model_names_are_those_that_there_are():
+def test_model_names_match_models():
     from typing import get_args
 
     from senticlip.models import MODELS
@@ -214,12 +216,12 @@ def test_model_names_are_those_that_there_are():
     assert get_args(configs.Model) == tuple(MODELS)
 
 
-def test_a_config_needs_no_torch():
+def test_config_does_not_import_torch():
     script = "import sys, senticlip.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_a_stage_keeps_the_main_trainings_splits():
+def test_stage_rejects_different_seed_or_protocol():
     for key, value in (("seed", 7), ("protocol", "tenth")):
         config = Config().override({"stages": {"text": {"modalities": ["text"], key: value}}})
         with pytest.raises(UsageError, match=rf"stages.text: {key} must equal the main training's"):
@@ -227,25 +229,25 @@ def test_a_stage_keeps_the_main_trainings_splits():
     assert Config().override({"seed": 7, "stages": {"text": {"modalities": ["text"]}}}).stage("text").seed == 7
 
 
-def test_a_section_that_is_given_in_part_keeps_the_rest():
+def test_partial_section_keeps_other_keys():
     config = load(EXPERIMENTS / "small.yaml", ["train={epochs: 5}", "vision={size: 96}"])
-    whole = load_preset("small")
-    assert (config.train.epochs, config.train.lr, config.train.ema) == (5, whole.train.lr, whole.train.ema)
-    assert (config.vision.size, config.vision.encoder) == (96, whole.vision.encoder)
+    preset = load_preset("small")
+    assert (config.train.epochs, config.train.lr, config.train.ema) == (5, preset.train.lr, preset.train.ema)
+    assert (config.vision.size, config.vision.encoder) == (96, preset.vision.encoder)
     stage = Config().override({"train.lr": 0.5, "stages": {"a": {"train": {"epochs": 3}}}}).stage("a")
     assert (stage.train.epochs, stage.train.lr) == (3, 0.5)
 
 
-def test_a_stage_whose_encoder_would_not_fit_is_told_before_it_is_trained():
+def test_stage_rejects_incompatible_encoder_settings():
     for key, value in (("prompt", "none"), ("text.prefix_length", 2), ("text.encoder", "other")):
         config = Config().override({"stages": {"text": {"modalities": ["text"], key: value}}})
         with pytest.raises(UsageError, match=rf"stages\.text: {key} is {value}, but .* in the main training"):
             config.stage("text")
-    eyes = {"modalities": ["vision"], "text.prefix_length": 2, "prompt": "none", "vision.size": 96}
-    assert Config().override({"stages": {"eyes": eyes}}).stage("eyes").vision.size == 96
+    vision_stage = {"modalities": ["vision"], "text.prefix_length": 2, "prompt": "none", "vision.size": 96}
+    assert Config().override({"stages": {"eyes": vision_stage}}).stage("eyes").vision.size == 96
 
 
-def test_a_stage_is_named_like_a_folder():
+def test_stage_names_must_be_valid_folder_names():
     for name in ("../../esc", "a/b", "", ".", "-x", "a b"):
         with pytest.raises(UsageError, match=r"stages: .* becomes a folder name"):
             Config().override({"stages": {name: {}}})
@@ -256,14 +258,14 @@ def test_a_stage_is_named_like_a_folder():
     assert numbered.override({"stages.1.dropout": 0.5}).stage("1").target == "T"
 
 
-def test_self_mm_keeps_its_rows():
+def test_self_mm_rejects_incompatible_training_keys():
     changes = {"train.recombine": 1, "train.mislead": 0.1, "train.modality_dropout": 0.1, "train.balance": "sampler"}
     for change in ({key: value} for key, value in changes.items()):
         with pytest.raises(UsageError, match="self_mm keeps a label per row"):
             Config().override({"model": "self_mm", **change})
 
 
-def test_options_are_the_peers():
+def test_only_peers_have_options():
     with pytest.raises(UsageError, match="options: nonsense"):
         Config().override({"options.nonsense": 1})
     assert Config().override({"model": "tfn", "options": {"dropout": 0.1}}).options == {"dropout": 0.1}

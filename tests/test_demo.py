@@ -1,4 +1,4 @@
-"""What ``senticlip demo`` is beside its parts, which have tests of their own."""
+"""``senticlip demo`` with stand-ins for its parts, which have tests of their own."""
 
 import csv
 import re
@@ -12,36 +12,36 @@ from senticlip.demo import demo, page, strip
 from senticlip.structures import LABELS, UsageError, UserError
 
 
-class Enough(Exception):
-    """Ends a demo before it trains."""
+class StopDemo(Exception):
+    """Raised by a stand-in to end a demo early."""
 
 
-def test_one_demo_at_a_time_writes_into_a_folder(tmp_path, monkeypatch):
+def test_second_demo_in_the_same_folder_is_rejected(tmp_path, monkeypatch):
     def make(*args, **options):
         with pytest.raises(UserError, match=r"out: another demo is writing here — wait, or choose another --out"):
             demo(tmp_path / "out")
-        raise Enough
+        raise StopDemo
 
     monkeypatch.setattr("senticlip.demo.make", make)
-    for _ in range(2):  # the lock is open again
-        with pytest.raises(Enough):
+    for _ in range(2):  # the first call has released the lock
+        with pytest.raises(StopDemo):
             demo(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("terminal", "watched"), [(True, True), (False, False)], indirect=["terminal"])
-def test_the_making_of_clips_is_shown_to_who_watches(tmp_path, monkeypatch, terminal, watched):
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (False, False)], indirect=["terminal"])
+def test_progress_of_making_clips_is_shown_on_a_terminal_only(tmp_path, monkeypatch, terminal, shown):
     def make(*args, progress, **options):
         progress(30, 1080)
-        raise Enough
+        raise StopDemo
 
     monkeypatch.setattr("senticlip.demo.make", make)
-    with pytest.raises(Enough):
+    with pytest.raises(StopDemo):
         demo(tmp_path / "out")
-    assert ("clips" in terminal.getvalue() and "30/1080" in terminal.getvalue()) == watched
+    assert ("clips" in terminal.getvalue() and "30/1080" in terminal.getvalue()) == shown
 
 
-def test_the_report_says_in_both_languages_how_words_and_face_stand(tmp_path):
-    clips = read_clips(data_folder(tmp_path / "data", (1, 1, 3)), "test")  # words and face say the same in each
+def test_report_names_kinds_and_labels_in_both_languages(tmp_path):
+    clips = read_clips(data_folder(tmp_path / "data", (1, 1, 3)), "test")  # text and video have the same label in each
     with (tmp_path / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "text", "truth", "predicted", *LABELS])
@@ -53,17 +53,17 @@ def test_the_report_says_in_both_languages_how_words_and_face_stand(tmp_path):
         ("neutral", clips[1].video),
     ]
     counts = {"n": 3, "interval": [0.1, 0.9], "macro_f1": 0.3, "confusion": [[0, 1, 0]] * 3}
-    one = {**counts, "accuracy": 1 / 3, "best": 1.0, "history": [{"epoch": 1, "accuracy": 0.5}]}
-    report = page({"fused": one, "text": one, "video": one}, shown)
+    result = {**counts, "accuracy": 1 / 3, "best": 1.0, "history": [{"epoch": 1, "accuracy": 0.5}]}
+    report = page({"fused": result, "text": result, "video": result}, shown)
     names = re.findall(r'<span class="soft">([^<]+)</span></figcaption>', report)
     assert names == ["文本与视频一致 agree", "文本与视频一致 agree", "都是中性 neutral"]
     assert (report.count("✓ 中性 neutral 0.70"), report.count("✗ 中性 neutral 0.70")) == (1, 2)
 
 
-def test_it_shows_clips_of_the_split_that_was_asked_about(tmp_path, monkeypatch):
-    asked = []
+def test_explained_clip_comes_from_the_configured_split(tmp_path, monkeypatch):
+    explained_videos = []
 
-    def evaluated(run, data):
+    def fake_evaluate(run, data):
         clips = read_clips(data, "test", "tenth", 3)
         with (run.parent / "run" / "predictions-test.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
@@ -71,72 +71,72 @@ def test_it_shows_clips_of_the_split_that_was_asked_about(tmp_path, monkeypatch)
             writer.writerows([clip.id, clip.text, "neutral", "neutral", 0.1, 0.7, 0.2] for clip in clips)
         return {"accuracy": 0.5, "macro_f1": 0.4}
 
-    def explained(run, video, *rest):
-        asked.append(video)
-        raise Enough
+    def fake_explain(run, video, *rest):
+        explained_videos.append(video)
+        raise StopDemo
 
-    def few(out, seed, sound, progress):
+    def fake_make(out, seed, sound, progress):
         data_folder(out, (4, 4, 12))
         return {"best": {"test": dict.fromkeys(("fused", "text", "video"), 1.0)}}
 
-    monkeypatch.setattr("senticlip.demo.make", few)
+    monkeypatch.setattr("senticlip.demo.make", fake_make)
     monkeypatch.setattr("senticlip.demo.train", lambda config, data, run, resume: run.mkdir())
-    monkeypatch.setattr("senticlip.demo.evaluate", evaluated)
+    monkeypatch.setattr("senticlip.demo.evaluate", fake_evaluate)
     monkeypatch.setattr("senticlip.demo.read_metrics", lambda run: {"history": []})
     monkeypatch.setattr("senticlip.demo.stages_of", lambda experiment, data: [])
     monkeypatch.setattr("senticlip.demo.kind", lambda words, face: "conflict")
     monkeypatch.setattr("senticlip.demo.load", lambda run: None)
-    monkeypatch.setattr("senticlip.demo.explain", explained)
-    with pytest.raises(Enough):
+    monkeypatch.setattr("senticlip.demo.explain", fake_explain)
+    with pytest.raises(StopDemo):
         demo(tmp_path / "out", Config(protocol="tenth", seed=3))
-    assert asked == [read_clips(tmp_path / "out" / "data", "test", "tenth", 3)[0].video]
+    assert explained_videos == [read_clips(tmp_path / "out" / "data", "test", "tenth", 3)[0].video]
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_what_is_no_run_is_not_deleted(tmp_path, monkeypatch, begun):
-    mine = tmp_path / "out" / "run-video"
-    (mine / "deep").mkdir(parents=True)
-    (mine / "deep" / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("started", [False, True])
+def test_folder_that_is_not_a_run_is_not_deleted(tmp_path, monkeypatch, started):
+    folder = tmp_path / "out" / "run-video"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"run-video: not a run, and would be deleted — choose another --out"):
         demo(tmp_path / "out")
-    assert (mine / "deep" / "notes.txt").read_text() == "mine"
-    (mine / "deep" / "notes.txt").rename(mine / ".notes")  # as of a kill before it was begun
-    if begun:
-        (mine / "config.json").touch()
-        (mine / "checkpoints").mkdir()
-        (mine / "checkpoints" / "origin.json").write_text('{"rows": ""}')
+    assert (folder / "deep" / "notes.txt").read_text() == "mine"
+    (folder / "deep" / "notes.txt").rename(folder / ".notes")  # a killed run may leave hidden files
+    if started:
+        (folder / "config.json").touch()
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "origin.json").write_text('{"rows": ""}')
     (tmp_path / "out" / "run-text").mkdir()
-    there = []
+    folders = []
 
-    def train(config, data, run, resume):
-        there.append({path.name for path in run.parent.iterdir()} - {".lock"})
+    def fake_train(config, data, run, resume):
+        folders.append({path.name for path in run.parent.iterdir()} - {".lock"})
         if run.name == "run-video":
-            raise Enough
+            raise StopDemo
 
     best = {"best": {"test": dict.fromkeys(("fused", "text", "video"))}}
     monkeypatch.setattr("senticlip.demo.make", lambda *_, **__: best)
-    monkeypatch.setattr("senticlip.demo.train", train)
+    monkeypatch.setattr("senticlip.demo.train", fake_train)
     monkeypatch.setattr("senticlip.demo.evaluate", lambda *_: {})
     monkeypatch.setattr("senticlip.demo.read_metrics", lambda run: {"history": []})
     monkeypatch.setattr("senticlip.demo.stages_of", lambda *_: [])
-    with pytest.raises(Enough):
+    with pytest.raises(StopDemo):
         demo(tmp_path / "out")
-    assert there == [{"run-text", "run-video"}, {"run-video"}, set()]
+    assert folders == [{"run-text", "run-video"}, {"run-video"}, set()]
 
 
-def test_it_needs_text_and_video(tmp_path):
+def test_demo_needs_text_and_video(tmp_path):
     for modalities in (["text"], ["vision", "audio"]):
         with pytest.raises(UsageError, match="modalities: the demo compares text and video"):
             demo(tmp_path / "out", Config(modalities=modalities))
     assert not (tmp_path / "out").exists()
 
 
-def test_each_model_is_beside_the_best_that_what_it_reads_allows(tmp_path, monkeypatch):
-    seen, best = {}, {"fused": 1.0, "text": 0.66, "video": 0.74}
+def test_report_gets_the_best_possible_accuracy_of_each_model(tmp_path, monkeypatch):
+    results, best = {}, {"fused": 1.0, "text": 0.66, "video": 0.74}
 
-    def paged(found, shown):
-        seen.update(found)
-        raise Enough
+    def fake_page(found, shown):
+        results.update(found)
+        raise StopDemo
 
     for name, stub in {
         "make": lambda *_, **__: {"best": {"test": best}},
@@ -148,10 +148,10 @@ def test_each_model_is_beside_the_best_that_what_it_reads_allows(tmp_path, monke
         "strip": lambda *_: [{"kind": "conflict", "path": "p", "text": "t"}],
         "load": lambda run: None,
         "explain": lambda *_: None,
-        "page": paged,
+        "page": fake_page,
     }.items():
         monkeypatch.setattr(f"senticlip.demo.{name}", stub)
-    with pytest.raises(Enough):
+    with pytest.raises(StopDemo):
         demo(tmp_path / "out")
     runs = {"fused": "run", "text": "run-text", "video": "run-video"}
-    assert seen == {name: {"run": run, "history": [run], "best": best[name]} for name, run in runs.items()}
+    assert results == {name: {"run": run, "history": [run], "best": best[name]} for name, run in runs.items()}

@@ -1,4 +1,4 @@
-"""The exported file answers as the RUN does, at any number of rows, frames and characters; int8 and bf16 nearly so."""
+"""An ONNX file answers as its RUN does, for any number of rows, frames and characters; int8 and bf16 are close."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def make_run(folder: Path, **changes) -> Path:
 
 
 def make_video(path: Path) -> Path:
-    """Two seconds of noise."""
+    """A video of two seconds of noise."""
     random = np.random.default_rng(0)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=10)
@@ -80,10 +80,10 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(run) -> Path:
-    made = run.parent / "model.onnx"
-    assert export(run, made)["bytes"] == made.stat().st_size
-    return made
+def onnx_file(run) -> Path:
+    path = run.parent / "model.onnx"
+    assert export(run, path)["bytes"] == path.stat().st_size
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def video(run) -> Path:
     return make_video(run.parent / "clip.mp4")
 
 
-def made_batch(rows: int, frames: int, characters: int) -> Batch:
+def random_batch(rows: int, frames: int, characters: int) -> Batch:
     random = torch.Generator().manual_seed(rows + frames)
     ids = torch.randint(1, 20000, (rows, characters), generator=random)
     pixels = torch.randint(0, 256, (rows, frames, 3, 32, 32), generator=random, dtype=torch.uint8)
@@ -103,129 +103,138 @@ def made_batch(rows: int, frames: int, characters: int) -> Batch:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2), (2, 2, 3), (3, 3, 24), (7, 4, 11)])
-def test_every_shape_gives_the_same(run, file, shape):
-    batch = made_batch(*shape)
-    one, two = senticlip.load(run).output(batch), senticlip.load(file).output(batch)
-    torch.testing.assert_close(two.log_probs, one.log_probs, atol=1e-5, rtol=1e-5)
+def test_onnx_matches_run_for_every_shape(run, onnx_file, shape):
+    batch = random_batch(*shape)
+    expected, actual = senticlip.load(run).output(batch), senticlip.load(onnx_file).output(batch)
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)
     for part in ("logits", "weights"):
-        assert list(getattr(one, part)) == list(getattr(two, part))
-        for name, value in getattr(one, part).items():
-            torch.testing.assert_close(getattr(two, part)[name], value, atol=1e-5, rtol=1e-4)
+        assert list(getattr(expected, part)) == list(getattr(actual, part))
+        for name, value in getattr(expected, part).items():
+            torch.testing.assert_close(getattr(actual, part)[name], value, atol=1e-5, rtol=1e-4)
 
 
 def add_sound(video: Path, out: Path, seconds: float) -> Path:
-    """The same pictures, and a tone that rises, with clicks."""
-    with av.open(str(video)) as source, av.open(str(out), "w") as made:
-        pictures = made.add_stream_from_template(source.streams.video[0])
-        voice = made.add_stream("aac", rate=44100, layout="stereo")
+    """A copy of a video with sound: a rising tone with clicks."""
+    with av.open(str(video)) as source, av.open(str(out), "w") as target:
+        video_stream = target.add_stream_from_template(source.streams.video[0])
+        audio_stream = target.add_stream("aac", rate=44100, layout="stereo")
         for packet in source.demux(video=0):
             if packet.dts is not None:
-                packet.stream = pictures
-                made.mux(packet)
+                packet.stream = video_stream
+                target.mux(packet)
         time = np.arange(round(seconds * 44100)) / 44100
         clicks = np.random.default_rng(0).normal(0, 0.1, len(time)) * (time % 0.5 < 0.01)
-        wave = np.sin(900 * time * (1 + time)) / 3 + clicks
-        frame = av.AudioFrame.from_ndarray(np.stack([wave, 0.5 * wave]).astype(np.float32), "fltp", "stereo")
+        tone = np.sin(900 * time * (1 + time)) / 3 + clicks
+        frame = av.AudioFrame.from_ndarray(np.stack([tone, 0.5 * tone]).astype(np.float32), "fltp", "stereo")
         frame.sample_rate = 44100
-        made.mux(voice.encode(frame))
-        made.mux(voice.encode(None))
+        target.mux(audio_stream.encode(frame))
+        target.mux(audio_stream.encode(None))
     return out
 
 
-def test_sound_is_heard_by_all_three(tmp_path):
-    """RUN, its file and the example, with a clip's sound of any length, without it, and by sound alone; int8, too."""
+def test_audio_in_run_onnx_file_and_example(tmp_path):
+    """Compared with the RUN: with sound of two lengths, without text, without sound, without video; int8, too."""
     run, silent = make_run(tmp_path, modalities=["audio", "text", "vision"], **{"audio.average": 3}), tmp_path / "a.mp4"
     make_video(silent)
     export(run, tmp_path / "m.onnx")
-    one, two, small = senticlip.load(run), senticlip.load(tmp_path / "m.onnx"), senticlip.load(run, precision="int8")
+    original, exported, reduced = (
+        senticlip.load(run),
+        senticlip.load(tmp_path / "m.onnx"),
+        senticlip.load(run, precision="int8"),
+    )
     example = runpy.run_path(str(EXAMPLE))["predict"]
-    loud, louder = (add_sound(silent, tmp_path / f"{seconds}.mp4", seconds) for seconds in (0.5, 3))
+    short, long = (add_sound(silent, tmp_path / f"{seconds}.mp4", seconds) for seconds in (0.5, 3))
     answers = []
-    for video, text in ((loud, "好"), (louder, "好"), (louder, None), (silent, "好"), (None, "好")):
-        a, b, c = (predictor(video, text=text) for predictor in (one, two, small))
-        assert ("audio" in a.weights) == (video in (loud, louder))
-        assert a.weights == pytest.approx(b.weights, abs=1e-6)
-        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
-        assert a.probabilities == pytest.approx(c.probabilities, abs=0.03)
-        for name, probabilities in a.modalities.items():
-            assert probabilities == pytest.approx(b.modalities[name], abs=1e-5)
-        assert a.probabilities == pytest.approx(example(str(tmp_path / "m.onnx"), video and str(video), text), abs=2e-3)
-        answers.append(a.probabilities["neutral"])
+    for video, text in ((short, "好"), (long, "好"), (long, None), (silent, "好"), (None, "好")):
+        expected, from_onnx, from_int8 = (predictor(video, text=text) for predictor in (original, exported, reduced))
+        assert ("audio" in expected.weights) == (video in (short, long))
+        assert expected.weights == pytest.approx(from_onnx.weights, abs=1e-6)
+        assert expected.probabilities == pytest.approx(from_onnx.probabilities, abs=1e-5)
+        assert expected.probabilities == pytest.approx(from_int8.probabilities, abs=0.03)
+        for name, probabilities in expected.modalities.items():
+            assert probabilities == pytest.approx(from_onnx.modalities[name], abs=1e-5)
+        assert expected.probabilities == pytest.approx(
+            example(str(tmp_path / "m.onnx"), video and str(video), text), abs=2e-3
+        )
+        answers.append(expected.probabilities["neutral"])
     assert len({round(answer, 4) for answer in answers}) == 5
-    clips = [Clip("a", loud, "好"), Clip("b", louder, "好"), Clip("c", silent, None)]  # of three lengths together
-    batch = one.batch(clips)
-    torch.testing.assert_close(two.output(batch).log_probs, one.output(batch).log_probs, atol=1e-5, rtol=1e-5)
+    clips = [Clip("a", short, "好"), Clip("b", long, "好"), Clip("c", silent, None)]  # three audio lengths
+    batch = original.batch(clips)
+    torch.testing.assert_close(exported.output(batch).log_probs, original.output(batch).log_probs, atol=1e-5, rtol=1e-5)
 
 
-def test_another_order_and_another_switch_give_the_same(tmp_path):
+def test_onnx_matches_run_with_lstm_and_vision_first(tmp_path):
     run = make_run(tmp_path, modalities=["vision", "text"], temporal="lstm")
     export(run, tmp_path / "m.onnx")
-    model, batch = SentimentModel.from_pretrained(run), made_batch(3, 4, 9)
+    model, batch = SentimentModel.from_pretrained(run), random_batch(3, 4, 9)
     with torch.inference_mode():
-        one, two = model(batch, alone=True), OnnxModel(tmp_path / "m.onnx")(batch)
+        expected, actual = model(batch, alone=True), OnnxModel(tmp_path / "m.onnx")(batch)
     for name in ("text", "vision"):
         for kind in ("logits", "weights", "alone"):
-            torch.testing.assert_close(getattr(two, kind)[name], getattr(one, kind)[name], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(getattr(actual, kind)[name], getattr(expected, kind)[name], atol=1e-4, rtol=1e-4)
 
 
-def test_every_export_of_a_process_takes_any_number_of_frames(tmp_path):
-    """torch remembers the LSTM of an export before."""
+def test_repeated_lstm_exports_accept_any_number_of_frames(tmp_path):
+    """torch remembers the LSTM of an earlier export."""
     run = make_run(tmp_path, modalities=["text", "vision", "audio"], temporal="lstm")
     model = SentimentModel.from_pretrained(run)
     for name in ("first", "second"):
         export(run, tmp_path / f"{name}.onnx")
-        again = OnnxModel(tmp_path / f"{name}.onnx")
+        onnx_model = OnnxModel(tmp_path / f"{name}.onnx")
         for frames in (1, 3, 4):
-            batch = made_batch(2, frames, 5)
+            batch = random_batch(2, frames, 5)
             with torch.inference_mode():
-                one, two = model(batch), again(batch)
-            torch.testing.assert_close(two.log_probs, one.log_probs, atol=1e-4, rtol=1e-4)
+                expected, actual = model(batch), onnx_model(batch)
+            torch.testing.assert_close(actual.log_probs, expected.log_probs, atol=1e-4, rtol=1e-4)
 
 
-def test_predictions_are_the_same(run, file, video):
-    one, two = senticlip.load(run), senticlip.load(file)
+def test_onnx_predictions_match_run(run, onnx_file, video):
+    original, exported = senticlip.load(run), senticlip.load(onnx_file)
     for clip in ((video, "今天真开心"), (video, None), (None, "呵呵，真棒啊"), (video, "很长" * 40)):
-        a, b = one(clip[0], text=clip[1]), two(clip[0], text=clip[1])
-        assert a.label == b.label
-        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
-        assert a.weights == pytest.approx(b.weights, abs=1e-6)
-        for name, probabilities in a.modalities.items():
-            assert probabilities == pytest.approx(b.modalities[name], abs=1e-5)
+        expected, actual = original(clip[0], text=clip[1]), exported(clip[0], text=clip[1])
+        assert expected.label == actual.label
+        assert expected.probabilities == pytest.approx(actual.probabilities, abs=1e-5)
+        assert expected.weights == pytest.approx(actual.weights, abs=1e-6)
+        for name, probabilities in expected.modalities.items():
+            assert probabilities == pytest.approx(actual.modalities[name], abs=1e-5)
 
 
-def test_without_torch(run, file, video):
-    """The example, in a process of its own where importing torch fails."""
+def test_example_runs_without_torch(run, onnx_file, video):
+    """In a separate process in which importing torch fails."""
     code = (
-        f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {['x', str(file), str(video), '--text', '开心']!r}"
+        "import sys, runpy; sys.modules['torch'] = None; "
+        f"sys.argv = {['x', str(onnx_file), str(video), '--text', '开心']!r}"
     )
     code += f"; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == pytest.approx(senticlip.load(run)(video, text="开心").probabilities, abs=2e-3)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout) == pytest.approx(senticlip.load(run)(video, text="开心").probabilities, abs=2e-3)
 
 
-def test_the_example_refuses_to_answer_about_nothing(file):
-    done = subprocess.run([sys.executable, str(EXAMPLE), str(file), "--text", " "], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"{file}: nothing to read — give it a video, --text or both\n"
+def test_example_rejects_blank_input(onnx_file):
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(onnx_file), "--text", " "], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == f"{onnx_file}: nothing to read — give it a video, --text or both\n"
 
 
-def test_cutaways_are_dropped_without_torch_too(file, tmp_path):
-    """A file whose experiment drops them, here made from one whose experiment keeps them."""
-    proto = onnx.load(str(file))
-    found = {entry.key: entry.value for entry in proto.metadata_props}
-    about = json.loads(found["senticlip"])
-    about["experiment"]["vision"]["cutaways"] = "drop"
-    onnx.helper.set_model_props(proto, found | {"senticlip": json.dumps(about)})
+def test_example_drops_cutaways(onnx_file, tmp_path):
+    """The file is made by changing the experiment in one that keeps cutaways."""
+    proto = onnx.load(str(onnx_file))
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
+    metadata = json.loads(properties["senticlip"])
+    metadata["experiment"]["vision"]["cutaways"] = "drop"
+    onnx.helper.set_model_props(proto, properties | {"senticlip": json.dumps(metadata)})
     onnx.save(proto, str(tmp_path / "drop.onnx"))
     clip = write_shots(tmp_path / "a.mp4", [0, 0, 1, 0])
     predict = runpy.run_path(str(EXAMPLE))["predict"]
-    kept, dropped = (predict(str(path), str(clip), "好") for path in (file, tmp_path / "drop.onnx"))
+    kept, dropped = (predict(str(path), str(clip), "好") for path in (onnx_file, tmp_path / "drop.onnx"))
     assert dropped == pytest.approx(senticlip.load(tmp_path / "drop.onnx")(clip, text="好").probabilities, abs=1e-4)
     assert max(abs(kept[name] - dropped[name]) for name in kept) > 1e-3
 
 
 @pytest.mark.parametrize(
-    "kind",
+    "options",
     [
         {"rotation": 90},
         {"rotation": 180},
@@ -234,58 +243,58 @@ def test_cutaways_are_dropped_without_torch_too(file, tmp_path):
         {"base": Fraction(1, 1000), "stamps": [0, 40, 80, 2000]},
     ],
 )
-def test_the_example_takes_the_same_frames(tmp_path, kind):
-    path = write(tmp_path / "a.mp4", bf="2", **kind)
-    ours = read_frames(path, 6, size=32).pixels.astype(int)
-    theirs = runpy.run_path(str(EXAMPLE))["frames"](str(path), 6, 32)
-    assert theirs.shape == ours.shape
-    assert np.abs(theirs - ours).max() <= 1
+def test_example_reads_the_same_frames(tmp_path, options):
+    path = write(tmp_path / "a.mp4", bf="2", **options)
+    expected = read_frames(path, 6, size=32).pixels.astype(int)
+    actual = runpy.run_path(str(EXAMPLE))["frames"](str(path), 6, 32)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= 1
 
 
-def test_lower_precision_is_close_and_says_how_close(run, video):
+def test_lower_precision_is_close_and_reports_disagreement(run, video):
     fp32 = senticlip.load(run)
     clips = [Clip(str(i), video, "今天天气" * i, start=i / 10, end=1 + i / 10) for i in range(1, 9)]
     for precision in ("bf16", "int8"):
         other = senticlip.load(run, precision=precision)
         assert other.disagreement["n"] == 4
-        found = compare(fp32, other, clips)
-        assert found["n"] == 8
-        assert 0 < found["max_difference"] < 0.03
+        measured = compare(fp32, other, clips)
+        assert measured["n"] == 8
+        assert 0 < measured["max_difference"] < 0.03
         assert compare(fp32, other, [*clips, Clip("nothing to read")])["n"] == 8
 
 
-def products(path):
-    """The sides of the constant weights of each product in fp32, and where it comes from."""
+def fp32_products(path):
+    """For each matrix product with a constant fp32 weight: the sorted dimensions of the weight, and its metadata."""
     graph = onnx.load(str(path)).graph
-    floats = {w.name: w.dims for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) == 2}
-    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in floats]
-    return [(tuple(sorted(floats[node.input[1]])), str(node.metadata_props)) for node in nodes]
+    shapes = {w.name: w.dims for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) == 2}
+    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in shapes]
+    return [(tuple(sorted(shapes[node.input[1]])), str(node.metadata_props)) for node in nodes]
 
 
-def test_int8_leaves_the_network_and_what_makes_the_texts_states_narrower(run, video, tmp_path):
+def test_int8_spares_network_and_narrowing_text_products(run, video, tmp_path):
     export(run, tmp_path / "fp32.onnx")
     level = logging.getLogger().level
     export(run, tmp_path / "int8.onnx", int8=True)
-    assert logging.getLogger().level == level  # it is not ours to silence
+    assert logging.getLogger().level == level  # the exporter's log level is restored
     batch = senticlip.load(run).batch([Clip("a", None, "今天天气"), Clip("b", video)])
-    whole, small = (senticlip.load(tmp_path / name).output(batch) for name in ("fp32.onnx", "int8.onnx"))
-    assert float((whole.log_probs.exp() - small.log_probs.exp()).abs().max()) < 0.05
-    network = [sides for sides, scopes in products(tmp_path / "fp32.onnx") if "model.network" in scopes]
-    text = (SMALL["hidden_size"], SMALL["intermediate_size"])  # the frames' encoder has one of this shape, too
-    assert sorted(sides for sides, _ in products(tmp_path / "int8.onnx")) == sorted([*network, text])
+    full, reduced = (senticlip.load(tmp_path / name).output(batch) for name in ("fp32.onnx", "int8.onnx"))
+    assert float((full.log_probs.exp() - reduced.log_probs.exp()).abs().max()) < 0.05
+    network = [shape for shape, scopes in fp32_products(tmp_path / "fp32.onnx") if "model.network" in scopes]
+    text = (SMALL["hidden_size"], SMALL["intermediate_size"])  # the vision encoder has a weight of this shape, too
+    assert sorted(shape for shape, _ in fp32_products(tmp_path / "int8.onnx")) == sorted([*network, text])
 
 
-def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video, monkeypatch, terminal):
-    """By its own protocol and seed; and what cannot be read is told before anything is exported."""
+def test_export_compares_on_the_runs_split(run, tmp_path, video, monkeypatch, terminal):
+    """It uses the RUN's protocol and seed; and what cannot be read is reported before the export."""
     (tmp_path / "data.csv").write_text(
         "path,text,label\n" + "".join(f"{video},今天{i},{i % 3 - 1}\n" for i in range(20)), encoding="utf-8"
     )
-    asked = []
-    monkeypatch.setattr("senticlip.export.read_clips", lambda *how: asked.append(how) or read_clips(*how))
-    found = export(run, tmp_path / "a.onnx", data=tmp_path / "data.csv", split="train")["disagreement"]
-    assert asked == [(tmp_path / "data.csv", "train", "tenth", 3)]
-    assert found["n"] == len(read_clips(*asked[0])) == 16
-    assert found["max_difference"] < 1e-5
+    calls = []
+    monkeypatch.setattr("senticlip.export.read_clips", lambda *args: calls.append(args) or read_clips(*args))
+    result = export(run, tmp_path / "a.onnx", data=tmp_path / "data.csv", split="train")["disagreement"]
+    assert calls == [(tmp_path / "data.csv", "train", "tenth", 3)]
+    assert result["n"] == len(read_clips(*calls[0])) == 16
+    assert result["max_difference"] < 1e-5
     assert "exporting a.onnx" in terminal.getvalue()
     assert "comparing" in terminal.getvalue()
     monkeypatch.setattr("senticlip.export.trace", lambda model: pytest.fail("exported first"))
@@ -299,20 +308,20 @@ def test_compared_on_the_split_that_the_run_was_trained_on(run, tmp_path, video,
 def test_disagreement_by_hand():
     one = Output(log_probs=torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log())
     two = Output(log_probs=torch.tensor([[0.4, 0.5, 0.1], [0.1, 0.2, 0.7]]).log())
-    found = disagreement([(one, two)])
-    assert found == pytest.approx({"n": 2, "flips": 0.5, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
+    result = disagreement([(one, two)])
+    assert result == pytest.approx({"n": 2, "flips": 0.5, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
 
 
-def test_no_number_is_no_agreement():
+def test_nan_counts_as_disagreement():
     one = Output(log_probs=torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]]).log())
     two = Output(log_probs=torch.tensor([[0.8, 0.1, 0.1], [torch.nan] * 3]).log())
-    found = disagreement([(one, two)])
-    assert (found["flips"], found["max_difference"]) == (0.5, float("inf"))
+    result = disagreement([(one, two)])
+    assert (result["flips"], result["max_difference"]) == (0.5, float("inf"))
 
 
-def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
-    out, hours = tmp_path / "m[1].onnx", 2 * 3600
-    for name, age in ((".m[1].onnx-killed00", hours), (".m[1].onnx-running0", 60), (".n.onnx-killed00", hours)):
+def test_export_removes_leftovers_of_killed_exports(run, tmp_path):
+    out, two_hours = tmp_path / "m[1].onnx", 2 * 3600
+    for name, age in ((".m[1].onnx-killed00", two_hours), (".m[1].onnx-running0", 60), (".n.onnx-killed00", two_hours)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.onnx").write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
@@ -320,81 +329,81 @@ def test_what_a_killed_export_left_goes_with_the_next(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".m[1].onnx-running0", ".n.onnx-killed00", "m[1].onnx"]
 
 
-def test_errors(run, file, tmp_path):
+def test_unusable_files_and_options_are_rejected(run, onnx_file, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(UserError, match="not readable as a senticlip export"):
         senticlip.load(tmp_path / "bad.onnx")
-    shutil.copy(file, tmp_path / os.fsdecode(b"\xb5.onnx"))
+    shutil.copy(onnx_file, tmp_path / os.fsdecode(b"\xb5.onnx"))
     with pytest.raises(UserError, match="onnxruntime cannot open a path that is not UTF-8 — rename it"):
         senticlip.load(tmp_path / os.fsdecode(b"\xb5.onnx"))
     with pytest.raises(UsageError, match=r"none\.onnx: no such file"):
         senticlip.load(tmp_path / "none.onnx")
     with pytest.raises(UsageError, match="an exported file runs on the CPU"):
-        senticlip.load(file, "cuda")
-    older = onnx.load(str(file))
-    (about,) = (entry for entry in older.metadata_props if entry.key == "senticlip")
-    about.value = json.dumps({**json.loads(about.value), "format": 1})
+        senticlip.load(onnx_file, "cuda")
+    older = onnx.load(str(onnx_file))
+    (metadata,) = (entry for entry in older.metadata_props if entry.key == "senticlip")
+    metadata.value = json.dumps({**json.loads(metadata.value), "format": 1})
     onnx.save(older, str(tmp_path / "older.onnx"))
     with pytest.raises(UserError, match=r"format 1, expected 2.*export the RUN again"):
         senticlip.load(tmp_path / "older.onnx")
     with pytest.raises(UsageError, match="fp32, bf16, int8"):
         senticlip.load(run, precision="fp8")
     with pytest.raises(UsageError, match="is chosen at export"):
-        senticlip.load(file, precision="bf16")
+        senticlip.load(onnx_file, precision="bf16")
     with pytest.raises(UsageError, match="attention"):
-        senticlip.load(file).model(made_batch(1, 1, 1), attention=True)
+        senticlip.load(onnx_file).model(random_batch(1, 1, 1), attention=True)
 
 
 @pytest.mark.parametrize(
-    ("key", "change", "said"),
+    ("key", "change", "message"),
     [
-        ("senticlip", lambda about: {"format": about["format"]}, "KeyError: 'experiment'"),
-        ("senticlip", lambda about: [], "TypeError"),
-        ("senticlip", lambda about: about | {"experiment": {"width": 0}}, "config key width: 0"),
-        ("senticlip", lambda about: about | {"names": 3}, "TypeError"),
-        ("senticlip", lambda about: about | {"names": ["text"]}, r"names \['text'\], but its graph reads text, "),
-        ("senticlip", lambda about: about | {"temperature": "warm"}, "TypeError|ValueError"),
-        ("tokenizer", lambda about: "garbage", "Exception: invalid type"),
+        ("senticlip", lambda metadata: {"format": metadata["format"]}, "KeyError: 'experiment'"),
+        ("senticlip", lambda metadata: [], "TypeError"),
+        ("senticlip", lambda metadata: metadata | {"experiment": {"width": 0}}, "config key width: 0"),
+        ("senticlip", lambda metadata: metadata | {"names": 3}, "TypeError"),
+        ("senticlip", lambda metadata: metadata | {"names": ["text"]}, r"names \['text'\], but its graph reads text, "),
+        ("senticlip", lambda metadata: metadata | {"temperature": "warm"}, "TypeError|ValueError"),
+        ("tokenizer", lambda metadata: "garbage", "Exception: invalid type"),
     ],
 )
-def test_what_the_file_says_of_itself_may_be_broken(file, tmp_path, key, change, said):
-    proto = onnx.load(str(file))
-    found = {entry.key: entry.value for entry in proto.metadata_props}
-    onnx.helper.set_model_props(proto, found | {key: json.dumps(change(json.loads(found["senticlip"])))})
+def test_broken_metadata_is_rejected_in_one_line(onnx_file, tmp_path, key, change, message):
+    proto = onnx.load(str(onnx_file))
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, properties | {key: json.dumps(change(json.loads(properties["senticlip"])))})
     onnx.save(proto, str(tmp_path / "a.onnx"))
-    with pytest.raises(UserError, match=rf"a\.onnx: not readable as a senticlip export \(.*({said})") as error:
+    with pytest.raises(UserError, match=rf"a\.onnx: not readable as a senticlip export \(.*({message})") as error:
         senticlip.load(tmp_path / "a.onnx")
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
+def test_full_disk_is_reported(run, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("senticlip.export._made", full)
+    monkeypatch.setattr("senticlip.export._write_file", full)
     with pytest.raises(UserError, match=r"f\.onnx: the disk is full — make room, then run the same command again$"):
         export(run, tmp_path / "f.onnx")
 
 
-def test_the_file_has_the_temperatures_of_the_run(run, file):
-    """``evaluate`` gives the heads equal weights by them."""
-    assert OnnxModel(file).network.temperature.tolist() == pytest.approx([0.7, 3.0])
-    assert list(OnnxModel(file).experiment.modalities) == list(senticlip.load(run).config.modalities)
+def test_onnx_file_keeps_temperatures(run, onnx_file):
+    """``evaluate`` divides the logits by them."""
+    assert OnnxModel(onnx_file).network.temperature.tolist() == pytest.approx([0.7, 3.0])
+    assert list(OnnxModel(onnx_file).experiment.modalities) == list(senticlip.load(run).config.modalities)
 
 
-def test_what_int8_spares_is_the_network_and_the_texts_second_product():
+def test_spared_products_by_hand():
     shapes = {"widens": (16, 32), "narrows": (32, 16), "stack": (2, 32, 16)}
-    places = {"text": "model.encoders.text", "frames": "model.encoders.vision", "fusion": "model.network"}
+    scopes = {"text": "model.encoders.text", "frames": "model.encoders.vision", "fusion": "model.network"}
     nodes = [
         SimpleNamespace(
-            name=f"{place} {weight}",
+            name=f"{part} {weight}",
             op_type="MatMul",
             input=["x", weight],
             metadata_props=[SimpleNamespace(key="pkg.torch.onnx.name_scopes", value=f"['', 'model', '{scope}', 'w']")],
         )
-        for place, scope in places.items()
+        for part, scope in scopes.items()
         for weight in shapes
     ]
     weights = [SimpleNamespace(name=name, dims=dims) for name, dims in shapes.items()]
-    found = {name for name in spared(SimpleNamespace(initializer=weights, node=nodes)) if "_" not in name}
-    assert found == {"text narrows", "text stack", "frames stack", "fusion widens", "fusion narrows", "fusion stack"}
+    names = {name for name in spared(SimpleNamespace(initializer=weights, node=nodes)) if "_" not in name}
+    assert names == {"text narrows", "text stack", "frames stack", "fusion widens", "fusion narrows", "fusion stack"}

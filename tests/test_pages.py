@@ -1,4 +1,4 @@
-"""Numbers as every page shows them, and what a page of scripts says without them."""
+"""Number format of the HTML pages, and their notice for browsers without scripts."""
 
 from importlib import resources
 
@@ -23,8 +23,10 @@ def test_signed(number, options, shown):
     assert signed(number, **options) == shown
 
 
-def test_a_page_that_needs_scripts_says_so_without_them():
+def test_pages_with_scripts_have_a_noscript_notice():
     folder = resources.files("senticlip").joinpath("templates")
     pages = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
-    scripted = {name for name, page in pages.items() if "<script>" in page}
-    assert scripted == {name for name, page in pages.items() if "<noscript>" in page} == {"serve.html", "timeline.html"}
+    with_script = {name for name, page in pages.items() if "<script>" in page}
+    assert (
+        with_script == {name for name, page in pages.items() if "<noscript>" in page} == {"serve.html", "timeline.html"}
+    )

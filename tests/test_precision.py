@@ -1,4 +1,4 @@
-"""bf16 reaches the encoders alone; what a precision changes is measured and said before it is used."""
+"""Reduced precision is limited to the encoders; its effect is measured and stored before it is used."""
 
 import json
 import os
@@ -30,26 +30,28 @@ def video(run) -> Path:
     return make_video(run.parent / "clip.mp4")
 
 
-def test_bf16_of_a_gpu_is_for_the_encoders(run):
+def test_gpu_bf16_applies_only_to_encoders(run):
     model = _to_bf16(senticlip.load(run, "cpu").model)
     assert {p.dtype for p in model.encoders["text"].parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.encoders["vision"].body.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.network.parameters()} == {torch.float32}
-    assert model.encoders["vision"].std.dtype == torch.float32  # pixels are normalised before they are rounded
+    assert model.encoders["vision"].std.dtype == torch.float32  # pixels are normalised in fp32
 
 
-@pytest.mark.parametrize("lower", [lowered, lambda model, *rest: (_to_bf16(model), {})], ids=["cpu", "as on a gpu"])
-def test_bf16_of_a_network_that_does_not_round_what_it_reads(tmp_path, video, lower):
-    """Chinese-CLIP does, timm's do not."""
+@pytest.mark.parametrize(
+    "lower_precision", [lowered, lambda model, *rest: (_to_bf16(model), {})], ids=["cpu", "as on a gpu"]
+)
+def test_bf16_of_timm_network_is_close(tmp_path, video, lower_precision):
+    """Chinese-CLIP casts its input to its own precision, timm networks do not."""
     run = run_folder(tmp_path, tiny.timm_folder(tmp_path / "cnn", "test_resnet"))
     full, low = (senticlip.load(run, "cpu") for _ in range(2))
-    low.model, _ = lower(low.model, run, "bf16")
+    low.model, _ = lower_precision(low.model, run, "bf16")
     full, low = (predictor(video, "好") for predictor in (full, low))
     assert low.probabilities == pytest.approx(full.probabilities, abs=0.1)
     assert low.probabilities != full.probabilities
 
 
-def test_the_probe_is_always_the_same(run):
+def test_probe_is_deterministic(run):
     predictor = senticlip.load(run, "cpu")
     one, two = (probe(predictor.model, predictor.config) for _ in range(2))
     assert set(one.modalities) == {"text", "vision"}
@@ -60,18 +62,18 @@ def test_the_probe_is_always_the_same(run):
     assert one.modalities["vision"].values.dtype == torch.uint8
 
 
-def test_the_probe_makes_no_sound_that_would_come_from_a_feature_file(run):
+def test_probe_omits_audio_of_feature_files(run):
     predictor = senticlip.load(run, "cpu")
-    clips = predictor.config.override({"modalities": ["text", "vision", "audio"], "audio.bands": 5})
-    assert probe(predictor.model, clips).modalities["audio"].values.shape == (4, 30, 5)
-    file = clips.override({"vision.encoder": "features"})  # of whatever width
-    assert "audio" not in probe(predictor.model, file).modalities
+    from_clips = predictor.config.override({"modalities": ["text", "vision", "audio"], "audio.bands": 5})
+    assert probe(predictor.model, from_clips).modalities["audio"].values.shape == (4, 30, 5)
+    from_file = from_clips.override({"vision.encoder": "features"})  # of unknown width
+    assert "audio" not in probe(predictor.model, from_file).modalities
 
 
-def test_what_is_said_is_what_was_measured(run):
+def test_disagreement_matches_outputs_on_probe(run):
     full, low = senticlip.load(run, "cpu"), senticlip.load(run, "cpu", "bf16")
     batch = probe(full.model, full.config)
-    p, q = (x.output(batch).log_probs.exp() for x in (full, low))
+    p, q = (predictor.output(batch).log_probs.exp() for predictor in (full, low))
     assert full.disagreement == {}
     assert low.disagreement["max_difference"] == pytest.approx(float((p - q).abs().max()), abs=1e-6)
     assert low.disagreement["flips"] == pytest.approx(float((p.argmax(1) != q.argmax(1)).float().mean()))
@@ -79,31 +81,31 @@ def test_what_is_said_is_what_was_measured(run):
 
 def test_a_model_does_not_disagree_with_itself(run, video):
     predictor = senticlip.load(run, "cpu")
-    found = compare(predictor, predictor, [Clip("a", video, "开心"), Clip("b", None, "不好")], batch_size=1)
-    assert found == {"n": 2, "flips": 0.0, "max_difference": 0.0, "mean_difference": 0.0}
+    result = compare(predictor, predictor, [Clip("a", video, "开心"), Clip("b", None, "不好")], batch_size=1)
+    assert result == {"n": 2, "flips": 0.0, "max_difference": 0.0, "mean_difference": 0.0}
 
 
-def test_it_is_measured_once_for_these_weights(run, tmp_path, monkeypatch):
+def test_disagreement_is_measured_once_per_weights(run, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "openvino"))
-    asked = []
+    calls = []
     forward = SentimentModel.forward
     monkeypatch.setattr(
-        SentimentModel, "forward", lambda self, *args, **more: asked.append(1) or forward(self, *args, **more)
+        SentimentModel, "forward", lambda self, *args, **kwargs: calls.append(1) or forward(self, *args, **kwargs)
     )
     first = senticlip.load(copy, "cpu", "bf16").disagreement
-    assert len(asked) == 2
+    assert len(calls) == 2
     assert senticlip.load(copy, "cpu", "bf16").disagreement == first
-    assert len(asked) == 2
-    other_weights(copy)
+    assert len(calls) == 2
+    change_weights(copy)
     assert senticlip.load(copy, "cpu", "bf16").disagreement != first
-    assert len(asked) == 4
+    assert len(calls) == 4
     (copy / "precision.json").write_text("{")
     assert senticlip.load(copy, "cpu", "bf16").disagreement["n"] == 4
 
 
-def other_weights(run: Path) -> None:
-    """Train on, as it were, and leave the file as old as it was."""
+def change_weights(run: Path) -> None:
+    """Change the weights as further training would, but keep the file's modification time."""
     path = run / "model.safetensors"
     before, weights = path.stat(), load_file(path)
     name = "network.entrances.text.project.weight"
@@ -111,44 +113,44 @@ def other_weights(run: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_int8_is_of_these_weights(run, tmp_path, video):
+def test_int8_follows_changed_weights(run, tmp_path, video):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "openvino"))
     before = senticlip.load(copy, "cpu", "int8")(video, "开心").probabilities
     assert senticlip.load(copy, "cpu", "int8")(video, "开心").probabilities == before
-    other_weights(copy)
+    change_weights(copy)
     after = senticlip.load(copy, "cpu", "int8")(video, "开心").probabilities
     assert after == pytest.approx(senticlip.load(copy, "cpu")(video, "开心").probabilities, abs=0.03)
     assert after != before
 
 
-def test_encoders_are_compiled_again_for_another_config(run, tmp_path):
-    """The activation, for example, does not show in the weights."""
+def test_changed_config_recompiles_encoders(run, tmp_path):
+    """The weights do not show, for example, the activation function."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "openvino"))
     first = senticlip.load(copy, "cpu", "bf16")
-    described = json.loads((copy / "config.json").read_text())
-    described["encoders"]["text"]["spec"]["hidden_act"] = "relu"
-    (copy / "config.json").write_text(json.dumps(described))
+    config = json.loads((copy / "config.json").read_text())
+    config["encoders"]["text"]["spec"]["hidden_act"] = "relu"
+    (copy / "config.json").write_text(json.dumps(config))
     assert senticlip.load(copy, "cpu", "bf16")(text="开心").probabilities == pytest.approx(
         senticlip.load(copy, "cpu")(text="开心").probabilities, abs=0.03
     )
     assert senticlip.load(copy, "cpu", "bf16").disagreement != first.disagreement
 
 
-def test_a_run_that_cannot_be_written_is_compiled_into_the_cache(run, tmp_path, video, monkeypatch):
+def test_read_only_run_is_compiled_into_cache(run, tmp_path, video, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("openvino"))
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     answer = senticlip.load(tmp_path / "run", precision="int8")(video, "好")
     assert not (tmp_path / "run" / "openvino").exists()
-    (made,) = (tmp_path / "cache").rglob("vision.xml")
-    before = made.stat().st_mtime_ns
+    (path,) = (tmp_path / "cache").rglob("vision.xml")
+    modified = path.stat().st_mtime_ns
     assert senticlip.load(tmp_path / "run", precision="int8")(video, "好") == answer
-    assert made.stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == modified
 
 
-def test_a_precision_is_measured_on_this_processor(run, tmp_path, monkeypatch):
-    """A RUN may come from another one."""
+def test_disagreement_is_measured_per_processor(run, tmp_path, monkeypatch):
+    """The RUN may have been copied from another machine."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "openvino"))
     senticlip.load(copy, "cpu", "int8")
@@ -158,29 +160,29 @@ def test_a_precision_is_measured_on_this_processor(run, tmp_path, monkeypatch):
     assert len([name for name in measured if name.startswith("int8")]) == 2
 
 
-def test_scores_are_compared_by_hand():
+def test_disagreement_of_scores_by_hand():
     one = Output(score=torch.tensor([-0.5, 0.0, 0.6, 1.0]))
     two = Output(score=torch.tensor([-0.7, 0.2, 0.6, 1.0]))
-    found = disagreement([(one, two)])
-    assert found == pytest.approx({"n": 4, "flips": 0.25, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
+    result = disagreement([(one, two)])
+    assert result == pytest.approx({"n": 4, "flips": 0.25, "max_difference": 0.2, "mean_difference": 0.1}, abs=1e-6)
 
 
-def test_pairs_add_up_to_the_whole():
-    """The farthest row comes in the middle."""
+def test_disagreement_accumulates_over_batches():
+    """The largest difference is in the middle batch."""
     random = torch.Generator().manual_seed(0)
     p, q = (torch.randn(6, 3, generator=random).softmax(1) for _ in range(2))
     q[[0, 1, 5]] = p[[0, 1, 5]]
     q[2] = p[2].roll(1)
-    parts = [(Output(log_probs=p[i : i + 2].log()), Output(log_probs=q[i : i + 2].log())) for i in (0, 2, 4)]
+    batches = [(Output(log_probs=p[i : i + 2].log()), Output(log_probs=q[i : i + 2].log())) for i in (0, 2, 4)]
     flips = int((p.argmax(1) != q.argmax(1)).sum())
     assert flips > 1
     gap = (p - q).abs()
     expected = {"n": 6, "flips": flips / 6, "max_difference": float(gap.max()), "mean_difference": float(gap.mean())}
-    assert disagreement(parts) == pytest.approx(expected, abs=1e-6)
+    assert disagreement(batches) == pytest.approx(expected, abs=1e-6)
     assert disagreement([]) == {"n": 0, "flips": 0, "max_difference": 0, "mean_difference": 0}
 
 
-def test_what_cannot_be_written_down_is_measured_all_the_same(run, tmp_path, monkeypatch):
+def test_disagreement_is_measured_despite_full_disk(run, tmp_path, monkeypatch):
     def full(path, text):
         raise UserError(f"{path}: the disk is full")
 
@@ -195,12 +197,12 @@ def test_what_cannot_be_written_down_is_measured_all_the_same(run, tmp_path, mon
         ("x86_64", "avx2 avx512_vnni", "QInt8"),
         ("AMD64", "avx2 avx_vnni", "QInt8"),
         ("x86_64", "sse4_2 avx2", "QUInt8"),
-        ("AMD64", None, "QUInt8"),  # Windows, which has no such file
+        ("AMD64", None, "QUInt8"),  # Windows has no such file
         ("aarch64", "asimd", "QInt8"),
         ("arm64", None, "QInt8"),
     ],
 )
-def test_weights_of_int8_are_those_that_do_not_overflow(tmp_path, monkeypatch, machine, flags, expected):
+def test_int8_weight_type_avoids_overflow(tmp_path, monkeypatch, machine, flags, expected):
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"flags\t: {flags}\n")
     monkeypatch.setattr("platform.machine", lambda: machine)
@@ -208,7 +210,7 @@ def test_weights_of_int8_are_those_that_do_not_overflow(tmp_path, monkeypatch, m
     assert quantize.weight_type() == expected
 
 
-def test_what_is_no_number_is_not_hidden_by_what_is_compiled(run, tmp_path):
+def test_nan_outputs_are_reported_before_compiling(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("precision.json", "openvino"))
     path = tmp_path / "run" / "model.safetensors"
     weights = load_file(path)
@@ -219,11 +221,11 @@ def test_what_is_no_number_is_not_hidden_by_what_is_compiled(run, tmp_path):
             senticlip.load(tmp_path / "run", "cpu", precision)
 
 
-def test_errors(run):
+def test_unknown_precision_is_rejected(run):
     with pytest.raises(UsageError, match=", ".join(PRECISIONS)):
         senticlip.load(run, "cpu", "fp8")
 
 
-def test_a_model_of_features_has_nothing_to_compute_in_less(tmp_path):
+def test_model_without_encoders_rejects_precision(tmp_path):
     with pytest.raises(UsageError, match=r"--precision bf16.*no encoder"):
         lowered(SimpleNamespace(encoders={}), tmp_path, "bf16")

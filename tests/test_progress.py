@@ -1,4 +1,4 @@
-"""What somebody sees who watches, and who reads a log."""
+"""Progress display on a terminal and in a log file."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from senticlip.progress import spinner
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, True), (False, False)], indirect=["terminal"])
-def test_a_spinner_is_for_who_watches(terminal, shown):
+def test_spinner_is_shown_on_a_terminal_only(terminal, shown):
     with spinner("exporting a[b].onnx"):
         pass
     assert ("exporting a[b].onnx" in terminal.getvalue()) == shown

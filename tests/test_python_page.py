@@ -1,4 +1,4 @@
-"""docs/python.md does what it says: its code is run as it stands there, on tiny encoders and clips."""
+"""The code blocks of docs/python.md run as they are, on tiny encoders and clips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tests.test_train import furnish, settings
+from tests.test_train import make_assets, settings
 
 import senticlip
 from senticlip.data.sims import read_clips
@@ -18,9 +18,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch):
     """The folders and files that the page names."""
-    root = furnish(tmp_path)
+    root = make_assets(tmp_path)
     (root / "data").rename(root / "SIMS")
     (root / "OTHER").symlink_to("SIMS")
     experiment = settings(root, **{"train.epochs": 1})
@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
     return root
 
 
-def test_the_page_runs(place):
+def test_page_runs(workspace):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 5
     names: dict = {}
@@ -44,7 +44,7 @@ def test_the_page_runs(place):
 
     found, output = names["found"], names["output"]
     assert list(found.label) == [answer.label for answer in names["predictor"].predict(names["clips"])]
-    assert pd.isna(found.text_positive[2])  # the empty cell is no text
+    assert pd.isna(found.text_positive[2])  # an empty cell means no text
     assert output.attention["text_asks_vision"].shape[-1] == 1 + 2
     assert output.alone["vision"].shape == (2, len(senticlip.LABELS))
     assert output.features["vision"].shape == (2, 16)

@@ -1,4 +1,4 @@
-"""The runner (with a stand-in for the training, which has its own tests) and the report."""
+"""The runner (with stand-ins for training and evaluation, which have their own tests) and the report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from senticlip import cli, layout, results
-from senticlip import evaluate as evaluations
-from senticlip import reproduce as room
-from senticlip import train as trainings
+from senticlip import evaluate as evaluate_module
+from senticlip import reproduce as reproduce_module
+from senticlip import train as train_module
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
 from senticlip.files import alone
@@ -29,8 +29,8 @@ stages:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    """A data set of 30 clips, and a training that only notes that it was asked for."""
+def fake_training(tmp_path, monkeypatch):
+    """A data set of 30 clips, and stand-ins for training and evaluation: ``run``, the training calls, the folder."""
     scores = [-0.6, 0.0, 0.4, -0.2, -1.0]
     rows = [
         f"{i}.mp4,话{i},{scores[i % 5]},{scores[i % 5]},{scores[i % 5]},{s}"
@@ -41,20 +41,20 @@ def world(tmp_path, monkeypatch):
     for i in range(30):
         (tmp_path / f"{i}.mp4").touch()
     (tmp_path / "preset.yaml").write_text(PRESET, encoding="utf-8")
-    asked: list[tuple[str, int]] = []
-    broken: dict[str, Exception] = {}
+    calls: list[tuple[str, int]] = []
+    failures: dict[str, Exception] = {}
 
     def train(config, data, out, seed=None, resume=False, device=None, as_stage=None):
         assert resume
         if config.temporal == "lstm":
             raise UserError("no such thing")
-        if broken and config.temporal in broken:
-            raise broken[config.temporal]
-        asked.append((digest(config), seed))
+        if failures and config.temporal in failures:
+            raise failures[config.temporal]
+        calls.append((digest(config), seed))
         out.mkdir(parents=True, exist_ok=True)
         for name in config.stages:
-            assert (out / "stages" / name / room.WEIGHTS).is_file()
-        (out / room.WEIGHTS).touch()
+            assert (out / "stages" / name / reproduce_module.WEIGHTS).is_file()
+        (out / reproduce_module.WEIGHTS).touch()
         (out / "metrics.json").touch()
         return {}
 
@@ -65,8 +65,8 @@ def world(tmp_path, monkeypatch):
             for i in range(10):
                 truth = LABELS[i % 3]
                 writer.writerow([f"c{i}", "话", truth, truth if "tfn" not in run.name else LABELS[0]])
-        good = 1.0 if "tfn" not in run.name else 0.4
-        return {"accuracy": good, "macro_f1": good, "per_class": {}, "ece": None, "n": 10}
+        score = 1.0 if "tfn" not in run.name else 0.4
+        return {"accuracy": score, "macro_f1": score, "per_class": {}, "ece": None, "n": 10}
 
     monkeypatch.setattr("senticlip.train.train", train)
     monkeypatch.setattr("senticlip.evaluate.evaluate", evaluate)
@@ -74,16 +74,16 @@ def world(tmp_path, monkeypatch):
     def run(**options):
         options = {"tables": ["1", "5"], "seeds": 2, **options}
         options = {"data": data, "preset": str(tmp_path / "preset.yaml"), **options}
-        return room.reproduce(out=tmp_path / "out", **options)
+        return reproduce_module.reproduce(out=tmp_path / "out", **options)
 
-    run.broken, run.data = broken, data
-    return run, asked, tmp_path / "out"
+    run.failures, run.data = failures, data
+    return run, calls, tmp_path / "out"
 
 
-def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
-    run, asked, out = world
+def test_each_model_runs_once_per_seed_and_the_report_is_complete(fake_training):
+    run, calls, out = fake_training
     result = run()
-    assert len(asked) == len(set(asked)) == 2 * (2 + 7 + 1)  # 2 stages, Table 1, MeanP; LSTM fails
+    assert len(calls) == len(set(calls)) == 2 * (2 + 7 + 1)  # 2 stages, Table 1, MeanP; LSTM fails
     assert result["tables"]["1"]["TFN"]["accuracy"] == {"mean": pytest.approx(0.4), "std": 0.0}
     assert result["tables"]["5"]["Transformer"] == result["tables"]["1"]["CLIP-CA-MSA"]
     assert result["tables"]["5"]["LSTM"] == {"error": "no such thing"}
@@ -107,33 +107,33 @@ def test_each_model_is_run_once_a_seed_and_the_report_is_complete(world):
     assert versus["accuracy"]["difference"] == pytest.approx(0.6)
 
 
-def test_a_split_that_is_missing_is_told_before_anything_is_trained(world, tmp_path):
+def test_missing_split_is_reported_before_training(fake_training, tmp_path):
     table = tmp_path / "own.csv"
     table.write_text("text,label,split\n好,1,train\n坏,-1,train\n好,1,valid\n", encoding="utf-8")
     with pytest.raises(UserError, match="no clips in split 'test', only in train, valid"):
-        room.reproduce(table, tmp_path / "out", "tiny", ["1"], 1)
+        reproduce_module.reproduce(table, tmp_path / "out", "tiny", ["1"], 1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_run_reads_and_weights_are_not_kept(world):
-    run, asked, out = world
+def test_second_run_reuses_results_and_weights_are_deleted(fake_training):
+    run, calls, out = fake_training
     first = run(tables=["1", "6"])
-    assert not list(out.rglob(room.WEIGHTS))
-    before = len(asked)
+    assert not list(out.rglob(reproduce_module.WEIGHTS))
+    before = len(calls)
     assert run(tables=["1", "6"]) == first
-    assert len(asked) == before
+    assert len(calls) == before
     run(tables=["1", "6"], seeds=3)
-    assert {seed for _, seed in asked[before:]} == {2}
+    assert {seed for _, seed in calls[before:]} == {2}
 
 
-def test_results_of_other_data_are_not_read(world):
-    run, asked, out = world
+def test_results_of_other_data_are_rejected(fake_training):
+    run, calls, out = fake_training
     run(tables=["6"], seeds=1)
     before = (out / "results.json").read_bytes()
     table = out.parent / "data.csv"
     other = out.parent / "other.csv"
     other.write_text(table.read_text(encoding="utf-8"), encoding="utf-8")
-    trained = len(asked)
+    trained = len(calls)
     with pytest.raises(UserError, match=r"has runs with different data.*data\.csv"):
         run(tables=["6"], seeds=1, data=other)
     with pytest.raises(UserError, match="has runs with different data, labels or protocol"):
@@ -141,69 +141,69 @@ def test_results_of_other_data_are_not_read(world):
     table.write_text(table.read_text(encoding="utf-8").replace("4.mp4,话4,-1.0", "4.mp4,话4,0.2"), encoding="utf-8")
     with pytest.raises(UserError, match="has runs with different data, labels"):
         run(tables=["6"], seeds=1)
-    assert len(asked) == trained
+    assert len(calls) == trained
     assert (out / "results.json").read_bytes() == before
 
 
-def test_results_of_encoders_that_have_changed_are_not_read(world, tmp_path):
-    run, asked, _ = world
+def test_results_of_changed_encoders_are_rejected(fake_training, tmp_path):
+    run, calls, _ = fake_training
     options = {"tables": ["6"], "seeds": 1, "overrides": [f"text.encoder={tmp_path / 'bert'}"]}
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"one")
     run(**options)
-    trained = len(asked)
+    trained = len(calls)
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"two")
     with pytest.raises(UserError, match=r"has runs made when .*bert had different contents — choose another --out"):
         run(**options)
-    run(tables=["6"], seeds=1)  # the preset's own encoder has none to compare
-    assert len(asked) > trained
+    run(tables=["6"], seeds=1)  # for the preset's own encoder, no contents are recorded
+    assert len(calls) > trained
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (RuntimeError("mat1 and mat2\ndo not fit"), "RuntimeError: mat1 and mat2 do not fit"),
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_a_row_that_crashes_is_one_rows_error(world, error, told):
-    run, _, _ = world
-    run.broken["mean"] = error
+def test_crash_fails_only_its_row(fake_training, error, message):
+    run, _, _ = fake_training
+    run.failures["mean"] = error
     rows = run(tables=["5"], seeds=1)["tables"]["5"]
-    assert rows["MeanP"]["error"] == told
+    assert rows["MeanP"]["error"] == message
     assert rows["Transformer"]["accuracy"]["mean"] == 1.0
 
 
-def test_one_reproduce_at_a_time_writes_into_a_folder(world):
-    run, asked, out = world
+def test_second_reproduce_in_the_same_folder_is_rejected(fake_training):
+    run, calls, out = fake_training
     with alone(out, "reproduce"), pytest.raises(UserError, match="another reproduce is writing here"):
         run()
-    assert not asked
+    assert not calls
 
 
-def test_a_folder_that_was_moved_goes_on(world, monkeypatch):
-    run, asked, out = world
-    begin, train = room.reproduce, trainings.train
+def test_moved_folder_resumes(fake_training, monkeypatch):
+    run, calls, out = fake_training
+    original_reproduce, original_train = reproduce_module.reproduce, train_module.train
 
-    def killed(config, *rest, **options):
+    def killed_train(config, *rest, **options):
         if config.stages:
             raise KeyboardInterrupt
-        return train(config, *rest, **options)
+        return original_train(config, *rest, **options)
 
-    monkeypatch.setattr(trainings, "train", killed)
+    monkeypatch.setattr(train_module, "train", killed_train)
     with pytest.raises(KeyboardInterrupt):
         run(tables=["6"], seeds=1)
-    monkeypatch.setattr(trainings, "train", train)
-    assert len(asked) == 2  # its stages
-    other = out.with_name("elsewhere")
-    out.rename(other)
-    monkeypatch.setattr(room, "reproduce", lambda out, **options: begin(out=other, **options))
+    monkeypatch.setattr(train_module, "train", original_train)
+    assert len(calls) == 2  # its stages
+    moved = out.with_name("elsewhere")
+    out.rename(moved)
+    monkeypatch.setattr(reproduce_module, "reproduce", lambda out, **options: original_reproduce(out=moved, **options))
     assert "error" not in run(tables=["6"], seeds=1)["tables"]["6"]["concat"]
-    assert len(asked) == 2 + 2  # the rows, no stage
+    assert len(calls) == 2 + 2  # the rows, but no stages
 
 
-def test_each_seed_draws_its_own_baseline(world):
-    run, _, out = world
+def test_majority_baseline_is_averaged_over_seeds(fake_training):
+    run, _, out = fake_training
     run(tables=["6"], seeds=2, protocol="tenth")
     text = (out / "report.md").read_text(encoding="utf-8")
     shares = []
@@ -214,8 +214,8 @@ def test_each_seed_draws_its_own_baseline(world):
     assert text.count("for seed 0; each seed draws its own split") == 2
 
 
-def test_results_of_a_feature_file_that_has_changed_are_not_read(world):
-    run, _, _ = world
+def test_results_of_changed_feature_file_are_rejected(fake_training):
+    run, _, _ = fake_training
     root = run.data.parent
     (root / "Processed").mkdir()
     (root / "Processed" / "own.pkl").write_bytes(b"one")
@@ -232,10 +232,10 @@ def test_results_of_a_feature_file_that_has_changed_are_not_read(world):
         run(**options)
 
 
-def test_a_kept_run_that_was_evaluated_on_other_data_stays_what_it_was(world):
-    run, asked, out = world
-    first, before = run(tables=["1"], seeds=1, keep=True), len(asked)
-    found = json.loads((out / "results.json").read_text())["tables"]
+def test_results_survive_overwritten_predictions(fake_training):
+    run, calls, out = fake_training
+    first, before = run(tables=["1"], seeds=1, keep=True), len(calls)
+    tables = json.loads((out / "results.json").read_text())["tables"]
 
     def overwrite():
         for file in out.rglob("predictions-test.csv"):
@@ -243,43 +243,43 @@ def test_a_kept_run_that_was_evaluated_on_other_data_stays_what_it_was(world):
 
     overwrite()
     assert run(tables=["1"], seeds=1) == first
-    assert json.loads((out / "results.json").read_text())["tables"] == found
-    for file in out.rglob(room.RESULT):  # without its predictions it is no result
-        told = json.loads(file.read_text())
-        del told["predictions"]
-        file.write_text(json.dumps(told))
+    assert json.loads((out / "results.json").read_text())["tables"] == tables
+    for file in out.rglob(reproduce_module.RESULT):  # a result without predictions is not reused
+        result = json.loads(file.read_text())
+        del result["predictions"]
+        file.write_text(json.dumps(result))
     overwrite()
     assert run(tables=["1"], seeds=1) == first  # evaluated again
-    assert json.loads((out / "results.json").read_text())["tables"] == found
-    assert len(asked) == before
+    assert json.loads((out / "results.json").read_text())["tables"] == tables
+    assert len(calls) == before
 
 
-def test_what_is_set_and_whom_it_does_not_reach_is_told(world):
-    run, _, out = world
+def test_overrides_and_the_rows_they_do_not_reach_are_reported(fake_training):
+    run, _, out = fake_training
     changes = ["train.epochs=4", "modalities=[text,vision]", "label.names=[a,b,c]", "vision.frames=7"]
     run(tables=["1", "2"], seeds=1, overrides=changes)
     text, page, latex = (
         (out / name).read_text(encoding="utf-8") for name in ("report.md", "report.html", "tables.tex")
     )
     assert json.loads((out / "results.json").read_text())["changed"] == changes
-    told = (
+    changed = (
         "(changed: train.epochs=4, modalities=[text,vision], label.names=[a,b,c], vision.frames=7), protocol official"
     )
-    peers = (
+    not_for_peers = (
         "The change to train.epochs does not apply to TFN, LMF, MulT, Self-MM, MMAF, MMAF+T+A+V: their own value stays."
     )
-    others = "The change to vision.frames does not apply to OpenFace2.0: "
-    for each in (text, page, latex):
-        assert told in each
-        assert peers in each
-        assert others in each
-        assert each.count("The change to") == 2
+    not_for_openface = "The change to vision.frames does not apply to OpenFace2.0: "
+    for report in (text, page, latex):
+        assert changed in report
+        assert not_for_peers in report
+        assert not_for_openface in report
+        assert report.count("The change to") == 2
     run(tables=["1"], seeds=1)
     assert "hange" not in (out / "report.md").read_text(encoding="utf-8").split("##")[0]
 
 
-def test_the_label_that_judges_is_told_and_its_majority(world):
-    run, _, out = world
+def test_target_label_and_its_majority_are_reported(fake_training):
+    run, _, out = fake_training
     lines = run.data.read_text(encoding="utf-8").splitlines()
     cells = [line.split(",") for line in lines[1:]]
     run.data.write_text("\n".join([lines[0], *(",".join([*c[:3], "0.9", *c[4:]]) for c in cells)]), encoding="utf-8")
@@ -292,8 +292,8 @@ def test_the_label_that_judges_is_told_and_its_majority(world):
         run(tables=["6"], seeds=1, overrides=["target=A"])
 
 
-def test_the_split_is_the_presets_and_seeds_are_counted(world):
-    run, _, out = world
+def test_protocol_comes_from_the_preset_and_seed_cannot_be_set(fake_training):
+    run, _, out = fake_training
     run(tables=["6"], seeds=1, overrides=["protocol=tenth"])
     assert json.loads((out / "results.json").read_text())["protocol"] == "tenth"
     run(tables=["6"], seeds=1, overrides=["protocol=tenth"], protocol="tenth")
@@ -303,41 +303,43 @@ def test_the_split_is_the_presets_and_seeds_are_counted(world):
         run(overrides=["seed=5"])
 
 
-def test_tables_are_named(world, capsys):
-    run, _, out = world
+def test_dropped_tables_are_reported_and_an_empty_list_is_rejected(fake_training, capsys):
+    run, _, out = fake_training
     assert list(run(tables=["6", "1", "6"], seeds=1)["tables"]) == ["6", "1"]
     capsys.readouterr()
     run(tables=["6"], seeds=1)
-    told = f"{out}: the report now has Tables 6 and no longer 1 — --tables 1,6 includes all, and reuses finished rows\n"
-    assert told in capsys.readouterr().err
+    message = (
+        f"{out}: the report now has Tables 6 and no longer 1 — --tables 1,6 includes all, and reuses finished rows\n"
+    )
+    assert message in capsys.readouterr().err
     run(tables=["1", "6"], seeds=1)
     assert "no longer" not in capsys.readouterr().err
-    begin = ["reproduce", "--data", str(run.data), "--out", str(out), "--seeds", "1"]
-    begin += ["--preset", str(out.parent / "preset.yaml")]
-    for nothing in ("", " , "):
+    command = ["reproduce", "--data", str(run.data), "--out", str(out), "--seeds", "1"]
+    command += ["--preset", str(out.parent / "preset.yaml")]
+    for tables in ("", " , "):
         with pytest.raises(SystemExit, match="2"):
-            cli.main([*begin, "--tables", nothing])
+            cli.main([*command, "--tables", tables])
         assert "--tables without a number: the paper has Tables 1, 2" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_the_tables(world):
-    run, asked, _ = world
-    run.broken["mean"] = KeyboardInterrupt()
+def test_interrupt_stops_all_rows(fake_training):
+    run, calls, _ = fake_training
+    run.failures["mean"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run(tables=["5"], seeds=1)
-    assert len(asked) == 2  # the stages of the first row
+    assert len(calls) == 2  # the stages of the first row
 
 
-def test_a_stage_whose_weights_went_is_trained_again_for_a_new_row(world):
-    run, asked, _ = world
+def test_stage_with_deleted_weights_is_retrained_for_a_new_row(fake_training):
+    run, calls, _ = fake_training
     run(tables=["1"], seeds=1)
-    before = len(asked)
+    before = len(calls)
     run(tables=["6"], seeds=1)
-    assert len(asked) - before == 2 + 1  # both stages, and concat
+    assert len(calls) - before == 2 + 1  # both stages, and concat
 
 
-def test_if_no_row_runs_there_is_no_report(world, monkeypatch):
-    run, _, out = world
+def test_no_report_if_no_row_runs(fake_training, monkeypatch):
+    run, _, out = fake_training
 
     def fail(*_, **__):
         raise UserError("the hub is away")
@@ -348,39 +350,39 @@ def test_if_no_row_runs_there_is_no_report(world, monkeypatch):
     assert not (out / "report.html").exists()
 
 
-def test_keep_keeps(world):
-    run, _, out = world
+def test_keep_keeps_weights(fake_training):
+    run, _, out = fake_training
     run(tables=["6"], seeds=1, keep=True)
-    assert len(list((out / "runs").glob(f"*/*/{room.WEIGHTS}"))) == 4
+    assert len(list((out / "runs").glob(f"*/*/{reproduce_module.WEIGHTS}"))) == 4
 
 
-def test_what_was_kept_stays(world):
-    run, _, out = world
+def test_kept_weights_survive_a_run_without_keep(fake_training):
+    run, _, out = fake_training
     run(tables=["6"], seeds=1, keep=True)
-    kept = {*out.rglob(room.WEIGHTS)}
-    run(tables=["5", "6"], seeds=2)  # of which the stages are those that were kept
-    assert {*out.rglob(room.WEIGHTS)} == kept
+    kept = {*out.rglob(reproduce_module.WEIGHTS)}
+    run(tables=["5", "6"], seeds=2)  # uses the stages that were kept
+    assert {*out.rglob(reproduce_module.WEIGHTS)} == kept
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_stages_that_a_killed_call_left_are_kept_if_the_next_one_keeps(world, keep):
-    run, asked, out = world
-    run.broken["mean"] = KeyboardInterrupt()
+def test_stages_of_a_killed_call_are_kept_if_the_next_keeps(fake_training, keep):
+    run, calls, out = fake_training
+    run.failures["mean"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run(tables=["5"], seeds=1)
-    run.broken.clear()
-    assert len(list((out / "runs").glob(f"*/*/{room.WEIGHTS}"))) == len(asked) == 2  # the stages
+    run.failures.clear()
+    assert len(list((out / "runs").glob(f"*/*/{reproduce_module.WEIGHTS}"))) == len(calls) == 2  # the stages
     run(tables=["5"], seeds=1, keep=keep)
     run(tables=["5"], seeds=1)
-    assert len(list((out / "runs").glob(f"*/*/{room.WEIGHTS}"))) == (4 if keep else 0)
+    assert len(list((out / "runs").glob(f"*/*/{reproduce_module.WEIGHTS}"))) == (4 if keep else 0)
 
 
-def test_what_cannot_be_kept_any_more_is_told(world, capsys):
-    run, _, out = world
+def test_already_deleted_weights_are_reported(fake_training, capsys):
+    run, _, out = fake_training
     run(tables=["6"], seeds=1)
     run(tables=["6"], seeds=2, keep=True)
-    told = f"{out}: 2 of 4 finished rows no longer have weights: they were run without --keep — choose another --out"
-    assert told in capsys.readouterr().err
+    message = f"{out}: 2 of 4 finished rows no longer have weights: they were run without --keep — choose another --out"
+    assert message in capsys.readouterr().err
     run(tables=["6"], seeds=2)
     assert "no longer have weights" not in capsys.readouterr().err
 
@@ -389,7 +391,10 @@ def test_mean_and_std_over_seeds():
     runs = [{"accuracy": 0.5, "ece": None}, {"accuracy": 0.7, "ece": None}]
     assert results.spread(runs) == {"accuracy": {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5)}}
     assert results.spread([]) == {}
-    mixed = [{"accuracy": 0.5, "mae": 0.3, "ece": None}, {"accuracy": 0.7, "ece": 0.1}]  # a score's and a classifier's
+    mixed = [
+        {"accuracy": 0.5, "mae": 0.3, "ece": None},
+        {"accuracy": 0.7, "ece": 0.1},
+    ]  # regression, classification
     assert list(results.spread(mixed)) == list(results.spread(mixed[::-1])) == ["accuracy"]
 
 
@@ -397,22 +402,22 @@ def predicted(*classes, ids="abcd"):
     return {"predictions": {"id": list(ids), "truth": [0, 0, 0, 0], "predicted": list(classes)}}
 
 
-def test_runs_are_paired_by_their_seed():
+def test_runs_are_paired_by_seed():
     ours = {1: predicted(0, 0, 0, 0), 2: predicted(0, 0, 0, 1)}  # seed 0 failed
     theirs = {0: predicted(1, 1, 1, 1), 1: predicted(0, 0, 0, 1), 2: predicted(0, 0, 1, 1)}
     # by seed: 4/4 − 3/4 and 3/4 − 2/4; by position it would be 4/4 − 0 and 3/4 − 3/4
     assert results.versus(ours, theirs)["accuracy"]["difference"] == pytest.approx(1 / 4)
 
 
-def test_a_clip_counts_once_over_the_seeds():
+def test_bootstrap_resamples_clips_not_seeds():
     truth, ours, theirs = np.random.default_rng(0).integers(0, 3, (3, 60)).tolist()
     ids = [str(i) for i in range(60)]
-    first, second = ({"predictions": {"id": ids, "truth": truth, "predicted": said}} for said in (ours, theirs))
+    first, second = ({"predictions": {"id": ids, "truth": truth, "predicted": classes}} for classes in (ours, theirs))
     once = results.versus({0: first}, {0: second})
     twice = results.versus({0: first, 1: first}, {0: second, 1: second})
     for metric in ("accuracy", "macro_f1"):
-        for edge in ("low", "high"):
-            assert twice[metric][edge] == pytest.approx(once[metric][edge]), (metric, edge)
+        for bound in ("low", "high"):
+            assert twice[metric][bound] == pytest.approx(once[metric][bound]), (metric, bound)
 
 
 @pytest.mark.parametrize(
@@ -423,11 +428,11 @@ def test_a_clip_counts_once_over_the_seeds():
         ({0: predicted(0, 0, 0, 0)}, {0: predicted(0, 0, 0, 0, ids="abce")}),
     ],
 )
-def test_runs_that_share_nothing_are_not_compared(ours, theirs):
+def test_runs_without_common_seeds_or_clips_are_not_compared(ours, theirs):
     assert results.versus(ours, theirs) is None
 
 
-def test_random_weights_are_marked_and_not_judged():
+def test_random_weights_are_marked_and_get_no_verdict():
     preset = Config().override({"text.train": "frozen", "vision.train": "frozen"})
     tables = load_tables(preset, ["4"], {"M"}, random=True)
     runs = {}
@@ -435,46 +440,46 @@ def test_random_weights_are_marked_and_not_judged():
         classes = (0, 0, 0, 0) if row.name == tables[0].reference else (1, 1, 1, 1)
         accuracy = {"accuracy": float(classes[0] == 0), "macro_f1": 0.5}
         runs[digest(row.configs["M"]), 0] = {**accuracy, **predicted(*classes)}
-    found = results.collect(tables, runs, 1)
-    text = layout.as_markdown(results._table_blocks(tables[0], found["4"], 1))
+    collected = results.collect(tables, runs, 1)
+    text = layout.as_markdown(results._table_blocks(tables[0], collected["4"], 1))
     for row in tables[0].rows:
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
     assert "† random weights, not pretrained: tests the code, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
-    latex = results.in_latex(tables, found, 1, Asked(preset, "small", [], "data"))
+    latex = results.in_latex(tables, collected, 1, Asked(preset, "small", [], "data"))
     assert r"the joint label M; per cent, one seed; $^\dagger$ random weights}" in latex
-    real = results.collect(load_tables(preset, ["4"], {"M"}, random=False), runs, 1)
-    assert not any(entry["random"] for entry in real["4"]["M"].values())
+    pretrained = results.collect(load_tables(preset, ["4"], {"M"}, random=False), runs, 1)
+    assert not any(entry["random"] for entry in pretrained["4"]["M"].values())
 
 
-def test_seeds_that_failed_are_counted():
+def test_failed_seeds_are_counted():
     (table,) = load_tables(Config(), ["6"], {"M"}, random=False)
     first, last = (row.configs["M"] for row in table.rows)
-    good = {"accuracy": 1.0, "macro_f1": 1.0, **predicted(0, 0, 0, 0)}
-    runs = {(digest(c), s): good for c in (first, last) for s in (0, 1)} | {(digest(first), 1): {"error": "no room"}}
+    result = {"accuracy": 1.0, "macro_f1": 1.0, **predicted(0, 0, 0, 0)}
+    runs = {(digest(c), s): result for c in (first, last) for s in (0, 1)} | {(digest(first), 1): {"error": "no room"}}
     text = layout.as_markdown(results._table_blocks(table, results.collect([table], runs, 2)["6"], 2))
     assert f"{table.rows[0].name}: not run for 1 of 2 seeds — no room" in text
-    found = results.collect([table], runs, 2)
-    assert [row["seeds"] for row in found["6"]["M"].values()] == [1, 2]
-    latex = results.in_latex([table], found, 2, Asked(Config(), "paper", [], "data"))
+    collected = results.collect([table], runs, 2)
+    assert [row["seeds"] for row in collected["6"]["M"].values()] == [1, 2]
+    latex = results.in_latex([table], collected, 2, Asked(Config(), "paper", [], "data"))
     assert f"\n{table.rows[0].name} (1 of 2 seeds) & \\textbf{{100.00}} & " in latex
     assert f"\n{table.rows[1].name} & " in latex
     assert f"| {table.rows[0].name} (1 of 2 seeds) |" in text
 
 
-def test_the_majority_need_not_be_the_same_class_in_every_seed():
-    def drawn(*splits):
+def test_majority_class_may_differ_between_seeds():
+    def split_clips(*splits):
         labels = zip((-1.0, 1.0, -1.0), splits, strict=True)
         return [Clip(str(i), text="好", labels={"M": label}, split=split) for i, (label, split) in enumerate(labels)]
 
-    first, second = drawn("train", "valid", "test"), drawn("valid", "train", "test")
-    asked = Asked(load_preset("tiny"), "tiny", [], "d.csv")
-    for seeds, often in (([first, second], "the most frequent training class"), ([second], "“positive”")):
-        told = [text for _, text in results.story([], {}, seeds, asked) if "Majority" in text]
-        assert told[0].startswith(f"Majority baseline: always answering {often} scores ")
+    first, second = split_clips("train", "valid", "test"), split_clips("valid", "train", "test")
+    calls = Asked(load_preset("tiny"), "tiny", [], "d.csv")
+    for seeds, answer in (([first, second], "the most frequent training class"), ([second], "“positive”")):
+        sentences = [text for _, text in results.story([], {}, seeds, calls) if "Majority" in text]
+        assert sentences[0].startswith(f"Majority baseline: always answering {answer} scores ")
 
 
-def test_the_figure_and_the_majority_count_clips():
+def test_majority_and_label_figure_count_clips():
     clips = [
         Clip(str(i), labels={"M": s, "T": s}, split=split)
         for i, (s, split) in enumerate(
@@ -485,18 +490,18 @@ def test_the_figure_and_the_majority_count_clips():
     figure = results.label_figure(clips)
     assert figure.count("<rect") == 3 + 4 * 3
     assert re.findall(r">([MT] \w+)<", figure) == ["M train", "M test", "T train", "T test"]
-    bars = [float(width) for width in re.findall(r'width="([\d.]+)" height="10"', figure)][3:]  # behind the keys
+    bars = [float(width) for width in re.findall(r'width="([\d.]+)" height="10"', figure)][3:]  # after the legend
     assert bars == 2 * [420, 0, 210, 210, 0, 210]
 
 
-def test_what_the_report_says_follows_the_intervals():
+def test_verdict_follows_the_intervals():
     def row(low, high, random=False):
         return {"versus": {"accuracy": {"low": low, "high": high, "seeds": [low, high]}}, "random": random}
 
     rows = {"a": row(0.1, 0.2), "b": row(-0.2, -0.1), "c": row(-1, 1), "d": row(0.1, 0.2, random=True)}
-    told = results.verdict("ours", {**rows, "ours": {"versus": None, "random": False}})
-    assert [line.split(":")[0] for line in told] == ["For", "Against", "Open"]
-    assert told[0].startswith("For: ours is above a (+10.00, +20.00) in these runs (")
+    sentences = results.verdict("ours", {**rows, "ours": {"versus": None, "random": False}})
+    assert [line.split(":")[0] for line in sentences] == ["For", "Against", "Open"]
+    assert sentences[0].startswith("For: ours is above a (+10.00, +20.00) in these runs (")
     assert results.verdict("ours", {**rows, "ours": {"versus": None, "random": True}}) == []
 
 
@@ -511,7 +516,7 @@ def entry(**scores):
     }
 
 
-def test_the_best_of_a_column_is_bold():
+def test_best_of_each_column():
     rows = {
         "one": entry(accuracy=0.5, macro_f1=0.61234, mae=0.4, corr=-0.1),
         "two": entry(accuracy=0.6, macro_f1=0.61232, mae=0.5, corr=0.2),
@@ -519,12 +524,12 @@ def test_the_best_of_a_column_is_bold():
     }
     assert list(results.columns_of(rows).values())[-2:] == ["MAE", "Corr"]
     assert list(results.columns_of({"a": rows["none"]}).values()) == list(results.NAMES.values())
-    # those that look the same are both the best; what one row only has is no best
+    # values that are shown alike are all best; a metric that only one row has has no best
     assert results.best(rows) == {(1, 1), (0, 2), (1, 2), (0, 6), (1, 7)}
     assert results.best({"one": rows["one"]}) == set()
     chance = entry(accuracy=0.9) | {"random": True}
     assert results.best({**rows, "chance": chance}) == results.best(rows)
-    line = results._line("one", rows["one"], results.columns_of(rows))
+    line = results._row_cells("one", rows["one"], results.columns_of(rows))
     assert line[1] == "50.00 ± 1.00 (70.00, −20.00)"
     assert line[-4:] == ["0.4000 ± 0.0100", "−0.1000 ± 0.0100", "", ""]
 
@@ -532,51 +537,51 @@ def test_the_best_of_a_column_is_bold():
 def test_differences_have_a_true_minus_and_no_negative_zero():
     gap = {"difference": -0.00004, "low": -0.1, "high": 0.1}
     rows = {"one": entry(accuracy=0.5) | {"versus": {"accuracy": gap, "macro_f1": gap}}}
-    assert results._line("one", rows["one"], results.NAMES)[-1] == "0.00 [−10.00, +10.00]"
+    assert results._row_cells("one", rows["one"], results.NAMES)[-1] == "0.00 [−10.00, +10.00]"
 
 
-def test_the_device_reaches_the_training_and_the_evaluation(world, monkeypatch):
-    run, _, _ = world
-    train, evaluate, seen = trainings.train, evaluations.evaluate, []
+def test_device_reaches_training_and_evaluation(fake_training, monkeypatch):
+    run, _, _ = fake_training
+    train, evaluate, seen = train_module.train, evaluate_module.evaluate, []
 
-    def trained(*args, **options):
+    def record_train(*args, **options):
         seen.append(("train", options["device"]))
         return train(*args, **options)
 
-    def evaluated(folder, data, split, device=None):
+    def record_evaluate(folder, data, split, device=None):
         seen.append(("evaluate", device))
         return evaluate(folder, data, split, device)
 
-    monkeypatch.setattr(trainings, "train", trained)
-    monkeypatch.setattr(evaluations, "evaluate", evaluated)
+    monkeypatch.setattr(train_module, "train", record_train)
+    monkeypatch.setattr(evaluate_module, "evaluate", record_evaluate)
     run(tables=["6"], seeds=1, device="cuda:1")
     assert set(seen) == {("train", "cuda:1"), ("evaluate", "cuda:1")}
 
 
 @pytest.mark.parametrize(("preset", "random"), [("tiny", True), ("small", True), ("paper", False)])
-def test_only_presets_without_the_papers_encoders_draw_weights(world, monkeypatch, preset, random):
-    run, _, _ = world
+def test_only_tiny_and_small_presets_use_random_weights(fake_training, monkeypatch, preset, random):
+    run, _, _ = fake_training
     seen = []
 
-    def asked(*args, random):
+    def record(*args, random):
         seen.append(random)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "load_tables", asked)
+    monkeypatch.setattr(reproduce_module, "load_tables", record)
     with pytest.raises(KeyboardInterrupt):
         run(preset=preset)
     assert seen == [random]
 
 
-def test_a_single_encoder_is_judged_by_its_own_label_first():
+def test_single_encoder_is_scored_on_its_own_label_first():
     (table,) = load_tables(Config(), ["3"], {"M", "T"}, random=False)
-    right = {"T": 0.7, "M": 0.6}
+    accuracy = {"T": 0.7, "M": 0.6}
     runs = {
-        (digest(config), 0): {"accuracy": right[target], "macro_f1": 0.5, **predicted(0, 0, 0, 0)}
+        (digest(config), 0): {"accuracy": accuracy[target], "macro_f1": 0.5, **predicted(0, 0, 0, 0)}
         for row in table.rows
         for target, config in row.configs.items()
     }
-    found = results.numbers(results.collect([table], runs, 1))["3"]
-    assert list(found) == [row.name for row in table.rows]
-    for row in found.values():
+    rows = results.numbers(results.collect([table], runs, 1))["3"]
+    assert list(rows) == [row.name for row in table.rows]
+    for row in rows.values():
         assert (row["accuracy"]["mean"], row["on_M"]["accuracy"]["mean"]) == (0.7, 0.6)

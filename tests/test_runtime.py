@@ -1,4 +1,4 @@
-"""Threads, precision, memory and environment are set in one place, and what a user has set stays."""
+"""Threads, precision, memory and environment are set in one place, and a user's own settings are kept."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from senticlip import runtime
     ("HF_HUB_DOWNLOAD_TIMEOUT", "10"), ("TOKENIZERS_PARALLELISM", "false"), ("ORT_DISABLE_TELEMETRY", "1"),
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"),
 ])  # fmt: skip
-def test_a_variable_that_is_set_stays(name, value):
-    told = f"import os; from senticlip import runtime; print(os.environ['{name}'])"
-    bare = {key: found for key, found in os.environ.items() if key != name}
+def test_environment_variables_that_are_set_are_kept(name, value):
+    code = f"import os; from senticlip import runtime; print(os.environ['{name}'])"
+    without = {key: setting for key, setting in os.environ.items() if key != name}
 
-    def printed(environment):
-        return subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True).stdout
+    def value_in(environment):
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
 
-    assert printed(bare).strip() == value
-    assert printed({**bare, name: "7"}).strip() == "7"
+    assert value_in(without).strip() == value
+    assert value_in({**without, name: "7"}).strip() == "7"
 
 
-def test_memory_is_kept_unless_malloc_is_told_otherwise(monkeypatch):
+def test_malloc_is_configured_unless_the_environment_does(monkeypatch):
     calls = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: calls.append(option)))
     monkeypatch.setattr(sys, "platform", "linux")
@@ -43,7 +43,7 @@ def test_memory_is_kept_unless_malloc_is_told_otherwise(monkeypatch):
     assert len(calls) == 2
 
 
-def test_where_products_would_be_rounded_they_are_more_precise(monkeypatch):
+def test_matmul_precision_is_high_where_medium_would_round(monkeypatch):
     before = torch.get_float32_matmul_precision()
     try:
         monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.matmul(a.bfloat16(), b.bfloat16()).float())
@@ -56,7 +56,7 @@ def test_where_products_would_be_rounded_they_are_more_precise(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_environment_says_how_many_threads_else_the_cores(monkeypatch):
+def test_threads_follow_omp_num_threads_else_cores(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
     try:
@@ -69,7 +69,7 @@ def test_the_environment_says_how_many_threads_else_the_cores(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_only_rank_0_prints_and_writes(monkeypatch):
+def test_only_rank_0_is_the_first_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert runtime.first_process()
     for rank, first in (("0", True), ("1", False), ("10", False)):

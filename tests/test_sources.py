@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of a clip is cached, and is another one where the clip is read otherwise."""
+"""Cached features of frozen encoders, and batches: cache keys, missing modalities, missing labels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from senticlip.structures import Clip, Sequence
 
 
 @pytest.fixture
-def read(tmp_path):
-    """(frames, size) → the features of one clip, all through one cache, and how often the encoder ran."""
+def feature_reader(tmp_path):
+    """A function (frames, size) → the features of one clip, using one cache; and a list of the encoder's runs."""
     timm_folder(tmp_path / "vision")
     clip = Clip("a", write_clip(tmp_path / "a.mp4", 90, 0))
     runs = []
@@ -37,22 +37,22 @@ def read(tmp_path):
     return features, runs
 
 
-def test_the_number_of_frames_and_their_size_are_in_the_key(read):
-    features, runs = read
-    wanted = [(4, 32), (2, 32), (2, 64)]
-    found = [features(*kind) for kind in wanted]
-    assert [len(rows) for rows in found] == [4, 2, 2]
-    assert not np.allclose(found[1], found[2])
-    again = [features(*kind) for kind in wanted]
-    assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
-    assert runs == wanted  # once each
+def test_cache_key_includes_frame_count_and_size(feature_reader):
+    features, runs = feature_reader
+    settings = [(4, 32), (2, 32), (2, 64)]
+    first = [features(*setting) for setting in settings]
+    assert [len(rows) for rows in first] == [4, 2, 2]
+    assert not np.allclose(first[1], first[2])
+    second = [features(*setting) for setting in settings]
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    assert runs == settings  # once each
 
 
-def test_an_encoder_that_computes_otherwise_with_the_same_weights_is_another_one(tmp_path):
+def test_cache_key_includes_encoder_config(tmp_path):
     def features(**changes):
         folder = text_folder(tmp_path / "text")
-        described = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**described, **changes}))
+        encoder_config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**encoder_config, **changes}))
         config = Config(modalities=["text"], prompt="none", width=8, heads=2)
         model = create_model(
             config.override({"text.encoder": str(folder), "text.train": "frozen", "text.max_length": 24}), {}
@@ -64,7 +64,7 @@ def test_an_encoder_that_computes_otherwise_with_the_same_weights_is_another_one
     assert np.array_equal(first, features())
 
 
-def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
+def test_modality_missing_in_all_clips_is_reported(tmp_path, capsys):
     timm_folder(tmp_path / "vision")
     changes = {"vision.encoder": str(tmp_path / "vision"), "vision.frames": 2, "vision.size": 32}
     config = Config(modalities=["vision", "audio"], head="linear", width=8, heads=2).override(changes)
@@ -74,8 +74,8 @@ def test_a_modality_that_no_clip_has_is_told(tmp_path, capsys):
     assert "DIR: no audio in any of 1 clips; the model uses the remaining modalities\n" in capsys.readouterr().err
 
 
-def test_a_batch_with_nothing_to_read_has_the_widths_that_are_known(tmp_path):
-    """As of silent clips where no clip has words: the width of the words was never learnt."""
+def test_batch_without_text_keeps_known_widths(tmp_path):
+    """A row without sound in a data set without text: the width of the text is unknown."""
     sound = ArrayRows(np.ones((2, 3, 5), np.float32), np.array([[False] * 3, [True] * 3]))
     clips = ClipSet([Clip("a"), Clip("b")], {"text": Store(["", ""], []), "audio": sound})
     for row in (0, 1):
@@ -85,7 +85,7 @@ def test_a_batch_with_nothing_to_read_has_the_widths_that_are_known(tmp_path):
         assert bool(batch["audio_mask"].any()) == (row == 1)
 
 
-def test_a_label_that_is_not_given_is_unknown():
+def test_missing_labels_are_nan():
     labels = ClipSet([Clip("a", labels={"M": 0.0}), Clip("b", labels={"M": 1.0, "T": -1.0})], {}).labels
     assert {name: np.isnan(values).tolist() for name, values in labels.items()} == {
         "M": [False, False],
@@ -95,13 +95,13 @@ def test_a_label_that_is_not_given_is_unknown():
     }
 
 
-def test_what_half_precision_cannot_hold_is_its_largest_number(tmp_path):
+def test_features_are_clamped_to_fp16_range(tmp_path):
     class Loud(torch.nn.Module):
-        def forward(self, given):
-            return Sequence(torch.tensor([[[1e6, -1e6, 0.5]]]), given.mask)
+        def forward(self, sequence):
+            return Sequence(torch.tensor([[[1e6, -1e6, 0.5]]]), sequence.mask)
 
     config = Config(modalities=["text"])
     built = SimpleNamespace(encoders={"text": {}})
     model = SimpleNamespace(encoders={"text": Loud()}, device="cpu", experiment=config, config=built)
-    rows = encoded(["key"], lambda places: [np.array([7]) for _ in places], model, "text", tmp_path)
+    rows = encoded(["key"], lambda indices: [np.array([7]) for _ in indices], model, "text", tmp_path)
     assert rows.gather(np.array([0]))[0][0, 0].tolist() == [65504, -65504, 0.5]

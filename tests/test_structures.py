@@ -1,4 +1,4 @@
-"""Scores as classes."""
+"""Scores → classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SCORES = [-1.0, -0.2, -0.0, 0.0, 0.2, 1.0]
 CLASSES = [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("of", [lambda s: [polarity(x) for x in s], lambda s: polarity(np.float32(s)).tolist(),
-                                lambda s: polarity(torch.tensor(s)).tolist()])  # fmt: skip
-def test_the_class_is_the_sign(of):
-    assert of(SCORES) == CLASSES
-    assert of([float("nan")])[0] in range(len(LABELS))
-    assert LABELS[of([0.4])[0]] == "positive"
+@pytest.mark.parametrize("classify", [lambda s: [polarity(x) for x in s], lambda s: polarity(np.float32(s)).tolist(),
+                                      lambda s: polarity(torch.tensor(s)).tolist()])  # fmt: skip
+def test_polarity_is_the_sign(classify):
+    assert classify(SCORES) == CLASSES
+    assert classify([float("nan")])[0] in range(len(LABELS))
+    assert LABELS[classify([0.4])[0]] == "positive"

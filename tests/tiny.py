@@ -1,4 +1,4 @@
-"""Folders of tiny random encoders, as the hub's snapshots look, and tiny data sets of real clips."""
+"""Tiny random encoders in folders laid out like hub snapshots, and tiny data sets of real video files."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ KINDS = {
 
 
 def tokenizer() -> BertTokenizer:
-    """One character, one token."""
+    """A tokenizer with one token per character."""
     return BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
 
 
 def spread(model: torch.nn.Module, seed: int) -> None:
-    """Weights large enough that every one of them shows in the output."""
+    """Add noise to the weights, large enough that each of them affects the output."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +58,7 @@ def text_folder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
 
 
 def clip_folder(folder: Path, size: int = 32, seed: int = 0) -> Path:
-    """A random Chinese-CLIP model with its tokenizer and the hub's preprocessing."""
+    """A random Chinese-CLIP model with its tokenizer and preprocessing config."""
     text = {"vocab_size": len(WORDS), "max_position_embeddings": 40, **SMALL}
     vision = {"image_size": size, "patch_size": 8, **SMALL}
     torch.manual_seed(seed)
@@ -72,32 +72,32 @@ def clip_folder(folder: Path, size: int = 32, seed: int = 0) -> Path:
 
 
 def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0, **model_args: Any) -> Path:
-    """A random timm network as the hub has them."""
+    """A random timm network, laid out as on the hub."""
     torch.manual_seed(seed)
     model = timm.create_model(name, pretrained=False, **model_args)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**model.pretrained_cfg, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    entry = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": settings}
-    entry |= {"model_args": model_args}
-    (folder / "config.json").write_text(json.dumps(entry))
+    pretrained_cfg = {**model.pretrained_cfg, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": pretrained_cfg}
+    config |= {"model_args": model_args}
+    (folder / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
 def waited_and_not(encoder: torch.nn.Module, sequence, monkeypatch) -> list[tuple]:
-    """States and gradients of an encoder that synchronises with a GPU to know the mask, and of one that does not."""
-    found = []
-    for avoids in (False, True):
-        monkeypatch.setattr(type(encoder), "_avoids_sync", lambda self, x, way=avoids: way)
+    """An encoder's states and gradients, first with a GPU synchronisation to read the mask, then without."""
+    results = []
+    for avoid_sync in (False, True):
+        monkeypatch.setattr(type(encoder), "_avoids_sync", lambda self, x, avoid=avoid_sync: avoid)
         encoder.zero_grad()
         states = encoder(sequence).values
         states.square().sum().backward()
-        found.append((states.detach(), [p.grad for p in encoder.parameters()]))
-    return found
+        results.append((states.detach(), [p.grad for p in encoder.parameters()]))
+    return results
 
 
 def write_clip(path: Path, shade: int, seed: int, seconds: float = 0.6, size: int = 48) -> Path:
-    """A noisy clip of one shade of grey."""
+    """Write a noisy clip in one shade of grey."""
     random = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
@@ -112,7 +112,7 @@ def write_clip(path: Path, shade: int, seed: int, seconds: float = 0.6, size: in
 
 
 def data_folder(folder: Path, counts: tuple[int, int, int] = (12, 6, 6)) -> Path:
-    """A CH-SIMS folder whose sentiment is the words' (label T) and the shade's (label V)."""
+    """A CH-SIMS folder; the words and the shade of grey both express a clip's label."""
     random, rows = np.random.default_rng(0), []
     words = {-1: "天气坏，难过", 0: "这是一二三", 1: "天气好，很高兴"}
     for split, count in zip(("train", "valid", "test"), counts, strict=True):

@@ -41,17 +41,17 @@ stays below it."""
 SCHEMA = pa.schema(
     [("start", pa.float64()), ("end", pa.float64()), ("text", pa.string()), *answers.FIELDS], {"senticlip": "timeline"}
 )
-_PART = SCHEMA.append(pa.field("thumbnail", pa.binary()))
+_PART_SCHEMA = SCHEMA.append(pa.field("thumbnail", pa.binary()))
 
 
 class _Job(NamedTuple):
-    """A film to analyze: its lines, its end and the end of its pictures (``last``), both in seconds, the folder of its
-    timeline, and the job's key."""
+    """A film to analyze: its lines, its end and that of its pictures (in seconds), their aspect ratio, the folder of
+    the timeline, and the job's key."""
 
     video: Path
     lines: list[Line]
     end: float
-    last: float
+    pictures_end: float
     aspect: float
     out: Path | None
     key: str
@@ -105,22 +105,22 @@ def analyze(
     info = probe(video)
     if info.problem:
         console.print(info.problem, soft_wrap=True)
-    last = end = info.start + info.duration
-    if info.has_audio and not info.problem and (sound := audio_end(video)) > end + LONGER:
-        told = f"{video}: the sound runs {sound - end:.0f} s longer than the pictures; the last picture is held"
-        console.print(told, soft_wrap=True, highlight=False)
-        end = sound
+    pictures_end = end = info.start + info.duration
+    if info.has_audio and not info.problem and (sound_end := audio_end(video)) > end + LONGER:
+        message = f"{video}: the sound runs {sound_end - end:.0f} s longer than the pictures; the last picture is held"
+        console.print(message, soft_wrap=True, highlight=False)
+        end = sound_end
     if transcribe:  # slow: report an unusable model or folder first
-        run = _loaded(run, device, precision)
+        run = _load_predictor(run, device, precision)
         out = out and make_folder(out)
     lines = source.lines(video, end, device)
-    predictor = _loaded(run, device, precision)
-    key = "" if out is None else _key(predictor, video, lines)
-    job = _Job(video, lines, end, last, info.aspect, None if out is None else Path(out), key)
+    predictor = _load_predictor(run, device, precision)
+    key = "" if out is None else _job_key(predictor, video, lines)
+    job = _Job(video, lines, end, pictures_end, info.aspect, None if out is None else Path(out), key)
     return _stream(job, predictor, resume, progress or (lambda done, total: None))
 
 
-def _loaded(run: Any, device: str | None, precision: str) -> Any:
+def _load_predictor(run: Any, device: str | None, precision: str) -> Any:
     """The Predictor of a RUN, or ``run`` itself if it is one."""
     if not isinstance(run, (str, Path)):
         return run
@@ -129,13 +129,13 @@ def _loaded(run: Any, device: str | None, precision: str) -> Any:
     return senticlip.load(run, device=device, precision=precision)
 
 
-def _key(predictor: Any, video: Path, lines: list[Line]) -> str:
+def _job_key(predictor: Any, video: Path, lines: list[Line]) -> str:
     """A hash of everything the timeline depends on: model, precision, film and lines."""
     with spinner(f"reading {video.name}"):
         film = [str(video.resolve()), file_keys([video], cache_root())[video]]
     job = [answers.fingerprint(predictor.run), predictor.precision, *film, BATCH, lines]
-    said = json.dumps(job, ensure_ascii=False)
-    return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    serialized = json.dumps(job, ensure_ascii=False)
+    return hashlib.blake2b(serialized.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
@@ -143,15 +143,15 @@ def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, in
     if job.out is None or job.parts is None:
         yield from _rows(job, predictor, progress)
         return
-    finished = job.out / "timeline.parquet"
-    there = resume and _finished(finished) == job.key and (job.out / "timeline.html").is_file()
-    if there and (table := answers.sound_parquet(finished)) is not None:
+    timeline = job.out / "timeline.parquet"
+    is_finished = resume and _finished_key(timeline) == job.key and (job.out / "timeline.html").is_file()
+    if is_finished and (table := answers.sound_parquet(timeline)) is not None:
         yield from table.to_pylist()
         return
     with alone(job.out, "analyze"):
-        _start(job.out, job.parts, job.key, resume)
+        _prepare_parts(job.out, job.parts, job.key, resume)
         yield from _rows(job, predictor, progress)
-        _finish(job.out, job.parts, job)
+        _write_timeline(job.out, job.parts, job)
 
 
 def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
@@ -162,22 +162,22 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
             if part is not None and (table := answers.sound_parquet(part)) is not None:
                 rows = table.to_pylist()
             else:
-                rows = list(_answer(job, predictor, reader, first))
+                rows = list(_answer_batch(job, predictor, reader, first))
                 if part is not None:
-                    answers.write_parquet(part, pa.Table.from_pylist(rows, _PART))
+                    answers.write_parquet(part, pa.Table.from_pylist(rows, _PART_SCHEMA))
             for row in rows:
                 row.pop("thumbnail")
                 yield row
             progress(first + len(rows), len(job.lines))
 
 
-def _finished(path: Path) -> str | None:
+def _finished_key(path: Path) -> str | None:
     """The key of the job that wrote a timeline; None if there is no timeline."""
-    about = answers.about_parquet(path)
-    return None if about is None else (about.metadata or {}).get(b"job", b"").decode()
+    footer = answers.about_parquet(path)
+    return None if footer is None else (footer.metadata or {}).get(b"job", b"").decode()
 
 
-def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
+def _prepare_parts(out: Path, parts: Path, key: str, resume: bool) -> None:
     """Make the folder of parts; with ``resume``, keep that of the same job."""
     stamp = parts / "job"
     try:
@@ -185,8 +185,8 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
             raise UsageError(f"{out}: started with a different film, lines or model — leave out --resume to start over")
         if not resume or not stamp.is_file():
             if stamp.is_file() and stamp.read_text() == key and (done := len(list(parts.glob("[0-9]*.parquet")))):
-                told = f"starting over; up to {done * BATCH} finished lines are discarded"
-                console.print(f"{out}: {told} — --resume would have continued", soft_wrap=True, highlight=False)
+                message = f"starting over; up to {done * BATCH} finished lines are discarded"
+                console.print(f"{out}: {message} — --resume would have continued", soft_wrap=True, highlight=False)
             shutil.rmtree(parts, ignore_errors=True)
             parts.mkdir(parents=True)
             write_text(stamp, key)
@@ -194,18 +194,18 @@ def _start(out: Path, parts: Path, key: str, resume: bool) -> None:
         raise UserError(f"{out}: cannot be written — {error.strerror}") from None
 
 
-def _frames_of(reader: VideoReader, last: float) -> Callable[..., Frames]:
-    """``read_frames`` for the open film, whose pictures end at ``last``: from then on, players show the last one."""
+def _frame_reader(reader: VideoReader, pictures_end: float) -> Callable[..., Frames]:
+    """``read_frames`` for the open film; from ``pictures_end`` on, the last picture, as players show it."""
 
     def read(_: Path, frames: int, start: float, end: float, **options: Any) -> Frames:
-        return reader.read(frames, start, end, None if start < last else [last], **options)
+        return reader.read(frames, start, end, None if start < pictures_end else [pictures_end], **options)
 
     return read
 
 
-def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
+def _answer_batch(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
     """The rows of one batch of lines."""
-    chosen = job.lines[first : first + BATCH]
+    lines = job.lines[first : first + BATCH]
     clips = [
         # a line after the end of the film has text only
         Clip(
@@ -215,18 +215,18 @@ def _answer(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Itera
             start=line.start,
             end=line.end,
         )
-        for number, line in enumerate(chosen, first + 1)
+        for number, line in enumerate(lines, first + 1)
     ]
 
     # opened for each batch, so that a resumed run gives the same: decoded AAC noise depends on all decoded before
     with AudioReader(job.video) as sound:
-        pictures = _frames_of(reader, job.last)
-        found = list(answers.answer(predictor, clips, read=pictures, listen=lambda _, *piece: sound.read(*piece)))
-    if first == 0 and all(isinstance(error, UsageError) for _, error, _ in found):
+        read = _frame_reader(reader, job.pictures_end)
+        results = list(answers.answer(predictor, clips, read=read, listen=lambda _, *piece: sound.read(*piece)))
+    if first == 0 and all(isinstance(error, UsageError) for _, error, _ in results):
         if job.parts is not None:
             shutil.rmtree(job.parts, ignore_errors=True)  # nothing to resume
-        raise UsageError(f"{job.video}: {found[0][1]}")  # the film has nothing that the model reads
-    for line, (prediction, error, frames) in zip(chosen, found, strict=True):
+        raise UsageError(f"{job.video}: {results[0][1]}")  # the film has nothing that the model reads
+    for line, (prediction, error, frames) in zip(lines, results, strict=True):
         row = {"start": line.start, "end": line.end, "text": line.text, **answers.record(prediction, error)}
         yield row | {"thumbnail": None if frames is None else _thumbnail(frames[len(frames) // 2], job.aspect)}
 
@@ -242,7 +242,7 @@ def _thumbnail(pixels: Any, aspect: float) -> bytes:
     return data.getvalue()
 
 
-def _finish(out: Path, parts: Path, job: _Job) -> None:
+def _write_timeline(out: Path, parts: Path, job: _Job) -> None:
     """Write the three files from the parts; timeline.parquet comes last, to mark a finished job."""
     files = sorted(parts.glob("[0-9]*.parquet"))
     page = resources.files("senticlip").joinpath("templates", "timeline.html").read_text(encoding="utf-8")
@@ -254,11 +254,11 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
             ensure_ascii=False,
         )
         with path.open("w", encoding="utf-8") as file:
-            file.write(before + _inert(head[:-1]) + ', "rows": [')
+            file.write(before + _escape_for_script(head[:-1]) + ', "rows": [')
             for number, part in enumerate(files):
-                shown = [_shown(row) for row in answers.read_parquet(part).to_pylist()]
-                said = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in shown)
-                file.write((",\n" if number else "") + _inert(said))
+                rows = [_page_row(row) for row in answers.read_parquet(part).to_pylist()]
+                rows_json = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows)
+                file.write((",\n" if number else "") + _escape_for_script(rows_json))
             file.write("]}" + after)
 
     def write_csv(path: Path) -> None:
@@ -275,12 +275,12 @@ def _finish(out: Path, parts: Path, job: _Job) -> None:
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _inert(text: str) -> str:
+def _escape_for_script(text: str) -> str:
     """JSON without "<", so that it cannot end the script element around it."""
     return text.replace("<", "\\u003c")
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _page_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row as the page reads it: short names and few digits (more for values that rows are sorted by)."""
 
     def short(value: float | None, digits: int = 3) -> float | None:
@@ -290,7 +290,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         values = [short(row[prefix + name]) for name in LABELS]
         return None if values[0] is None else values
 
-    picture = row["thumbnail"]
+    thumbnail = row["thumbnail"]
     return {
         "s": row["start"],
         "e": row["end"],
@@ -302,7 +302,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         **{head: probabilities(f"{head}_") for head in HEADS},
         "w": {head: short(row[f"weight_{head}"]) for head in HEADS},
         "error": row["error"],
-        "i": picture and "data:image/jpeg;base64," + base64.b64encode(picture).decode(),
+        "i": thumbnail and "data:image/jpeg;base64," + base64.b64encode(thumbnail).decode(),
     }
 
 

@@ -19,7 +19,7 @@ from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, b
 HEADS = tuple(SURFACE.values())
 """The modalities by their user-facing names: text, video, audio."""
 
-_WEIGHTS = ("config.json", "model.safetensors")
+_RUN_FILES = ("config.json", "model.safetensors")
 
 FIELDS = [
     ("label", pa.string()),
@@ -81,42 +81,42 @@ def answer(predictor: Any, clips: list[Clip], **options: Any) -> Iterator[Answer
         clips: few enough for one batch.
         options: passed on to ``predictor.batch``.
     """
-    together = _together(predictor, clips, options)
-    if not isinstance(together, Exception):
-        yield from together
+    results = _answer_batch(predictor, clips, options)
+    if not isinstance(results, Exception):
+        yield from results
         return
-    found = [together] if len(clips) == 1 else [_together(predictor, [clip], options) for clip in clips]
-    found = [
-        _together(predictor, [clip], options) if _may_be_machine(one) else one
-        for clip, one in zip(clips, found, strict=True)
+    single = [results] if len(clips) == 1 else [_answer_batch(predictor, [clip], options) for clip in clips]
+    single = [
+        _answer_batch(predictor, [clip], options) if _may_be_machine_error(result) else result
+        for clip, result in zip(clips, single, strict=True)
     ]
-    broken = [one for one in found if isinstance(one, Exception) and _may_be_machine(one)]
-    if len(broken) > 1 and all(isinstance(one, Exception) for one in found):
-        raise broken[0]
-    for clip, one in zip(clips, found, strict=True):
-        if isinstance(one, Exception):
-            yield None, as_user_error(clip.id, one), None
+    machine_errors = [result for result in single if isinstance(result, Exception) and _may_be_machine_error(result)]
+    if len(machine_errors) > 1 and all(isinstance(result, Exception) for result in single):
+        raise machine_errors[0]
+    for clip, result in zip(clips, single, strict=True):
+        if isinstance(result, Exception):
+            yield None, as_user_error(clip.id, result), None
         else:
-            yield from one
+            yield from result
 
 
-def _together(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> list[Answer] | Exception:
+def _answer_batch(predictor: Any, clips: list[Clip], options: dict[str, Any]) -> list[Answer] | Exception:
     """The Answers to clips in one batch, or the error."""
     try:
         batch = predictor.batch(clips, **options)
         predictions = predictor.predictions(predictor.output(batch))
     except Exception as error:
         return error.with_traceback(None)  # a traceback would keep the batch in memory
-    seen = batch.modalities.get("vision")
+    vision = batch.modalities.get("vision")
     return [
-        (each, None, seen.values[i][seen.mask[i]] if seen is not None and seen.mask[i].any() else None)
-        for i, each in enumerate(predictions)
+        (prediction, None, vision.values[i][vision.mask[i]] if vision is not None and vision.mask[i].any() else None)
+        for i, prediction in enumerate(predictions)
     ]
 
 
-def _may_be_machine(found: Any) -> bool:
+def _may_be_machine_error(result: Any) -> bool:
     """Whether an error may be the machine's fault. (Some FFmpeg errors have these types, but are about a file.)"""
-    return isinstance(found, (RuntimeError, MemoryError)) and not isinstance(found, FFmpegError)
+    return isinstance(result, (RuntimeError, MemoryError)) and not isinstance(result, FFmpegError)
 
 
 def as_user_error(name: str, error: Exception) -> UserError:
@@ -128,7 +128,7 @@ def as_user_error(name: str, error: Exception) -> UserError:
 
 def fingerprint(run: str | Path) -> str:
     """A hash of the config and weights of a RUN, or of an exported file."""
-    paths = [Path(run), *(Path(run) / name for name in _WEIGHTS)]
+    paths = [Path(run), *(Path(run) / name for name in _RUN_FILES)]
     return "-".join(file_key(path) for path in paths if path.is_file())
 
 

@@ -35,9 +35,9 @@ def folder(name: str) -> str:
     """The argument of an option that names a folder to write to: refused if a file is in the way."""
     if not name.strip():
         raise argparse.ArgumentTypeError("no name given — is a shell variable unset?")
-    for place in (Path(name), *Path(name).parents):
-        if os.path.exists(place) and not os.path.isdir(place):  # Path's methods raise if a name is too long
-            raise argparse.ArgumentTypeError(f"{place} is a file, not a folder")
+    for path in (Path(name), *Path(name).parents):
+        if os.path.exists(path) and not os.path.isdir(path):  # Path's methods raise if a name is too long
+            raise argparse.ArgumentTypeError(f"{path} is a file, not a folder")
     return name
 
 
@@ -51,13 +51,13 @@ def file(name: str) -> str:
 
 def joined(arguments: list[str]) -> list[str]:
     """``--text -你好`` as ``--text=-你好``: argparse would take such a text for an option; subtitles often begin so."""
-    whole: list[str] = []
+    result: list[str] = []
     for word in arguments:
-        if whole and whole[-1] == "--text" and re.match("-[^-]", word):
-            whole[-1] += f"={word}"
+        if result and result[-1] == "--text" and re.match("-[^-]", word):
+            result[-1] += f"={word}"
         else:
-            whole.append(word)
-    return whole
+            result.append(word)
+    return result
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,12 +65,14 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="senticlip", description="Sentiment analysis of video clips with CLIP-CA-MSA")
     top.add_argument("--version", action="version", version=f"senticlip {__version__}")
     verbs = Verbs(top)
-    _to_learn(verbs)
-    _to_report(verbs)
-    _to_answer(verbs)
-    _to_show(verbs)
+    _add_demo_data_train(verbs)
+    _add_evaluate_reproduce_features(verbs)
+    _add_predict_bulk_export(verbs)
+    _add_analyze_explain_serve(verbs)
     for name in ("evaluate", "predict", "analyze", "bulk", "serve"):
-        verbs.known.choices[name].add_argument("--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)")
+        verbs.subparsers.choices[name].add_argument(
+            "--precision", default="fp32", help="fp32, bf16 or int8 (default: fp32)"
+        )
     return top
 
 
@@ -81,61 +83,61 @@ class Verbs:
         self.common = Parser(add_help=False)
         self.common.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
         self.common.add_argument("--debug", action="store_true", help="show the traceback on an error")
-        self.known = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+        self.subparsers = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(self, name: str, text: str) -> argparse.ArgumentParser:
         """Add a verb."""
-        return self.known.add_parser(name, help=text, description=text, parents=[self.common])
+        return self.subparsers.add_parser(name, help=text, description=text, parents=[self.common])
 
 
-def _to_learn(verbs: Verbs) -> None:
+def _add_demo_data_train(verbs: Verbs) -> None:
     """demo, data check, train."""
     p = verbs.add("demo", "make a data set, train, evaluate, predict and explain: a report in under five minutes")
     p.add_argument("--out", type=folder, default="demo", help="folder to write (default: demo)")
     p.add_argument("--sound", action="store_true", help="give the clips a voice")
     p.add_argument("--pretrain", action="store_true", help="train the tiny encoders of the package, then stop")
     p.add_argument("--seed", type=int, default=0, help="random seed for the clips and the training (default: 0)")
-    _set(p, "override a key of the tiny preset")
+    _add_set(p, "override a key of the tiny preset")
 
-    data = verbs.known.add_parser("data", help="inspect a data set").add_subparsers(dest="action", required=True)
+    data = verbs.subparsers.add_parser("data", help="inspect a data set").add_subparsers(dest="action", required=True)
     p = data.add_parser("check", help="list every problem of a data set, row by row", parents=[verbs.common])
     p.add_argument("data", metavar="DIR", help=DATA)
     p.add_argument("--protocol", default="official", help="official, tenth or video (default: official)")
 
     p = verbs.add("train", "train a model; the folder it writes is a complete checkpoint")
     p.add_argument("configs", metavar="CONFIG", nargs="+", help="YAML file, as in experiments/; later ones override it")
-    _data(p)
+    _add_data(p)
     p.add_argument("--out", type=folder, required=True, metavar="RUN", help="folder to write")
     p.add_argument("--seed", type=int, help="overrides the config's seed")
     p.add_argument("--resume", action="store_true", help="continue a training run that was killed")
-    _set(p, "override a config key")
-    _device(p)
+    _add_set(p, "override a config key")
+    _add_device(p)
 
 
-def _set(p: argparse.ArgumentParser, text: str) -> None:
-    told = f"{text} (docs/configuration.md), as in --set train.epochs=5; repeat for more keys"
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=told)
+def _add_set(p: argparse.ArgumentParser, text: str) -> None:
+    help_text = f"{text} (docs/configuration.md), as in --set train.epochs=5; repeat for more keys"
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
-def _data(p: argparse.ArgumentParser) -> None:
+def _add_data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", required=True, metavar="DIR", help=DATA)
 
 
-def _device(p: argparse.ArgumentParser) -> None:
+def _add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 
-def _to_report(verbs: Verbs) -> None:
+def _add_evaluate_reproduce_features(verbs: Verbs) -> None:
     """evaluate, reproduce, features."""
     p = verbs.add("evaluate", "measure a RUN on a split; with two RUNs, also their difference; with more, mean ± std")
     p.add_argument("runs", metavar="RUN", nargs="+", help="one or more folders written by senticlip train")
-    _data(p)
+    _add_data(p)
     p.add_argument("--split", default="test", help="train, valid, test or all (default: test)")
     p.add_argument("--target", help="score against label M, T, A or V instead of the one it was trained on")
-    _device(p)
+    _add_device(p)
 
     p = verbs.add("reproduce", "rerun the paper's tables over several seeds and report our numbers next to the paper's")
-    _data(p)
+    _add_data(p)
     p.add_argument(
         "--out", type=folder, required=True, metavar="DIR", help="folder for runs and report; rerun to continue"
     )
@@ -144,8 +146,8 @@ def _to_report(verbs: Verbs) -> None:
     p.add_argument("--seeds", type=int, default=5, help="number of seeds per row (default: 5)")
     p.add_argument("--protocol", help="official, tenth (random) or video (by source video); default: the preset's")
     p.add_argument("--keep", action="store_true", help="keep all weights, not only metrics and predictions")
-    _set(p, "override a key of the preset")
-    _device(p)
+    _add_set(p, "override a key of the preset")
+    _add_device(p)
 
     p = verbs.add("features", "extract features from clips into an MMSA-style file (text, audio, vision)")
     p.add_argument("data", metavar="DIR", help=DATA)
@@ -153,17 +155,17 @@ def _to_report(verbs: Verbs) -> None:
     p.add_argument("--preset", default="tiny", help="encoders to use: tiny (default; in the package), small or paper")
     p.add_argument("--run", dest="trained", metavar="RUN", help="use the encoders of a trained RUN instead")
     p.add_argument("--protocol", help="official, tenth or video (default: RUN's, or official)")
-    _set(p, "override a key of the preset")
-    _device(p)
+    _add_set(p, "override a key of the preset")
+    _add_device(p)
 
 
-def _to_answer(verbs: Verbs) -> None:
+def _add_predict_bulk_export(verbs: Verbs) -> None:
     """predict, bulk, export."""
     p = verbs.add("predict", "predict the sentiment of one clip; either the video or --text may be left out")
     p.add_argument("model", metavar="RUN", help=RUN)
     p.add_argument("video", metavar="VIDEO", nargs="?", help="a clip")
     p.add_argument("--text", help="the words spoken in it")
-    _device(p)
+    _add_device(p)
 
     p = verbs.add("bulk", "process an archive of videos into Parquet; after a kill, the same command continues")
     p.add_argument("model", metavar="RUN", help=RUN)
@@ -172,7 +174,7 @@ def _to_answer(verbs: Verbs) -> None:
     p.add_argument("--address", help="address of a running Ray cluster (default: this machine)")
     p.add_argument("--workers", type=int, help="number of worker processes (default: one per core or GPU)")
     p.add_argument("--retry", action="store_true", help="redo the parts in which rows failed")
-    _device(p)
+    _add_device(p)
 
     p = verbs.add("export", "export a RUN as one ONNX file")
     p.add_argument("run_folder", metavar="RUN", help=TRAINED)
@@ -182,7 +184,7 @@ def _to_answer(verbs: Verbs) -> None:
     p.add_argument("--split", default="valid", help="split of --data to measure on (default: valid)")
 
 
-def _to_show(verbs: Verbs) -> None:
+def _add_analyze_explain_serve(verbs: Verbs) -> None:
     """analyze, explain, serve."""
     p = verbs.add("analyze", "analyze a film line by line: a timeline as Parquet, CSV and a web page")
     p.add_argument("model", metavar="RUN", help=RUN)
@@ -198,7 +200,7 @@ def _to_show(verbs: Verbs) -> None:
     p.add_argument(
         "--track", type=int, help="which of the film's subtitle tracks to use, from 0 (default: the Chinese one)"
     )
-    _device(p)
+    _add_device(p)
 
     p = verbs.add("explain", "explain an answer: a page with heat maps, attention, and the answer without each part")
     p.add_argument("model", metavar="RUN", help=TRAINED)
@@ -209,11 +211,11 @@ def _to_show(verbs: Verbs) -> None:
     p.add_argument("--data", metavar="DIR", help="explain the worst errors on a data set instead of one clip")
     p.add_argument("--split", default="test", help="split of --data to explain (default: test)")
     p.add_argument("--worst", type=int, default=20, help="number of errors to explain (default: 20)")
-    _device(p)
+    _add_device(p)
 
     p = verbs.add("serve", "serve the model over HTTP, with a page to try it on a clip")
     p.add_argument("model", metavar="RUN", help=RUN)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one (default: 8000)")
     p.add_argument("--limit", type=float, default=200.0, help="largest upload in MiB (default: 200)")
-    _device(p)
+    _add_device(p)

@@ -121,12 +121,14 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
     try:
         parts.parent.mkdir(parents=True, exist_ok=True)
         if stamp.is_file():
-            there = json.loads(stamp.read_text(encoding="utf-8"))
-            if not isinstance(there, dict):
+            stored = json.loads(stamp.read_text(encoding="utf-8"))
+            if not isinstance(stored, dict):
                 raise ValueError("no object")
-            other = [name for name, value in key.items() if there.get(name) != value]
-            if other:
-                raise UserError(f"{out}: holds answers from a different {' and '.join(other)} — choose another --out")
+            differing = [name for name, value in key.items() if stored.get(name) != value]
+            if differing:
+                raise UserError(
+                    f"{out}: holds answers from a different {' and '.join(differing)} — choose another --out"
+                )
         elif any(out.glob("part-*.parquet")):
             raise UserError(f"{out}: holds part-*.parquet files from something else — choose another --out")
         for partial in (*out.glob(".*.partial"), *parts.parent.glob(".*.partial")):
@@ -146,43 +148,43 @@ def _stream(
     job: dict[str, Any], address: str | None, workers: int | None, progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
     """The rows of the existing parts, then those of the others as they are written."""
-    out, cut = Path(job["out"]), answers.about_parquet(Path(job["parts"]))
-    assert cut is not None
+    out, metadata = Path(job["out"]), answers.about_parquet(Path(job["parts"]))
+    assert metadata is not None
     with alone(out, "bulk"):
-        numbers = range(cut.num_row_groups)
-        there = [number for number in numbers if _is_done(part_path(out, number), job["retry"])]
-        todo = sorted(set(numbers) - set(there))
-        done = sum(cut.row_group(number).num_rows for number in there)
-        progress(done, cut.num_rows)
-        for number in there:
+        numbers = range(metadata.num_row_groups)
+        finished = [number for number in numbers if _is_done(part_path(out, number), job["retry"])]
+        todo = sorted(set(numbers) - set(finished))
+        done = sum(metadata.row_group(number).num_rows for number in finished)
+        progress(done, metadata.num_rows)
+        for number in finished:
             if (table := answers.sound_parquet(part_path(out, number))) is None:
-                todo, done = sorted([*todo, number]), done - cut.row_group(number).num_rows
+                todo, done = sorted([*todo, number]), done - metadata.row_group(number).num_rows
             else:
                 yield from table.to_pylist()
-        again = [number for number in todo if part_path(out, number).exists()]  # it stays until it is replaced
-        for number in _made(job | {"again": again}, todo, address, workers):
+        replaced = [number for number in todo if part_path(out, number).exists()]  # they stay until replaced
+        for number in _make_parts(job | {"again": replaced}, todo, address, workers):
             rows = answers.read_parquet(part_path(out, number)).to_pylist()
             done += len(rows)
-            progress(done, cut.num_rows)
+            progress(done, metadata.num_rows)
             yield from rows
 
 
 def _is_done(part: Path, retry: bool) -> bool:
     """Whether a part exists, is complete and, with ``retry``, has no row that failed."""
-    if (about := answers.about_parquet(part)) is None:
+    if (metadata := answers.about_parquet(part)) is None:
         return False
     errors = answers.sound_parquet(part, ["error"]) if retry else None
-    return not retry or (errors is not None and errors["error"].null_count == about.num_rows)
+    return not retry or (errors is not None and errors["error"].null_count == metadata.num_rows)
 
 
-def _made(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
+def _make_parts(job: dict[str, Any], todo: list[int], address: str | None, workers: int | None) -> Iterator[int]:
     """Yield the number of each part in ``todo`` once its file is written."""
     if todo and (workers != 1 or address):
         try:
             yield from on_ray(Worker, job, todo, address, workers)
         finally:
-            for begun in Path(job["out"]).glob(".*.begun"):  # their workers ended with this job: no crash
-                begun.unlink(missing_ok=True)
+            for marker in Path(job["out"]).glob(".*.begun"):  # their workers ended with this job and did not crash
+                marker.unlink(missing_ok=True)
     elif todo:
         yield from map(Worker(job).make, todo)
 
@@ -191,11 +193,11 @@ class Worker:
     """Holds a model and answers parts; each Ray Data actor has one."""
 
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
-        self.job, self.out, self.root, self.place = job, *(Path(job[key]) for key in ("out", "root", "parts"))
+        self.job, self.out, self.root, self.rows_path = job, *(Path(job[key]) for key in ("out", "root", "parts"))
         if threads:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # before load, which fixes onnxruntime's and OpenVINO's
         self.lines = lru_cache(8)(subtitles.read)  # a film's rows follow each other
-        self.parts = pq.ParquetFile(self.place.open("rb"), page_checksum_verification=True)
+        self.parts = pq.ParquetFile(self.rows_path.open("rb"), page_checksum_verification=True)
 
     @cached_property
     def predictor(self) -> Any:
@@ -207,10 +209,10 @@ class Worker:
         from senticlip.predictor import load
 
         run = self.job["run"]
-        loaded = load(run, device=self.job["device"], precision=self.job["precision"])
+        predictor = load(run, device=self.job["device"], precision=self.job["precision"])
         if answers.fingerprint(run) != self.job["fingerprint"]:  # after loading, or it might change in between
             raise UserError(f"{run}: the model has changed since this began — restore it, or choose another --out")
-        return loaded
+        return predictor
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The interface for Ray Data: makes the parts of these numbers and returns the numbers."""
@@ -224,25 +226,27 @@ class Worker:
         if number in self.job["again"] or not path.is_file():
             # the model is loaded before the mark is set: a crash while loading is no video's fault
             rows, _ = self._rows(number), self.predictor
-            begun = path.with_name(f".{path.name}.begun")
-            with disk(self.out), begun.open("a") as file:
+            marker = path.with_name(f".{path.name}.begun")
+            with disk(self.out), marker.open("a") as file:
                 file.write("|")
-            if begun.stat().st_size > PATIENCE:
-                found = deadly(self._clips(rows))
-                rows = [row | {"deadly": i in found} for i, row in enumerate(rows)]
+            if marker.stat().st_size > PATIENCE:
+                crashing = deadly(self._clips(rows))
+                rows = [row | {"deadly": i in crashing} for i, row in enumerate(rows)]
             try:
-                made = [row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])]
-                answers.write_parquet(path, pa.Table.from_pylist(made, SCHEMA))
+                output = [
+                    row for first in range(0, len(rows), BATCH) for row in self.answer(rows[first : first + BATCH])
+                ]
+                answers.write_parquet(path, pa.Table.from_pylist(output, SCHEMA))
             finally:  # also on a full disk or Ctrl-C: no video killed this process
-                begun.unlink(missing_ok=True)
+                marker.unlink(missing_ok=True)
         return number
 
     def _rows(self, number: int) -> list[dict[str, Any]]:
         try:
             return self.parts.read_row_group(number).to_pylist()
         except (OSError, pa.ArrowInvalid):
-            self.place.unlink(missing_ok=True)  # the next call makes it again
-            raise UserError(f"{self.place}: was damaged — run the same command again") from None
+            self.rows_path.unlink(missing_ok=True)  # the next call makes it again
+            raise UserError(f"{self.rows_path}: was damaged — run the same command again") from None
 
     def _clips(self, rows: list[dict[str, Any]]) -> dict[int, Clip]:
         """The clips of the rows, by index; invalid rows are left out."""
@@ -261,10 +265,10 @@ class Worker:
                 clips.append(self._clip(row))
             except Exception as error:
                 errors[i] = answers.as_user_error(row["id"], error)
-        found = answers.answer(self.predictor, clips) if clips else iter(())
+        results = answers.answer(self.predictor, clips) if clips else iter(())
         for i, row in enumerate(rows):
-            prediction, fault, _ = (None, errors[i], None) if i in errors else next(found)
-            yield {"id": row["id"], **answers.record(prediction, fault)}
+            prediction, failure, _ = (None, errors[i], None) if i in errors else next(results)
+            yield {"id": row["id"], **answers.record(prediction, failure)}
 
     def _clip(self, row: dict[str, Any]) -> Clip:
         if row["error"] is not None:

@@ -40,11 +40,11 @@ def log_odds(network: Any, output: Output) -> Tensor:
         return torch.stack([-score, -score.abs(), score], 1)
     assert output.log_probs is not None
     if not hasattr(network, "decide"):
-        said = output.logits["fused"].double()
+        scores = output.logits["fused"].double()
     else:
-        said = network.decide({name: logits.double() for name, logits in output.logits.items()}, output.weights)
-    others = [said[:, [i for i in range(said.shape[1]) if i != c]].logsumexp(1) for c in range(said.shape[1])]
-    return said - torch.stack(others, 1)
+        scores = network.decide({name: logits.double() for name, logits in output.logits.items()}, output.weights)
+    others = [scores[:, [i for i in range(scores.shape[1]) if i != c]].logsumexp(1) for c in range(scores.shape[1])]
+    return scores - torch.stack(others, 1)
 
 
 def drop(output: Output, y: Tensor, without: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ def ablation_cam(
 
     ``advance`` is called with (channels done, total channels).
     """
-    split = Split(_copied(model))
-    images, places = seen_frames(model, batch)
+    split = Split(_copy_encoder(model))
+    images, frame_indices = seen_frames(model, batch)
     activations, residual = split.before(images)
     features = model.encode(batch)
     output = model.fuse(features)
@@ -89,14 +89,14 @@ def ablation_cam(
     grid, done = split.grid(activations).double(), 0  # k×C×h×w
     count = grid.shape[1]
     weights = torch.zeros(len(images), count, dtype=torch.float64, device=y.device)
-    for i, place in enumerate(places):
-        rest = None if residual is None else residual[i : i + 1]
+    for i, frame in enumerate(frame_indices):
+        frame_residual = None if residual is None else residual[i : i + 1]
         for channels in torch.arange(count, device=images.device).split(CHUNK):
-            states = split.ablated(activations[i : i + 1], rest, channels)
+            states = split.ablated(activations[i : i + 1], frame_residual, channels)
             rows = repeat(features, len(channels))
             vision = rows.modalities["vision"]
             changed = vision.values.clone()
-            changed[:, place] = states
+            changed[:, frame] = states
             rows.modalities["vision"] = Sequence(changed, vision.mask)
             without = log_odds(model.network, model.fuse(rows))[:, index]
             weights[i, channels] = drop(output, y, without)
@@ -112,7 +112,7 @@ class _Answer(nn.Module):
     def __init__(self, model: SentimentModel, batch: Batch, index: int) -> None:
         super().__init__()
         self.model, self.index = model, index
-        self.split = Split(_copied(model))
+        self.split = Split(_copy_encoder(model))
         with torch.no_grad():
             self.features = model.encode(batch)
         self.mask = batch.modalities["vision"].mask
@@ -120,8 +120,8 @@ class _Answer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The class's log-odds, a scalar: its gradient is the probability's up to a factor common to all frames."""
         states = self.split(images)
-        empty = states.new_zeros(*self.mask.shape, states.shape[-1])
-        vision = Sequence(empty.masked_scatter(self.mask[..., None], states), self.mask)
+        zeros = states.new_zeros(*self.mask.shape, states.shape[-1])
+        vision = Sequence(zeros.masked_scatter(self.mask[..., None], states), self.mask)
         features = Batch({**self.features.modalities, "vision": vision}, {})
         return log_odds(self.model.network, self.model.fuse(features))[0, self.index]
 
@@ -133,13 +133,13 @@ def grad_cam(model: SentimentModel, batch: Batch, index: int) -> Tensor:
     answer = _Answer(model, batch, index)
     images = seen_frames(model, batch)[0].requires_grad_()
     cam = GradCAM(model=answer, target_layers=[answer.split.layer], reshape_transform=answer.split.grid)
-    seen = cam.activations_and_grads
+    capture = cam.activations_and_grads
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no backward in eval
-        torch.autograd.grad(seen(images), images)
+        torch.autograd.grad(capture(images), images)
     # not cam(images): that scales each frame separately, so that frames could not be compared
-    maps, slopes = (part[0].float().numpy() for part in (seen.activations, seen.gradients))
-    found = cam.get_cam_image(images, answer.split.layer, [], maps, slopes, False)
-    return torch.from_numpy(found).float().relu()
+    maps, gradients = (part[0].float().numpy() for part in (capture.activations, capture.gradients))
+    heat_map = cam.get_cam_image(images, answer.split.layer, [], maps, gradients, False)
+    return torch.from_numpy(heat_map).float().relu()
 
 
 def _attention_maps(encoder: VisionEncoder, images: Tensor) -> list[Tensor]:
@@ -168,15 +168,15 @@ def rollout(model: SentimentModel, batch: Batch, index: int = 0) -> Tensor:
     Raises:
         UsageError: the encoder is not a ViT.
     """
-    encoder = _copied(model)
+    encoder = _copy_encoder(model)
     if encoder.kind != "chinese_clip" and not (is_vit(encoder.body) and hasattr(encoder.body.blocks[0].attn, "qkv")):
         raise UsageError("attention rollout needs a ViT as vision.encoder")
     prefix = 1 if encoder.kind == "chinese_clip" else encoder.body.num_prefix_tokens
     flow = None
     for attention in _attention_maps(encoder, seen_frames(model, batch)[0]):
         rows, tokens = attention.shape[-2:]
-        mixed = attention.mean(1) / 2 + torch.eye(rows, tokens, device=attention.device) / 2
-        flow = mixed if flow is None else mixed @ flow
+        matrix = attention.mean(1) / 2 + torch.eye(rows, tokens, device=attention.device) / 2
+        flow = matrix if flow is None else matrix @ flow
     assert flow is not None
     row = flow[:, 0] if prefix else flow.mean(1)
     return to_grid(row[:, prefix:]).cpu()
@@ -196,8 +196,8 @@ def methods_for(model: SentimentModel) -> list[str]:
     return ["ablation-cam", "grad-cam"] if hasattr(encoder.body, "forward_features") else []
 
 
-def _copied(model: SentimentModel) -> Any:
+def _copy_encoder(model: SentimentModel) -> Any:
     """A copy of the encoder that shares its tensors: heat maps add hooks, and other threads may use the model."""
     encoder: Any = model.encoders["vision"]
-    shared = {id(part): part for part in (*encoder.parameters(), *encoder.buffers())}
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
     return copy.deepcopy(encoder, shared)

@@ -28,25 +28,25 @@ without their knowledge.
 """
 
 
-def _learned(config: Config, name: str) -> str:
+def _how_trained(config: Config, name: str) -> str:
     """How an encoder was trained."""
     if getattr(config, name).encoder in FROM_FILE:
         return "read from a file"
-    first = any(name in config.stage(stage).modalities for stage in config.stages)
-    return "fine-tuned in its own stage" if first else getattr(config, name).train
+    has_stage = any(name in config.stage(stage).modalities for stage in config.stages)
+    return "fine-tuned in its own stage" if has_stage else getattr(config, name).train
 
 
 def model_card(config: Config, data: str | Path, result: dict[str, Any]) -> str:
     """Markdown with YAML front matter, as the hub expects it."""
-    parts = [f"* text: `{config.text.encoder}` ({_learned(config, 'text')})"] if "text" in config.modalities else []
+    parts = [f"* text: `{config.text.encoder}` ({_how_trained(config, 'text')})"] if "text" in config.modalities else []
     if "vision" in config.modalities:
         shots = " of the main shot" if config.vision.cutaways == "drop" else ""
         frames = f"{config.vision.frames} frames{shots}"
-        parts.append(f"* video: `{config.vision.encoder}` ({_learned(config, 'vision')}), {frames}")
+        parts.append(f"* video: `{config.vision.encoder}` ({_how_trained(config, 'vision')}), {frames}")
     if "audio" in config.modalities:
         parts.append(f"* audio: log-mel with {config.audio.bands} bands, or from a feature file")
-    own = config.model == "clip_ca_msa"  # peers have none of these parts, and no temperature
-    if own:
+    is_clip_ca_msa = config.model == "clip_ca_msa"  # peers have none of these parts, and no temperature
+    if is_clip_ca_msa:
         parts.append(
             f"* temporal: {config.temporal}, fusion: {config.fusion}, head: {config.head}, loss: {config.loss},"
         )
@@ -76,8 +76,8 @@ senticlip.load("RUN")("clip.mp4", text="…")
 Trained on `{Path(data).name}` (protocol {config.protocol}, label {config.target}), seed {config.seed};
 best epoch {result["best_epoch"]}, chosen by {config.train.metric} on valid:
 
-| valid{", before calibration" if own else ""} | |
+| valid{", before calibration" if is_clip_ca_msa else ""} | |
 |---|---|
 {valid}
 
-{LIMITS.format(calibrated=CALIBRATED if own else UNCALIBRATED)}"""
+{LIMITS.format(calibrated=CALIBRATED if is_clip_ca_msa else UNCALIBRATED)}"""

@@ -32,7 +32,7 @@ CHECKPOINTS = "checkpoints"
 """The folder in a RUN from which an interrupted training resumes; removed when training finishes."""
 TENSORBOARD = "tensorboard"
 """The folder in a RUN with the training curves."""
-WRITTEN = (CHECKPOINTS, TENSORBOARD, "config.json", "model.safetensors", "README.md")
+OVERWRITTEN = (CHECKPOINTS, TENSORBOARD, "config.json", "model.safetensors", "README.md")
 """Files and folders in a RUN that a training deletes or overwrites."""
 
 
@@ -41,19 +41,19 @@ def outputs(model: SentimentModel, data: ClipSet, batch_size: int = 64) -> Outpu
     """The model's output for a whole split, in row order, on the CPU."""
     model.eval()
     parts = []
-    for begin in range(0, len(data), batch_size):
-        inputs = data.__getitems__(list(range(begin, min(begin + batch_size, len(data)))))
+    for start in range(0, len(data), batch_size):
+        inputs = data.__getitems__(list(range(start, min(start + batch_size, len(data)))))
         output = model(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
         parts.append(output)
 
-    def joined(field: str) -> dict[str, torch.Tensor]:
+    def concatenated(field: str) -> dict[str, torch.Tensor]:
         return {name: torch.cat([getattr(p, field)[name].cpu() for p in parts]) for name in getattr(parts[0], field)}
 
     log_probs, score = parts[0].log_probs, parts[0].score
     return Output(
-        joined("logits"),
+        concatenated("logits"),
         None if log_probs is None else torch.cat([p.log_probs.cpu() for p in parts]),
-        joined("weights"),
+        concatenated("weights"),
         None if score is None else torch.cat([p.score.cpu() for p in parts]),
     )
 
@@ -70,9 +70,9 @@ def calibrate(model: SentimentModel, valid: ClipSet) -> None:
     for i, (name, logits) in enumerate(output.logits.items()):
         rows = ~scores.isnan() & (output.weights[name] > 0)
         if rows.any():
-            spread = (logits[rows][None] / TEMPERATURES[:, None, None]).log_softmax(-1)  # temperatures×n×C
+            log_probs = (logits[rows][None] / TEMPERATURES[:, None, None]).log_softmax(-1)  # temperatures×n×C
             target = polarity(scores[rows])[None, :, None].expand(len(TEMPERATURES), -1, 1)
-            model.network.temperature[i] = TEMPERATURES[spread.gather(2, target).mean((1, 2)).argmax()]
+            model.network.temperature[i] = TEMPERATURES[log_probs.gather(2, target).mean((1, 2)).argmax()]
 
 
 def rows_digest(data: str | Path, clips: list[Clip]) -> str:
@@ -93,46 +93,52 @@ def origin(config: Config, data: str | Path) -> dict[str, Any]:
     return {"experiment": config.to_dict(), **keys, "data": str(data), "rows": rows}
 
 
-_READ = (".safetensors", ".bin", ".json", ".txt", ".model")
+_ENCODER_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")
 """Suffixes of an encoder's files: weights, configs, vocabularies."""
 
 
 def encoder_keys(config: Config) -> dict[str, list[str]]:
     """Hashes of weights, configs and vocabularies of encoder folders and ``start``, by folder; hub ids have none."""
     folders = {config.text.encoder, config.vision.encoder, config.label.encoder, config.start}
-    files = {f: [p for p in Path(f).glob("*.*") if p.suffix in _READ] for f in sorted(filter(None, folders))}
-    keys = file_keys((path for found in files.values() for path in found), cache_root())
-    return {name: [keys[path] for path in sorted(found)] for name, found in files.items() if found}
+    files = {
+        folder: [p for p in Path(folder).glob("*.*") if p.suffix in _ENCODER_SUFFIXES]
+        for folder in sorted(filter(None, folders))
+    }
+    keys = file_keys((path for paths in files.values() for path in paths), cache_root())
+    return {name: [keys[path] for path in sorted(paths)] for name, paths in files.items() if paths}
 
 
 def feature_keys(config: Config, data: str | Path) -> dict[str, str]:
     """Hashes of the data set's feature file and OpenFace CSVs, by path, if the experiment reads them."""
     root, files = Path(data).resolve(), dict[Path, list[Path]]()
     encoders = {getattr(config, name).encoder for name in config.modalities if name != "audio"} & {*FROM_FILE}
-    if "openface" in encoders and (faces := root / "OpenFace").is_dir():
-        files[faces] = sorted(faces.rglob("*.csv"))
+    if "openface" in encoders and (openface := root / "OpenFace").is_dir():
+        files[openface] = sorted(openface.rglob("*.csv"))
         encoders.remove("openface")
     if encoders:
         with suppress(UserError):  # a missing file is reported where it is read
             file = feature_file(root)
             files[file] = [file]
-    keys = file_keys((path for found in files.values() for path in found), cache_root())
-    return {str(p): _hash([(os.path.relpath(path, p), keys[path]) for path in found]) for p, found in files.items()}
+    keys = file_keys((path for paths in files.values() for path in paths), cache_root())
+    return {
+        str(source): _hash([(os.path.relpath(path, source), keys[path]) for path in paths])
+        for source, paths in files.items()
+    }
 
 
-def _difference(record: dict[str, Any], mine: dict[str, Any]) -> str:
-    """How a run's origin differs from ``mine``, as words for a message; empty if it does not."""
+def _difference(record: dict[str, Any], current: dict[str, Any]) -> str:
+    """How a recorded origin differs from the ``current`` one, in words for a message; empty if it does not."""
     try:
-        same = from_dict(record["experiment"]) == from_dict(mine["experiment"])
+        same = from_dict(record["experiment"]) == from_dict(current["experiment"])
     except (KeyError, UsageError):
         same = False
     if not same:
         return "a different config"
-    if record.get("encoders", mine["encoders"]) != mine["encoders"]:  # not recorded by older runs
+    if record.get("encoders", current["encoders"]) != current["encoders"]:  # not recorded by older runs
         return "different encoders (the files in a folder have changed)"
-    if record.get("rows") != mine["rows"]:
+    if record.get("rows") != current["rows"]:
         return f"different data ({record['data']}, or its labels have changed)"
-    same = record.get("features", mine["features"]) == mine["features"]
+    same = record.get("features", current["features"]) == current["features"]
     return "" if same else "different features (the feature file or OpenFace's CSVs have changed)"
 
 
@@ -146,64 +152,65 @@ def share_stage(run: Path, name: str, stage: Path) -> None:
         link.symlink_to(target, target_is_directory=True)
 
 
-def is_finished(out: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
+def is_finished(out: Path, this_origin: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a finished run of this origin; None if there is none, or it is incomplete or being trained again.
 
     Raises:
         UserError: ``out`` holds a run of another origin, finished or not.
     """
     folder = out / CHECKPOINTS
-    finished, begun = read_metrics(out), read_json(folder / "origin.json")
-    if begun and not _difference(begun, mine):  # a finished run has no origin.json: this one is being trained again
+    finished, unfinished = read_metrics(out), read_json(folder / "origin.json")
+    # a finished run has no origin.json: this one is being trained again
+    if unfinished and not _difference(unfinished, this_origin):
         return None
-    if finished and not _difference(finished, mine):
+    if finished and not _difference(finished, this_origin):
         if not (_has_weights(out) and (out / "config.json").is_file()):
             return None
-        if folder.exists() and not begun:  # left by a kill; with origin.json it would be another training's
+        if folder.exists() and not unfinished:  # left by a kill; with origin.json it would be another training's
             with suppress(UserError), alone(out, "training"):
                 shutil.rmtree(folder, ignore_errors=True)
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
-    if other := begun if any(folder.glob("checkpoint-*")) else finished:
+    if other := unfinished if any(folder.glob("checkpoint-*")) else finished:
         raise UserError(
-            f"{out}: holds a run with {_difference(other, mine)} — choose another --out, or leave out --resume"
+            f"{out}: holds a run with {_difference(other, this_origin)} — choose another --out, or leave out --resume"
         )
     return None
 
 
-def begin(out: Path, mine: dict[str, Any], resume: bool) -> None:
+def begin(out: Path, this_origin: dict[str, Any], resume: bool) -> None:
     """Record in ``out`` what is trained there, and delete the checkpoints of other trainings.
 
     Raises:
         UserError: ``out`` holds other files where a RUN's would go, or is the RUN that training starts from.
     """
-    if (start := mine["experiment"]["start"]) and Path(start).resolve() == out.resolve():
+    if (start := this_origin["experiment"]["start"]) and Path(start).resolve() == out.resolve():
         raise UserError(f"{out}: this is the RUN that training starts from — choose another --out")
     folder = out / CHECKPOINTS
-    begun, finished = read_json(folder / "origin.json"), read_metrics(out)
-    if not begun and not finished and (foreign := [name for name in WRITTEN if _holds(out / name)]):
+    unfinished, finished = read_json(folder / "origin.json"), read_metrics(out)
+    if not unfinished and not finished and (foreign := [name for name in OVERWRITTEN if _is_occupied(out / name)]):
         raise UserError(f"{out}: holds {foreign[0]} from something else — choose another --out")
-    if not resume or not begun or _difference(begun, mine):
-        _tell_loss(out, begun, mine)
-        if finished and not begun:
+    if not resume or not unfinished or _difference(unfinished, this_origin):
+        _report_discarded(out, unfinished, this_origin)
+        if finished and not unfinished:
             console.print(f"{out}: holds a finished run, which this one will replace", soft_wrap=True)
         for old in (*folder.glob("checkpoint-*"), out / TENSORBOARD):  # origin.json stays: it marks the folder as a run
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "origin.json", json.dumps(mine))
+        write_text(folder / "origin.json", json.dumps(this_origin))
 
 
-def _holds(path: Path) -> bool:
+def _is_occupied(path: Path) -> bool:
     """Whether a path exists and is not a folder left by a full disk or a kill (empty except for partial files)."""
-    return os.path.lexists(path) and not (path.is_dir() and all(each.match(".*.partial") for each in path.iterdir()))
+    return os.path.lexists(path) and not (path.is_dir() and all(entry.match(".*.partial") for entry in path.iterdir()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; those with a missing or truncated file are skipped."""
     complete = []
     for path in folder.glob("checkpoint-*"):
-        state, rest = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
-        pickles = [[zipfile.is_zipfile(file) for file in path.glob(name)] for name in rest]
-        if "best_global_step" in state and _has_weights(path) and all(found and all(found) for found in pickles):
+        state, patterns = read_json(path / "trainer_state.json"), ("optimizer.pt", "scheduler.pt", "rng_state*")
+        pickles = [[zipfile.is_zipfile(file) for file in path.glob(name)] for name in patterns]
+        if "best_global_step" in state and _has_weights(path) and all(valid and all(valid) for valid in pickles):
             complete.append((state["global_step"], path))
     return max(complete)[1] if complete else None
 
@@ -229,16 +236,18 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _tell_loss(out: Path, begun: dict[str, Any], mine: dict[str, Any]) -> None:
+def _report_discarded(out: Path, unfinished: dict[str, Any], this_origin: dict[str, Any]) -> None:
     """Tell the user if a training that could be resumed is being deleted."""
     newest = newest_checkpoint(out / CHECKPOINTS)
     if newest is not None:
-        step, other = newest.name.rpartition("-")[2], _difference(begun, mine)
-        then = f"; it had {other}" if other else " — train --resume would have continued it"
-        console.print(f"{out}: starting over; the training up to step {step} is discarded{then}", soft_wrap=True)
+        step, difference = newest.name.rpartition("-")[2], _difference(unfinished, this_origin)
+        reason = f"; it had {difference}" if difference else " — train --resume would have continued it"
+        console.print(f"{out}: starting over; the training up to step {step} is discarded{reason}", soft_wrap=True)
 
 
-def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, Any], result: dict[str, Any]) -> None:
+def save_run(
+    out: Path, model: SentimentModel, config: Config, this_origin: dict[str, Any], result: dict[str, Any]
+) -> None:
     """Write the RUN to a temporary folder, then move each file; ``metrics.json`` comes last and marks it finished."""
     from senticlip.card import model_card
 
@@ -246,7 +255,7 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     write_text(partial / "experiment.yaml", config.to_yaml())
-    write_text(partial / "README.md", model_card(config, mine["data"], result))
+    write_text(partial / "README.md", model_card(config, this_origin["data"], result))
     for old in (out / "metrics.json", *out.glob("predictions-*.csv")):  # from an older run
         old.unlink(missing_ok=True)
     for path in sorted(partial.rglob("*")):
@@ -255,7 +264,7 @@ def save_run(out: Path, model: SentimentModel, config: Config, mine: dict[str, A
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
     shutil.rmtree(partial)
-    write_text(out / "metrics.json", json.dumps({**result, **mine}, ensure_ascii=False, indent=1))
+    write_text(out / "metrics.json", json.dumps({**result, **this_origin}, ensure_ascii=False, indent=1))
     (out / CHECKPOINTS / "origin.json").unlink(missing_ok=True)  # first: without it, the checkpoints are not resumed
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
@@ -268,7 +277,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file or it holds no object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

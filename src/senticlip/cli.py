@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
             result = VERBS[options.verb](options)
         if options.json and runtime.first_process():
             # on an ASCII terminal, backslashreplace would print \xNN, which is not JSON
-            spoken = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
-            print(json.dumps(result, ensure_ascii=not spoken), flush=True)
+            is_utf8 = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
+            print(json.dumps(result, ensure_ascii=not is_utf8), flush=True)
     except KeyboardInterrupt:
         fail(INTERRUPTED.get(options.verb, "interrupted"), 130)
     except BrokenPipeError:
@@ -108,25 +108,25 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.evaluate import compare
     from senticlip.evaluate import evaluate as run
 
-    rest = given(options, "data", "split", "device", "target", "precision")
+    kwargs = given(options, "data", "split", "device", "target", "precision")
     if len(options.runs) > 2:
-        return _evaluate_several(options, [run(folder, **rest) for folder in options.runs])
+        return _evaluate_several(options, [run(folder, **kwargs) for folder in options.runs])
     if len(options.runs) == 2:
-        result = compare(*options.runs, **rest)
+        result = compare(*options.runs, **kwargs)
         _say_comparison(options, result)
         return result
-    result = run(options.runs[0], **rest)
+    result = run(options.runs[0], **kwargs)
     _say_disagreement(options, result.get("disagreement"), f"{options.precision} vs. fp32", "generated clips")
     low, high = result["interval"]
     say(
         options,
         f"accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), n {result['n']} ({options.split})",
     )
-    told = {"macro-F1": "macro_f1", "weighted F1": "weighted_f1", "Acc-2": "acc_2", "F1-2": "f1_2"}
-    say(options, ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
+    names = {"macro-F1": "macro_f1", "weighted F1": "weighted_f1", "Acc-2": "acc_2", "F1-2": "f1_2"}
+    say(options, ", ".join(f"{name} {result[key]:.4f}" for name, key in names.items()))
     if "mae" in result:
-        told = {"MAE": "mae", "Corr": "corr", "Acc-3": "acc_3", "Acc-5": "acc_5"}
-        say(options, "score: " + ", ".join(f"{name} {result[key]:.4f}" for name, key in told.items()))
+        names = {"MAE": "mae", "Corr": "corr", "Acc-3": "acc_3", "Acc-5": "acc_5"}
+        say(options, "score: " + ", ".join(f"{name} {result[key]:.4f}" for name, key in names.items()))
     if equal := result.get("equal_weights"):
         say(options, "with equal weights: accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}".format(**equal))
     for name, row in result["per_class"].items():
@@ -147,24 +147,26 @@ def _evaluate_several(options: argparse.Namespace, results: list[dict[str, Any]]
         raise UsageError("RUN: the runs were trained on different labels — choose one with --target")
     scores = spread(results)
     _say_runs(options, results)
-    trained = [read_metrics(Path(run)).get("experiment", {}) for run in options.runs]
-    experiments = [one | {"seed": 0} for one in trained]
+    configs = [read_metrics(Path(run)).get("experiment", {}) for run in options.runs]
+    experiments = [config | {"seed": 0} for config in configs]
     if any(experiment != experiments[0] for experiment in experiments):
         say(options, "these runs are different experiments, not seeds of one")
-    splits = [read_clips(options.data, options.split, one["protocol"], one["seed"]) for one in trained if one]
+    splits = [
+        read_clips(options.data, options.split, config["protocol"], config["seed"]) for config in configs if config
+    ]
     if len({tuple(clip.id for clip in clips) for clips in splits}) > 1:
         say(options, "each run drew its own split: the spread below includes that")
     names = {"accuracy": "accuracy", "macro-F1": "macro_f1", "weighted F1": "weighted_f1"}
-    told = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in names.items()]
-    say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(told)}")
+    parts = [f"{name} {scores[key]['mean']:.4f} ± {scores[key]['std']:.4f}" for name, key in names.items()]
+    say(options, f"mean ± standard deviation of {len(results)} runs: {', '.join(parts)}")
     return {"runs": dict(zip(options.runs, results, strict=True)), "scores": scores}
 
 
 def _say_runs(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """A line for each run."""
-    wide = max(map(len, options.runs))
+    width = max(map(len, options.runs))
     for run, scores in zip(options.runs, results, strict=True):
-        say(options, f"{run:<{wide}}  accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}")
+        say(options, f"{run:<{width}}  accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}")
 
 
 def _say_comparison(options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -183,8 +185,8 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.reproduce import reproduce as run
 
     tables = None if options.tables is None else [n for part in options.tables.split(",") if (n := part.strip())]
-    rest = given(options, "data", "out", "preset", "seeds", "protocol", "keep", "device")
-    result = run(tables=tables, overrides=options.set, **rest)
+    kwargs = given(options, "data", "out", "preset", "seeds", "protocol", "keep", "device")
+    result = run(tables=tables, overrides=options.set, **kwargs)
     say(options, f"open {result['report']}")
     return result
 
@@ -216,20 +218,25 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     result = prediction.to_json()
     result |= {"disagreement": predictor.disagreement} if predictor.disagreement else {}
     _say_disagreement(options, predictor.disagreement, f"{options.precision} vs. fp32", "generated clips")
-    said = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
-    said += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
-    say(options, "  ".join([prediction.label, *said]))
-    known = " and ".join(SURFACE[name] for name in reads(predictor.model))
-    for kind, is_left in (("video", options.video and known == "text"), ("text", options.text and "text" not in known)):
-        if is_left:
-            say(options, f"the {kind} is ignored: this model reads only {known}")
-    if rest := unread(predictor, options.text):
-        most = predictor.config.text.max_length
-        say(options, f"the last {len(rest)} characters of the text are ignored: this model reads {most} tokens")
-        result |= {"unread": len(rest)}
+    parts = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
+    parts += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
+    say(options, "  ".join([prediction.label, *parts]))
+    readable = " and ".join(SURFACE[name] for name in reads(predictor.model))
+    for kind, is_ignored in (
+        ("video", options.video and readable == "text"),
+        ("text", options.text and "text" not in readable),
+    ):
+        if is_ignored:
+            say(options, f"the {kind} is ignored: this model reads only {readable}")
+    if ignored := unread(predictor, options.text):
+        max_tokens = predictor.config.text.max_length
+        say(
+            options, f"the last {len(ignored)} characters of the text are ignored: this model reads {max_tokens} tokens"
+        )
+        result |= {"unread": len(ignored)}
     for name, probabilities in prediction.modalities.items():
-        shown = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
-        say(options, f"{name:>6} alone:  {shown}  (weight {prediction.weights[name]:.2f})")
+        values = "  ".join(f"{k} {p:.3f}" for k, p in probabilities.items())
+        say(options, f"{name:>6} alone:  {values}  (weight {prediction.weights[name]:.2f})")
     return result
 
 
@@ -244,11 +251,13 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _say_disagreement(options: argparse.Namespace, said: dict[str, float] | None, pair: str, clips: str) -> None:
+def _say_disagreement(
+    options: argparse.Namespace, disagreement: dict[str, float] | None, pair: str, clips: str
+) -> None:
     """How much a reduced precision or an exported file changes, if measured."""
-    if said:
-        flips, most = round(said["flips"] * said["n"]), said["max_difference"]
-        say(options, f"{pair} on {said['n']} {clips}: {flips} labels change, largest difference {most:.2g}")
+    if disagreement:
+        flips, largest = round(disagreement["flips"] * disagreement["n"]), disagreement["max_difference"]
+        say(options, f"{pair} on {disagreement['n']} {clips}: {flips} labels change, largest difference {largest:.2g}")
 
 
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
@@ -256,15 +265,15 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.analyze import analyze as run
     from senticlip.progress import counter
 
-    began = time.monotonic()
-    rest = given(options, *vars(options).keys() - {"verb", "json", "debug", "model", "video"})
+    started = time.monotonic()
+    kwargs = given(options, *vars(options).keys() - {"verb", "json", "debug", "model", "video"})
     with counter("lines") as progress:
-        errors = [row["error"] for row in run(options.model, options.video, **rest, progress=progress)]
+        errors = [row["error"] for row in run(options.model, options.video, **kwargs, progress=progress)]
     html, failed = str(Path(options.out) / "timeline.html"), [error for error in errors if error is not None]
     say(options, f"{len(errors)} segments; open {html}")
     if failed:
         say(options, f"{len(failed)} have no answer (see the column error), the first: {failed[0]}")
-    seconds = round(time.monotonic() - began, 2)
+    seconds = round(time.monotonic() - started, 2)
     return {"segments": len(errors), "failed": len(failed), "seconds": seconds, "html": html}
 
 
@@ -289,16 +298,16 @@ def bulk(options: argparse.Namespace) -> dict[str, Any]:
     from senticlip.bulk import bulk as run
     from senticlip.progress import counter
 
-    began, done, failed, first = time.monotonic(), 0, 0, None
-    rest = given(options, "out", "address", "workers", "device", "precision", "retry")
+    started, done, failed, first = time.monotonic(), 0, 0, None
+    kwargs = given(options, "out", "address", "workers", "device", "precision", "retry")
     with counter("rows") as progress:
-        for row in run(options.model, options.manifest, **rest, progress=progress):
+        for row in run(options.model, options.manifest, **kwargs, progress=progress):
             done, failed = done + (row["error"] is None), failed + (row["error"] is not None)
             first = first or row["error"]
     say(options, f"{done} done, {failed} failed; {options.out}")
     if failed:
         say(options, f"--retry tries them again; see the column error, the first: {first}")
-    return {"done": done, "failed": failed, "seconds": round(time.monotonic() - began, 2)}
+    return {"done": done, "failed": failed, "seconds": round(time.monotonic() - started, 2)}
 
 
 def serve(options: argparse.Namespace) -> dict[str, Any]:
@@ -308,8 +317,8 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     def ready(url: str) -> None:
         say(options, f"open {url} (Ctrl-C to stop)")
 
-    rest = given(options, "host", "port", "limit", "device", "precision")
-    return {"url": run(options.model, ready=ready, **rest)}
+    kwargs = given(options, "host", "port", "limit", "device", "precision")
+    return {"url": run(options.model, ready=ready, **kwargs)}
 
 
 VERBS = {

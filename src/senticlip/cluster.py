@@ -11,6 +11,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from senticlip import runtime
@@ -44,11 +45,11 @@ def on_ray(
     # deprecated, but still the only way to set the number of retries
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if address:
-        _reach(address)
-    own = not ray.is_initialized()
+        _check_reachable(address)
+    started_here = not ray.is_initialized()
     try:
-        if own:
-            _begin(address, workers)
+        if started_here:
+            _connect(address, workers)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpus = 0 if job["device"] == "cpu" else int(ray.cluster_resources().get("GPU", 0))
@@ -57,55 +58,55 @@ def on_ray(
             console.print(f"--address {address}: waiting, every {kind} of the cluster is in use", highlight=False)
         # all cores go to workers: the read task, which only yields part numbers, costs nothing
         pool = min(workers or gpus or int(ray.cluster_resources()["CPU"]), len(todo))
-        made = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
+        results = ray.data.from_items([{"id": number} for number in todo], override_num_blocks=len(todo)).map_batches(
             worker,
             fn_constructor_kwargs={"job": job, "threads": None if gpus else 1},
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=2),
             num_cpus=1,
             num_gpus=1 if gpus else None,
-            max_restarts=-1,
             max_task_retries=RETRIES,
         )
         # only now, after Ray has set up its logging; errors are raised anyway
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        yield from (int(row["id"]) for row in made.iter_rows())
+        yield from (int(row["id"]) for row in results.iter_rows())
     except (ConnectionError, ray.exceptions.RayError) as error:
-        raise _told(error, address) from None
+        raise _as_user_error(error, address) from None
     finally:
-        if own:
+        if started_here:
             ray.shutdown()
 
 
-def _begin(address: str | None, workers: int | None) -> None:
+def _connect(address: str | None, workers: int | None) -> None:
     """Connect to a cluster, or start our own, even if another one runs on this machine."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    where: dict[str, Any] = {"address": address}
+    options: dict[str, Any] = {"address": address}
     if not address:
-        where = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to ~/.ray, for good
-    before = signal.getsignal(signal.SIGTERM)
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    if callable(before):  # Ray's handler dumps the stack and aborts
+        options = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
+        if not (Path.home() / ".ray" / "auth_token").is_file():  # Ray would write one, for good
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    old_handler = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    if callable(old_handler):  # Ray's handler dumps the stack and aborts
         with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, old_handler)
 
 
-def _told(error: Exception, address: str | None) -> UserError:
+def _as_user_error(error: Exception, address: str | None) -> UserError:
     """An error of Ray or a worker as a one-line UserError."""
     line = " ".join(str(error).split())
     if isinstance(error, ConnectionError) or type(error).__name__ == "AuthenticationError":
-        told = f"--address {address or 'local'}: the Ray cluster refused the connection ({line[:120]})"
-        told += " — is it the port of ray start --head (6379)? If the cluster requires a token"
-        return UserError(f"{told}: set RAY_AUTH_MODE=token here, with its ~/.ray/auth_token")
-    said = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
-    kind, line = said[-1] if said else ("User", f"a worker failed: …{line[-300:]}")
+        message = f"--address {address or 'local'}: the Ray cluster refused the connection ({line[:120]})"
+        message += " — is it the port of ray start --head (6379)? If the cluster requires a token"
+        return UserError(f"{message}: set RAY_AUTH_MODE=token here, with its ~/.ray/auth_token")
+    worker_errors = re.findall(r"senticlip\.structures\.(User|Usage)Error: (.*)", str(error))
+    kind, line = worker_errors[-1] if worker_errors else ("User", f"a worker failed: …{line[-300:]}")
     return (UserError if kind == "User" else UsageError)(line)
 
 
-def _reach(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Check that something listens at the address: Ray would wait for minutes.
 
     Raises:

@@ -47,15 +47,15 @@ class CompiledEncoder(nn.Module):
         with self.lock:  # a request serves one thread at a time
             return torch.from_numpy(np.array(self.request.infer([part.numpy() for part in inputs])[0]))
 
-    def forward(self, given: Sequence) -> Sequence:
+    def forward(self, sequence: Sequence) -> Sequence:
         """Encode; masked frames are zero."""
-        values, mask = given
+        values, mask = sequence
         if self.size is None:
             return Sequence(self._run(values, mask), mask)
-        return real_frames(given, self._run, torch.zeros(0, self.dim), apart=True)
+        return real_frames(sequence, self._run, torch.zeros(0, self.dim), apart=True)
 
 
-class _Plain(nn.Module):
+class _TensorEncoder(nn.Module):
     """An encoder as a function of tensors."""
 
     def __init__(self, encoder: Any) -> None:
@@ -82,7 +82,7 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
     Raises:
         UserError: an encoder cannot be compiled.
     """
-    place = folder / "openvino"
+    source = folder / "openvino"
     options = {
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if precision == "int8" else 0,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -91,23 +91,25 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
     }
     for name, encoder in model.encoders.items():
         try:
-            graph = _core().read_model(place / f"{name}.xml")
-            low = precision == "bf16" or _to_int8(graph)
-            rest: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if low and "BF16" in capabilities() else "f32"}
+            graph = _core().read_model(source / f"{name}.xml")
+            use_bf16 = precision == "bf16" or _to_int8(graph)
+            specific: dict[str, Any] = {
+                "INFERENCE_PRECISION_HINT": "bf16" if use_bf16 and "BF16" in capabilities() else "f32"
+            }
             if name == "text":  # a kernel would be cached for each text length: hundreds of MiB
-                rest["CPU_RUNTIME_CACHE_CAPACITY"] = 0
-            compiled = _core().compile_model(graph, "CPU", options | rest)
+                specific["CPU_RUNTIME_CACHE_CAPACITY"] = 0
+            compiled = _core().compile_model(graph, "CPU", options | specific)
         except RuntimeError as error:
-            told = f"{place}: {name} cannot be read or compiled ({_reason(error)})"
-            raise UserError(f"{told} — remove this folder, or leave out --precision") from error
+            message = f"{source}: {name} cannot be read or compiled ({_last_line(error)})"
+            raise UserError(f"{message} — remove this folder, or leave out --precision") from error
         model.encoders[name] = CompiledEncoder(encoder, compiled, f"{weights} {precision} {recipe()}")
     return model
 
 
 def made(folder: Path, weights: str) -> bool:
     """Whether ``folder/openvino`` holds the OpenVINO models of these weights."""
-    mark = folder / "openvino" / "of.txt"
-    return mark.is_file() and mark.read_text() == f"{FORMAT} {weights}"
+    marker = folder / "openvino" / "of.txt"
+    return marker.is_file() and marker.read_text() == f"{FORMAT} {weights}"
 
 
 def make(model: Any, folder: Path, weights: str) -> None:
@@ -117,27 +119,27 @@ def make(model: Any, folder: Path, weights: str) -> None:
         UsageError: ONNX is not installed. UserError: an encoder cannot be compiled.
     """
     need("onnxscript")
-    openvino, place = _openvino(), folder / "openvino"
-    with workshop(place) as beside, spinner("compiling the encoders"):
-        whole = beside / "whole"
-        whole.mkdir()
+    openvino, target = _openvino(), folder / "openvino"
+    with workshop(target) as temporary, spinner("compiling the encoders"):
+        complete = temporary / "whole"
+        complete.mkdir()
         for name, encoder in model.encoders.items():
             try:
-                _trace(encoder, name, model.experiment).save(str(beside / "graph.onnx"))
-                openvino.save_model(_core().read_model(beside / "graph.onnx"), whole / f"{name}.xml")
+                _trace(encoder, name, model.experiment).save(str(temporary / "graph.onnx"))
+                openvino.save_model(_core().read_model(temporary / "graph.onnx"), complete / f"{name}.xml")
             except Exception as error:
-                reason = _reason(error.__cause__ or error)  # the exporter's own message is for debugging it
+                reason = _last_line(error.__cause__ or error)  # the exporter's own message is for debugging it
                 raise UserError(f"{name}.encoder: cannot be compiled ({reason}) — leave out --precision") from error
-        (whole / "of.txt").write_text(f"{FORMAT} {weights}")
-        shutil.rmtree(place, ignore_errors=True)
+        (complete / "of.txt").write_text(f"{FORMAT} {weights}")
+        shutil.rmtree(target, ignore_errors=True)
         try:
-            os.replace(whole, place)
+            os.replace(complete, target)
         except OSError as error:
-            told = f"{place}: cannot be replaced ({error.strerror})"
-            raise UserError(f"{told} — remove this folder, or leave out --precision") from error
+            message = f"{target}: cannot be replaced ({error.strerror})"
+            raise UserError(f"{message} — remove this folder, or leave out --precision") from error
 
 
-def _reason(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     """The last non-empty line: OpenVINO's messages begin with locations in its source code."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1][:120]
@@ -153,7 +155,7 @@ def _trace(encoder: Any, name: str, config: Any) -> Any:
         length = torch.export.Dim("length", min=1, max=max(3, config.text.max_length))
         inputs = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
         shapes = [{0: rows, 1: length}] * 2
-    return traced(_Plain(encoder).eval(), inputs, shapes)
+    return traced(_TensorEncoder(encoder).eval(), inputs, shapes)
 
 
 def _to_int8(graph: Any) -> int:
@@ -165,18 +167,18 @@ def _to_int8(graph: Any) -> int:
 
     count = 0
     for node in graph.get_ops():
-        weight = _weight(node) if node.get_type_name() == "MatMul" else None
+        weight = _constant_weight(node) if node.get_type_name() == "MatMul" else None
         if weight is None:
             continue
-        inner = 1 if node.get_attributes()["transpose_b"] else 0
-        scale = np.maximum(np.abs(weight).max(inner, keepdims=True), 1e-12) / 127
-        small = ops.convert(ops.constant(np.round(weight / scale).astype(np.int8)), "f32")
-        node.input(1).replace_source_output(ops.multiply(small, ops.constant(scale.astype(np.float32))).output(0))
+        axis = 1 if node.get_attributes()["transpose_b"] else 0
+        scale = np.maximum(np.abs(weight).max(axis, keepdims=True), 1e-12) / 127
+        rounded = ops.convert(ops.constant(np.round(weight / scale).astype(np.int8)), "f32")
+        node.input(1).replace_source_output(ops.multiply(rounded, ops.constant(scale.astype(np.float32))).output(0))
         count += 1
     return count
 
 
-def _weight(product: Any) -> np.ndarray | None:
+def _constant_weight(product: Any) -> np.ndarray | None:
     """The second factor of a product, if it is a constant matrix (in the file: fp16, then a conversion)."""
     node = product.input(1).get_source_output().get_node()
     if node.get_type_name() == "Convert":

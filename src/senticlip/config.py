@@ -23,7 +23,10 @@ Model = Literal["clip_ca_msa", "tfn", "lmf", "mult", "self_mm", "mmaf"]
 FROM_FILE = ("features", "openface")
 """Values of ``encoder`` that read the modality from the data set's feature file (or OpenFace's CSVs) instead."""
 
-SHAPES = {"text": ("text.encoder", "prompt", "text.prefix_length", "text.prefix_text"), "vision": ("vision.encoder",)}
+SHARED_KEYS = {
+    "text": ("text.encoder", "prompt", "text.prefix_length", "text.prefix_text"),
+    "vision": ("vision.encoder",),
+}
 """Keys, by modality, that must be the same in the main training and in a stage whose encoder it takes over."""
 
 Trainable = Literal["frozen", "full"] | int
@@ -34,18 +37,18 @@ _REPR.maxstring = _REPR.maxother = 80
 short = _REPR.repr
 """A value shortened for messages."""
 
-MOST = math.inf
+INF = math.inf
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("width", "heads", "layers", "text.train", "text.prefix_length", "vision.train"), (1, MOST)),
-    **dict.fromkeys(("vision.train_frames", "audio.average", "train.epochs", "train.batch_size"), (1, MOST)),
-    **dict.fromkeys(("train.accumulation", "train.patience"), (1, MOST)),
-    **dict.fromkeys(("text.lr", "vision.lr", "audio.lr", "label.lr", "train.lr", "train.scalar_lr"), (0, MOST)),
-    **dict.fromkeys(("focal_gamma", "vision.augment", "audio.own", "train.weight_decay", "train.clip_norm"), (0, MOST)),
+    **dict.fromkeys(("width", "heads", "layers", "text.train", "text.prefix_length", "vision.train"), (1, INF)),
+    **dict.fromkeys(("vision.train_frames", "audio.average", "train.epochs", "train.batch_size"), (1, INF)),
+    **dict.fromkeys(("train.accumulation", "train.patience"), (1, INF)),
+    **dict.fromkeys(("text.lr", "vision.lr", "audio.lr", "label.lr", "train.lr", "train.scalar_lr"), (0, INF)),
+    **dict.fromkeys(("focal_gamma", "vision.augment", "audio.own", "train.weight_decay", "train.clip_norm"), (0, INF)),
     **dict.fromkeys(("train.modality_dropout", "train.recombine", "train.mislead"), (0, 1)),
     **dict.fromkeys(("dropout", "train.warmup", "train.label_smoothing"), (0, 0.99)),
     "train.ema": (0, 0.99999),
     "seed": (0, 2**32 - 1),
-    "text.max_length": (4, MOST),
+    "text.max_length": (4, INF),
     "vision.frames": (1, 1000),
     "vision.size": (8, 4096),
     "audio.bands": (1, 128),
@@ -176,8 +179,8 @@ class Config:
         for key, (low, high) in RANGES.items():
             value = attrgetter(key)(self)
             if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
-                told = f"at least {low}" if high == MOST else f"from {low} to {high}"
-                raise UsageError(f"config key {key}: {short(value)} — must be {told}")
+                allowed = f"at least {low}" if high == INF else f"from {low} to {high}"
+                raise UsageError(f"config key {key}: {short(value)} — must be {allowed}")
         self.modalities = ["vision" if name == "video" else name for name in self.modalities]
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or not self.modalities or len(set(self.modalities)) != len(self.modalities):
@@ -194,8 +197,8 @@ class Config:
                 "train: self_mm keeps a label per row — set recombine, mislead and modality_dropout to 0, "
                 "and do not use balance: sampler"
             )
-        if wrong := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", name)]:
-            raise UsageError(f"stages: {short(wrong[0])} becomes a folder name — use only letters, digits, - and _")
+        if invalid := [name for name in self.stages if not re.fullmatch(r"\w[\w-]*", name)]:
+            raise UsageError(f"stages: {short(invalid[0])} becomes a folder name — use only letters, digits, - and _")
         if "{}" not in self.label.prompt or len(self.label.names) != 3:
             raise UsageError("label.prompt needs a {} for the class name, and label.names needs three names")
         if self.prompt != "none" and not self.text.prefix_text.strip():
@@ -216,12 +219,12 @@ class Config:
             path = str(key).split(".")
             # a stage keeps its keys dotted, as written: it inherits the others from the main training
             path = [*path[:2], ".".join(path[2:])] if path[0] == "stages" and len(path) > 2 else path
-            place = data
+            section = data
             for i, name in enumerate(path[:-1]):
-                place = place.setdefault(name, {})
-                if not isinstance(place, dict):
+                section = section.setdefault(name, {})
+                if not isinstance(section, dict):
                     raise UsageError(f"unknown config key {key}: {'.'.join(path[: i + 1])} has no keys below it")
-            place[path[-1]] = value
+            section[path[-1]] = value
         return from_dict(data)
 
     def stage(self, name: str) -> Config:
@@ -236,9 +239,11 @@ class Config:
                     f"stages.{name}: {key} must equal the main training's — otherwise the stage may train on test clips"
                 )
         shared = {*self.modalities} & {*stage.modalities}
-        for key in (key for modality in shared for key in SHAPES.get(modality, ())):
-            if (its := attrgetter(key)(stage)) != (mine := attrgetter(key)(self)):
-                raise UsageError(f"stages.{name}: {key} is {its}, but {mine} in the main training — make them the same")
+        for key in (key for modality in shared for key in SHARED_KEYS.get(modality, ())):
+            if (value := attrgetter(key)(stage)) != (expected := attrgetter(key)(self)):
+                raise UsageError(
+                    f"stages.{name}: {key} is {value}, but {expected} in the main training — make them the same"
+                )
         return stage
 
 
@@ -247,8 +252,8 @@ def dotted(changes: dict[str, Any]) -> dict[str, Any]:
     sections = {field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)}
     flat: dict[str, Any] = {}
     for key, value in changes.items():
-        inside = isinstance(value, dict) and key in sections
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if inside else {key: value}
+        is_section = isinstance(value, dict) and key in sections
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if is_section else {key: value}
     return flat
 
 
@@ -283,18 +288,18 @@ def finish(config: Config, overrides: list[str] | None = None) -> Config:
     return config
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def _build(cls: type, data: Any, prefix: str) -> Any:
     if not isinstance(data, dict):
-        raise UsageError(f"config key {where.rstrip('.')}: expected keys below it, not {short(data)}")
+        raise UsageError(f"config key {prefix.rstrip('.')}: expected keys below it, not {short(data)}")
     hints = get_type_hints(cls)
     values = {}
     for key, value in data.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            meant = f" — did you mean {where}{near[0]}?" if near else "."
+            matches = difflib.get_close_matches(str(key), hints, n=1)
+            suggestion = f" — did you mean {prefix}{matches[0]}?" if matches else "."
             name = str(key) if len(str(key)) < 80 else short(key)
-            raise UsageError(f"unknown config key {where}{name}{meant} Known: {', '.join(hints)}")
-        values[key] = typed(hints[key], value, f"{where}{key}")
+            raise UsageError(f"unknown config key {prefix}{name}{suggestion} Known: {', '.join(hints)}")
+        values[key] = typed(hints[key], value, f"{prefix}{key}")
     return cls(**values)
 
 
@@ -325,5 +330,5 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     choices: list[str] = []
     for option in options:
         choices += map(str, get_args(option)) if get_origin(option) is Literal else [option.__name__]
-    known = ", ".join(choices).replace("NoneType", "null")
-    raise UsageError(f"config key {where}: {short(value)} is not one of {known}")
+    allowed = ", ".join(choices).replace("NoneType", "null")
+    raise UsageError(f"config key {where}: {short(value)} is not one of {allowed}")

@@ -9,28 +9,28 @@ import yaml
 
 from senticlip.structures import UsageError
 
-LONGEST, DEEPEST, DIGITS = 1 << 16, 20, 1000
+MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS = 1 << 16, 20, 1000
 """Limits of the input with aliases expanded: characters, nesting levels, digits of an integer."""
 
 
 class Loader(yaml.SafeLoader):
     """Refuses larger input: nested aliases multiply; deep lists and long numbers would fail when printed."""
 
-    written = depth = 0
+    expanded_size = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Count the size of each node with its aliases expanded."""
-        start, alias, self.depth = self.written, self.check_event(yaml.AliasEvent), self.depth + 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"more than {DEEPEST} levels")
+        start, alias, self.depth = self.expanded_size, self.check_event(yaml.AliasEvent), self.depth + 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels")
         node: Any = super().compose_node(parent, index)
         self.depth -= 1
-        self.written += getattr(node, "length", LONGEST) if alias else 1 + len(node.value)
-        node.length = self.written - start
-        if self.written > LONGEST:
-            raise yaml.YAMLError(f"more than {LONGEST} characters, with its aliases expanded")
-        if node.tag.endswith(":int") and len(node.value) > DIGITS:
-            raise yaml.YAMLError(f"a number of more than {DIGITS} digits")
+        self.expanded_size += getattr(node, "length", MAX_CHARACTERS) if alias else 1 + len(node.value)
+        node.length = self.expanded_size - start
+        if self.expanded_size > MAX_CHARACTERS:
+            raise yaml.YAMLError(f"more than {MAX_CHARACTERS} characters, with its aliases expanded")
+        if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {MAX_DIGITS} digits")
         return node
 
 
@@ -41,8 +41,8 @@ def read(source: str | Path) -> dict[str, Any]:
         UsageError: no such file, or not valid YAML within the limits.
     """
     path = Path(source)
-    ours = Path(__file__).parent / path
-    path = ours if not path.exists() and ours.is_file() else path
+    packaged = Path(__file__).parent / path
+    path = packaged if not path.exists() and packaged.is_file() else path
     if not path.is_file():
         raise UsageError(f"{path}: no such config file — the presets are experiments/paper.yaml, small.yaml, tiny.yaml")
     try:
@@ -60,8 +60,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """``["a.b=c"]`` → ``{"a.b": "c"}``, values read as YAML."""
     changes = {}
     for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
             raise UsageError(f"--set {pair}: expected KEY=VALUE, as in --set train.epochs=5")
         try:
             changes[key.strip()] = yaml.load(value, Loader)

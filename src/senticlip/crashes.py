@@ -14,7 +14,7 @@ from senticlip.structures import Clip
 DEADLINE = 300.0
 """Time limit for a piece, in seconds; a slower one counts as killing the process."""
 
-_DECODE = """import json, os, signal, sys
+_DECODE_SCRIPT = """import json, os, signal, sys
 from contextlib import suppress
 from senticlip.data.audio import read_audio
 from senticlip.data.video import read_frames
@@ -37,17 +37,17 @@ def deadly(clips: dict[int, Clip]) -> set[int]:
     for key, clip in clips.items():
         if clip.video is not None:
             pieces.setdefault(clip.video, {})[key] = (clip.start, clip.end)
-    found: set[int] = set()
-    for video, of_it in pieces.items():
-        if how := kills(video, of_it.values()):
-            alone = {key for key, piece in of_it.items() if len(of_it) == 1 or kills(video, [piece])}
+    deadly_keys: set[int] = set()
+    for video, video_pieces in pieces.items():
+        if killed_by := kills(video, video_pieces.values()):
+            alone = {key for key, piece in video_pieces.items() if len(video_pieces) == 1 or kills(video, [piece])}
             # no piece dies alone: if a crash needs several, any may be to blame; if one was merely slow, none is
-            found |= alone or (set() if how == signal.SIGALRM else of_it.keys())
-    return found
+            deadly_keys |= alone or (set() if killed_by == signal.SIGALRM else video_pieces.keys())
+    return deadly_keys
 
 
 def kills(video: Path, pieces: Collection[Piece]) -> int:
     """The signal that kills a process decoding these pieces of a video: SIGALRM if one takes over DEADLINE, 0 if none
     does."""
-    command = [sys.executable, "-c", _DECODE, str(video), json.dumps([*pieces]), str(DEADLINE)]
+    command = [sys.executable, "-c", _DECODE_SCRIPT, str(video), json.dumps([*pieces]), str(DEADLINE)]
     return max(0, -subprocess.run(command, stderr=subprocess.DEVNULL).returncode)

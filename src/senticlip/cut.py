@@ -43,35 +43,35 @@ class Split(nn.Module):
     def before(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised images N×3×S×S → the activations, and a ViT's residual stream, which bypasses them (else None)."""
         if self.block is None:
-            found = self._feature_map(images.contiguous(memory_format=torch.channels_last))
-            if found.ndim != 4:
+            feature_map = self._feature_map(images.contiguous(memory_format=torch.channels_last))
+            if feature_map.ndim != 4:
                 raise UsageError(f"no heat maps for {type(self.body).__name__}: neither a ViT nor a CNN")
-            return found, None
-        seen: list[Tensor] = []
-        handle = self.norm.register_forward_hook(lambda module, inputs, output: seen.extend((output, inputs[0])))
+            return feature_map, None
+        captured: list[Tensor] = []
+        handle = self.norm.register_forward_hook(lambda module, inputs, output: captured.extend((output, inputs[0])))
         try:
             self.encoder.images(images)
         finally:
             handle.remove()
-        return seen[0], seen[1]
+        return captured[0], captured[1]
 
     def _feature_map(self, images: Tensor) -> Tensor:
         """The feature map of ``stage``; or the network's last, if the modules after the stage are not a plain chain."""
         if self.stage is None:
             return self.body.forward_features(images)
-        seen: list[Tensor] = []
-        handle = self.body.get_submodule(self.stage).register_forward_hook(lambda m, i, output: seen.append(output))
+        captured: list[Tensor] = []
+        handle = self.body.get_submodule(self.stage).register_forward_hook(lambda m, i, output: captured.append(output))
         try:
             states = self.body(images)
         finally:
             handle.remove()
         with torch.no_grad():
             try:
-                chain = torch.allclose(self.after(seen[0].clone(), None), states, rtol=1e-3, atol=1e-4)
+                is_chain = torch.allclose(self.after(captured[0].clone(), None), states, rtol=1e-3, atol=1e-4)
             except (RuntimeError, TypeError):
-                chain = False
-        if chain:
-            return seen[0]
+                is_chain = False
+        if is_chain:
+            return captured[0]
         self.stage = None
         return self.body.forward_features(images)
 
@@ -121,14 +121,16 @@ class Split(nn.Module):
         def column(layer: nn.Linear) -> Tensor:
             return layer.weight[:, channels].T.reshape(len(channels), heads, width)
 
-        gone = x[:, channels].T  # K×T
-        q = attention.q_proj(x[0]).view(heads, width) - gone[:, :1, None] * column(attention.q_proj)  # K×H×w
+        zeroed = x[:, channels].T  # K×T
+        q = attention.q_proj(x[0]).view(heads, width) - zeroed[:, :1, None] * column(attention.q_proj)  # K×H×w
         k = attention.k_proj(x).view(-1, heads, width)  # T×H×w
         v = attention.v_proj(x).view(-1, heads, width)
-        scores = torch.einsum("khw,thw->kht", q, k) - gone[:, None] * (q * column(attention.k_proj)).sum(-1)[..., None]
+        scores = (
+            torch.einsum("khw,thw->kht", q, k) - zeroed[:, None] * (q * column(attention.k_proj)).sum(-1)[..., None]
+        )
         weights = (scores * attention.scale).softmax(-1)  # K×H×T
         context = torch.einsum("kht,thw->khw", weights, v)
-        context = context - (weights * gone[:, None]).sum(-1)[..., None] * column(attention.v_proj)
+        context = context - (weights * zeroed[:, None]).sum(-1)[..., None] * column(attention.v_proj)
         token = residual[0] + attention.out_proj(context.flatten(1))  # K×D
         return self._project(token + self.block.mlp(self.block.layer_norm2(token)))
 
@@ -137,8 +139,8 @@ def last_stage(body: Any) -> str | None:
     """The name of a timm CNN's first stage at the final resolution; None if timm does not list its stages."""
     stages = [dict(stage) for stage in getattr(body, "feature_info", None) or []]
     names = dict(body.named_modules())
-    found = [s["module"] for s in stages if s["reduction"] == stages[-1]["reduction"]]
-    return found[0] if found and found[0] in names else None
+    candidates = [s["module"] for s in stages if s["reduction"] == stages[-1]["reduction"]]
+    return candidates[0] if candidates and candidates[0] in names else None
 
 
 @contextmanager

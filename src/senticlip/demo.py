@@ -25,7 +25,7 @@ from senticlip.structures import Clip, UsageError, UserError, polarity
 from senticlip.tables import load_preset
 from senticlip.train import stages_of, train
 
-ALONE = {"text": "text", "video": "vision"}
+SINGLE = {"text": "text", "video": "vision"}
 
 
 def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = False) -> dict[str, Any]:
@@ -45,19 +45,19 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
             holds something else, or the experiment does not read both text and video.
     """
     config = config or load_preset("tiny")
-    if not set(ALONE.values()) <= set(config.modalities):
+    if not set(SINGLE.values()) <= set(config.modalities):
         raise UsageError("modalities: the demo compares text and video with both — keep them (audio may be added)")
     with alone(Path(out), "demo"):
-        return _demo(Path(out), config, sound)
+        return _run_demo(Path(out), config, sound)
 
 
-def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
-    for name in ALONE:
+def _run_demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
+    for name in SINGLE:
         _check_is_run(out / f"run-{name}")
     with counter("clips") as progress:
         best = make(out / "data", config.seed, sound, progress=progress)["best"]["test"]
-    runs = {"fused": config} | {name: config.override({"modalities": [m]}) for name, m in ALONE.items()}
-    found = {}
+    runs = {"fused": config} | {name: config.override({"modalities": [m]}) for name, m in SINGLE.items()}
+    results = {}
     for name, experiment in runs.items():
         run = out / ("run" if name == "fused" else f"run-{name}")
         if name != "fused":  # its encoder was trained before, as a stage of the fused model
@@ -67,13 +67,13 @@ def _demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
             for stage in stages_of(experiment, out / "data"):
                 share_stage(run, stage, out / "run" / "stages" / stage)
         train(experiment, out / "data", run, resume=name != "fused")
-        found[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
-    there = {clip.id: clip for clip in read_clips(out / "data", "test", config.protocol, config.seed)}
-    shown = strip(out / "run" / "predictions-test.csv", there)
-    asked = next(clip for clip in shown if clip["kind"] == "conflict")
-    explain(load(out / "run"), asked["path"], asked["text"], out / "explain")
-    write_text(out / "report.html", page(found, shown))
-    return {name: found["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
+        results[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
+    clips_by_id = {clip.id: clip for clip in read_clips(out / "data", "test", config.protocol, config.seed)}
+    shown = strip(out / "run" / "predictions-test.csv", clips_by_id)
+    explained = next(clip for clip in shown if clip["kind"] == "conflict")
+    explain(load(out / "run"), explained["path"], explained["text"], out / "explain")
+    write_text(out / "report.html", page(results, shown))
+    return {name: results["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
 
 
 def _check_is_run(run: Path) -> None:
@@ -87,28 +87,28 @@ def _check_is_run(run: Path) -> None:
         raise UserError(f"{run}: not a run, and would be deleted — choose another --out")
 
 
-def strip(predictions: Path, there: dict[str, Clip]) -> list[dict[str, Any]]:
+def strip(predictions: Path, clips_by_id: dict[str, Clip]) -> list[dict[str, Any]]:
     """The first two clips of each kind, with a thumbnail and their predictions; ``there``: the clips by id."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            clip = there[row["id"]]
-            how = kind(*(polarity(clip.labels[name]) for name in "TV"))
-            clips = chosen.setdefault(how, [])
+            clip = clips_by_id[row["id"]]
+            kind_name = kind(*(polarity(clip.labels[name]) for name in "TV"))
+            clips = chosen.setdefault(kind_name, [])
             if len(clips) < 2:
                 assert clip.video is not None
                 middle = Image.fromarray(read_frames(clip.video, 1).pixels[0].transpose(1, 2, 0))
-                clips.append({**row, "kind": how, "path": clip.video, "image": inline(middle)})
+                clips.append({**row, "kind": kind_name, "path": clip.video, "image": inline(middle)})
     return [clip for clips in chosen.values() for clip in clips]
 
 
-def curves(found: dict[str, dict[str, Any]]) -> str:
+def curves(results: dict[str, dict[str, Any]]) -> str:
     """An SVG of each model's accuracy on valid by epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
-    for name, result in found.items():
+    for name, result in results.items():
         rows = [row for row in result["history"] if "accuracy" in row]
         axes.plot([row["epoch"] for row in rows], [row["accuracy"] for row in rows], label=name)
     axes.set(xlabel="epoch", ylabel="accuracy on valid", ylim=(0.3, 1.0))
@@ -120,6 +120,6 @@ def curves(found: dict[str, dict[str, Any]]) -> str:
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
-def page(found: dict[str, dict[str, Any]], shown: list[dict[str, Any]]) -> str:
+def page(results: dict[str, dict[str, Any]], shown: list[dict[str, Any]]) -> str:
     """The report: accuracy by modality, confusion, curves, clips with their predictions."""
-    return template("report.html", found=found, shown=shown, curves=curves(found), KINDS=KINDS)
+    return template("report.html", found=results, shown=shown, curves=curves(results), KINDS=KINDS)

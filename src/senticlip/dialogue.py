@@ -53,37 +53,37 @@ class LineSource(NamedTuple):
         if self.transcribe:
             from senticlip.speech import transcript
 
-            if not (heard := transcript(video, self.asr_model, device)):
+            if not (spoken := transcript(video, self.asr_model, device)):
                 raise UserError(f"{video}: no speech detected — leave out --transcribe")
-            return heard
-        found = subs.read(self.subtitles, self.shift) if self.subtitles is not None else self._own(video)
-        if found is None:
-            found = shots(video, end) if self.cut == "shots" else windows(end, self.seconds)
-        self._check_times(found, video, end)
-        return found
+            return spoken
+        lines = subs.read(self.subtitles, self.shift) if self.subtitles is not None else self._embedded_lines(video)
+        if lines is None:
+            lines = shots(video, end) if self.cut == "shots" else windows(end, self.seconds)
+        self._check_times(lines, video, end)
+        return lines
 
-    def _own(self, video: Path) -> list[Line] | None:
+    def _embedded_lines(self, video: Path) -> list[Line] | None:
         """The film's embedded lines, or None; tells the user if there are none, and of tracks that cannot be read."""
-        told: list[str] = []
-        found: list[Line] | None = embedded(video, self.track, self.shift, told.append)
-        if not found and not (self.shift < 0 and embedded(video, self.track)):
-            none = told[0] if told else f"{video}: has no subtitles, and none were given (--subtitles F.srt)"
+        messages: list[str] = []
+        lines: list[Line] | None = embedded(video, self.track, self.shift, messages.append)
+        if not lines and not (self.shift < 0 and embedded(video, self.track)):
+            reason = messages[0] if messages else f"{video}: has no subtitles, and none were given (--subtitles F.srt)"
             if self.shift:
-                raise UsageError(f"{none}; --shift has nothing to move")
-            found, told = None, [f"{none}; cutting the film without text"]
-        for line in told:
-            console.print(line, soft_wrap=True, highlight=False)
-        return found
+                raise UsageError(f"{reason}; --shift has nothing to move")
+            lines, messages = None, [f"{reason}; cutting the film without text"]
+        for message in messages:
+            console.print(message, soft_wrap=True, highlight=False)
+        return lines
 
     def _check_times(self, lines: list[Line], video: Path, end: float) -> None:
         """Refuse lines that cannot belong to this film; warn of lines that begin after its end."""
         source = self.subtitles or video
         if not lines:
-            moved = f" after 0 s: --shift {self.shift:g} moves all of them before it" if self.shift < 0 else ""
-            raise UserError(f"{source}: contains no spoken line{moved} — leave out the subtitles to cut by time")
-        late = sum(line.start >= end for line in lines)
-        if late == len(lines):
+            hint = f" after 0 s: --shift {self.shift:g} moves all of them before it" if self.shift < 0 else ""
+            raise UserError(f"{source}: contains no spoken line{hint} — leave out the subtitles to cut by time")
+        n_late = sum(line.start >= end for line in lines)
+        if n_late == len(lines):
             raise UserError(f"{source}: all lines begin after the end of {video} ({end:.1f} s) — check --shift")
-        if late:
-            told = f"{late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s) — check --shift"
-            console.print(told, soft_wrap=True)
+        if n_late:
+            message = f"{n_late} of {len(lines)} lines begin after the end of {video} ({end:.1f} s) — check --shift"
+            console.print(message, soft_wrap=True)

@@ -62,10 +62,10 @@ def evaluate(
         UsageError: no such run, split, device, target or precision. UserError: the data cannot be read or lacks
             the label.
     """
-    return _answers(run, data, split, device, target, precision).result
+    return _predict_split(run, data, split, device, target, precision).result
 
 
-def _answers(
+def _predict_split(
     run: str | Path, data: str | Path, split: str, device: str | None, target: str | None, precision: str
 ) -> Answers:
     if target is not None and target not in TARGETS:
@@ -74,66 +74,66 @@ def _answers(
     config = predictor.config
     target = target or config.target
     split = split_named(split)
-    every = read_clips(data, split, config.protocol, config.seed)
-    clips = [clip for clip in every if target in clip.labels]
+    all_clips = read_clips(data, split, config.protocol, config.seed)
+    clips = [clip for clip in all_clips if target in clip.labels]
     if not clips:
         raise UserError(f"{data}: no clip in {split} has label {target}")
-    if left := len(every) - len(clips):
-        told = f"{data}: {left} of {len(every)} clips in {split} have no label {target} and are left out"
-        console.print(told, soft_wrap=True)
+    if missing := len(all_clips) - len(clips):
+        message = f"{data}: {missing} of {len(all_clips)} clips in {split} have no label {target} and are left out"
+        console.print(message, soft_wrap=True)
     rows = clip_set(clips, predictor.model, data=data)
     output = outputs(predictor.model, rows)
-    if broken := [clip.id for clip, good in zip(clips, output.are_numbers(), strict=True) if not good]:
-        told = f"{len(broken)} of {len(clips)} answers are NaN, the first for {broken[0]}"
-        raise UserError(f"{run}: {told} — its weights or input features are broken")
-    _tell_changed_rows(Path(run), data, config)
+    if nan_ids := [clip.id for clip, good in zip(clips, output.are_numbers(), strict=True) if not good]:
+        message = f"{len(nan_ids)} of {len(clips)} answers are NaN, the first for {nan_ids[0]}"
+        raise UserError(f"{run}: {message} — its weights or input features are broken")
+    _warn_of_changed_rows(Path(run), data, config)
     truth = polarity(rows.labels[target])
     result = judge(output, truth, rows.labels[target]) | {"target": target}
     values, predicted = values_and_classes(output)
-    if unread := _tell_unread(data, rows, predicted):
+    if unread := _report_unread(data, rows, predicted):
         result["unread"] = unread
     if predictor.disagreement:
         result["disagreement"] = predictor.disagreement
     temperature = getattr(predictor.model.network, "temperature", None)
     if temperature is not None and len(output.logits) > 1:
         heads = {name: output.logits[name] / tau for name, tau in zip(output.logits, temperature.cpu(), strict=True)}
-        there = {name: output.weights[name] > 0 for name in heads}
+        present = {name: output.weights[name] > 0 for name in heads}
         result["heads"] = {
-            SURFACE[name]: _short(truth[there[name].numpy()], said[there[name]].argmax(-1).numpy())
-            for name, said in heads.items()
-            if there[name].any()
+            SURFACE[name]: _accuracy_and_f1(truth[present[name].numpy()], logits[present[name]].argmax(-1).numpy())
+            for name, logits in heads.items()
+            if present[name].any()
         }
-        votes = [said * there[name][:, None] for name, said in heads.items()]
-        result["equal_weights"] = _short(truth, sum(votes).argmax(-1).numpy())
+        votes = [logits * present[name][:, None] for name, logits in heads.items()]
+        result["equal_weights"] = _accuracy_and_f1(truth, sum(votes).argmax(-1).numpy())
     if Path(run).is_dir():
-        other = [word for word, usual in ((target, config.target), (precision, "fp32")) if word != usual]
-        file = Path(run) / f"predictions-{'-'.join([split, *other])}.csv"
+        suffixes = [word for word, default in ((target, config.target), (precision, "fp32")) if word != default]
+        file = Path(run) / f"predictions-{'-'.join([split, *suffixes])}.csv"
         if os.access(run, os.W_OK):
-            write_text(file, _table(clips, truth, predicted, values))
+            write_text(file, _predictions_csv(clips, truth, predicted, values))
             result["predictions"] = str(file)
         else:  # a read-only RUN can be evaluated, too
             console.print(f"{file}: not written, {run} is read-only", soft_wrap=True)
     return Answers(clips, truth, predicted, result)
 
 
-def _tell_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
+def _report_unread(data: str | Path, rows: ClipSet, predicted: np.ndarray) -> int:
     """Count and report the clips without any input for the model: their predictions are arbitrary, but still count."""
-    nothing = np.all([store.lengths == 0 for store in rows.stores.values()], axis=0)
-    if nothing.any():
-        said = " or ".join(LABELS[index] for index in np.unique(predicted[nothing]))
-        told = f"{data}: {nothing.sum()} of {len(rows)} clips have no input that this model reads"
-        console.print(f"{told}; they are predicted as {said!r}", soft_wrap=True)
-    return int(nothing.sum())
+    without_input = np.all([store.lengths == 0 for store in rows.stores.values()], axis=0)
+    if without_input.any():
+        labels = " or ".join(LABELS[index] for index in np.unique(predicted[without_input]))
+        message = f"{data}: {without_input.sum()} of {len(rows)} clips have no input that this model reads"
+        console.print(f"{message}; they are predicted as {labels!r}", soft_wrap=True)
+    return int(without_input.sum())
 
 
-def _tell_changed_rows(run: Path, data: str | Path, config: Config) -> None:
+def _warn_of_changed_rows(run: Path, data: str | Path, config: Config) -> None:
     """Warn if the data's rows have changed since training: random splits may have changed with them."""
     trained = read_metrics(run)
     if "rows" not in trained or Path(trained["data"]).resolve() != Path(data).resolve():
         return
     if trained["rows"] != rows_digest(data, read_clips(data, None, config.protocol, config.seed)):
-        told = f"{data}: its rows have changed since {run} was trained; this split may contain training clips"
-        console.print(f"{told}, if splits are drawn at random", soft_wrap=True)
+        message = f"{data}: its rows have changed since {run} was trained; this split may contain training clips"
+        console.print(f"{message}, if splits are drawn at random", soft_wrap=True)
 
 
 def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
@@ -147,18 +147,20 @@ def judge(output: Output, truth: np.ndarray, scores: np.ndarray) -> dict[str, An
     return result | {"interval": [low, high]}
 
 
-def _short(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    found = metrics.classification(truth, predicted)
-    return {name: found[name] for name in ("accuracy", "macro_f1")}
+def _accuracy_and_f1(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    result = metrics.classification(truth, predicted)
+    return {name: result[name] for name in ("accuracy", "macro_f1")}
 
 
-def _table(clips: list[Clip], truth: np.ndarray, predicted: np.ndarray, values: np.ndarray) -> str:
+def _predictions_csv(clips: list[Clip], truth: np.ndarray, predicted: np.ndarray, values: np.ndarray) -> str:
     """CSV: id, text, truth, predicted, a probability per class (or the score)."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["id", "text", "truth", "predicted", *(LABELS if values.shape[1] > 1 else ["score"])])
-    for clip, true, found, row in zip(clips, truth, predicted, values, strict=True):
-        writer.writerow([clip.id, clip.text or "", LABELS[true], LABELS[found], *(f"{value:.6f}" for value in row)])
+    for clip, true_class, predicted_class, row in zip(clips, truth, predicted, values, strict=True):
+        writer.writerow(
+            [clip.id, clip.text or "", LABELS[true_class], LABELS[predicted_class], *(f"{value:.6f}" for value in row)]
+        )
     return text.getvalue()
 
 
@@ -177,7 +179,7 @@ def compare(
         UserError: the runs split the data differently, so their clips differ.
         UsageError: they were trained on different labels, and no ``target`` is given.
     """
-    a, b = (_answers(run, data, split, device, target, precision) for run in (run_a, run_b))
+    a, b = (_predict_split(run, data, split, device, target, precision) for run in (run_a, run_b))
     if [clip.id for clip in a.clips] != [clip.id for clip in b.clips]:
         raise UserError(f"{run_a} and {run_b} split {data} differently (protocol, seed or target): not comparable")
     if (a.truth != b.truth).any():

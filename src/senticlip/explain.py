@@ -24,8 +24,8 @@ from senticlip.pages import CHINESE, page
 from senticlip.progress import counter
 from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, spoken
 
-SAID = {"text": "words", "video": "picture", "audio": "sound"}
-HEIGHT, WIDEST = 256, 1024
+ENGLISH = {"text": "words", "video": "picture", "audio": "sound"}
+HEIGHT, MAX_WIDTH = 256, 1024
 """Height of the page's pictures and their largest width, in pixels."""
 FAINT = 0.01
 """If the prediction changes by less than this without the video (occlusion.change), the page says so: heat maps are
@@ -110,13 +110,13 @@ def load(run: Any, device: str | None = None) -> Any:
 
 def batch_of(predictor: Any, clip: Clip) -> tuple[Batch, list[float]]:
     """One clip as a batch, and the times of its frames in seconds (none without a video)."""
-    seen: list[Frames] = []
+    frames_read: list[Frames] = []
 
     def read(*args: Any, **options: Any) -> Frames:
-        seen.append(read_frames(*args, **options))
-        return seen[-1]
+        frames_read.append(read_frames(*args, **options))
+        return frames_read[-1]
 
-    return predictor.batch([clip], read=read), [float(t) for frames in seen for t in frames.times]
+    return predictor.batch([clip], read=read), [float(t) for frames in frames_read for t in frames.times]
 
 
 def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explanation:
@@ -134,8 +134,8 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         output = predictor.model.fuse(features, attention=True)
     prediction = predictor.predictions(output)[0]
     cases = occlude(predictor, features, clip.text)
-    pictures = _pictures(clip.video, times) if clip.video is not None and times else []
-    maps, method = _maps(predictor, batch, prediction, method) if pictures else (None, "")
+    pictures = _read_pictures(clip.video, times) if clip.video is not None and times else []
+    maps, method = _heat_maps(predictor, batch, prediction, method) if pictures else (None, "")
     weights = cross_attention(output, features)
     name = shown(clip.video) if clip.video is not None else ""
     return Explanation(
@@ -144,7 +144,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         prediction,
         cases,
         alone(predictor, features),
-        _attention(predictor, weights, features, clip.text, len(times)),
+        _label_attention(predictor, weights, features, clip.text, len(times)),
         times,
         pictures,
         maps,
@@ -155,21 +155,21 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     )
 
 
-def _maps(
+def _heat_maps(
     predictor: Any, batch: Batch, prediction: Prediction, method: str | None
 ) -> tuple[np.ndarray | None, str | None]:
     """Heat maps of the predicted class, divided by the largest value in all frames, and the method's name."""
-    possible = cam.methods_for(predictor.model)
-    if method is not None and method not in possible:
-        raise UsageError(f"--method {method}: not for this model, which has {', '.join(possible) or 'no heat maps'}")
-    name = method or (possible[0] if possible else None)
+    supported = cam.methods_for(predictor.model)
+    if method is not None and method not in supported:
+        raise UsageError(f"--method {method}: not for this model, which has {', '.join(supported) or 'no heat maps'}")
+    name = method or (supported[0] if supported else None)
     if name is None:
         return None, None
     index = LABELS.index(prediction.label)
     with counter(name) as advance:
-        more = {"advance": advance} if name == "ablation-cam" else {}
+        options = {"advance": advance} if name == "ablation-cam" else {}
         try:
-            maps = cam.METHODS[name](predictor.model, batch, index, **more).cpu().numpy()
+            maps = cam.METHODS[name](predictor.model, batch, index, **options).cpu().numpy()
         except UsageError:
             if method is not None:
                 raise
@@ -177,20 +177,20 @@ def _maps(
     return maps / (maps.max() or 1.0), name
 
 
-def _pictures(video: Path, times: list[float]) -> list[Image.Image]:
+def _read_pictures(video: Path, times: list[float]) -> list[Image.Image]:
     """The frames as displayed, read one at a time: many 8K frames would not fit in memory."""
     pictures = []
     with VideoReader(video) as reader:
         aspect = reader.aspect
         for time in times:
-            whole = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
-            height = min(HEIGHT, WIDEST / aspect)
+            frame = Image.fromarray(reader.read(times=[time]).pixels[0].transpose(1, 2, 0))
+            height = min(HEIGHT, MAX_WIDTH / aspect)
             shape = max(1, round(height * aspect)), max(1, round(height))
-            pictures.append(whole.resize(shape, Image.Resampling.BICUBIC))
+            pictures.append(frame.resize(shape, Image.Resampling.BICUBIC))
     return pictures
 
 
-def _attention(
+def _label_attention(
     predictor: Any, weights: dict[str, torch.Tensor], features: Batch, text: str | None, frames: int
 ) -> Attention | None:
     """The weights with their words and frames; None if the model has none, or the clip lacks text or video."""
@@ -212,9 +212,9 @@ def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     """A frame blended with its heat map h×w in 0 … 1; where the map is 0, the frame is unchanged."""
     strength = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC))
     strength = strength.clip(0, 1)
-    share = 0.7 * strength[..., None] ** 0.7
-    mixed = (1 - share) * np.asarray(picture) + share * 255 * colormaps["turbo"](strength)[..., :3]
-    return Image.fromarray(mixed.astype(np.uint8))
+    alpha = 0.7 * strength[..., None] ** 0.7
+    blended = (1 - alpha) * np.asarray(picture) + alpha * 255 * colormaps["turbo"](strength)[..., :3]
+    return Image.fromarray(blended.astype(np.uint8))
 
 
 def inline(picture: Image.Image) -> str:
@@ -224,113 +224,113 @@ def inline(picture: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def sentences(found: Explanation) -> list[tuple[str, str]]:
+def sentences(explained: Explanation) -> list[tuple[str, str]]:
     """The explanation in sentences, each in Chinese and English: do the modalities agree, what changes the label."""
-    said = _agreement({name: one.label for name, one in found.alone.items()}, found.prediction.label)
-    before = found.cases[0].prediction
-    flips = [case for case in found.cases[1:] if case.prediction.label != before.label]
+    result = _agreement(
+        {name: prediction.label for name, prediction in explained.alone.items()}, explained.prediction.label
+    )
+    before = explained.cases[0].prediction
+    flips = [case for case in explained.cases[1:] if case.prediction.label != before.label]
     parts = [case for case in flips if case.kind in SURFACE.values()]
-    small = [case for case in flips if case.kind in ("frame", "character")]
+    small_parts = [case for case in flips if case.kind in ("frame", "character")]
     for case in parts:
         label = case.prediction.label
-        said.append(
+        result.append(
             (f"去掉{CHINESE[case.kind]}，预测会变为{CHINESE[label]}。", f"Without the {case.kind} it would be {label}.")
         )
-    if small:
-        names = [f"第 {c.shown} 帧" if c.kind == "frame" else f"“{c.shown}”" for c in small]
-        english = [f"frame {c.shown}" if c.kind == "frame" else f"“{c.shown}”" for c in small]
+    if small_parts:
+        names = [f"第 {c.shown} 帧" if c.kind == "frame" else f"“{c.shown}”" for c in small_parts]
+        english = [f"frame {c.shown}" if c.kind == "frame" else f"“{c.shown}”" for c in small_parts]
         zh, en = ("也", "also ") if parts else ("就", "")
-        said.append(
+        result.append(
             (
-                f"只去掉{_joined(names, '、', '或')}，预测{zh}会改变。",
+                f"只去掉{_join(names, '、', '或')}，预测{zh}会改变。",
                 f"Leaving out {' or '.join(english)} alone {en}changes the answer.",
             )
         )
-    elif not parts and len(found.cases) > 1:
-        said.append(("去掉任何一部分，预测都不变。", "No single part changes the answer when left out."))
-    return said
+    elif not parts and len(explained.cases) > 1:
+        result.append(("去掉任何一部分，预测都不变。", "No single part changes the answer when left out."))
+    return result
 
 
 def _agreement(alone: dict[str, str], answer: str) -> list[tuple[str, str]]:
     """Whether the modalities, each alone, give the same label, and which of them the answer follows."""
     if not alone:
         return []
-    chinese, english = _named(alone)
+    chinese, english = _list_modalities(alone)
     same, *others = set(alone.values())
     if not others:
-        every = "both" if len(alone) == 2 else "all"
-        return [(f"{chinese}一致，都是{CHINESE[same]}。", f"{english.capitalize()} agree: {every} are {same}.")]
+        quantifier = "both" if len(alone) == 2 else "all"
+        return [(f"{chinese}一致，都是{CHINESE[same]}。", f"{english.capitalize()} agree: {quantifier} are {same}.")]
     zh, en = [], []
     for name, label in alone.items():
         zh.append(f"只{'听' if name == 'audio' else '看'}{CHINESE[name]}是{CHINESE[label]}")
-        en.append(f"the {SAID[name]} alone {'are' if name == 'text' else 'is'} {label}")
+        en.append(f"the {ENGLISH[name]} alone {'are' if name == 'text' else 'is'} {label}")
     ends = "，".join(zh), ", ".join(en)
-    if believed := [name for name, label in alone.items() if label == answer]:
-        trusted = _named(believed)
-        ends = f"{ends[0]}；模型采信了{trusted[0]}", f"{ends[1]}; the model follows the {trusted[1]}"
+    if followed := [name for name, label in alone.items() if label == answer]:
+        followed_names = _list_modalities(followed)
+        ends = f"{ends[0]}；模型采信了{followed_names[0]}", f"{ends[1]}; the model follows the {followed_names[1]}"
     if {alone.get("text"), alone.get("video")} == {"positive", "negative"}:
         ends = ends[0] + "，可能是反话", ends[1] + ". This may be irony"
     return [(f"{chinese}不一致：{ends[0]}。", f"{english.capitalize()} disagree: {ends[1]}.")]
 
 
-def _named(modalities: Iterable[str]) -> tuple[str, str]:
+def _list_modalities(modalities: Iterable[str]) -> tuple[str, str]:
     """The modalities as a phrase: 文本、视频与音频; words, picture and sound."""
     names = list(modalities)
-    return _joined([CHINESE[name] for name in names], "、", "与"), _joined(
-        [SAID[name] for name in names], ", ", " and "
-    )
+    return _join([CHINESE[name] for name in names], "、", "与"), _join([ENGLISH[name] for name in names], ", ", " and ")
 
 
-def _joined(names: list[str], comma: str, last: str) -> str:
+def _join(names: list[str], comma: str, last: str) -> str:
     return last.join(filter(None, (comma.join(names[:-1]), names[-1])))
 
 
-def write(found: Explanation, out: str | Path) -> dict[str, Any]:
+def write(explained: Explanation, out: str | Path) -> dict[str, Any]:
     """Write the page and the PNGs of an explanation.
 
     Raises:
         UsageError, UserError: the folder cannot be made or written to.
     """
-    folder, frames = make_folder(out), heated(found)
+    folder, frames = make_folder(out), heated(explained)
     paths = [folder / f"frame-{i + 1}.png" for i in range(len(frames))]
     target = folder / "explain.html"
-    longer = _later_frames(folder, len(paths)) if target.is_file() else []
+    stale = _stale_frames(folder, len(paths)) if target.is_file() else []
     for path, picture in zip(paths, frames, strict=True):
         write_whole(path, functools.partial(picture.save, format="PNG"))
-    write_text(target, html(found, frames))
-    for old in longer:
+    write_text(target, html(explained, frames))
+    for old in stale:
         old.unlink()
     return {"html": str(target), "frames": [str(path) for path in paths]}
 
 
-def heated(found: Explanation) -> list[Image.Image]:
+def heated(explained: Explanation) -> list[Image.Image]:
     """The frames blended with their heat maps; unchanged if there are none."""
-    if found.maps is None:
-        return found.pictures
-    return [overlay(picture, heat) for picture, heat in zip(found.pictures, found.maps, strict=True)]
+    if explained.maps is None:
+        return explained.pictures
+    return [overlay(picture, heat) for picture, heat in zip(explained.pictures, explained.maps, strict=True)]
 
 
-def html(found: Explanation, frames: list[Image.Image]) -> str:
+def html(explained: Explanation, frames: list[Image.Image]) -> str:
     """The page of an explanation; ``frames``: as returned by ``heated``."""
-    label, whole = found.prediction.label, found.cases[0].prediction
-    pictures = zip(found.pictures, frames, found.times, strict=True)
+    label, original = explained.prediction.label, explained.cases[0].prediction
+    pictures = zip(explained.pictures, frames, explained.times, strict=True)
     # differences of rounded values, so that the numbers on the page add up
-    after = [(case, round(value(case.prediction, label), 3)) for case in found.cases]
-    differences = [(case, shown, shown - after[0][1]) for case, shown in after[1:]]
+    supports = [(case, round(value(case.prediction, label), 3)) for case in explained.cases]
+    differences = [(case, shown, shown - supports[0][1]) for case, shown in supports[1:]]
     return page(
         "explain.html",
-        found=found,
+        found=explained,
         label=label,
-        sentences=sentences(found),
-        frames=[(inline(plain), inline(hot), time) for plain, hot, time in pictures],
-        before=after[0][1],
+        sentences=sentences(explained),
+        frames=[(inline(plain), inline(heat), time) for plain, heat, time in pictures],
+        before=supports[0][1],
         differences=differences,
-        pieces=[(case.shown, moved) for case, _, moved in differences if case.kind == "character"],
-        faint=any(case.kind == "video" and change(whole, case.prediction) < FAINT for case in found.cases),
+        pieces=[(case.shown, difference) for case, _, difference in differences if case.kind == "character"],
+        faint=any(case.kind == "video" and change(original, case.prediction) < FAINT for case in explained.cases),
     )
 
 
-def _later_frames(folder: Path, count: int) -> list[Path]:
+def _stale_frames(folder: Path, count: int) -> list[Path]:
     """Pictures left by an earlier explanation in this folder, of a clip with more frames."""
     numbers = {path: path.stem.removeprefix("frame-") for path in folder.glob("frame-*.png")}
     return [p for p, n in numbers.items() if n.isascii() and n.isdigit() and n[0] != "0" and int(n) > count]

@@ -113,18 +113,18 @@ def explain_set(
         rows = answered(predictor, clips, data, lambda n: progress.advance(task, n))
         by, kinds = _kinds(rows)
         wrong = [i for i, row in enumerate(rows) if LABELS.index(row.whole.label) != row.truth]
-        errors = sorted(wrong, key=lambda i: _right(rows[i]))[:worst]
+        errors = sorted(wrong, key=lambda i: _truth_score(rows[i]))[:worst]
         task = progress.add_task("worst errors", total=len(errors))
         listed = []
         for number, i in enumerate(errors, 1):
-            listed.append(_page_of(predictor, rows[i], kinds[i], folder, f"worst-{number:02}", method))
+            listed.append(_write_error_page(predictor, rows[i], kinds[i], folder, f"worst-{number:02}", method))
             progress.advance(task)
     result = _summary(rows, kinds) | {"by": by}
     target = folder / "index.html"
     scored = rows[0].whole.score is not None
     html = page("explain_set.html", **result, worst=listed, KINDS=KINDS, split=split, data=shown(data), scored=scored)
     write_text(target, html)
-    _sweep(folder, {Path(item.href).parent.name for item in listed if item.href})
+    _remove_old_pages(folder, {Path(item.href).parent.name for item in listed if item.href})
     return {"html": str(target), **result, "worst": [str(folder / item.href) for item in listed if item.href]}
 
 
@@ -132,26 +132,30 @@ def explain_set(
 def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None]) -> list[Answered]:
     """Predict each clip as it is, without each modality, and given each alone; features come from the cache."""
     model, target = predictor.model, predictor.config.target
-    rows = clip_set(clips, model, data=data)
-    found = []
-    for begin in range(0, len(clips), BATCH):
-        chosen = list(range(begin, min(begin + BATCH, len(clips))))
-        inputs = rows.__getitems__(chosen)
+    dataset = clip_set(clips, model, data=data)
+    results = []
+    for start in range(0, len(clips), BATCH):
+        indices = list(range(start, min(start + BATCH, len(clips))))
+        inputs = dataset.__getitems__(indices)
         features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
         whole = predictor.predictions(model.fuse(features))
-        there = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
-        without = {name: predictor.predictions(model.fuse(only(features, there.keys() - {name}))) for name in there}
+        present = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
+        without = {name: predictor.predictions(model.fuse(only(features, present.keys() - {name}))) for name in present}
         alone = {name: predictor.predictions(output) for name, output in model.alone(features).items()}
-        for i, place in enumerate(chosen):
-            present = [name for name in there if there[name][i]]
-            several = present if len(present) > 1 else []
-            left, said = ({SURFACE[name]: answers[name][i] for name in several} for answers in (without, alone))
-            found.append(Answered(clips[place], clips[place].labels[target], whole[i], left, said, not present))
-        advance(len(chosen))
-    return found
+        for i, index in enumerate(indices):
+            names = [name for name in present if present[name][i]]
+            removable = names if len(names) > 1 else []
+            without_row, alone_row = (
+                {SURFACE[name]: answers[name][i] for name in removable} for answers in (without, alone)
+            )
+            results.append(
+                Answered(clips[index], clips[index].labels[target], whole[i], without_row, alone_row, not names)
+            )
+        advance(len(indices))
+    return results
 
 
-def _right(row: Answered) -> float:
+def _truth_score(row: Answered) -> float:
     """The probability of the true class; for a score, minus its absolute error."""
     if row.whole.score is not None:
         return -abs(bounded(row.whole.score) - row.label)
@@ -163,29 +167,29 @@ def _kinds(rows: list[Answered]) -> tuple[str, list[str]]:
     answers to text and video alone ("" for a row without both)."""
     if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
         return "labels", [kind(polarity(r.clip.labels["T"]), polarity(r.clip.labels["V"])) for r in rows]
-    said = [[LABELS.index(r.alone[name].label) for name in ("text", "video") if name in r.alone] for r in rows]
-    return "model", [kind(*pair) if len(pair) == 2 else "" for pair in said]
+    predicted = [[LABELS.index(r.alone[name].label) for name in ("text", "video") if name in r.alone] for r in rows]
+    return "model", [kind(*pair) if len(pair) == 2 else "" for pair in predicted]
 
 
 def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
     """Confusion by kind, and the effect of each modality: the mean change of the prediction without it."""
     truth = np.array([row.truth for row in rows])
-    found = np.array([LABELS.index(row.whole.label) for row in rows])
+    predicted = np.array([LABELS.index(row.whole.label) for row in rows])
     tables = {}
     for name in KINDS:
-        here = np.array(kinds) == name
-        if here.any():
+        selected = np.array(kinds) == name
+        if selected.any():
             tables[name] = {
-                "n": int(here.sum()),
-                "accuracy": float((truth[here] == found[here]).mean()),
-                "confusion": metrics.confusion(truth[here], found[here]).tolist(),
+                "n": int(selected.sum()),
+                "accuracy": float((truth[selected] == predicted[selected]).mean()),
+                "confusion": metrics.confusion(truth[selected], predicted[selected]).tolist(),
             }
     modalities: dict[str, dict[str, float]] = {}
-    several = [row for row in rows if row.without]
-    for name in sorted({name for row in several for name in row.without}, key=list(SURFACE.values()).index):
-        pairs = [(row.whole, row.without[name]) for row in several if name in row.without]
+    multimodal = [row for row in rows if row.without]
+    for name in sorted({name for row in multimodal for name in row.without}, key=list(SURFACE.values()).index):
+        pairs = [(row.whole, row.without[name]) for row in multimodal if name in row.without]
         # a missing modality counts as 0, so that the means add up to 1, as the weights of each clip do
-        weights = [row.whole.weights.get(name, 0.0) for row in several if row.whole.weights]
+        weights = [row.whole.weights.get(name, 0.0) for row in multimodal if row.whole.weights]
         modalities[name] = {
             "change": float(np.mean([change(*pair) for pair in pairs])),
             "flips": float(np.mean([a.label != b.label for a, b in pairs])),
@@ -197,14 +201,14 @@ def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
         part["share"] = part["change"] / total if total else 0.0
     return {
         "n": len(rows),
-        "accuracy": float((truth == found).mean()),
+        "accuracy": float((truth == predicted).mean()),
         "kinds": tables,
         "modalities": modalities,
-        "single": len(rows) - len(several),
+        "single": len(rows) - len(multimodal),
     }
 
 
-def _sweep(folder: Path, kept: set[str]) -> None:
+def _remove_old_pages(folder: Path, kept: set[str]) -> None:
     """Remove the pages of an earlier report with more errors, and nothing else."""
     for old in folder.glob("worst-[0-9]*"):
         if old.is_dir() and old.name not in kept:
@@ -214,13 +218,13 @@ def _sweep(folder: Path, kept: set[str]) -> None:
                 old.rmdir()
 
 
-def _page_of(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
+def _write_error_page(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
     """Write the page of one error; but none if the clip has nothing that the model reads, or the model reads feature
     files, since features cannot be shown."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
     if row.blank or not set(predictor.config.modalities) <= set(reads(predictor.model)):
         return entry
-    found = explanation(predictor, row.clip, method)
-    write(found, folder / name)
-    picture = inline(found.pictures[len(found.pictures) // 2]) if found.pictures else None
+    explained = explanation(predictor, row.clip, method)
+    write(explained, folder / name)
+    picture = inline(explained.pictures[len(explained.pictures) // 2]) if explained.pictures else None
     return entry._replace(picture=picture, href=f"{name}/explain.html")

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from senticlip.predictor import Predictor
 
 FORMAT = 2
-LONGEST = 1 << 18
-"""The most audio steps: 87 minutes in steps of 20 ms. Without a bound, tracing takes minutes."""
+MAX_AUDIO_STEPS = 1 << 18
+"""The largest number of audio steps: 87 minutes in steps of 20 ms. Without a bound, tracing takes minutes."""
 
 
 class Graph(nn.Module):
@@ -65,14 +65,14 @@ class Graph(nn.Module):
             else:
                 features[name] = encoder(Sequence(values, mask))
         heads = self.model.experiment.modalities
-        output = self.model.fuse(_and_alone(features, heads))
+        output = self.model.fuse(_with_unimodal_rows(features, heads))
         assert output.log_probs is not None
         log_probs, *alone = output.log_probs.unflatten(0, (1 + len(heads), -1)).unbind()
-        kinds, rows = [output.logits, output.weights], log_probs.shape[0]
-        return (log_probs, *(kind[name][:rows] for kind in kinds for name in heads), *alone)
+        parts, rows = [output.logits, output.weights], log_probs.shape[0]
+        return (log_probs, *(part[name][:rows] for part in parts for name in heads), *alone)
 
 
-def _and_alone(features: dict[str, Sequence], heads: list[str]) -> Batch:
+def _with_unimodal_rows(features: dict[str, Sequence], heads: list[str]) -> Batch:
     """Stack the rows, then for each head the rows with its modality only: one pass through the network gives a smaller
     graph than 1 + len(heads) passes, in a third of the time."""
     stacked = {}
@@ -119,33 +119,33 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with workshop(out) as folder, spinner(f"exporting {out.name}"):
-            os.replace(_made(predictor, folder, int8), out)
+            os.replace(_write_file(predictor, folder, int8), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
     result: dict[str, Any] = {"file": str(out), "int8": int8, "bytes": out.stat().st_size}
     return result if data is None else {**result, "disagreement": compare(predictor, Predictor(out), clips)}
 
 
-def _made(predictor: Predictor, folder: Path, int8: bool) -> Path:
+def _write_file(predictor: Predictor, folder: Path, int8: bool) -> Path:
     """Make the ONNX file in a temporary folder."""
     import onnx
 
     model, config = predictor.model, predictor.config
-    about: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model)}
-    about |= {"experiment": config.to_dict(), "temperature": model.network.temperature.tolist()}
+    metadata: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model)}
+    metadata |= {"experiment": config.to_dict(), "temperature": model.network.temperature.tolist()}
     if "vision" in model.encoders:
-        about |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
+        metadata |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
     tokenizer = ""
     if predictor.tokenizer is not None:
-        about |= {"max_length": config.text.max_length, "pad": int(predictor.tokenizer.pad_token_id or 0)}
+        metadata |= {"max_length": config.text.max_length, "pad": int(predictor.tokenizer.pad_token_id or 0)}
         tokenizer = predictor.tokenizer.backend_tokenizer.to_str()
-    made = folder / "model.onnx"
-    trace(model).save(str(made))
+    path = folder / "model.onnx"
+    trace(model).save(str(path))
     if int8:
         need("onnxruntime")
-        made = quantize(made)
-    proto = onnx.load(str(made))
-    onnx.helper.set_model_props(proto, {"senticlip": json.dumps(about, ensure_ascii=False), "tokenizer": tokenizer})
+        path = quantize(path)
+    proto = onnx.load(str(path))
+    onnx.helper.set_model_props(proto, {"senticlip": json.dumps(metadata, ensure_ascii=False), "tokenizer": tokenizer})
     onnx.save(proto, str(folder / "whole.onnx"))
     return folder / "whole.onnx"
 
@@ -158,12 +158,14 @@ def trace(model: SentimentModel) -> Any:
     rows = torch.export.Dim("batch")
     for name in graph.names:
         # a clip has at most as many frames as the model has temporal positions
-        most = {"text": model.experiment.text.max_length, "vision": model.experiment.vision.frames}.get(name, LONGEST)
-        length = torch.export.Dim(f"{name}_length", min=1, max=most) if most > 1 else None
-        mask = torch.ones(2, min(3, most), dtype=torch.bool)
+        limit = {"text": model.experiment.text.max_length, "vision": model.experiment.vision.frames}.get(
+            name, MAX_AUDIO_STEPS
+        )
+        length = torch.export.Dim(f"{name}_length", min=1, max=limit) if limit > 1 else None
+        mask = torch.ones(2, min(3, limit), dtype=torch.bool)
         mask[1, 2:] = False
         names += [name, f"{name}_mask"]
-        inputs += [_nothing(name, mask.shape, model), mask]
+        inputs += [_zeros(name, mask.shape, model), mask]
         shapes += [{0: rows} if length is None else {0: rows, 1: length}] * 2
     heads = list(model.experiment.modalities)
     outputs = ["log_probs", *(f"{kind}_{name}" for kind in ("logits", "weight", "alone") for name in heads)]
@@ -172,14 +174,14 @@ def trace(model: SentimentModel) -> Any:
 
 def traced(graph: nn.Module, inputs: Iterable[Tensor], shapes: Iterable[Any], **names: Any) -> Any:
     """The ONNX program of a module whose ``forward(*inputs)`` takes tensors; ``shapes``: the dynamic axes of each."""
-    with _exportable():
+    with _export_mode():
         return torch.onnx.export(
             graph, tuple(inputs), dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False, **names
         )
 
 
 @contextmanager
-def _exportable() -> Iterator[None]:
+def _export_mode() -> Iterator[None]:
     """Disable torch's fused Transformer layers, which cannot be exported, and silence the exporter."""
     before = torch.backends.mha.get_fastpath_enabled()
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
@@ -199,7 +201,7 @@ def _exportable() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _nothing(name: str, shape: torch.Size, model: Any) -> Tensor:
+def _zeros(name: str, shape: torch.Size, model: Any) -> Tensor:
     """Zeros as input of a modality, for a mask of this shape."""
     if name == "text":
         return torch.zeros(shape, dtype=torch.long)
@@ -221,7 +223,7 @@ def need(name: str) -> Any:
         raise UsageError(f"{name} is not installed: pip install 'senticlip[onnx]'") from None
 
 
-def _not_ours(path: str | Path, error: Exception) -> UserError:
+def _unreadable(path: str | Path, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     return UserError(f"{path}: not readable as a senticlip export ({reason}) — export the RUN again")
 
@@ -244,20 +246,20 @@ class OnnxModel:
         options.log_severity_level = 3
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            found = self.session.get_modelmeta().custom_metadata_map
-            about = json.loads(found["senticlip"])
-            if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']}, expected {FORMAT}")
-            self.experiment, self.names = from_dict(about["experiment"]), list(about["names"])
-            inputs = {each.name for each in self.session.get_inputs()}
+            properties = self.session.get_modelmeta().custom_metadata_map
+            metadata = json.loads(properties["senticlip"])
+            if metadata["format"] != FORMAT:
+                raise ValueError(f"format {metadata['format']}, expected {FORMAT}")
+            self.experiment, self.names = from_dict(metadata["experiment"]), list(metadata["names"])
+            inputs = {node.name for node in self.session.get_inputs()}
             if inputs != {part for name in self.names for part in (name, f"{name}_mask")}:
                 raise ValueError(f"names {self.names}, but its graph reads {', '.join(sorted(inputs))}")
-            self.network = SimpleNamespace(temperature=torch.tensor(about["temperature"], dtype=torch.float))
+            self.network = SimpleNamespace(temperature=torch.tensor(metadata["temperature"], dtype=torch.float))
         except Exception as error:
-            raise _not_ours(path, error) from None
+            raise _unreadable(path, error) from None
         self.path, self.device = path, torch.device("cpu")
-        self.encoders = {name: SimpleNamespace(size=about.get("size")) for name in self.names if name != "audio"}
-        self._tokenizer, self._pad = found.get("tokenizer") or "", about.get("pad", 0)
+        self.encoders = {name: SimpleNamespace(size=metadata.get("size")) for name in self.names if name != "audio"}
+        self._tokenizer, self._pad = properties.get("tokenizer") or "", metadata.get("pad", 0)
 
     def frozen(self, name: str) -> bool:
         """False: the file takes ids and frames, and its encoders cannot be run separately."""
@@ -283,7 +285,7 @@ class OnnxModel:
             tokenizer = Tokenizer.from_str(self._tokenizer)
             return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(self._pad))
         except Exception as error:  # tokenizers raises nothing more specific
-            raise _not_ours(self.path, error) from None
+            raise _unreadable(self.path, error) from None
 
     def __call__(self, batch: Batch, attention: bool = False, alone: bool = True) -> Output:
         """Run the graph, which always computes ``alone``."""
@@ -291,20 +293,20 @@ class OnnxModel:
             raise UsageError("an ONNX file gives no attention maps — use the RUN folder")
         feed: dict[str, np.ndarray] = {}
         for name in self.names:
-            values, mask = self._filled(name, batch)
+            values, mask = self._modality(name, batch)
             feed[name], feed[f"{name}_mask"] = values.cpu().numpy(), mask.cpu().numpy()
         names = [output.name for output in self.session.get_outputs()]
         parts = (torch.from_numpy(np.asarray(part)) for part in self.session.run(None, feed))
-        found = dict(zip(names, parts, strict=True))
-        logits, weights, said = (
-            {name: found[f"{kind}_{name}"] for name in self.experiment.modalities}
+        outputs = dict(zip(names, parts, strict=True))
+        logits, weights, unimodal = (
+            {name: outputs[f"{kind}_{name}"] for name in self.experiment.modalities}
             for kind in ("logits", "weight", "alone")
         )
-        return Output(logits, found["log_probs"], weights, alone=said)
+        return Output(logits, outputs["log_probs"], weights, alone=unimodal)
 
-    def _filled(self, name: str, batch: Batch) -> Sequence:
+    def _modality(self, name: str, batch: Batch) -> Sequence:
         """A modality of the batch; a missing one becomes one masked position."""
         if name in batch.modalities:
             return batch.modalities[name]
         mask = torch.zeros(len(next(iter(batch.modalities.values())).mask), 1, dtype=torch.bool)
-        return Sequence(_nothing(name, mask.shape, self), mask)
+        return Sequence(_zeros(name, mask.shape, self), mask)

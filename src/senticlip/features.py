@@ -57,21 +57,23 @@ def features(
     """
     if Path(out).suffix.lower() in OTHER_FORMATS:
         raise UsageError(f"--out {out}: a feature file is a pickle — give a name that ends in .pkl")
-    model = _untrained(config) if run is None else SentimentModel.from_pretrained(run)
+    model = _pretrained_model(config) if run is None else SentimentModel.from_pretrained(run)
     config = model.experiment
     if not model.encoders or {*ready_made(config)} - {"audio"}:
         raise UsageError(f"--run {run}: reads a modality without an encoder, or only sound — choose another RUN")
     clips = read_clips(data, None, protocol or config.protocol, config.seed)
-    lost = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
-    if lost:
-        raise UserError(f"{data}, row {lost[0].row}: {lost[0].id} has no label or no split — a feature file needs both")
+    incomplete = [clip for clip in clips if "M" not in clip.labels or clip.split is None]
+    if incomplete:
+        raise UserError(
+            f"{data}, row {incomplete[0].row}: {incomplete[0].id} has no label or no split — a feature file needs both"
+        )
     model = model.to(runtime.device(device)).requires_grad_(False).eval()
-    found = clip_set(clips, model)
-    stores = {**found.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
+    dataset = clip_set(clips, model)
+    stores = {**dataset.stores, "audio": audio_store(clips, config.audio.bands, cache_root())}
     splits = {}
     for split in SPLITS:
-        places = np.array([i for i, clip in enumerate(clips) if clip.split == split], dtype=np.int64)
-        chosen = [clips[i] for i in places]
+        indices = np.array([i for i, clip in enumerate(clips) if clip.split == split], dtype=np.int64)
+        chosen = [clips[i] for i in indices]
         splits[split] = {
             "id": [clip.id.replace("/", "$_$") for clip in chosen],
             "raw_text": [clip.text or "" for clip in chosen],
@@ -80,12 +82,12 @@ def features(
         }
         for name, store in stores.items():
             width = config.audio.bands if name == "audio" else model.encoders[name].dim
-            splits[split] |= _padded(name, store, places, width, AUDIO_STEPS if name == "audio" else None)
+            splits[split] |= _padded(name, store, indices, width, AUDIO_STEPS if name == "audio" else None)
     write_features(out, splits)
     return {"clips": len(clips), "file": str(out)}
 
 
-def _untrained(config: Config) -> SentimentModel:
+def _pretrained_model(config: Config) -> SentimentModel:
     """A model with the pretrained encoders of a config; its (small) network is not used."""
     prompt = "none" if config.prompt == "none" else "discrete"
     frozen = {"text.train": "frozen", "vision.train": "frozen"}
@@ -93,14 +95,14 @@ def _untrained(config: Config) -> SentimentModel:
     return create_model(config.override({**lmf, **frozen, "prompt": prompt}))
 
 
-def _padded(name: str, store: Rows, places: np.ndarray, width: int, most: int | None) -> dict[str, Any]:
+def _padded(name: str, store: Rows, indices: np.ndarray, width: int, max_steps: int | None) -> dict[str, Any]:
     """Rows → values N×L×width float32, zero-padded, and lengths."""
     rows = []
-    for place in places:
-        values, mask = store.gather(np.array([place]))
+    for index in indices:
+        values, mask = store.gather(np.array([index]))
         row = values[0][mask[0]].astype(np.float32)
-        if most and len(row) > most:
-            row = np.stack([part.mean(0) for part in np.array_split(row, most)])
+        if max_steps and len(row) > max_steps:
+            row = np.stack([part.mean(0) for part in np.array_split(row, max_steps)])
         rows.append(row)
     values = np.zeros((len(rows), max([1, *map(len, rows)]), width), np.float32)
     for i, row in enumerate(rows):

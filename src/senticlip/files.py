@@ -28,7 +28,7 @@ ABANDONED = 3600
 
 
 @contextmanager
-def disk(place: Path, then: str = "run the same command again") -> Iterator[None]:
+def disk(path: Path, then: str = "run the same command again") -> Iterator[None]:
     """Turn the error of a full disk, whichever library raises it, into one line for the user.
 
     Raises:
@@ -38,7 +38,7 @@ def disk(place: Path, then: str = "run the same command again") -> Iterator[None
         yield
     except Exception as error:
         if is_full(error):
-            raise UserError(f"{place}: the disk is full — make room, then {then}") from error
+            raise UserError(f"{path}: the disk is full — make room, then {then}") from error
         raise
 
 
@@ -49,10 +49,12 @@ def is_full(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    short = isinstance(error, RuntimeError) and re.search(r"unexpected pos \d+ vs \d+|file write failed", str(error))
-    return bool(short) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_full(error.__cause__)
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(match[1]) if match else getattr(error, "errno", None)
+    is_truncated = isinstance(error, RuntimeError) and re.search(
+        r"unexpected pos \d+ vs \d+|file write failed", str(error)
+    )
+    return bool(is_truncated) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_full(error.__cause__)
 
 
 @contextmanager
@@ -61,15 +63,15 @@ def terminable() -> Iterator[None]:
 
     Signals already handled or ignored (nohup) are left alone. A signal during a long library call waits for its end.
     """
-    here = threading.current_thread() is threading.main_thread()  # only this thread may set handlers
-    both = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if here else set()
-    mine = [number for number in both if signal.getsignal(number) == signal.SIG_DFL]
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only this thread may set handlers
+    signals = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)} if in_main_thread else set()
+    handled = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]
     try:
-        for number in mine:
+        for number in handled:
             signal.signal(number, _interrupt)
         yield
     finally:
-        for number in mine:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -111,12 +113,12 @@ def abandoned(path: Path) -> bool:
     return time.time() - path.stat().st_mtime > ABANDONED
 
 
-def _sweep(found: Iterable[Path]) -> None:
+def _remove_abandoned(paths: Iterable[Path]) -> None:
     """Remove those files and folders that killed processes left behind."""
-    for left in found:
+    for path in paths:
         with suppress(OSError):  # already gone, or not ours
-            if abandoned(left):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def workshop(out: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    _sweep(left for left in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}") if left.is_dir())
+    _remove_abandoned(path for path in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}") if path.is_dir())
     with disk(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         yield Path(folder)
 
@@ -146,9 +148,9 @@ def make_folder(out: str | Path, key: str = "--out") -> Path:
 
 
 @cache
-def _tidy(folder: Path) -> None:
+def _remove_partial_files(folder: Path) -> None:
     """Remove unfinished files from a folder, once per process: a folder of many files takes long to list."""
-    _sweep(folder.glob(f".*.{'[0-9a-f]' * 12}.partial"))
+    _remove_abandoned(folder.glob(f".*.{'[0-9a-f]' * 12}.partial"))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -162,7 +164,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     # a unique name, since two processes may write the same file at once
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        _tidy(path.parent)
+        _remove_partial_files(path.parent)
         with disk(path):
             write(partial)
             with partial.open("rb+") as file:

@@ -21,8 +21,8 @@ from senticlip.progress import bar
 from senticlip.structures import LABELS, SURFACE, UserError, polarity
 from senticlip.trainee import Trainee
 
-CHOICE, TIE = "choice", 1e-6
-"""The metric that chooses a regression model's epoch: ``train.metric``, minus the MAE times TIE to break ties.
+SELECTION_METRIC, TIE_WEIGHT = "choice", 1e-6
+"""The metric that chooses a regression model's epoch: ``train.metric``, minus the MAE times TIE_WEIGHT to break ties.
 
 Early on, all its scores fall into one class; with the metric alone, early stopping would end the training there.
 """
@@ -40,9 +40,9 @@ class Fitter(Trainer):
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """A loader of every row of valid: Trainer would apply ``dataloader_drop_last`` here too."""
-        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         loader = super().get_eval_dataloader(*args, **kwargs)
-        self.args.dataloader_drop_last = drop
+        self.args.dataloader_drop_last = drop_last
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,16 +59,16 @@ def parameter_groups(trainee: Any) -> list[dict[str, Any]]:
     A peer defines its own groups, as in its published code.
     """
     config, network = trainee.experiment, trainee.model.network
-    own = network.param_groups(config) if hasattr(network, "param_groups") else []
+    network_groups = network.param_groups(config) if hasattr(network, "param_groups") else []
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in trainee.model.named_parameters():
-        if parameter.requires_grad and not (own and name.startswith("network.")):
+        if parameter.requires_grad and not (network_groups and name.startswith("network.")):
             decay = 0.0 if parameter.ndim < 2 or name.endswith(".prefix") else config.train.weight_decay
-            groups.setdefault((_rate(name, config), decay), []).append(parameter)
-    return own + [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+            groups.setdefault((_learning_rate(name, config), decay), []).append(parameter)
+    return network_groups + [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
 
-def _rate(name: str, config: Config) -> float:
+def _learning_rate(name: str, config: Config) -> float:
     """The learning rate of a parameter: its encoder's, the audio projection's, ``train.scalar_lr`` or ``train.lr``."""
     if name.startswith("encoders.") and not name.endswith(".prefix"):
         return getattr(config, name.split(".")[1]).lr
@@ -106,10 +106,10 @@ class EpochProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the heading, show the bar."""
-        read = "+".join(SURFACE[name] for name in self.config.modalities)
-        what = f"{f'stage {args.run_name}' if args.run_name else read} (label {self.config.target})"
-        self.progress.console.print(f"training {what}", highlight=False)
-        self.task = self.progress.add_task(what, total=state.max_steps, completed=state.global_step)
+        modalities = "+".join(SURFACE[name] for name in self.config.modalities)
+        title = f"{f'stage {args.run_name}' if args.run_name else modalities} (label {self.config.target})"
+        self.progress.console.print(f"training {title}", highlight=False)
+        self.task = self.progress.add_task(title, total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,9 +119,9 @@ class EpochProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the metrics of the epoch."""
         metrics = kwargs["metrics"]
-        told = [k for k in ("nll", "mae", "accuracy", "macro_f1") if f"eval_{k}" in metrics]
-        shown = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in told)
-        self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {shown}", highlight=False)
+        names = [k for k in ("nll", "mae", "accuracy", "macro_f1") if f"eval_{k}" in metrics]
+        values = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in names)
+        self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {values}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the bar; say so if training stopped early."""
@@ -150,25 +150,25 @@ def fit(
         arguments.warmup_steps = 0
     metric = config.train.metric
     if getattr(model.network, "outputs", len(LABELS)) == 1:  # a regression model has no likelihood
-        arguments.metric_for_best_model = "mae" if metric == "nll" else CHOICE
+        arguments.metric_for_best_model = "mae" if metric == "nll" else SELECTION_METRIC
     trainee = Trainee(model)
     if config.train.compile:
         model.compile_encoders()
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         values, log = prediction.predictions
-        found = score(values, prediction.label_ids)
-        if arguments.metric_for_best_model == CHOICE:
-            found[CHOICE] = found[metric] - TIE * found["mae"]
-        return found | {name: float(rows.mean()) for name, rows in log.items()}
+        scores = score(values, prediction.label_ids)
+        if arguments.metric_for_best_model == SELECTION_METRIC:
+            scores[SELECTION_METRIC] = scores[metric] - TIE_WEIGHT * scores["mae"]
+        return scores | {name: float(rows.mean()) for name, rows in log.items()}
 
     folder = Path(arguments.output_dir or "")
-    shown = EpochProgress(config)
+    epoch_progress = EpochProgress(config)
     callbacks: list[TrainerCallback] = [Hooks(trainee), EarlyStoppingCallback(config.train.patience)]
-    board = None
+    writer = None
     if arguments.process_index == 0:
-        board = SummaryWriter(str(folder.parent / TENSORBOARD))
-        callbacks += [shown, TensorBoardCallback(board)]
+        writer = SummaryWriter(str(folder.parent / TENSORBOARD))
+        callbacks += [epoch_progress, TensorBoardCallback(writer)]
     trainer = Fitter(
         trainee,
         arguments,
@@ -182,16 +182,16 @@ def fit(
     checkpoint = newest_checkpoint(folder) if resume else None
     best = best_checkpoint(checkpoint) if checkpoint else None
     try:
-        if checkpoint is None or not _stopped(checkpoint, config.train.patience):
+        if checkpoint is None or not _is_over(checkpoint, config.train.patience):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         else:  # killed after its last epoch
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
             trainer.state.best_model_checkpoint = str(best)  # the saved path is stale if the folder was moved
             trainer._load_best_model()
     finally:  # a running bar hides the terminal's cursor; an open writer may write to a deleted folder
-        shown.progress.stop()
-        if board is not None:
-            board.close()
+        epoch_progress.progress.stop()
+        if writer is not None:
+            writer.close()
     if trainee.average is not None:
         model.load_state_dict(trainee.average.state_dict())
     model.encoders.update(frozen)
@@ -205,17 +205,17 @@ def score(values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         raise UserError("training diverged: the predictions on valid are NaN — lower train.lr or set train.clip_norm")
     target = polarity(truth)
     predicted = values.argmax(-1) if values.ndim == 2 else metrics.score_class(values)
-    found = metrics.classification(target, predicted)
-    rows = np.abs(values - truth) if values.ndim == 1 else -np.take_along_axis(values, target[:, None], 1)
-    error = {"mae" if values.ndim == 1 else "nll": float(rows.mean())}
-    return {name: found[name] for name in ("accuracy", "macro_f1", "weighted_f1")} | error
+    scores = metrics.classification(target, predicted)
+    errors = np.abs(values - truth) if values.ndim == 1 else -np.take_along_axis(values, target[:, None], 1)
+    error = {"mae" if values.ndim == 1 else "nll": float(errors.mean())}
+    return {name: scores[name] for name in ("accuracy", "macro_f1", "weighted_f1")} | error
 
 
 def _classes_of(data: Any, config: Config) -> np.ndarray:
     return polarity(data.labels[config.target])
 
 
-def _stopped(checkpoint: Path, patience: int) -> bool:
+def _is_over(checkpoint: Path, patience: int) -> bool:
     """Whether training was over, by its last epoch or by early stopping, when this checkpoint was written."""
     state = read_json(checkpoint / "trainer_state.json")
     if state["global_step"] >= state["max_steps"]:
@@ -227,10 +227,10 @@ def _stopped(checkpoint: Path, patience: int) -> bool:
 def _summary(state: Any) -> dict[str, Any]:
     rows = (row for row in state.log_history if "eval_accuracy" in row)
     best = next(row for row in rows if row["step"] == state.best_global_step)
-    told = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
-    valid = {name: round(best[f"eval_{name}"], 6) for name in told if f"eval_{name}" in best}
+    names = ("accuracy", "macro_f1", "weighted_f1", "nll", "mae")
+    valid = {name: round(best[f"eval_{name}"], 6) for name in names if f"eval_{name}" in best}
     history = [
-        {k.removeprefix("eval_"): v for k, v in row.items() if k != f"eval_{CHOICE}"}
+        {k.removeprefix("eval_"): v for k, v in row.items() if k != f"eval_{SELECTION_METRIC}"}
         for row in state.log_history
         if "epoch" in row
     ]

@@ -68,21 +68,22 @@ def as_html(blocks: list[Block], folder: Path) -> str:
 def latex_table(caption: str, label: str, header: list[str], rows: list[list[str]], best: set[tuple[int, int]]) -> str:
     """A LaTeX table with booktabs; ``best`` are the cells in bold."""
 
-    def told(cell: str) -> str:
+    def escape(cell: str) -> str:
         cell = re.sub(r"[&%$#_{}]", r"\\\g<0>", cell)
         for sign, command in {"±": r"$\pm$", "−": "$-$", "—": "--", "†": r"$^\dagger$"}.items():
             cell = cell.replace(sign, command)
         return cell
 
     cells = [
-        [f"\\textbf{{{told(c)}}}" if (i, j) in best else told(c) for j, c in enumerate(r)] for i, r in enumerate(rows)
+        [f"\\textbf{{{escape(c)}}}" if (i, j) in best else escape(c) for j, c in enumerate(r)]
+        for i, r in enumerate(rows)
     ]
-    lines = [" & ".join(row) + r" \\" for row in (list(map(told, header)), *cells)]
+    lines = [" & ".join(row) + r" \\" for row in (list(map(escape, header)), *cells)]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{told(caption)}}}",
+            rf"\caption{{{escape(caption)}}}",
             rf"\label{{{label}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",

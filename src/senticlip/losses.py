@@ -18,25 +18,25 @@ def cross_entropy(
         smoothing: label smoothing of the cross-entropy factor.
         weight: C class weights; the result is not normalised by their sum.
     """
-    rows = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    losses = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     if gamma:
         p = logits.softmax(-1).gather(1, target[:, None])[:, 0]
         # rounding can make 1 − p negative, and at 0 its power has no finite gradient
-        rows = (1 - p).clamp_min(1e-8) ** gamma * rows
-    return rows if weight is None else rows * weight.to(rows.dtype)[target]
+        losses = (1 - p).clamp_min(1e-8) ** gamma * losses
+    return losses if weight is None else losses * weight.to(losses.dtype)[target]
 
 
-def mean_of(rows: Tensor, known: Tensor) -> Tensor:
-    """The mean of ``rows`` B over the known ones; 0, still differentiable, if there are none.
+def mean_of(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of ``values`` B where ``mask`` is True; 0, still differentiable, if it is False everywhere.
 
     With several processes, the average of their results is the mean over all their rows.
     """
-    return torch.where(known, rows, 0).sum() / count_of(known).clamp(min=1e-6)
+    return torch.where(mask, values, 0).sum() / count_of(mask).clamp(min=1e-6)
 
 
-def count_of(known: Tensor) -> Tensor:
-    """The number of known rows; with several processes the mean over them, since their gradients are averaged too."""
-    count = known.sum().float()
+def count_of(mask: Tensor) -> Tensor:
+    """The number of True rows; with several processes the mean over them, since their gradients are averaged too."""
+    count = mask.sum().float()
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count /= torch.distributed.get_world_size()

@@ -36,7 +36,7 @@ SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
 REMEMBERED = 100_000
 """Only so many ids, those of the first rows, are checked for duplicates in later rows: this bounds memory."""
 
-_SHORT: Any = object()
+_MISSING: Any = object()
 """Value of cells missing from a CSV row that is shorter than the header."""
 
 _ALIASES = {name: column for name, column in NAMES.items() if column in COLUMNS}
@@ -78,15 +78,21 @@ def read(manifest: Path) -> Iterator[dict[str, str | None]]:
     """
     if not manifest.is_file():
         raise UsageError(f"{manifest}: no such manifest")
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
     if manifest.suffix.lower() not in readers:
         raise UsageError(f"{manifest}: not a manifest — choose .csv, .jsonl or .parquet")
     seen: set[str | None] | None = set()
     for number, row in readers[manifest.suffix.lower()](manifest):
         record = _record(f"{manifest}, row {number}", number, row)
         if seen is not None and record["id"] in seen:
-            told = f"{manifest}, row {number}: duplicate id {record['id']!r}"
-            console.print(f"{told} — give each row its own id, to tell their answers apart", soft_wrap=True)
+            message = f"{manifest}, row {number}: duplicate id {record['id']!r}"
+            console.print(f"{message} — give each row its own id, to tell their answers apart", soft_wrap=True)
             seen = None
         elif seen is not None and len(seen) < REMEMBERED:
             seen.add(record["id"])
@@ -98,27 +104,31 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
     if isinstance(row, ValueError):
         return {**dict.fromkeys(COLUMNS), "id": f"row {number}", "error": f"{where}: not readable as JSON ({row})"}
     # EMPTY includes str(None) and str(NaN)
-    cells = _named({key: v for key, v in row.items() if v is not _SHORT and str(v).strip() not in EMPTY})
-    said = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
-    sound = {name: whole(said[name]) for name in COLUMNS if name in said}
-    record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **sound, "error": None}
+    cells = _by_column(
+        {key: value for key, value in row.items() if value is not _MISSING and str(value).strip() not in EMPTY}
+    )
+    texts = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
+    valid = {name: whole(texts[name]) for name in COLUMNS if name in texts}
+    record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **valid, "error": None}
     record["id"] = record["id"] or record["path"] or f"row {number}"
-    odd = [name for name in sound if not isinstance(cells[name], str | int | float)]
-    halves = [name for name, value in sound.items() if value != said[name]]
-    if odd:
-        record["error"] = f"{where}, column {odd[0]}: a {type(cells[odd[0]]).__name__} — expected text or a number"
-    elif halves:
-        record["error"] = f"{where}, column {halves[0]}: an unpaired surrogate (\\ud800 … \\udfff)"
+    mistyped = [name for name in valid if not isinstance(cells[name], str | int | float)]
+    invalid = [name for name, value in valid.items() if value != texts[name]]
+    if mistyped:
+        record["error"] = (
+            f"{where}, column {mistyped[0]}: a {type(cells[mistyped[0]]).__name__} — expected text or a number"
+        )
+    elif invalid:
+        record["error"] = f"{where}, column {invalid[0]}: an unpaired surrogate (\\ud800 … \\udfff)"
     elif any(row.get(None) or ()):
         record["error"] = f"{where}: more cells than columns — is a text with a comma quoted?"
-    elif _SHORT in row.values():
+    elif _MISSING in row.values():
         record["error"] = f"{where}: fewer cells than columns — is a text with a line break quoted?"
-    elif not {"path", "text", "subtitles"} & said.keys():
+    elif not {"path", "text", "subtitles"} & texts.keys():
         record["error"] = f"{where}: neither path nor text"
     return record
 
 
-def _named(row: dict[Any, Any]) -> dict[str, Any]:
+def _by_column(row: dict[Any, Any]) -> dict[str, Any]:
     """A row keyed by the names of COLUMNS; aliases (``Path``, ``video``) count only where the name itself is missing.
 
     ``字幕`` may hold a subtitle file, or the text, as in the tables that models are trained on.
@@ -130,16 +140,16 @@ def _named(row: dict[Any, Any]) -> dict[str, Any]:
     return aliased | {name: row[key] for key, name in names.items() if name in COLUMNS}
 
 
-def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+def _read_csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     csv.field_size_limit(LONGEST_CELL)
-    with manifest.open(encoding=_encoding(manifest), newline="") as file:
+    with manifest.open(encoding=_detect_encoding(manifest), newline="") as file:
         start = 1
         try:
-            tabs = manifest.suffix.lower() == ".tsv"
-            between = "\t" if tabs else delimiter_of(file.readline(LONGEST_CELL))
+            is_tsv = manifest.suffix.lower() == ".tsv"
+            delimiter = "\t" if is_tsv else delimiter_of(file.readline(LONGEST_CELL))
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=between, strict=True, restval=_SHORT)
-            _known(manifest, reader.fieldnames or [])
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True, restval=_MISSING)
+            _check_columns(manifest, reader.fieldnames or [])
             start = reader.line_num + 1
             for row in reader:
                 yield reader.line_num, row
@@ -148,14 +158,14 @@ def _csv(manifest: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
             raise UserError(f"{manifest}, row {start}: not readable as CSV ({error}) — is a quote left open?") from None
 
 
-def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _read_jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """A line that is not a JSON object is yielded as a ValueError; if the first is not, the file is not JSONL.
 
     Raises:
         UserError: the first line is not an object.
     """
     with manifest.open("rb") as file:
-        good = False
+        accepted = False
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -164,24 +174,24 @@ def _jsonl(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
             except (ValueError, RecursionError) as error:
-                if not good:
+                if not accepted:
                     raise UserError(f"{manifest}, row {number}: not readable as JSON ({error})") from None
                 row = ValueError(str(error))
-            if not good and isinstance(row, dict):
-                _tell_unread(manifest, row)
-            good = True
+            if not accepted and isinstance(row, dict):
+                _report_ignored(manifest, row)
+            accepted = True
             yield number, row
 
 
-def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         opened = manifest.open("rb")
         file = pq.ParquetFile(opened)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{manifest}: not readable as Parquet ({' '.join(str(error).split())})") from None
     with opened, file:
-        _known(manifest, file.schema_arrow.names)
-        names = [name for name in file.schema_arrow.names if _named({name: None})]
+        _check_columns(manifest, file.schema_arrow.names)
+        names = [name for name in file.schema_arrow.names if _by_column({name: None})]
         number = 0
         for batch in file.iter_batches(4096, columns=names):
             for row in batch.to_pylist():
@@ -189,30 +199,30 @@ def _parquet(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
 
 
-def _known(manifest: Path, names: Iterable[str]) -> None:
+def _check_columns(manifest: Path, names: Iterable[str]) -> None:
     """Refuse a header without a path, text or subtitles column."""
-    if not {"path", "text", "subtitles"} & _named(dict.fromkeys(names)).keys():
-        found = ", ".join(map(str, names)) or "nothing"
-        raise UserError(f"{manifest}, row 1: the columns are {found} — expected id, path, text or subtitles")
-    _tell_unread(manifest, names)
+    if not {"path", "text", "subtitles"} & _by_column(dict.fromkeys(names)).keys():
+        columns = ", ".join(map(str, names)) or "nothing"
+        raise UserError(f"{manifest}, row 1: the columns are {columns} — expected id, path, text or subtitles")
+    _report_ignored(manifest, names)
 
 
-def _tell_unread(manifest: Path, names: Iterable[Any]) -> None:
+def _report_ignored(manifest: Path, names: Iterable[Any]) -> None:
     """Name the columns that are not read: with a misnamed text column, clips would silently be answered without their
     text."""
-    if left := [str(name) for name in names if name is not None and not _named({name: None})]:
-        told = f"{manifest}: ignored columns: {', '.join(left)} (columns that are read: {', '.join(COLUMNS)})"
-        console.print(told, soft_wrap=True, highlight=False)
+    if ignored := [str(name) for name in names if name is not None and not _by_column({name: None})]:
+        message = f"{manifest}: ignored columns: {', '.join(ignored)} (columns that are read: {', '.join(COLUMNS)})"
+        console.print(message, soft_wrap=True, highlight=False)
 
 
-def _encoding(path: Path) -> str:
+def _detect_encoding(path: Path) -> str:
     """The encoding identified by the first bytes, else UTF-8 if the whole file is valid, else Big5 or GB18030."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
-        first = file.read(4000)
-        check_no_workbook(first, path)
-        if told := told_encoding(first):
-            return told
+        head = file.read(4000)
+        check_no_workbook(head, path)
+        if encoding := told_encoding(head):
+            return encoding
         file.seek(0)
         try:
             for chunk in iter(lambda: file.read(1 << 20), b""):

@@ -69,9 +69,9 @@ def classification(truth: ArrayLike, predicted: ArrayLike, probabilities: ArrayL
 def from_confusion(counts: ArrayLike) -> dict[str, NDArray[np.float64]]:
     """The scores of confusion matrices …×C×C, each as an array of shape … (``class_*``: …×C)."""
     counts = np.asarray(counts, dtype=np.float64)
-    hits, truth, guesses = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
-    precision, recall, f1 = _ratio(hits, guesses), _ratio(hits, truth), _ratio(2 * hits, truth + guesses)
-    total, present = truth.sum(-1), (truth + guesses > 0).sum(-1)
+    hits, truth, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    precision, recall, f1 = _ratio(hits, predicted), _ratio(hits, truth), _ratio(2 * hits, truth + predicted)
+    total, present = truth.sum(-1), (truth + predicted > 0).sum(-1)
     scores = {"accuracy": _ratio(hits.sum(-1), total)}
     for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
         scores["class_" + name] = values
@@ -84,9 +84,9 @@ def calibration_error(truth: ArrayLike, probabilities: ArrayLike) -> float:
     """Expected calibration error (ECE) of the top class, in 15 bins of equal width (Guo et al. 2017)."""
     bins = 15
     truth, probabilities = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
-    top, right = probabilities.max(-1), probabilities.argmax(-1) == truth
-    place = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.abs(np.bincount(place, right, bins) - np.bincount(place, top, bins))
+    confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == truth
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.abs(np.bincount(index, correct, bins) - np.bincount(index, confidence, bins))
     return float(_ratio(gaps.sum(), len(truth)))
 
 
@@ -98,16 +98,16 @@ def regression(truth: ArrayLike, score: ArrayLike) -> dict[str, float]:
     """
     truth = np.clip(np.asarray(truth, dtype=np.float64), -1, 1)
     score = np.clip(np.asarray(score, dtype=np.float64), -1, 1)
-    centred, spread = truth - truth.mean(), score - score.mean()
-    scale = np.sqrt((centred**2).sum() * (spread**2).sum())
+    truth_centred, score_centred = truth - truth.mean(), score - score.mean()
+    scale = np.sqrt((truth_centred**2).sum() * (score_centred**2).sum())
     result = {
         "mae": float(np.abs(truth - score).mean()),
-        "corr": float(_ratio((centred * spread).sum(), scale)),
+        "corr": float(_ratio((truth_centred * score_centred).sum(), scale)),
         "acc_5": float((score_class(truth, ACC_5_BINS) == score_class(score, ACC_5_BINS)).mean()),
         "acc_3": float((score_class(truth) == score_class(score)).mean()),
     }
-    there = truth != 0
-    return result | _acc_2(truth > 0, score > 0) | _acc_2(truth[there] > 0, score[there] > 0, "_nonzero")
+    nonzero = truth != 0
+    return result | _acc_2(truth > 0, score > 0) | _acc_2(truth[nonzero] > 0, score[nonzero] > 0, "_nonzero")
 
 
 def binary(truth: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
@@ -123,16 +123,16 @@ def binary(truth: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
     """
     truth, probabilities = np.asarray(truth), np.asarray(probabilities)
     negative, neutral, positive = range(len(LABELS))
-    there = truth != neutral
-    forced = probabilities[there, positive] > probabilities[there, negative]
+    not_neutral = truth != neutral
+    forced = probabilities[not_neutral, positive] > probabilities[not_neutral, negative]
     return _acc_2(truth == positive, probabilities.argmax(-1) == positive) | _acc_2(
-        truth[there] == positive, forced, "_nonzero"
+        truth[not_neutral] == positive, forced, "_nonzero"
     )
 
 
-def _acc_2(truth: NDArray[np.bool_], found: NDArray[np.bool_], suffix: str = "") -> dict[str, float]:
+def _acc_2(truth: NDArray[np.bool_], predicted: NDArray[np.bool_], suffix: str = "") -> dict[str, float]:
     """Acc-2 and weighted F1 of positive against the rest."""
-    scores = from_confusion(confusion(truth, found, 2))
+    scores = from_confusion(confusion(truth, predicted, 2))
     return {"acc_2" + suffix: float(scores["accuracy"]), "f1_2" + suffix: float(scores["weighted_f1"])}
 
 
@@ -162,15 +162,18 @@ def paired_bootstrap(
     classes = len(LABELS)
     truth, first, second = (np.asarray(values, dtype=np.int64) for values in (truth, first, second))
     table = _by_group([truth * classes + first, truth * classes + second], groups, runs)
-    drawn, exchanged = from_confusion(_resample(table)), from_confusion(_exchange(table))
-    whole = from_confusion(table.sum(0).reshape(1, -1, classes, classes))
+    resampled_scores, swapped_scores = from_confusion(_resample(table)), from_confusion(_swap_systems(table))
+    observed = from_confusion(table.sum(0).reshape(1, -1, classes, classes))
     result = {}
     for name in ("accuracy", "macro_f1"):
-        found, resampled, chance = ((x[name][:, ::2] - x[name][:, 1::2]).mean(1) for x in (whole, drawn, exchanged))
+        difference, resampled, swapped = (
+            (x[name][:, ::2] - x[name][:, 1::2]).mean(1) for x in (observed, resampled_scores, swapped_scores)
+        )
         low, high = np.quantile(resampled, EDGES)
-        as_large = np.abs(chance) >= np.abs(found) - 1e-12  # tolerance: the same numbers are summed in another order
+        # tolerance: the same numbers are summed in another order
+        as_large = np.abs(swapped) >= np.abs(difference) - 1e-12
         result[name] = {
-            "difference": float(found[0]),
+            "difference": float(difference[0]),
             "low": float(low),
             "high": float(high),
             "p": float((as_large.sum() + 1) / (SAMPLES + 1)),
@@ -192,30 +195,30 @@ def _by_group(
 ) -> NDArray[np.int64]:
     """Confusion cells n of k systems → counts groups×(runs·k)×C²; the systems of a run are adjacent."""
     rows, systems = len(cells[0]), len(cells)
-    place = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    group = np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
     run = np.zeros(rows, np.int64) if runs is None else np.asarray(runs, dtype=np.int64)
-    shape = (int(place.max(initial=-1)) + 1, systems * (int(run.max(initial=0)) + 1), len(LABELS) ** 2)
+    shape = (int(group.max(initial=-1)) + 1, systems * (int(run.max(initial=0)) + 1), len(LABELS) ** 2)
     table = np.zeros(shape, np.int64)
     for system, cell in enumerate(cells):
-        np.add.at(table, (place, systems * run + system, cell), 1)
+        np.add.at(table, (group, systems * run + system, cell), 1)
     return table
 
 
 def _resample(table: NDArray[np.int64]) -> NDArray[np.float64]:
     """Confusion matrices SAMPLES×k×C×C of groups drawn with replacement (whole groups)."""
     groups, random = len(table), np.random.default_rng(0)
-    return _weighted(table, lambda size: random.multinomial(groups, np.full(groups, 1 / groups), size))
+    return _weighted_sums(table, lambda size: random.multinomial(groups, np.full(groups, 1 / groups), size))
 
 
-def _exchange(table: NDArray[np.int64]) -> NDArray[np.float64]:
+def _swap_systems(table: NDArray[np.int64]) -> NDArray[np.float64]:
     """Confusion matrices SAMPLES×k×C×C with the answers of each pair of systems exchanged in random groups."""
     random = np.random.default_rng(0)
-    other = table.reshape(len(table), -1, 2, table.shape[-1])[:, :, ::-1].reshape(table.shape)
-    changes = _weighted(other - table, lambda size: random.integers(0, 2, (size, len(table))))
+    swapped = table.reshape(len(table), -1, 2, table.shape[-1])[:, :, ::-1].reshape(table.shape)
+    changes = _weighted_sums(swapped - table, lambda size: random.integers(0, 2, (size, len(table))))
     return changes + table.sum(0).reshape(changes.shape[1:])
 
 
-def _weighted(table: NDArray[np.int64], draw: Callable[[int], NDArray[np.int64]]) -> NDArray[np.float64]:
+def _weighted_sums(table: NDArray[np.int64], draw: Callable[[int], NDArray[np.int64]]) -> NDArray[np.float64]:
     """SAMPLES weighted sums over a table's groups; ``draw(size)`` gives their weights, size×groups."""
     groups, systems, cells = table.shape
     flat, classes = table.reshape(groups, -1).astype(np.float64), round(cells**0.5)
@@ -225,6 +228,6 @@ def _weighted(table: NDArray[np.int64], draw: Callable[[int], NDArray[np.int64]]
     return drawn.reshape(SAMPLES, systems, classes, classes)
 
 
-def _ratio(top: ArrayLike, bottom: ArrayLike) -> NDArray[np.float64]:
-    top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> NDArray[np.float64]:
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     return np.divide(top, bottom, out=np.zeros(np.broadcast(top, bottom).shape), where=bottom != 0)

@@ -14,21 +14,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MULTIPART, PLAIN = "multipart/form-data", "application/x-www-form-urlencoded"
 
-ENDING = 4096
+TAIL_BYTES = 4096
 """The closing boundary of a form is searched for in this many bytes at its end."""
 
-MARKING = "utf_8_marking"
+CODEC = "utf_8_marking"
 """Name of a codec that is UTF-8 with U+FFFD for invalid bytes; starlette takes a codec only by name."""
 
 
-def _marking(name: str) -> codecs.CodecInfo | None:
+def _find_codec(name: str) -> codecs.CodecInfo | None:
     def decode(data: Any, errors: str = "strict", /) -> tuple[str, int]:
         return codecs.utf_8_decode(data, "replace", True)
 
-    return codecs.CodecInfo(codecs.utf_8_encode, decode, name=MARKING) if name == MARKING else None
+    return codecs.CodecInfo(codecs.utf_8_encode, decode, name=CODEC) if name == CODEC else None
 
 
-codecs.register(_marking)
+codecs.register(_find_codec)
 
 
 class Forms:
@@ -44,37 +44,40 @@ class Forms:
         """Handle a request: percent-encode non-ASCII bytes of a plain form; in a multipart form, mark invalid bytes and
         require the closing boundary."""
         headers = dict(scope.get("headers", ()))
-        told, packed = (headers.get(name, b"") for name in (b"content-type", b"content-encoding"))
+        content_type, encoding = (headers.get(name, b"") for name in (b"content-type", b"content-encoding"))
         parsed = email.message.Message()
-        parsed["content-type"] = told.decode("latin-1")
-        kind = parsed.get_content_type()
-        if kind in (MULTIPART, PLAIN) and packed.lower() not in (b"", b"identity"):
-            line = f"the form is compressed ({packed.decode('latin-1')}) — send it uncompressed"
-            await JSONResponse({"error": line}, 415)(scope, receive, send)
+        parsed["content-type"] = content_type.decode("latin-1")
+        media_type = parsed.get_content_type()
+        if media_type in (MULTIPART, PLAIN) and encoding.lower() not in (b"", b"identity"):
+            error = f"the form is compressed ({encoding.decode('latin-1')}) — send it uncompressed"
+            await JSONResponse({"error": error}, 415)(scope, receive, send)
             return
         try:  # "boundary*=" may name any codec
-            close, last = f"--{parsed.get_boundary('') if kind == MULTIPART else ''}--".encode("latin-1"), b""
+            closing, tail = f"--{parsed.get_boundary('') if media_type == MULTIPART else ''}--".encode("latin-1"), b""
         except ValueError:
-            line = "the form's boundary cannot be read — use ASCII letters, as in boundary=…"
-            await JSONResponse({"error": line}, 400)(scope, receive, send)
+            error = "the form's boundary cannot be read — use ASCII letters, as in boundary=…"
+            await JSONResponse({"error": error}, 400)(scope, receive, send)
             return
-        if kind == MULTIPART:  # of two charsets, the last counts
-            marked = told + b"; charset=" + MARKING.encode()
-            scope = {**scope, "headers": [(k, marked if k == b"content-type" else v) for k, v in scope["headers"]]}
+        if media_type == MULTIPART:  # of two charsets, the last counts
+            with_charset = content_type + b"; charset=" + CODEC.encode()
+            scope = {
+                **scope,
+                "headers": [(k, with_charset if k == b"content-type" else v) for k, v in scope["headers"]],
+            }
 
-        async def whole() -> Message:
-            nonlocal last
+        async def checked_receive() -> Message:
+            nonlocal tail
             message = await receive()
             body = message.get("body", b"")
-            if kind == PLAIN:
+            if media_type == PLAIN:
                 body = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], body)
-            last = (last + body)[-ENDING:]
-            ends = message["type"] == "http.request" and not message.get("more_body")
-            if kind == MULTIPART and ends and close not in last:
+            tail = (tail + body)[-TAIL_BYTES:]
+            is_last = message["type"] == "http.request" and not message.get("more_body")
+            if media_type == MULTIPART and is_last and closing not in tail:
                 raise HTTPException(400, "the form ends before its closing boundary — send all of it")
             return {**message, "body": body} if "body" in message else message
 
-        await self.app(scope, whole, send)
+        await self.app(scope, checked_receive, send)
 
 
 class Browsers:
@@ -90,18 +93,18 @@ class Browsers:
         """Handle a request: check Sec-Fetch-Site, which browsers send to https and to their own machine, and which
         pages cannot set."""
 
-        async def marked(message: Message) -> None:
+        async def send_with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
-                kept = message.get("headers", ())
-                message = {**message, "headers": [*kept, (b"x-content-type-options", b"nosniff")]}
+                headers = message.get("headers", ())
+                message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
             await send(message)
 
         site = dict(scope.get("headers", ())).get(b"sec-fetch-site")
         if scope.get("method") == "POST" and site == b"cross-site":
-            line = "sent by another site's page — open this server's own page, or send it without a browser"
-            await JSONResponse({"error": line}, 403)(scope, receive, marked)
+            error = "sent by another site's page — open this server's own page, or send it without a browser"
+            await JSONResponse({"error": error}, 403)(scope, receive, send_with_header)
             return
-        await self.app(scope, receive, marked)
+        await self.app(scope, receive, send_with_header)
 
 
 class Limit:
@@ -109,25 +112,25 @@ class Limit:
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
-        self.line = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or raise --limit"
+        self.message = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or raise --limit"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request: check its Content-Length and the bytes received."""
-        told = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
-        if told > self.most:
-            await JSONResponse({"error": self.line}, 413)(scope, receive, send)
+        declared = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
+        if declared > self.most:
+            await JSONResponse({"error": self.message}, 413)(scope, receive, send)
             return
-        seen = 0
+        received = 0
 
-        async def counted() -> Message:
-            nonlocal seen
+        async def counting_receive() -> Message:
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                raise HTTPException(413, self.line)
+            received += len(message.get("body", b""))
+            if received > self.most:
+                raise HTTPException(413, self.message)
             return message
 
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, counting_receive, send)
         except CancelledError:  # at shutdown, after GRACE seconds
             await JSONResponse({"error": "the server is shutting down"}, 503)(scope, receive, send)

@@ -42,16 +42,16 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
         return []
     encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    found: list[Character] = []
+    spans: list[Character] = []
     for token, (start, end) in enumerate(encoded["offset_mapping"]):
         if tokens[token] == "▁" or not text[start:end].strip():
             continue
-        if found and found[-1].start <= start and end <= found[-1].end:
+        if spans and spans[-1].start <= start and end <= spans[-1].end:
             continue
-        if found and start <= found[-1].start and found[-1].end <= end:
-            found.pop()
-        found.append(Character(token, start, end))
-    return found
+        if spans and start <= spans[-1].start and spans[-1].end <= end:
+            spans.pop()
+        spans.append(Character(token, start, end))
+    return spans
 
 
 def unread(predictor: Any, text: str | None) -> str:
@@ -59,11 +59,11 @@ def unread(predictor: Any, text: str | None) -> str:
     text = spoken(text)
     if text is None or predictor.tokenizer is None:
         return ""
-    most = predictor.config.text.max_length
-    if len(predictor.tokenizer(text)["input_ids"]) <= most:
+    limit = predictor.config.text.max_length
+    if len(predictor.tokenizer(text)["input_ids"]) <= limit:
         return ""  # checked first, since the last characters of a text may belong to no token
-    read = characters(predictor.tokenizer, text, most)
-    return text[max((one.end for one in read), default=len(text)) :].strip()
+    read = characters(predictor.tokenizer, text, limit)
+    return text[max((character.end for character in read), default=len(text)) :].strip()
 
 
 def value(prediction: Prediction, label: str) -> float:
@@ -83,13 +83,13 @@ def change(before: Prediction, after: Prediction) -> float:
 
 
 def masked(features: Batch, cases: list[tuple[str, int]]) -> Batch:
-    """One clip's features, a row for each case (modality, place) with that position masked, or all of them for −1."""
+    """One clip's features, a row for each case (modality, position) with that position masked; −1 masks all."""
     rows = cam.repeat(features, len(cases))
     for name, sequence in rows.modalities.items():
         mask = sequence.mask.clone()
-        for row, (gone, place) in enumerate(cases):
-            if gone == name:
-                mask[row, slice(None) if place < 0 else place] = False
+        for row, (modality, position) in enumerate(cases):
+            if modality == name:
+                mask[row, slice(None) if position < 0 else position] = False
         rows.modalities[name] = Sequence(sequence.values, mask)
     return rows
 
@@ -108,17 +108,20 @@ def occlude(predictor: Any, batch: Batch, text: str | None) -> list[Case]:
     """
     model = predictor.model
     features = model.encode(batch)
-    there = _present(features)
+    present = _present(features)
     frames: list[int] = []
-    if "vision" in there and "vision" in model.encoders:
+    if "vision" in present and "vision" in model.encoders:
         frames = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
-    asked = [("everything", 0, "", ("", -1))]
-    if len(there) > 1:
-        asked += [(SURFACE[name], 0, "", (name, -1)) for name in there]
-    if len(there) > 1 or len(frames) > 1:
-        asked += [("frame", i, str(i + 1), ("vision", place)) for i, place in enumerate(frames)]
-    answers = predictor.predictions(model.fuse(masked(features, [gone for *_, gone in asked])))
-    cases = [Case(kind, place, shown, found) for (kind, place, shown, _), found in zip(asked, answers, strict=True)]
+    parts = [("everything", 0, "", ("", -1))]
+    if len(present) > 1:
+        parts += [(SURFACE[name], 0, "", (name, -1)) for name in present]
+    if len(present) > 1 or len(frames) > 1:
+        parts += [("frame", i, str(i + 1), ("vision", position)) for i, position in enumerate(frames)]
+    predictions = predictor.predictions(model.fuse(masked(features, [target for *_, target in parts])))
+    cases = [
+        Case(kind, index, shown, prediction)
+        for (kind, index, shown, _), prediction in zip(parts, predictions, strict=True)
+    ]
     return cases + _without_characters(predictor, features, text)
 
 
@@ -127,31 +130,32 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
     if not text or "text" not in model.encoders:
         return []
     length = predictor.config.text.max_length
-    lone = _present(features) == ["text"]
+    only_text = _present(features) == ["text"]
     cuts = {
-        place: (text[span.start : span.end], rest)
-        for place, span in enumerate(characters(predictor.tokenizer, text, length))
-        if (rest := spoken(text[: span.start] + text[span.end :])) is not None or not lone
+        index: (text[span.start : span.end], rest)
+        for index, span in enumerate(characters(predictor.tokenizer, text, length))
+        if (rest := spoken(text[: span.start] + text[span.end :])) is not None or not only_text
     }
     if not cuts:
         return []
-    shorter = [rest for _, rest in cuts.values()]
-    ids, mask = tokenize(predictor.tokenizer, shorter, length)
-    said = model.encode(Batch({"text": Sequence(ids.to(model.device), mask.to(model.device))}, {}))
+    texts = [rest for _, rest in cuts.values()]
+    ids, mask = tokenize(predictor.tokenizer, texts, length)
+    encoded = model.encode(Batch({"text": Sequence(ids.to(model.device), mask.to(model.device))}, {}))
     rows = cam.repeat(features, len(cuts))
-    modalities = {name: said.modalities["text"] if name == "text" else s for name, s in rows.modalities.items()}
-    answers = predictor.predictions(model.fuse(Batch(modalities, {})))
+    modalities = {name: encoded.modalities["text"] if name == "text" else s for name, s in rows.modalities.items()}
+    predictions = predictor.predictions(model.fuse(Batch(modalities, {})))
     return [
-        Case("character", place, shown, found) for (place, (shown, _)), found in zip(cuts.items(), answers, strict=True)
+        Case("character", index, shown, prediction)
+        for (index, (shown, _)), prediction in zip(cuts.items(), predictions, strict=True)
     ]
 
 
 @torch.no_grad()
 def alone(predictor: Any, features: Batch) -> dict[str, Prediction]:
     """The prediction given each modality of one clip alone, by surface name; empty if the clip has only one."""
-    there = _present(features)
-    answers = predictor.model.alone(features) if len(there) > 1 else {}
-    return {SURFACE[name]: predictor.predictions(answers[name])[0] for name in there if name in answers}
+    present = _present(features)
+    outputs = predictor.model.alone(features) if len(present) > 1 else {}
+    return {SURFACE[name]: predictor.predictions(outputs[name])[0] for name in present if name in outputs}
 
 
 def _present(features: Batch) -> list[str]:
@@ -164,17 +168,17 @@ def cross_attention(output: Output, features: Batch) -> dict[str, torch.Tensor]:
 
     If the vision sequence begins with a state of the whole clip, that is the first row or column. Rows sum to 1.
     """
-    found = {}
+    maps_by_pair = {}
     for name, maps in output.attention.items():
-        sides = []
+        masks = []
         for modality, length in zip(name.split("_asks_"), maps.shape[-2:], strict=True):
             if modality not in features.modalities:  # it comes from a feature file
                 break
             mask = features.modalities[modality].mask[0]
-            lead = length - len(mask)
-            if lead not in (0, 1):
+            extra = length - len(mask)
+            if extra not in (0, 1):
                 break
-            sides.append(torch.cat([mask.new_ones(lead), mask]))
-        if len(sides) == 2:
-            found[name] = maps[0].float().mean(0)[sides[0]][:, sides[1]].cpu()
-    return found
+            masks.append(torch.cat([mask.new_ones(extra), mask]))
+        if len(masks) == 2:
+            maps_by_pair[name] = maps[0].float().mean(0)[masks[0]][:, masks[1]].cpu()
+    return maps_by_pair

@@ -26,5 +26,5 @@ def signed(number: float, digits: int = 3, plus: str = "+") -> str:
 
     ``plus``: the sign above zero; "" for a value that is not a change.
     """
-    shown = f"{abs(number):.{digits}f}"
-    return shown if not float(shown) else ("−" if number < 0 else plus) + shown
+    text = f"{abs(number):.{digits}f}"
+    return text if not float(text) else ("−" if number < 0 else plus) + text

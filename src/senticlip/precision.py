@@ -41,35 +41,36 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     """
     if not model.encoders:
         raise UsageError(f"--precision {precision}: {run} has no encoder that could run in it")
-    place, weights = run / "precision.json", fingerprint(model, model.config.encoders)
+    path, weights = run / "precision.json", fingerprint(model, model.config.encoders)
     on_gpu = precision == "bf16" and model.device.type != "cpu"
     model = model if on_gpu else model.to("cpu")
-    known, name = _measured(place, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"
+    measured, key = _stored_disagreements(path, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"
     batch = probe(model, model.experiment)
-    before = None if name in known else _answer(model, batch)
-    if before is not None and not before.are_numbers().all():  # compiled encoders may hide NaN: OpenVINO's max drops it
+    reference = None if key in measured else _output(model, batch)
+    # checked before compiling, as compiled encoders may hide NaN: OpenVINO's max drops it
+    if reference is not None and not reference.are_numbers().all():
         raise UserError(f"{run}: its answers are NaN, so its weights are broken — train or copy it again")
-    model = _to_bf16(model) if on_gpu else _compiled(model, run, weights, precision)
-    if before is not None:
-        known[name] = disagreement([(before, _answer(model, batch))])
+    model = _to_bf16(model) if on_gpu else _with_compiled_encoders(model, run, weights, precision)
+    if reference is not None:
+        measured[key] = disagreement([(reference, _output(model, batch))])
         with suppress(UserError, OSError):  # in a read-only RUN it is measured each time
-            write_text(place, json.dumps({"weights": weights, **known}, indent=1))
-    return model, known[name]
+            write_text(path, json.dumps({"weights": weights, **measured}, indent=1))
+    return model, measured[key]
 
 
 @torch.inference_mode()
-def _answer(model: Any, batch: Batch) -> Output:
+def _output(model: Any, batch: Batch) -> Output:
     output: Output = model(batch)
     return output
 
 
-def _measured(place: Path, weights: str) -> dict[str, Any]:
+def _stored_disagreements(path: Path, weights: str) -> dict[str, Any]:
     """The disagreements already measured for these weights, by precision and device."""
-    known = read_json(place)
-    return known if known.pop("weights", None) == weights else {}
+    stored = read_json(path)
+    return stored if stored.pop("weights", None) == weights else {}
 
 
-def _compiled(model: Any, run: Path, weights: str, precision: str) -> Any:
+def _with_compiled_encoders(model: Any, run: Path, weights: str, precision: str) -> Any:
     """The model with compiled encoders, which are stored in its RUN, or in the cache if RUN is read-only."""
     folder = run if os.access(run, os.W_OK) else cache_root() / "openvino" / weights
     if not compiled.made(folder, weights):
@@ -106,15 +107,21 @@ def disagreement(pairs: Iterable[tuple[Output, Output]]) -> dict[str, float]:
         ``n`` rows, ``flips`` (share of rows whose label changes), ``max_difference`` and ``mean_difference`` of the
         probabilities (or of the scores of a regression model).
     """
-    rows, flips, most, total = 0, 0, 0.0, 0.0
-    for one, two in pairs:
-        (p, label), (q, other) = values_and_classes(one), values_and_classes(two)
-        gap = np.abs(p - q)
+    rows, flips, largest, total = 0, 0, 0.0, 0.0
+    for first, second in pairs:
+        (p, label), (q, other_label) = values_and_classes(first), values_and_classes(second)
+        difference = np.abs(p - q)
         rows += len(p)
-        flips += int(((label != other) | np.isnan(gap).any(-1)).sum())
-        most = max(most, float(np.nan_to_num(gap, nan=np.inf).max()))  # NaN counts as an infinite difference
-        total += float(gap.mean(-1).sum())
-    return {"n": rows, "flips": flips / max(rows, 1), "max_difference": most, "mean_difference": total / max(rows, 1)}
+        flips += int(((label != other_label) | np.isnan(difference).any(-1)).sum())
+        # NaN counts as an infinite difference
+        largest = max(largest, float(np.nan_to_num(difference, nan=np.inf).max()))
+        total += float(difference.mean(-1).sum())
+    return {
+        "n": rows,
+        "flips": flips / max(rows, 1),
+        "max_difference": largest,
+        "mean_difference": total / max(rows, 1),
+    }
 
 
 def values_and_classes(output: Output) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +161,8 @@ def probe(model: Any, config: Any, rows: int = 4) -> Batch:
     random = torch.Generator().manual_seed(0)
     modalities = {}
     if "text" in model.encoders:
-        most = min(5000, model.encoders["text"].body.get_input_embeddings().num_embeddings)
-        ids = torch.randint(most // 2, most, (rows, min(16, config.text.max_length)), generator=random)
+        end = min(5000, model.encoders["text"].body.get_input_embeddings().num_embeddings)
+        ids = torch.randint(end // 2, end, (rows, min(16, config.text.max_length)), generator=random)
         modalities["text"] = Sequence(ids, torch.ones_like(ids, dtype=torch.bool))
     if "vision" in model.encoders:
         m, size = config.vision.frames, model.encoders["vision"].size
@@ -166,5 +173,5 @@ def probe(model: Any, config: Any, rows: int = 4) -> Batch:
     if hears(config):
         sound = 4 * torch.randn(rows, 30, config.audio.bands, generator=random) - 2  # as loud as speech
         modalities["audio"] = Sequence(sound, torch.ones(rows, 30, dtype=torch.bool))
-    on = {name: Sequence(*(part.to(model.device) for part in sequence)) for name, sequence in modalities.items()}
-    return Batch(on, {})
+    on_device = {name: Sequence(*(part.to(model.device) for part in sequence)) for name, sequence in modalities.items()}
+    return Batch(on_device, {})

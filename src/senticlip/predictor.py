@@ -76,9 +76,9 @@ class Predictor:
         else:
             from senticlip.models.base import SentimentModel, run_folder
 
-            where = runtime.device(device)
+            torch_device = runtime.device(device)
             self.run = run_folder(run)
-            self.model = SentimentModel.from_pretrained(self.run).to(where)
+            self.model = SentimentModel.from_pretrained(self.run).to(torch_device)
         self.tokenizer, self.config = self.model.tokenizer, self.model.experiment
         if precision != "fp32":
             self.model, self.disagreement = lowered(self.model, self.run, precision)
@@ -129,33 +129,33 @@ class Predictor:
         """
         if not clips:
             raise UsageError("batch: no clip given — give at least one")
-        clips = [_checked(clip) for clip in clips]
-        found: dict[str, tuple[Any, Any]] = {}  # values and mask
+        clips = [_validated(clip) for clip in clips]
+        inputs: dict[str, tuple[Any, Any]] = {}  # values and mask
         if "text" in self.model.encoders:
-            found["text"] = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
+            inputs["text"] = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
         if "vision" in self.model.encoders:
-            found["vision"] = self._frames(clips, read)
+            inputs["vision"] = self._padded_frames(clips, read)
         if hears(self.config):
-            found["audio"] = self._sound(clips, listen)
+            inputs["audio"] = self._padded_sound(clips, listen)
         for i, clip in enumerate(clips):
-            if not any(mask[i].any() for _, mask in found.values()):
-                needs = " or ".join(SURFACE[name] for name in found) or "feature files, not clips"
+            if not any(mask[i].any() for _, mask in inputs.values()):
+                needs = " or ".join(SURFACE[name] for name in inputs) or "feature files, not clips"
                 raise UsageError(f"{clip.id or clip.video or 'clip'}: nothing to read — this model reads {needs}")
-        place = self.model.device
-        pairs = {name: [torch.as_tensor(part).to(place) for part in parts] for name, parts in found.items()}
+        device = self.model.device
+        pairs = {name: [torch.as_tensor(part).to(device) for part in parts] for name, parts in inputs.items()}
         return Batch({name: Sequence(*pair) for name, pair in pairs.items()}, {})
 
-    def _frames(self, clips: list[Clip], read: Callable[..., Frames]) -> tuple[np.ndarray, np.ndarray]:
+    def _padded_frames(self, clips: list[Clip], read: Callable[..., Frames]) -> tuple[np.ndarray, np.ndarray]:
         encoder: Any = self.model.encoders["vision"]
         m, size, cutaways = self.config.vision.frames, encoder.size, self.config.vision.cutaways
-        nothing = np.zeros((0, 3, size, size), np.uint8)
+        no_frames = np.zeros((0, 3, size, size), np.uint8)
         rows = [
-            nothing if c.video is None else read(c.video, m, c.start, c.end, size=size, cutaways=cutaways).pixels
+            no_frames if c.video is None else read(c.video, m, c.start, c.end, size=size, cutaways=cutaways).pixels
             for c in clips
         ]
         return padded(rows)
 
-    def _sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _padded_sound(self, clips: list[Clip], listen: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The log-mel of each clip; a clip without a video, or whose video has no sound, gets an empty row."""
         bands, average = self.config.audio.bands, self.config.audio.average
         sounds = [np.zeros(0) if c.video is None else listen(c.video, c.start, c.end) for c in clips]
@@ -181,7 +181,7 @@ class Predictor:
             ]
         assert output.log_probs is not None
         fused = output.log_probs.exp().cpu().tolist()
-        alone = {name: said.exp().cpu().tolist() for name, said in output.alone.items()}
+        alone = {name: log_probs.exp().cpu().tolist() for name, log_probs in output.alone.items()}
         weights = {name: weight.cpu().tolist() for name, weight in output.weights.items()}
         answers = []
         for i, row in enumerate(fused):
@@ -197,7 +197,7 @@ class Predictor:
         return answers
 
 
-def _checked(clip: Clip) -> Clip:
+def _validated(clip: Clip) -> Clip:
     """The clip, with a blank text or path as None. Refuses other types, such as NaN from an empty pandas cell."""
     if not isinstance(clip, Clip):
         raise UsageError(f"{clip!r}: not a clip — give senticlip.structures.Clip(id, video, text)")

@@ -46,9 +46,9 @@ def vocabulary() -> list[str]:
 
 def sample(rng: Generator) -> tuple[np.ndarray, dict[str, str]]:
     """A drawn frame SIZE×SIZE×3 and its captions by facet; one in 25 shows no face."""
-    who = Person.random(rng) if rng.random() > 0.04 else None
-    scene, pose, look = Scene.random(rng), Pose.random(rng), Expression.random(rng)
-    return draw(who, scene, pose, look, (SIZE, SIZE), rng).pixels, describe(who, scene, pose, look)
+    person = Person.random(rng) if rng.random() > 0.04 else None
+    scene, pose, expression = Scene.random(rng), Pose.random(rng), Expression.random(rng)
+    return draw(person, scene, pose, expression, (SIZE, SIZE), rng).pixels, describe(person, scene, pose, expression)
 
 
 class Towers(nn.Module):
@@ -86,9 +86,12 @@ class Towers(nn.Module):
 class Captions:
     """All captions in the given samples, by facet, and their token ids."""
 
-    def __init__(self, words: list[dict[str, str]]) -> None:
-        names = sorted({name for seen in words for name in seen})
-        self.facets = {name: sorted({seen[name] for seen in words if name in seen}) for name in names}
+    def __init__(self, frame_captions: list[dict[str, str]]) -> None:
+        names = sorted({name for captions_by_facet in frame_captions for name in captions_by_facet})
+        self.facets = {
+            name: sorted({captions_by_facet[name] for captions_by_facet in frame_captions if name in captions_by_facet})
+            for name in names
+        }
         numbers = {token: number for number, token in enumerate(vocabulary())}
         captions = [caption for name in names for caption in self.facets[name]]
         width = max(map(len, captions)) + 2
@@ -98,24 +101,30 @@ class Captions:
             self.ids[row, : len(tokens)] = torch.tensor([numbers[token] for token in tokens])
         self.mask = (self.ids != 0).long()
 
-    def targets(self, words: list[dict[str, str]], name: str) -> Tensor:
+    def targets(self, frame_captions: list[dict[str, str]], name: str) -> Tensor:
         """The index of each frame's caption for a facet; −100 if it has none."""
-        place = {caption: number for number, caption in enumerate(self.facets[name])}
-        return torch.tensor([place.get(seen.get(name, ""), -100) for seen in words])
+        index_of = {caption: number for number, caption in enumerate(self.facets[name])}
+        return torch.tensor(
+            [index_of.get(captions_by_facet.get(name, ""), -100) for captions_by_facet in frame_captions]
+        )
 
 
-def _loss(towers: Towers, frames: np.ndarray, words: list[dict[str, str]], captions: Captions) -> tuple[Tensor, dict]:
+def _loss(
+    towers: Towers, frames: np.ndarray, frame_captions: list[dict[str, str]], captions: Captions
+) -> tuple[Tensor, dict]:
     """Cross-entropy over the captions of each facet, and the share of frames whose caption ranks first, by facet."""
     logits = towers.logit_scale.exp() * towers.see(frames) @ towers.read(captions.ids, captions.mask).T
-    total, right = logits.new_zeros(()), {}
+    total, accuracy = logits.new_zeros(()), {}
     sizes = [len(options) for options in captions.facets.values()]
-    for name, part in zip(captions.facets, logits.split(sizes, 1), strict=True):
-        target = captions.targets(words, name)
-        known = target >= 0
-        if known.any():
-            total = total + WEIGHTS.get(name, 0.2) * nn.functional.cross_entropy(part[known], target[known])
-            right[name] = (part[known].argmax(1) == target[known]).float().mean().item()
-    return total, right
+    for name, facet_logits in zip(captions.facets, logits.split(sizes, 1), strict=True):
+        target = captions.targets(frame_captions, name)
+        has_caption = target >= 0
+        if has_caption.any():
+            total = total + WEIGHTS.get(name, 0.2) * nn.functional.cross_entropy(
+                facet_logits[has_caption], target[has_caption]
+            )
+            accuracy[name] = (facet_logits[has_caption].argmax(1) == target[has_caption]).float().mean().item()
+    return total, accuracy
 
 
 def pretrain(out: Path = FOLDER, minutes: float = 12.0, seed: int = 0, show: Callable[[str], None] = print) -> dict:
@@ -132,27 +141,27 @@ def pretrain(out: Path = FOLDER, minutes: float = 12.0, seed: int = 0, show: Cal
     optimizer = torch.optim.AdamW(towers.parameters(), lr=3e-3, weight_decay=0.02, betas=(0.9, 0.98))
     mean: dict[str, float] = {}
     start, step = time.process_time(), 0
-    while (done := (time.process_time() - start) / (60 * minutes)) < 1:
+    while (progress := (time.process_time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         batch = [sample(rng) for _ in range(BATCH)]
-        loss, right = _loss(towers, np.stack([b[0] for b in batch]), [b[1] for b in batch], captions)
+        loss, accuracy = _loss(towers, np.stack([b[0] for b in batch]), [b[1] for b in batch], captions)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(towers.parameters(), 2.0)
         optimizer.step()
-        mean = {name: 0.96 * mean.get(name, value) + 0.04 * value for name, value in right.items()}
+        mean = {name: 0.96 * mean.get(name, value) + 0.04 * value for name, value in accuracy.items()}
         step += 1
         if step % 50 == 0:
-            show(f"{step * BATCH} frames, {done:.0%}: " + ", ".join(f"{n} {v:.2f}" for n, v in mean.items()))
+            show(f"{step * BATCH} frames, {progress:.0%}: " + ", ".join(f"{n} {v:.2f}" for n, v in mean.items()))
         if step % 200 == 0:
             write(towers, out)
     write(towers, out)
     towers.eval()
-    fresh = [sample(rng) for _ in range(1000)]
+    validation = [sample(rng) for _ in range(1000)]
     with torch.no_grad():
-        _, right = _loss(towers, np.stack([b[0] for b in fresh]), [b[1] for b in fresh], captions)
-    return {**right, "frames": step * BATCH, "seconds": time.process_time() - start}
+        _, accuracy = _loss(towers, np.stack([b[0] for b in validation]), [b[1] for b in validation], captions)
+    return {**accuracy, "frames": step * BATCH, "seconds": time.process_time() - start}
 
 
 def sample_words(rng: Generator) -> dict[str, str]:

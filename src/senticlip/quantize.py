@@ -16,14 +16,14 @@ def quantize(path: Path) -> Path:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    made = path.with_name("int8.onnx")
+    target = path.with_name("int8.onnx")
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
         quantize_dynamic(
             str(path),
-            str(made),
+            str(target),
             weight_type=QuantType[weight_type()],
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm"],
@@ -31,7 +31,7 @@ def quantize(path: Path) -> Path:
         )
     finally:
         root.setLevel(level)
-    return made
+    return target
 
 
 def spared(graph: Any) -> list[str]:
@@ -43,13 +43,13 @@ def spared(graph: Any) -> list[str]:
     """
     shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
 
-    def spare(node: Any) -> bool:
+    def is_spared(node: Any) -> bool:
         scopes = next((p.value for p in node.metadata_props if p.key.endswith("name_scopes")), "")
-        sides = shapes.get(node.input[1], ())
-        narrows = len(sides) == 2 and sides[0] > sides[1]
-        return len(sides) > 2 or "'model.encoders." not in scopes or ("'model.encoders.text'" in scopes and narrows)
+        shape = shapes.get(node.input[1], ())
+        narrows = len(shape) == 2 and shape[0] > shape[1]
+        return len(shape) > 2 or "'model.encoders." not in scopes or ("'model.encoders.text'" in scopes and narrows)
 
-    names = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and spare(node)]
+    names = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and is_spared(node)]
     return [*names, *(f"{name}_MatMul" for name in names)]  # onnxruntime first turns a Gemm into a MatMul
 
 

@@ -65,55 +65,59 @@ def reproduce(
     """
     out, changes = Path(out), overrides or []
     config = load_preset(preset, [*changes, *([f"protocol={protocol}"] if protocol else [])])
-    if "seed" in (wanted := parse_overrides(changes)):
+    if "seed" in (requested := parse_overrides(changes)):
         raise UsageError("--set seed: seeds run from 0 to --seeds minus 1 — leave it out")
-    if wanted.get("protocol", config.protocol) != config.protocol:
-        raise UsageError(f"--set protocol={wanted['protocol']}: conflicts with --protocol {protocol} — leave one out")
+    if requested.get("protocol", config.protocol) != config.protocol:
+        raise UsageError(
+            f"--set protocol={requested['protocol']}: conflicts with --protocol {protocol} — leave one out"
+        )
     splits = [read_clips(data, None, config.protocol, seed) for seed in range(seeds)]
     for split in SPLITS:  # fail on an empty split before any training
         if not any(config.target in clip.labels for clip in read_clips(data, split, config.protocol)):
             raise UserError(f"{data}: no clip in {split} has label {config.target}")
     labels = {name for clip in splits[0] for name in clip.labels}
-    chosen = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
+    chosen_tables = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
     with alone(out, "reproduce"):
-        _claim(out / "runs", data, splits[0], chosen)
+        _check_same_inputs(out / "runs", data, splits[0], chosen_tables)
         runner = Runner(data, out / "runs", keep, device)
-        runner.run_all(chosen, seeds)
+        runner.run_all(chosen_tables, seeds)
         errors = [result["error"] for result in runner.results.values() if "error" in result]
         if len(errors) == len(runner.results):
             raise UserError(f"no row could be run: {errors[0]}")
-        found = results.collect(chosen, runner.results, seeds)
-        _tell_tables(out, list(found))
-        report = results.write(out, chosen, found, splits, Asked(config, preset, changes, str(data)))
-    return {"tables": results.numbers(found), "report": str(report)}
+        collected = results.collect(chosen_tables, runner.results, seeds)
+        _report_dropped_tables(out, list(collected))
+        report = results.write(out, chosen_tables, collected, splits, Asked(config, preset, changes, str(data)))
+    return {"tables": results.numbers(collected), "report": str(report)}
 
 
-def _tell_tables(out: Path, now: list[str]) -> None:
+def _report_dropped_tables(out: Path, current: list[str]) -> None:
     """Say which tables the report loses, as it contains only those of the latest call."""
     before = read_json(out / "results.json").get("tables", {})
-    if lost := [number for number in before if number not in now]:
-        both = ",".join(sorted({*before, *now}))
-        told = f"the report now has Tables {', '.join(now)} and no longer {', '.join(lost)}"
-        console.print(f"{out}: {told} — --tables {both} includes all, and reuses finished rows", soft_wrap=True)
+    if dropped := [number for number in before if number not in current]:
+        all_numbers = ",".join(sorted({*before, *current}))
+        message = f"the report now has Tables {', '.join(current)} and no longer {', '.join(dropped)}"
+        console.print(
+            f"{out}: {message} — --tables {all_numbers} includes all, and reuses finished rows", soft_wrap=True
+        )
 
 
-def _claim(runs: Path, data: str | Path, clips: list[Clip], tables: list[Table]) -> None:
+def _check_same_inputs(runs: Path, data: str | Path, clips: list[Clip], tables: list[Table]) -> None:
     """Refuse data, encoders or features that differ from those of the finished rows, which are not run again."""
-    there = read_json(runs / "data.json")
-    encoders = dict(there.get("encoders", {}))
+    saved = read_json(runs / "data.json")
+    encoders = dict(saved.get("encoders", {}))
     for config in (config for table in tables for row in table.rows for config in row.configs.values()):
         encoders |= encoder_keys(config) | feature_keys(config, data)
-    mine = {"data": str(data), "rows": rows_digest(data, clips), "encoders": encoders}
-    if there and there["rows"] != mine["rows"]:
+    current = {"data": str(data), "rows": rows_digest(data, clips), "encoders": encoders}
+    if saved and saved["rows"] != current["rows"]:
         raise UserError(
-            f"{runs.parent}: has runs with different data, labels or protocol ({there['data']}) — choose another --out"
+            f"{runs.parent}: has runs with different data, labels or protocol ({saved['data']}) — choose another --out"
         )
-    for name, keys in there.get("encoders", {}).items():
+    for name, keys in saved.get("encoders", {}).items():
         if keys != encoders[name]:
             raise UserError(f"{runs.parent}: has runs made when {name} had different contents — choose another --out")
     with disk(runs):
         make_folder(runs)
-    write_text(runs / "data.json", json.dumps(mine, ensure_ascii=False))
+    write_text(runs / "data.json", json.dumps(current, ensure_ascii=False))
 
 
 class Runner:
@@ -144,33 +148,33 @@ class Runner:
             for seed in range(seeds):
                 for name, config in experiments.values():
                     progress.update(task, description=f"{name}, seed {seed}")
-                    self._one(name, config, seed)
+                    self._run_one(name, config, seed)
                     progress.advance(task)
                 if not self.keep:
                     for mark in (self.root / f"seed{seed}").glob(f"*/{NOT_KEPT}"):
                         (mark.parent / WEIGHTS).unlink(missing_ok=True)
         if self.keep:
-            self._tell_gone(list(experiments.values()), seeds)
+            self._report_deleted_weights(list(experiments.values()), seeds)
 
-    def _tell_gone(self, experiments: list[tuple[str, Config]], seeds: int) -> None:
+    def _report_deleted_weights(self, experiments: list[tuple[str, Config]], seeds: int) -> None:
         """Say how many finished rows no longer have weights to keep."""
         rows = [(config, seed) for seed in range(seeds) for _, config in experiments]
-        done = [self.folder(*row) for row in rows if "error" not in self.results[digest(row[0]), row[1]]]
-        if gone := sum(not (folder / WEIGHTS).is_file() for folder in done):
-            told = f"{gone} of {len(done)} finished rows no longer have weights: they were run without --keep"
-            console.print(f"{self.root.parent}: {told} — choose another --out to keep them", soft_wrap=True)
+        folders = [self.folder(*row) for row in rows if "error" not in self.results[digest(row[0]), row[1]]]
+        if deleted := sum(not (folder / WEIGHTS).is_file() for folder in folders):
+            message = f"{deleted} of {len(folders)} finished rows no longer have weights: they were run without --keep"
+            console.print(f"{self.root.parent}: {message} — choose another --out to keep them", soft_wrap=True)
 
-    def _one(self, name: str, config: Config, seed: int) -> None:
+    def _run_one(self, name: str, config: Config, seed: int) -> None:
         started = time.monotonic()
         try:
             result = self.result(config, seed)
-            told = f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
+            summary = f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
         except Exception as error:  # even a bug of ours fails only this row: the others go on
             reason = str(error) if isinstance(error, UserError) else "".join(format_exception_only(error))
             result = {"error": " ".join(reason.split())}
-            told = f"not run: {result['error']}"
+            summary = f"not run: {result['error']}"
         self.results[digest(config), seed] = result
-        console.print(f"{name}, seed {seed}: {told} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
+        console.print(f"{name}, seed {seed}: {summary} ({time.monotonic() - started:.0f} s)", soft_wrap=True)
 
     def folder(self, config: Config, seed: int) -> Path:
         """The RUN folder of an experiment."""
@@ -179,17 +183,17 @@ class Runner:
     def result(self, config: Config, seed: int) -> dict[str, Any]:
         """Test metrics and predictions of an experiment; read from disk if it has been run."""
         folder = self.folder(config, seed)
-        found = read_json(folder / RESULT)
-        if not isinstance(found.get("predictions"), dict):
+        result = read_json(folder / RESULT)
+        if not isinstance(result.get("predictions"), dict):
             from senticlip.evaluate import evaluate
 
             self.train(config, seed)
-            found = evaluate(folder, self.data, "test", self.device) | {"predictions": predictions(folder)}
-            write_text(folder / RESULT, json.dumps(found, ensure_ascii=False))
+            result = evaluate(folder, self.data, "test", self.device) | {"predictions": predictions(folder)}
+            write_text(folder / RESULT, json.dumps(result, ensure_ascii=False))
             if (folder / NOT_KEPT).is_file() and digest(config) not in self.shared:
                 (folder / WEIGHTS).unlink()
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a kill may have left them
-        return found
+        return result
 
     def train(self, config: Config, seed: int, as_stage: str | None = None) -> Path:
         """A complete run folder with its weights; each stage has its own run folder, shared by all rows."""

@@ -22,7 +22,7 @@ from senticlip.tables import Asked, Table, digest, notes
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
 SCORES = {"mae": "MAE", "corr": "Corr"}
 """Metrics of regression models; not in per cent."""
-WORDS = {"M": "the joint label M"} | {
+TARGET_NAMES = {"M": "the joint label M"} | {
     label: f"the {of}'s own label {label}" for label, of in {"T": "text", "A": "sound", "V": "video"}.items()
 }
 DAGGER = "†"
@@ -37,7 +37,7 @@ def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]],
     (metric → mean and std), ``versus`` (paired bootstrap of reference − row over all seeds, resampling clips),
     ``errors`` (seed → why it did not run) and ``random`` (an encoder is frozen with random weights).
     """
-    found: dict[str, Any] = {}
+    collected: dict[str, Any] = {}
     for table in tables:
         by_target: dict[str, dict[str, Any]] = {}
         for row in table.rows:
@@ -45,21 +45,21 @@ def collect(tables: list[Table], results: dict[tuple[str, int], dict[str, Any]],
                 runs = {
                     seed: results[digest(config), seed] for seed in range(seeds) if (digest(config), seed) in results
                 }
-                good = {seed: run for seed, run in runs.items() if "error" not in run}
+                finished = {seed: run for seed, run in runs.items() if "error" not in run}
                 by_target.setdefault(target, {})[row.name] = {
                     "paper": row.paper,
-                    "random": _random(config),
-                    "runs": good,
-                    "seeds": len(good),
+                    "random": _has_random_weights(config),
+                    "runs": finished,
+                    "seeds": len(finished),
                     "errors": {seed: run["error"] for seed, run in runs.items() if "error" in run},
-                    "scores": spread(list(good.values())),
+                    "scores": spread(list(finished.values())),
                 }
         for rows in by_target.values():
             reference = rows[table.reference]["runs"]
             for name, entry in rows.items():
                 entry["versus"] = None if name == table.reference else versus(reference, entry["runs"])
-        found[table.number] = by_target
-    return found
+        collected[table.number] = by_target
+    return collected
 
 
 def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -72,7 +72,7 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _random(config: Config) -> bool:
+def _has_random_weights(config: Config) -> bool:
     """Whether an encoder is frozen at its random initial weights."""
     parts = [getattr(config, name) for name in config.modalities if name != "audio"]
     return any(part.train == "frozen" and not part.pretrained for part in parts)
@@ -90,26 +90,26 @@ def versus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) 
     runs = [np.full(len(a["id"]), i) for i, (a, _) in enumerate(pairs)]
     columns = [(a["id"], a["truth"], a["predicted"], b["predicted"]) for a, b in pairs]
     ids, truth, ours, theirs = (np.concatenate(list(map(np.asarray, column))) for column in zip(*columns, strict=True))
-    found: dict[str, Any] = dict(metrics.paired_bootstrap(truth, ours, theirs, ids, np.concatenate(runs)))
+    result: dict[str, Any] = dict(metrics.paired_bootstrap(truth, ours, theirs, ids, np.concatenate(runs)))
     gaps = [
         np.mean(np.equal(a["truth"], a["predicted"])) - np.mean(np.equal(b["truth"], b["predicted"])) for a, b in pairs
     ]
-    found["accuracy"]["seeds"] = [float(gap) for gap in gaps]
-    return found
+    result["accuracy"]["seeds"] = [float(gap) for gap in gaps]
+    return result
 
 
-def numbers(found: dict[str, Any]) -> dict[str, Any]:
+def numbers(collected: dict[str, Any]) -> dict[str, Any]:
     """The ``--json`` object: table → row → metric → mean and std; scores on a second label are under ``on_M``."""
     tables: dict[str, Any] = {}
-    for number, by_target in found.items():
+    for number, by_target in collected.items():
         rows: dict[str, Any] = {}
         for i, (target, entries) in enumerate(by_target.items()):
             for name, entry in entries.items():
-                told = entry["scores"] or {"error": next(iter(entry["errors"].values()), None)}
+                scores = entry["scores"] or {"error": next(iter(entry["errors"].values()), None)}
                 if i == 0:
-                    rows[name] = dict(told)
+                    rows[name] = dict(scores)
                 else:
-                    rows[name][f"on_{target}"] = told
+                    rows[name][f"on_{target}"] = scores
         tables[number] = rows
     return tables
 
@@ -120,58 +120,64 @@ def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
         split: np.array([polarity(c.labels[target]) for c in clips if c.split == split and target in c.labels], int)
         for split in ("train", "test")
     }
-    most = int(np.bincount(classes["train"], minlength=len(LABELS)).argmax())
-    found = metrics.classification(classes["test"], np.full(len(classes["test"]), most))
-    return {"label": LABELS[most], **{name: found[name] for name in ("accuracy", "macro_f1", "n")}}
+    majority_class = int(np.bincount(classes["train"], minlength=len(LABELS)).argmax())
+    scores = metrics.classification(classes["test"], np.full(len(classes["test"]), majority_class))
+    return {"label": LABELS[majority_class], **{name: scores[name] for name in ("accuracy", "macro_f1", "n")}}
 
 
-def write(out: Path, tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> Path:
+def write(out: Path, tables: list[Table], collected: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> Path:
     """Write ``results.json``, ``report.md``, ``labels.svg``, ``tables.tex`` and ``report.html``; return its path.
 
     ``splits``: all clips, as split for each seed.
     """
-    kept = {
+    without_runs = {
         number: {
             target: {name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in rows.items()}
             for target, rows in by_target.items()
         }
-        for number, by_target in found.items()
+        for number, by_target in collected.items()
     }
-    said = {"preset": asked.preset, "changed": asked.changes, "protocol": asked.config.protocol, "data": asked.data}
-    record = {**said, "seeds": len(splits), "tables": kept}
+    header = {"preset": asked.preset, "changed": asked.changes, "protocol": asked.config.protocol, "data": asked.data}
+    record = {**header, "seeds": len(splits), "tables": without_runs}
     write_text(out / "results.json", json.dumps(record, ensure_ascii=False, indent=1))
     write_text(out / "labels.svg", label_figure(splits[0]))
-    write_text(out / "tables.tex", in_latex(tables, found, len(splits), asked))
-    blocks = story(tables, found, splits, asked)
+    write_text(out / "tables.tex", in_latex(tables, collected, len(splits), asked))
+    blocks = story(tables, collected, splits, asked)
     write_text(out / "report.md", as_markdown(blocks))
     write_text(out / "report.html", as_html(blocks, out))
     return out / "report.html"
 
 
-def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> list[Block]:
+def story(tables: list[Table], collected: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> list[Block]:
     """The report as blocks, in reading order."""
     sizes, target = Counter(clip.split for clip in splits[0]), asked.config.target
-    drawn = len({tuple(clip.split for clip in clips) for clips in splits}) > 1
-    first = " (for seed 0; each seed draws its own split)" if drawn else ""
-    bases = [majority(clips, target) for clips in (splits if drawn else splits[:1])]
-    base, scores = bases[0], spread(bases)
-    often = f"“{base['label']}”" if len({each["label"] for each in bases}) == 1 else "the most frequent training class"
-    judge = f", scored against {WORDS[target]}" if target != "M" else ""
+    splits_differ = len({tuple(clip.split for clip in clips) for clips in splits}) > 1
+    seed_note = " (for seed 0; each seed draws its own split)" if splits_differ else ""
+    baselines = [majority(clips, target) for clips in (splits if splits_differ else splits[:1])]
+    baseline, scores = baselines[0], spread(baselines)
+    answer = (
+        f"“{baseline['label']}”"
+        if len({each["label"] for each in baselines}) == 1
+        else "the most frequent training class"
+    )
+    scored_against = f", scored against {TARGET_NAMES[target]}" if target != "M" else ""
     blocks: list[Block] = [
         ("#", "The tables of CLIP-CA-MSA, reproduced"),
         (
             "p",
             f"{asked.told(len(splits))}; "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
-            + f"{first}. Numbers are in per cent on test: mean ± standard deviation over seeds, the epoch chosen on "
-            "valid; in brackets, the paper's number and ours minus the paper's. The paper's numbers are for CH-SIMS.",
+            + f"{seed_note}. Numbers are in per cent on test: mean ± standard deviation over seeds, the epoch chosen "
+            "on valid; in brackets, the paper's number and ours minus the paper's. The paper's numbers are for "
+            "CH-SIMS.",
         ),
         (
             "p",
-            f"Majority baseline: always answering {often} scores {_shown(scores['accuracy'], drawn)} "
-            f"accuracy and {_shown(scores['macro_f1'], drawn)} macro F1 on test ({base['n']} clips){judge}.",
+            f"Majority baseline: always answering {answer} scores {_format_score(scores['accuracy'], splits_differ)} "
+            f"accuracy and {_format_score(scores['macro_f1'], splits_differ)} macro F1 on test "
+            f"({baseline['n']} clips){scored_against}.",
         ),
-        ("figure", ("labels.svg", f"Classes by split and label{first} (the paper's Fig. 4)")),
+        ("figure", ("labels.svg", f"Classes by split and label{seed_note} (the paper's Fig. 4)")),
         ("p", "Labels: M is a clip's joint label; T, A and V are the labels of its text, sound and video alone."),
         (
             "p",
@@ -182,33 +188,39 @@ def story(tables: list[Table], found: dict[str, Any], splits: list[list[Clip]], 
         ),
     ]
     for table in tables:
-        blocks += _table_blocks(table, found[table.number], len(splits), asked.own(table))
+        blocks += _table_blocks(table, collected[table.number], len(splits), asked.own(table))
     blocks += [("##", "Notes on the paper's numbers"), *[("li", note) for note in notes()]]
     return [*blocks, ("p", "The same tables in LaTeX: tables.tex, next to this report.")]
 
 
-def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, own: Sequence[str] = ()) -> list[Block]:
+def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, kept_values: Sequence[str] = ()) -> list[Block]:
     reads = {"+".join(SURFACE[m] for m in config.modalities) for row in table.rows for config in row.configs.values()}
     blocks: list[Block] = [
         ("##", f"Table {table.number}. {table.title}"),
         ("p", f"The paper: {table.claim} Here the rows read {' or '.join(sorted(reads))}. Δ: {table.reference} − row."),
     ]
-    blocks += [("p", sentence) for sentence in own]
+    blocks += [("p", sentence) for sentence in kept_values]
     for target, rows in by_target.items():
         if {*by_target} != {"M"}:
-            blocks.append(("p", f"Scored against {WORDS[target]}:"))
+            blocks.append(("p", f"Scored against {TARGET_NAMES[target]}:"))
         columns = columns_of(rows)
         header = ["", *columns.values(), "Δ Acc", "Δ macro F1"]
-        lines = [_line(name, entry, columns) for name, entry in rows.items()]
+        lines = [_row_cells(name, entry, columns) for name, entry in rows.items()]
         blocks.append(("table", (header, lines, best(rows))))
         if any(entry["random"] for entry in rows.values()):
-            chance = [config for row in table.rows for config in row.configs.values() if rows[row.name]["random"]]
-            fixed = ", with a fixed prompt" if any(config.prompt == "discrete" for config in chance) else ""
-            blocks.append(("p", f"{DAGGER} random weights, not pretrained{fixed}: tests the code, not the paper."))
+            random_configs = [
+                config for row in table.rows for config in row.configs.values() if rows[row.name]["random"]
+            ]
+            prompt_note = (
+                ", with a fixed prompt" if any(config.prompt == "discrete" for config in random_configs) else ""
+            )
+            blocks.append(
+                ("p", f"{DAGGER} random weights, not pretrained{prompt_note}: tests the code, not the paper.")
+            )
         for name, entry in rows.items():
             if errors := entry["errors"]:
-                where = f" for {len(errors)} of {seeds} seeds" if len(errors) < seeds else ""
-                blocks.append(("li", f"{name}: not run{where} — {next(iter(errors.values()))}"))
+                for_seeds = f" for {len(errors)} of {seeds} seeds" if len(errors) < seeds else ""
+                blocks.append(("li", f"{name}: not run{for_seeds} — {next(iter(errors.values()))}"))
         blocks += [("p", sentence) for sentence in verdict(table.reference, rows)]
     return blocks
 
@@ -223,54 +235,58 @@ def best(rows: dict[str, Any]) -> set[tuple[int, int]]:
 
     Rows with random weights are never the best: they only test the code.
     """
-    found = set()
+    cells = set()
     for column, metric in enumerate(columns_of(rows), 1):
-        there = {i: e["scores"] for i, e in enumerate(rows.values()) if metric in e["scores"] and not e["random"]}
-        means = {i: scores[metric]["mean"] for i, scores in there.items()}
-        shown = {i: round(mean, 4) for i, mean in means.items()}  # values that look equal are ties
-        top = (min if metric == "mae" else max)(shown.values(), default=0.0)
-        found |= {(i, column) for i, mean in shown.items() if mean == top and len(shown) > 1}
-    return found
+        scores_by_row = {
+            i: e["scores"] for i, e in enumerate(rows.values()) if metric in e["scores"] and not e["random"]
+        }
+        means = {i: scores[metric]["mean"] for i, scores in scores_by_row.items()}
+        rounded = {i: round(mean, 4) for i, mean in means.items()}  # values that look equal are ties
+        best_value = (min if metric == "mae" else max)(rounded.values(), default=0.0)
+        cells |= {(i, column) for i, mean in rounded.items() if mean == best_value and len(rounded) > 1}
+    return cells
 
 
-def _shown(score: dict[str, float], several: bool, metric: str = "") -> str:
+def _format_score(score: dict[str, float], several: bool, metric: str = "") -> str:
     """A metric in per cent (MAE and Corr unscaled), with its standard deviation if there are several runs."""
     factor, digits = (1, 4) if metric in SCORES else (100, 2)
     mean, deviation = (signed(factor * score[name], digits, plus="") for name in ("mean", "std"))
     return f"{mean} ± {deviation}" if several else mean
 
 
-def in_latex(tables: list[Table], found: dict[str, Any], seeds: int, asked: Asked) -> str:
+def in_latex(tables: list[Table], collected: dict[str, Any], seeds: int, asked: Asked) -> str:
     """The tables in LaTeX: mean ± std, the best of each column in bold."""
     parts = [
         r"% \usepackage{booktabs}; Chinese names need XeLaTeX and \usepackage{ctex}. In per cent except MAE and Corr.",
         f"% {' '.join(asked.told(seeds).split())}.",
     ]
-    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    seeds_text = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     for table in tables:
         parts += [f"% {sentence}" for sentence in asked.own(table)]
-        for target, rows in found[table.number].items():
+        for target, rows in collected[table.number].items():
             columns = columns_of(rows)
-            plain = [_line(name, entry | {"paper": {}}, columns)[: 1 + len(columns)] for name, entry in rows.items()]
-            chance = f"; {DAGGER} random weights" if any(entry["random"] for entry in rows.values()) else ""
+            cells = [
+                _row_cells(name, entry | {"paper": {}}, columns)[: 1 + len(columns)] for name, entry in rows.items()
+            ]
+            dagger_note = f"; {DAGGER} random weights" if any(entry["random"] for entry in rows.values()) else ""
             unit = "per cent except MAE and Corr" if SCORES.keys() & columns.keys() else "per cent"
-            caption = f"{table.title}, scored against {WORDS[target]}; {unit}, {over}{chance}"
+            caption = f"{table.title}, scored against {TARGET_NAMES[target]}; {unit}, {seeds_text}{dagger_note}"
             label = f"tab:{table.number}-{target}"
-            parts.append(latex_table(caption, label, ["", *columns.values()], plain, best(rows)))
+            parts.append(latex_table(caption, label, ["", *columns.values()], cells, best(rows)))
     return "\n\n".join(parts) + "\n"
 
 
-def _line(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str]:
-    of = len(entry["runs"]) + len(entry["errors"])
-    fewer = f" ({len(entry['runs'])} of {of} seeds)" if entry["runs"] and entry["errors"] else ""
-    cells = [f"{name}{f' {DAGGER}' if entry['random'] else ''}{fewer}"]
+def _row_cells(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    total = len(entry["runs"]) + len(entry["errors"])
+    count_note = f" ({len(entry['runs'])} of {total} seeds)" if entry["runs"] and entry["errors"] else ""
+    cells = [f"{name}{f' {DAGGER}' if entry['random'] else ''}{count_note}"]
     for metric in columns:
         if metric not in entry["scores"]:
             cells.append("—")
             continue
         score, paper = entry["scores"][metric], entry["paper"].get(metric)
-        told = f" ({paper:.2f}, {signed(100 * score['mean'] - paper, 2)})" if paper is not None else ""
-        cells.append(_shown(score, len(entry["runs"]) > 1, metric) + told)
+        in_brackets = f" ({paper:.2f}, {signed(100 * score['mean'] - paper, 2)})" if paper is not None else ""
+        cells.append(_format_score(score, len(entry["runs"]) > 1, metric) + in_brackets)
     for metric in ("accuracy", "macro_f1"):
         gap = entry["versus"][metric] if entry["versus"] else None
         points = [] if gap is None else [signed(100 * gap[key], 2) for key in ("difference", "low", "high")]
@@ -293,14 +309,14 @@ def verdict(reference: str, rows: dict[str, Any]) -> list[str]:
             side = above if gap["low"] > 0 else below if gap["high"] < 0 else open_
             side.append(f"{name} ({', '.join(signed(100 * seed, 2) for seed in gap['seeds'])})")
     excludes = "in these runs (by seed; the 95 % interval over clips excludes zero)"
-    told = []
+    sentences = []
     if above:
-        told.append(f"For: {reference} is above {', '.join(above)} {excludes}.")
+        sentences.append(f"For: {reference} is above {', '.join(above)} {excludes}.")
     if below:
-        told.append(f"Against: {reference} is below {', '.join(below)} {excludes}.")
+        sentences.append(f"Against: {reference} is below {', '.join(below)} {excludes}.")
     if open_:
-        told.append(f"Open: between {reference} and {', '.join(open_)} the interval includes zero.")
-    return told
+        sentences.append(f"Open: between {reference} and {', '.join(open_)} the interval includes zero.")
+    return sentences
 
 
 def label_figure(clips: list[Clip]) -> str:
@@ -310,7 +326,7 @@ def label_figure(clips: list[Clip]) -> str:
         for target in TARGETS:
             if target in clip.labels:
                 counts.setdefault((target, clip.split or "all"), Counter())[polarity(clip.labels[target])] += 1
-    most = max((n for counter in counts.values() for n in counter.values()), default=1)
+    largest = max((n for counter in counts.values() for n in counter.values()), default=1)
     parts = []
     order = [(target, split) for target in TARGETS for split in (*SPLITS, "all") if (target, split) in counts]
     for row, (target, split) in enumerate(order):
@@ -318,13 +334,13 @@ def label_figure(clips: list[Clip]) -> str:
         parts.append(f'<text x="0" y="{y + 22}">{target} {split}</text>')
         for i, color in enumerate(COLORS):
             n, top = counter[i], y + 12 * i
-            parts.append(f'<rect x="70" y="{top}" width="{420 * n / most:.1f}" height="10" fill="{color}"/>')
-            parts.append(f'<text x="{75 + 420 * n / most:.1f}" y="{top + 9}">{n}</text>')
-    keys = "".join(
+            parts.append(f'<rect x="70" y="{top}" width="{420 * n / largest:.1f}" height="10" fill="{color}"/>')
+            parts.append(f'<text x="{75 + 420 * n / largest:.1f}" y="{top + 9}">{n}</text>')
+    legend = "".join(
         f'<rect x="{70 + 90 * i}" y="6" width="10" height="10" fill="{color}"/>'
         f'<text x="{85 + 90 * i}" y="15">{label}</text>'
         for i, (color, label) in enumerate(zip(COLORS, LABELS, strict=True))
     )
     size = f'viewBox="0 0 560 {40 + 44 * len(counts)}" width="560"'
     style = 'font-family="sans-serif" font-size="11"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{keys}{"".join(parts)}</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{legend}{"".join(parts)}</svg>\n'

@@ -53,8 +53,8 @@ def _set_matmul_precision() -> None:
     import torch
 
     torch.set_float32_matmul_precision("medium")
-    fine = torch.full((256, 256), 1 + 2**-20)
-    if not torch.equal(fine @ torch.eye(256), fine):
+    value = torch.full((256, 256), 1 + 2**-20)
+    if not torch.equal(value @ torch.eye(256), value):
         torch.set_float32_matmul_precision("high")
 
 
@@ -88,15 +88,15 @@ def device(name: str | None = None) -> Any:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(name)
-        torch.zeros(1, device=found).tolist()  # a valid name does not mean that the device exists
+        chosen = torch.device(name)
+        torch.zeros(1, device=chosen).tolist()  # a valid name does not mean that the device exists
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error).partition(". ")[0]
         raise UsageError(f"--device {name}: cannot be used here ({reason}) — choose cpu, cuda or cuda:N") from None
-    return found
+    return chosen
 
 
-def check_compiler(place: Any) -> None:
+def check_compiler(torch_device: Any) -> None:
     """Try torch.compile on a device: it needs a C compiler, which not every machine has.
 
     Raises:
@@ -105,7 +105,7 @@ def check_compiler(place: Any) -> None:
     import torch
 
     try:
-        torch.compile(torch.neg)(torch.zeros(2, device=place))
+        torch.compile(torch.neg)(torch.zeros(2, device=torch_device))
     except Exception as error:  # from the compiler, the backend or the driver
         reason = first_line(error)
         raise UsageError(f"train.compile: torch.compile fails here ({reason}) — install gcc, or leave it out") from None

@@ -46,13 +46,13 @@ try:
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
-WAITING = 256
+MAX_CONNECTIONS = 256
 """Most open connections, including idle ones; further ones are refused with 503."""
 
 GRACE = 10
 """Seconds that running requests are given to finish at shutdown."""
 
-LONGEST = 10_000
+MAX_TEXT_LENGTH = 10_000
 """Most characters of a text: models read far fewer, but an explanation shows them all."""
 
 Video = Annotated[UploadFile | None, File()]
@@ -85,29 +85,33 @@ def serve(
         UsageError: an address that cannot be used, or a model that reads feature files. UsageError, UserError: as
             ``senticlip.load``.
     """
-    most = int(limit * 2**20) if math.isfinite(limit * 2**20) else 0
-    if most < 1:
+    max_bytes = int(limit * 2**20) if math.isfinite(limit * 2**20) else 0
+    if max_bytes < 1:
         raise UsageError(f"--limit {limit:g}: must be a number of MiB above 0")
     if not host.strip():  # would listen on all networks
         raise UsageError("--host: no address given — is a shell variable unset?")
     try:
-        door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]  # Python repeats the address
         raise UsageError(f"{host}:{port}: cannot listen here ({reason}) — choose another --port or --host") from None
-    with door:
+    with listener:
         name = Path(run).resolve().name if Path(run).exists() else str(run)
         running: set[str] = set()
-        answers = app(senticlip.load(run, device, precision), name, most, lambda: server.should_exit, running)
+        application = app(senticlip.load(run, device, precision), name, max_bytes, lambda: server.should_exit, running)
         server = uvicorn.Server(
             uvicorn.Config(
-                answers, log_level="error", limit_concurrency=WAITING, timeout_graceful_shutdown=GRACE, lifespan="off"
+                application,
+                log_level="error",
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=GRACE,
+                lifespan="off",
             )
         )
-        url = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         with suppress(KeyboardInterrupt), terminable():
             ready(url)
-            server.run(sockets=[door])
+            server.run(sockets=[listener])
     if running:  # Python would wait for it to finish
         for folder in filter(None, tuple(running)):
             shutil.rmtree(folder, ignore_errors=True)
@@ -139,8 +143,8 @@ def app(
     if not modalities:
         raise UsageError(f"{name}: reads feature files, not clips — serve a model with its own encoders")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
-    front = page("serve.html", name=name, reads=modalities, explains=explains)
-    answers = FastAPI(
+    home_page = page("serve.html", name=name, reads=modalities, explains=explains)
+    application = FastAPI(
         title="senticlip",
         version=senticlip.__version__,
         description=__doc__ or "",
@@ -150,120 +154,122 @@ def app(
         redoc_url=None,
     )
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: the client is told
-    answers.add_middleware(Forms)
-    answers.add_middleware(Limit, most=most)
-    answers.add_middleware(Browsers)
-    _tell_errors(answers)
+    application.add_middleware(Forms)
+    application.add_middleware(Limit, most=most)
+    application.add_middleware(Browsers)
+    _add_error_handlers(application)
     fields = ["video"] * (modalities != ["text"]) + ["text"] * ("text" in modalities)
-    answer = _in_turn(fields, ending, set() if running is None else running)
+    answer = _one_at_a_time(fields, ending, set() if running is None else running)
 
-    @answers.head("/", include_in_schema=False, response_class=HTMLResponse)
-    @answers.get("/", response_class=HTMLResponse)
+    @application.head("/", include_in_schema=False, response_class=HTMLResponse)
+    @application.get("/", response_class=HTMLResponse)
     async def home() -> str:
-        return front
+        return home_page
 
-    @answers.head("/health", include_in_schema=False)  # for load balancers
-    @answers.get("/health")
+    @application.head("/health", include_in_schema=False)  # for load balancers
+    @application.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": name, "reads": modalities}
 
-    @answers.post("/predict")
+    @application.post("/predict")
     async def predict(request: Request, video: Video = None, text: Text = None) -> Any:
-        def say(clip: Clip) -> dict[str, Any]:
-            rest = unread(predictor, clip.text)
-            return predictor(clip.video, clip.text).to_json() | ({"unread": len(rest)} if rest else {})
+        def predict_clip(clip: Clip) -> dict[str, Any]:
+            ignored = unread(predictor, clip.text)
+            return predictor(clip.video, clip.text).to_json() | ({"unread": len(ignored)} if ignored else {})
 
-        return await answer(request, video, text, say)
+        return await answer(request, video, text, predict_clip)
 
     if not explains:
-        return answers
+        return application
 
-    @answers.post("/explain", response_class=HTMLResponse)
+    @application.post("/explain", response_class=HTMLResponse)
     async def explain(request: Request, video: Video = None, text: Text = None) -> Any:
-        def why(clip: Clip) -> str:
-            found = explanation(predictor, clip)._replace(name=clip.id)
-            return html(found, heated(found))
+        def explain_clip(clip: Clip) -> str:
+            result = explanation(predictor, clip)._replace(name=clip.id)
+            return html(result, heated(result))
 
-        return await answer(request, video, text, why)
+        return await answer(request, video, text, explain_clip)
 
-    return answers
+    return application
 
 
-def _in_turn(fields: list[str], ending: Callable[[], bool], running: set[str]) -> Callable[..., Awaitable[Any]]:
+def _one_at_a_time(fields: list[str], ending: Callable[[], bool], running: set[str]) -> Callable[..., Awaitable[Any]]:
     """A function that answers one request at a time; ``ending`` and ``running`` are as for ``app``."""
-    one = ThreadPoolExecutor(1)  # for each computing thread, OpenMP starts others, and glibc keeps memory
+    executor = ThreadPoolExecutor(1)  # for each computing thread, OpenMP starts others, and glibc keeps memory
 
-    async def answer(request: Request, video: UploadFile | None, text: str | None, of: Callable[[Clip], Any]) -> Any:
+    async def answer(
+        request: Request, video: UploadFile | None, text: str | None, compute: Callable[[Clip], Any]
+    ) -> Any:
         names = [name for name, _ in (await request.form()).multi_items()]
-        if odd := [name for name in names if name not in fields or names.count(name) > 1]:
-            raise UsageError(f"{odd[0][:40]}: send {' and '.join(fields)}, each once, and no other field")
-        words, loop = _words(text), get_running_loop()
+        if unexpected := [name for name in names if name not in fields or names.count(name) > 1]:
+            raise UsageError(f"{unexpected[0][:40]}: send {' and '.join(fields)}, each once, and no other field")
+        checked, loop = _checked_text(text), get_running_loop()
 
-        def turn() -> Any:
+        def take_turn() -> Any:
             if ending():
                 raise HTTPException(503, "the server is shutting down")
             if run_coroutine_threadsafe(request.is_disconnected(), loop).result(GRACE):
                 raise HTTPException(499, "the client has disconnected")  # read by no one
             running.add("")
             try:
-                with _clip(video, words, running) as clip:
-                    return of(clip)
+                with _saved_clip(video, checked, running) as clip:
+                    return compute(clip)
             finally:
                 running.clear()
 
-        return await loop.run_in_executor(one, turn)
+        return await loop.run_in_executor(executor, take_turn)
 
     return answer
 
 
-def _tell_errors(answers: FastAPI) -> None:
+def _add_error_handlers(application: FastAPI) -> None:
     """Answer every error with one line of JSON."""
 
-    @answers.exception_handler(UserError)
-    def mend(request: Request, error: UserError) -> JSONResponse:
-        kind = request.headers.get("content-type", "").lower()
-        form = kind.startswith((MULTIPART, PLAIN))  # of other bodies, no field was read
-        advice = "" if form else "; send a form: -F video=@clip.mp4 -F text=…"
+    @application.exception_handler(UserError)
+    def user_error(request: Request, error: UserError) -> JSONResponse:
+        content_type = request.headers.get("content-type", "").lower()
+        is_form = content_type.startswith((MULTIPART, PLAIN))  # of other bodies, no field was read
+        advice = "" if is_form else "; send a form: -F video=@clip.mp4 -F text=…"
         return JSONResponse({"error": f"{error}{advice}"}, 400)
 
-    @answers.exception_handler(RequestValidationError)
-    def reject(request: Request, error: RequestValidationError) -> JSONResponse:
+    @application.exception_handler(RequestValidationError)
+    def invalid_form(request: Request, error: RequestValidationError) -> JSONResponse:
         return JSONResponse({"error": "video must be a form file (with a filename=), text a plain field"}, 400)
 
-    @answers.exception_handler(OSError)
-    def no_room(request: Request, error: OSError) -> JSONResponse:
+    @application.exception_handler(OSError)
+    def full_disk(request: Request, error: OSError) -> JSONResponse:
         if not is_full(error):
             raise error
         logging.getLogger("uvicorn.error").error("%s: the disk is full, uploads are refused", tempfile.gettempdir())
         return JSONResponse({"error": "the server has no disk space for the upload — try again later"}, 507)
 
-    @answers.exception_handler(HTTPException)
-    def refuse(request: Request, error: HTTPException) -> JSONResponse:
+    @application.exception_handler(HTTPException)
+    def http_error(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error.__cause__, OSError):  # FastAPI blames the client for it
-            return no_room(request, error.__cause__)
+            return full_disk(request, error.__cause__)
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
-    @answers.exception_handler(Exception)
-    def fail(request: Request, error: Exception) -> JSONResponse:
+    @application.exception_handler(Exception)
+    def internal_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": "internal server error — see the server log"}, 500)
 
 
-def _words(text: str | None) -> str | None:
+def _checked_text(text: str | None) -> str | None:
     """The text of a request, or None for a blank one.
 
     Raises:
         UsageError: too long, or not in UTF-8.
     """
     text = spoken(text)
-    if text is not None and len(text) > LONGEST:
-        raise UsageError(f"text: {len(text)} characters — send at most {LONGEST}")
+    if text is not None and len(text) > MAX_TEXT_LENGTH:
+        raise UsageError(f"text: {len(text)} characters — send at most {MAX_TEXT_LENGTH}")
     if text is not None and _is_garbled(text):
         raise UsageError("text: not UTF-8 — save it as a UTF-8 file and send -F 'text=<FILE'")
     return text
 
 
 @contextmanager
-def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iterator[Clip]:
+def _saved_clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iterator[Clip]:
     """The request as a Clip: the video is in a temporary file with the same suffix, ``id`` is the client's file name.
 
     The file's folder is added to ``folders``.
@@ -274,10 +280,10 @@ def _clip(video: UploadFile | None, text: str | None, folders: set[str]) -> Iter
     name = spoken(Path(video.filename or "").name) or "video"
     with tempfile.TemporaryDirectory(prefix="senticlip-") as folder:
         folders.add(folder)
-        ending = re.search(r"\.[A-Za-z0-9]{1,5}$", name)
-        path = Path(folder) / ("clip" + (ending[0].lower() if ending else ""))
-        with path.open("wb") as out:
-            shutil.copyfileobj(video.file, out)
+        suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", name)
+        path = Path(folder) / ("clip" + (suffix[0].lower() if suffix else ""))
+        with path.open("wb") as file:
+            shutil.copyfileobj(video.file, file)
         try:
             yield Clip(name, path, text)
         except UserError as error:

@@ -38,8 +38,8 @@ BATCH = 32
 
 def ready_made(config: Config) -> list[str]:
     """The modalities without an encoder: always audio; text and vision if their ``encoder`` is one of FROM_FILE."""
-    named = {"text": config.text.encoder, "vision": config.vision.encoder, "audio": FROM_FILE[0]}
-    return [name for name in config.modalities if named[name] in FROM_FILE]
+    encoders = {"text": config.text.encoder, "vision": config.vision.encoder, "audio": FROM_FILE[0]}
+    return [name for name in config.modalities if encoders[name] in FROM_FILE]
 
 
 def hears(config: Config) -> bool:
@@ -65,26 +65,26 @@ def feature_rows(
         UserError: no feature file, or it has none of the clips. UsageError: a clip has over ``vision.frames`` frames.
     """
     root, names = root or cache_root(), ready_made(config)
-    found: dict[str, tuple[Rows, int]] = {}
+    result: dict[str, tuple[Rows, int]] = {}
     lengths: Any = []  # of vision; a feature file gives those of all its clips, before a model is built
     folder = Path(data) / "OpenFace"
     if hears(config):
-        found["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)
+        result["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)
     if config.vision.encoder == "openface" and "vision" in names and folder.is_dir():
-        faces = openface_store(clips, folder, root)
-        found["vision"], lengths = (faces, WIDTH), faces.lengths
-    rest = tuple(name for name in names if name not in found)
-    if rest:
-        features = read_features(feature_file(data), root, rest)
-        for name in rest:
-            found[name] = (features.choose(name, clips), features.widths[name])
-        lengths = features.rows["vision"].lengths if "vision" in rest else lengths
+        openface = openface_store(clips, folder, root)
+        result["vision"], lengths = (openface, WIDTH), openface.lengths
+    from_file = tuple(name for name in names if name not in result)
+    if from_file:
+        features = read_features(feature_file(data), root, from_file)
+        for name in from_file:
+            result[name] = (features.choose(name, clips), features.widths[name])
+        lengths = features.rows["vision"].lengths if "vision" in from_file else lengths
     if config.model == "clip_ca_msa" and (longest := max(lengths, default=0)) > config.vision.frames:
         raise UsageError(
             f"vision.frames: {config.vision.frames}, but {data} has clips of {longest} frames "
             f"— --set vision.frames={longest}"
         )
-    return found
+    return result
 
 
 def feature_widths(config: Config, data: str | Path) -> dict[str, int]:
@@ -113,28 +113,28 @@ def clip_set(
         stores = {name: rows for name, (rows, _) in feature_rows(config, clips, data, root).items()}
     if "text" in model.encoders:
         ids, mask = tokenize(model.tokenizer, [clip.text for clip in clips], config.text.max_length)
-        words = ArrayRows(ids.numpy(), mask.numpy())
+        token_rows = ArrayRows(ids.numpy(), mask.numpy())
 
-        def ids_of(places: list[int]) -> Iterable[np.ndarray]:
-            return (words.values[place, words.mask[place]] for place in places)
+        def ids_of(indices: list[int]) -> Iterable[np.ndarray]:
+            return (token_rows.values[index, token_rows.mask[index]] for index in indices)
 
-        stores["text"] = encoded(words.keys, ids_of, model, "text", root) if model.frozen("text") else words
+        stores["text"] = encoded(token_rows.keys, ids_of, model, "text", root) if model.frozen("text") else token_rows
     if "vision" in model.encoders:
         encoder: Any = model.encoders["vision"]
         m, size, cutaways = config.vision.frames, encoder.size, config.vision.cutaways
 
-        def frames(places: list[int]) -> Iterator[np.ndarray]:
-            return cache.decoded([clips[place] for place in places], m, size, ahead=BATCH, cutaways=cutaways)
+        def frames(indices: list[int]) -> Iterator[np.ndarray]:
+            return cache.decoded([clips[index] for index in indices], m, size, ahead=BATCH, cutaways=cutaways)
 
         if model.frozen("vision"):  # frames are decoded while others are encoded, without being stored
             stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
     if missing := [SURFACE[name] for name, store in stores.items() if not store.lengths.any()]:
-        told = f"{data or 'these clips'}: no {' and no '.join(missing)} in any of {len(clips)} clips"
+        message = f"{data or 'these clips'}: no {' and no '.join(missing)} in any of {len(clips)} clips"
         if len(missing) == len(stores):
-            raise UserError(f"{told}, and this model or stage reads nothing else — train with other modalities")
-        console.print(f"{told}; the model uses the remaining modalities", soft_wrap=True)
+            raise UserError(f"{message}, and this model or stage reads nothing else — train with other modalities")
+        console.print(f"{message}; the model uses the remaining modalities", soft_wrap=True)
     return ClipSet(clips, stores)
 
 
@@ -169,19 +169,24 @@ def encoded(
     def features(chunk: list[np.ndarray]) -> Iterator[np.ndarray]:
         values, mask = padded(chunk)
         inputs = {name: torch.from_numpy(values).to(device), f"{name}_mask": torch.from_numpy(mask).to(device)}
-        found = encoder(to_batch(inputs).modalities[name])
-        most = torch.finfo(torch.half).max  # larger values would become infinite
-        values = found.values.clamp(-most, most).half().cpu().numpy()
-        for row, real in zip(values, found.mask.cpu().numpy(), strict=True):
-            yield row[real]
+        states = encoder(to_batch(inputs).modalities[name])
+        limit = torch.finfo(torch.half).max  # larger values would become infinite
+        values = states.values.clamp(-limit, limit).half().cpu().numpy()
+        for row, present in zip(values, states.mask.cpu().numpy(), strict=True):
+            yield row[present]
 
-    def compute(places: list[int]) -> Iterator[np.ndarray]:
-        coming = iter(rows(places))
-        while chunk := list(islice(coming, BATCH)):
+    def compute(indices: list[int]) -> Iterator[np.ndarray]:
+        remaining = iter(rows(indices))
+        while chunk := list(islice(remaining, BATCH)):
             yield from features(chunk)
 
     # a text's key covers its token ids; a clip's key covers its video; the spec adds which frames are read
     vision = model.experiment.vision
-    read = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
-    spec = {"encoder": fingerprint(encoder, model.config.encoders[name]), "modality": name, "of": read, "version": 1}
+    frame_spec = cache.frame_spec(vision.frames, encoder.size, vision.cutaways) if name == "vision" else {}
+    spec = {
+        "encoder": fingerprint(encoder, model.config.encoders[name]),
+        "modality": name,
+        "of": frame_spec,
+        "version": 1,
+    }
     return cache.cached(root, spec, keys, compute, f"encoding {SURFACE[name]}")

@@ -44,33 +44,33 @@ def transcript(video: str | Path, model: str = "small", device: str | None = Non
     with spinner(f"reading {video.name}"):
         keys = file_keys([video, folder / "model.bin"], cache_root())
     spec = json.dumps([1, __version__, *keys.values()])
-    place = cache_root() / "transcripts" / f"{hashlib.blake2b(spec.encode(), digest_size=12).hexdigest()}.json"
+    cache_file = cache_root() / "transcripts" / f"{hashlib.blake2b(spec.encode(), digest_size=12).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):
-        return [Line(*line) for line in json.loads(place.read_text(encoding="utf-8"))]
-    lines = _heard(video, folder, {"device": kind, "device_index": int(number or 0), "compute_type": "default"})
+        return [Line(*line) for line in json.loads(cache_file.read_text(encoding="utf-8"))]
+    lines = _transcribe(video, folder, {"device": kind, "device_index": int(number or 0), "compute_type": "default"})
     with suppress(UserError):  # a cache that cannot be written
-        make_folder(place.parent)
-        write_text(place, json.dumps(lines, ensure_ascii=False))
+        make_folder(cache_file.parent)
+        write_text(cache_file, json.dumps(lines, ensure_ascii=False))
     return lines
 
 
-def _heard(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
+def _transcribe(video: Path, folder: Path, options: dict[str, Any]) -> list[Line]:
     """Transcribe a video with faster-whisper."""
     from ctranslate2 import set_random_seed
     from faster_whisper import WhisperModel
 
-    late = audio_start(video)  # faster-whisper counts from the first sample
+    offset = audio_start(video)  # faster-whisper counts from the first sample
     with counter(f"transcribing {video.name}, seconds") as progress:
         # faster-whisper's own reader takes the first track, not the one players play, and drops gaps
         sound = read_audio(video, most=math.inf, gaps=True)
-        last, lines = len(sound) / RATE, []
+        duration, lines = len(sound) / RATE, []
         set_random_seed(0)  # it samples where it is unsure
         try:
             segments, _ = WhisperModel(str(folder), **options).transcribe(sound, language="zh", vad_filter=True)
             for segment in segments:
-                end = min(segment.end, last)  # it pads the last 30 s with silence, and may hear words there
-                lines.append(Line(round(segment.start + late, 3), round(end + late, 3), clean(segment.text)))
-                progress(round(end), round(last))
+                end = min(segment.end, duration)  # it pads the last 30 s with silence, and may hear words there
+                lines.append(Line(round(segment.start + offset, 3), round(end + offset, 3), clean(segment.text)))
+                progress(round(end), round(duration))
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"{video}: cannot be transcribed — {' '.join(str(error).split())}") from None
     return [line for line in lines if line.text and line.end > line.start]
@@ -89,13 +89,13 @@ def model_folder(model: str) -> Path:
     if not model.strip():
         raise UsageError("--asr-model: no name given — is a shell variable unset?")
     repository = getattr(utils, "_MODELS", {}).get(model, f"Systran/faster-whisper-{model}")
-    folder = Path(model) if Path(model).is_dir() else _fetch(model, repository)
+    folder = Path(model) if Path(model).is_dir() else _fetch_model(model, repository)
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise UsageError(f"--asr-model {model}: no {missing[0]} in {folder} — copy or convert the model again")
     return folder
 
 
-def _fetch(model: str, repository: str) -> Path:
+def _fetch_model(model: str, repository: str) -> Path:
     """The local folder of a model of this size, from disk, or else from the hub if that can be reached."""
     from senticlip.encoders.hub import fetch
 

@@ -134,9 +134,9 @@ class Output(NamedTuple):
 
     def are_numbers(self) -> Tensor:
         """Which rows have no NaN, B bool (argmax would map a row of NaN to the first class)."""
-        said = self.score if self.score is not None else self.log_probs
-        assert said is not None
-        return ~said.isnan().reshape(len(said), -1).any(1)
+        values = self.score if self.score is not None else self.log_probs
+        assert values is not None
+        return ~values.isnan().reshape(len(values), -1).any(1)
 
 
 class Prediction(NamedTuple):

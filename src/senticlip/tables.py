@@ -46,31 +46,33 @@ class Asked(NamedTuple):
     def told(self, seeds: int) -> str:
         """The beginning of the report."""
         changed = f" (changed: {', '.join(self.changes)})" if self.changes else ""
-        told = f"preset {self.preset}{changed}, protocol {self.config.protocol}, {seeds} seed(s)"
-        return f"Data “{Path(self.data).name}”, {told}"
+        summary = f"preset {self.preset}{changed}, protocol {self.config.protocol}, {seeds} seed(s)"
+        return f"Data “{Path(self.data).name}”, {summary}"
 
     def own(self, table: Table) -> list[str]:
         """Sentences that name the rows which keep their own value of a changed key.
 
         Modalities and targets are left out, as the table itself shows them.
         """
-        told = []
+        sentences = []
         for key in configs.dotted(parse_overrides(self.changes)):
             if key.split(".")[0] in ("stages", "options", "modalities", "target"):
                 continue
-            value = attrgetter(key)
-            mine = value(self.config)
-            if names := [row.name for row in table.rows if any(value(c) != mine for c in row.configs.values())]:
-                told.append(f"The change to {key} does not apply to {', '.join(names)}: their own value stays.")
-        return told
+            get_value = attrgetter(key)
+            preset_value = get_value(self.config)
+            if names := [
+                row.name for row in table.rows if any(get_value(c) != preset_value for c in row.configs.values())
+            ]:
+                sentences.append(f"The change to {key} does not apply to {', '.join(names)}: their own value stays.")
+        return sentences
 
 
 def load_preset(name: str, overrides: list[str] | None = None) -> Config:
     """The config of the preset ``tiny``, ``small`` or ``paper``, or of a YAML file."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else EXPERIMENTS / f"{name}.yaml"
     if not path.is_file() and path.parent == EXPERIMENTS:
-        known = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml") if file.stem != "tables")
-        raise UsageError(f"--preset {name}: choose one of {', '.join(known)}")
+        names = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml") if file.stem != "tables")
+        raise UsageError(f"--preset {name}: choose one of {', '.join(names)}")
     return configs.load(path, overrides)
 
 
@@ -111,16 +113,16 @@ def load_tables(preset: Config, numbers: list[str] | None, labels: set[str], ran
     chosen = list(dict.fromkeys(data["tables"] if numbers is None else numbers))
     unknown = [number for number in chosen if number not in data["tables"]]
     if unknown or not chosen:
-        told = ",".join(unknown) or "without a number"
-        raise UsageError(f"--tables {told}: the paper has Tables {', '.join(data['tables'])}")
+        wrong = ",".join(unknown) or "without a number"
+        raise UsageError(f"--tables {wrong}: the paper has Tables {', '.join(data['tables'])}")
     tables = []
     for number in chosen:
         table = data["tables"][number]
         rows = []
         for name, row in table["rows"].items():
             changes = row_changes(row.get("config"))
-            made = row_configs(preset, table.get("base"), changes, labels, data["random"] if random else {})
-            rows.append(Row(name, made, dict(zip(PAPER_METRICS, row["paper"], strict=False))))
+            by_target = row_configs(preset, table.get("base"), changes, labels, data["random"] if random else {})
+            rows.append(Row(name, by_target, dict(zip(PAPER_METRICS, row["paper"], strict=False))))
         tables.append(Table(number, table["title"], table["claim"], table["reference"], rows))
     return tables
 
@@ -140,33 +142,33 @@ def row_configs(
 ) -> dict[str, Config]:
     """A row's configs by target: the preset's; for a single encoder (``base``), the modality's own label, then M."""
     if base is None:
-        return {preset.target: _built(preset, changes, random)}
-    alone = preset.stage(base) if base in preset.stages else preset.override({"modalities": [base], "stages": {}})
-    made = _built(alone, changes, random)
+        return {preset.target: _apply_changes(preset, changes, random)}
+    single = preset.stage(base) if base in preset.stages else preset.override({"modalities": [base], "stages": {}})
+    config = _apply_changes(single, changes, random)
     targets = [target for target in (OWN_LABEL[base], "M") if target in labels]
-    return {target: made.override({"target": target}) for target in targets}
+    return {target: config.override({"target": target}) for target in targets}
 
 
-def _built(config: Config, changes: dict[str, Any], random: dict[str, dict[str, Any]]) -> Config:
+def _apply_changes(config: Config, changes: dict[str, Any], random: dict[str, dict[str, Any]]) -> Config:
     """Apply a row's changes; with ``random``, a replaced encoder gets random weights and no stage trains it."""
     if not changes:
         return config
-    made = changed(config, changes)
-    for name, more in random.items():
-        swapped = getattr(made, name).encoder
-        if swapped == getattr(config, name).encoder or swapped == "openface" or Path(swapped).is_dir():
+    result = changed(config, changes)
+    for name, overrides in random.items():
+        encoder = getattr(result, name).encoder
+        if encoder == getattr(config, name).encoder or encoder == "openface" or Path(encoder).is_dir():
             continue
-        stages = {k: stage for k, stage in made.stages.items() if name not in stage["modalities"]}
-        made = made.override({**more, "stages": stages})
-    return made
+        stages = {k: stage for k, stage in result.stages.items() if name not in stage["modalities"]}
+        result = result.override({**overrides, "stages": stages})
+    return result
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
     """The config with dotted keys changed, except in its stages."""
-    return config.override({**changes, "stages": _pinned(config, changes)})
+    return config.override({**changes, "stages": _pinned_stages(config, changes)})
 
 
-def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _pinned_stages(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The stages of ``config`` written out in full, so that a row's changes do not affect them.
 
     All rows then share the trained encoders; only if a row replaces an encoder are the stages that use it run again.
@@ -176,8 +178,8 @@ def _pinned(config: Config, changes: dict[str, Any]) -> dict[str, dict[str, Any]
         stage = config.stage(name)
         reads = {*stage.modalities} | ({"label"} if "vision" in stage.modalities else set())
         encoders = {k: v for k, v in changes.items() if k.endswith(".encoder") and k.split(".")[0] in reads}
-        written = stage.override(encoders).to_dict()
-        pinned[name] = {key: value for key, value in written.items() if key not in ("stages", "seed")}
+        values = stage.override(encoders).to_dict()
+        pinned[name] = {key: value for key, value in values.items() if key not in ("stages", "seed")}
     return pinned
 
 

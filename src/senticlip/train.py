@@ -59,42 +59,42 @@ def train(
     started = time.monotonic()
     runtime.setup()
     config = config if seed is None else config.override({"seed": seed})
-    out, chosen, mine = Path(out), runtime.device(device), origin(config, data)
-    if resume and (result := is_finished(out, mine)):
+    out, target_device, this_origin = Path(out), runtime.device(device), origin(config, data)
+    if resume and (result := is_finished(out, this_origin)):
         return result
     _check_start(config, data)
     if config.train.compile:
-        runtime.check_compiler(chosen)
-    first = runtime.first_process()
-    with disk(out, "continue with --resume"), alone(out, "training") if first else nullcontext():
-        if first:
-            begin(out, mine, resume)
+        runtime.check_compiler(target_device)
+    is_first = runtime.first_process()
+    with disk(out, "continue with --resume"), alone(out, "training") if is_first else nullcontext():
+        if is_first:
+            begin(out, this_origin, resume)
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # before the stages, which take long: it may fail
         _check_sizes(model, stages)
         for each in (config, *stages.values()):
-            _per_process(each)  # fails now rather than when its turn comes
-        if first and not as_stage:
-            _tell_labels(config, data, stages, model)
-        if stages and first:
-            told = [f"{n} (up to {c.train.epochs} epochs)" for n, c in {**stages, "all together": config}.items()]
-            console.print(f"{len(told)} training runs: {', '.join(told)}", soft_wrap=True, highlight=False)
+            _batch_per_process(each)  # fails now rather than when its turn comes
+        if is_first and not as_stage:
+            _report_labels(config, data, stages, model)
+        if stages and is_first:
+            runs = [f"{n} (up to {c.train.epochs} epochs)" for n, c in {**stages, "all together": config}.items()]
+            console.print(f"{len(runs)} training runs: {', '.join(runs)}", soft_wrap=True, highlight=False)
         for name, stage in stages.items():
             train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
-        arguments = _arguments(config, out / CHECKPOINTS, chosen, as_stage)
-        place: Any = arguments.device
-        model.to(place)
+        arguments = _training_arguments(config, out / CHECKPOINTS, target_device, as_stage)
+        training_device: Any = arguments.device
+        model.to(training_device)
         for name in stages:
             adopt(model, SentimentModel.from_pretrained(out / "stages" / name))
         with arguments.main_process_first():
-            sets = {split: _split(data, config, split, model) for split in ("train", "valid")}
+            sets = {split: _load_split(data, config, split, model) for split in ("train", "valid")}
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
         calibrate(model, sets["valid"])
         result["seconds"] = round(time.monotonic() - started, 1)
         with arguments.main_process_first():  # the others wait, as they may load this stage next
             if arguments.process_index == 0:
-                save_run(out, model, config, mine, result)
+                save_run(out, model, config, this_origin, result)
     return result
 
 
@@ -103,12 +103,12 @@ def stages_of(config: Config, data: str | Path) -> dict[str, Config]:
 
     A stage whose label ``data`` lacks is trained on the main training's label. With ``start`` there are no stages.
     """
-    there, needed = _labels(read_clips(data, None, config.protocol, config.seed)), {}
+    available, needed = _available_labels(read_clips(data, None, config.protocol, config.seed)), {}
     for name in () if config.start else config.stages:
         stage = config.stage(name)
         shared = {*stage.modalities} & {*config.modalities} - {"audio"}  # audio has no encoder
         if any(getattr(stage, modality).encoder not in FROM_FILE for modality in shared):
-            needed[name] = stage if stage.target in there else stage.override({"target": config.target})
+            needed[name] = stage if stage.target in available else stage.override({"target": config.target})
     # stages that read video come first, so that an unreadable video is found early
     return dict(sorted(needed.items(), key=lambda item: "vision" not in item[1].modalities))
 
@@ -122,12 +122,12 @@ def _check_start(config: Config, data: str | Path) -> None:
     record = read_metrics(Path(config.start)) if config.start else {}
     if "data" not in record or Path(record["data"]).resolve() != Path(data).resolve():
         return
-    before = Config().to_dict() | record["experiment"]
-    learned = {clip.id for clip in read_clips(data, "train", before["protocol"], before["seed"])}
-    judges = [clip for clip in read_clips(data, None, config.protocol, config.seed) if clip.split != "train"]
-    if known := sum(clip.id in learned for clip in judges):
-        told = f"start: {config.start} was trained on {known} of the {len(judges)} clips in valid and test"
-        raise UsageError(f"{told} — use --set protocol={before['protocol']} --set seed={before['seed']}")
+    start_config = Config().to_dict() | record["experiment"]
+    trained_ids = {clip.id for clip in read_clips(data, "train", start_config["protocol"], start_config["seed"])}
+    held_out = [clip for clip in read_clips(data, None, config.protocol, config.seed) if clip.split != "train"]
+    if overlap := sum(clip.id in trained_ids for clip in held_out):
+        message = f"start: {config.start} was trained on {overlap} of the {len(held_out)} clips in valid and test"
+        raise UsageError(f"{message} — use --set protocol={start_config['protocol']} --set seed={start_config['seed']}")
 
 
 def _check_sizes(model: SentimentModel, stages: dict[str, Config]) -> None:
@@ -146,37 +146,37 @@ def _check_sizes(model: SentimentModel, stages: dict[str, Config]) -> None:
             )
 
 
-def _labels(clips: list[Clip]) -> set[str]:
+def _available_labels(clips: list[Clip]) -> set[str]:
     """The labels that at least one clip has."""
     return {label for clip in clips for label in clip.labels}
 
 
-def _tell_labels(config: Config, data: str | Path, stages: dict[str, Config], model: SentimentModel) -> None:
+def _report_labels(config: Config, data: str | Path, stages: dict[str, Config], model: SentimentModel) -> None:
     """Report settings that need unimodal labels the data lacks, and labels that even an exact score would miss."""
     clips = read_clips(data, None, config.protocol, config.seed)
-    missing = sorted({OWN_LABEL[name] for name in config.modalities} - _labels(clips))
-    told = [
+    missing = sorted({OWN_LABEL[name] for name in config.modalities} - _available_labels(clips))
+    notes = [
         f"stage {name} is trained on label {stage.target}"
         for name, stage in stages.items()
         if stage != config.stage(name)
     ]
-    hears = "audio" in config.modalities
-    needs = {
+    has_audio = "audio" in config.modalities
+    ineffective = {
         "train.recombine": config.train.recombine and missing,
-        "train.mislead": config.train.mislead and hears and {"T", "V"} & {*missing},
-        "audio.own": config.audio.own and hears and "A" in missing,
+        "train.mislead": config.train.mislead and has_audio and {"T", "V"} & {*missing},
+        "audio.own": config.audio.own and has_audio and "A" in missing,
     }
-    told += [f"{key} has no effect without it" for key, lacks in needs.items() if lacks]
-    if told:
-        console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(told)}", soft_wrap=True, highlight=False)
+    notes += [f"{key} has no effect without it" for key, is_ineffective in ineffective.items() if is_ineffective]
+    if notes:
+        console.print(f"{data}: no label {', '.join(missing)}: {'; '.join(notes)}", soft_wrap=True, highlight=False)
     scores = [clip.labels[config.target] for clip in clips if config.target in clip.labels]
-    small = sum(score_class(score) != polarity(score) for score in scores)
-    if small and getattr(model.network, "outputs", len(LABELS)) == 1:
-        near = f"{small} labels {config.target} between -0.1 and 0.1 are not neutral"
-        console.print(f"{data}: {near}, but such scores are predicted as neutral", soft_wrap=True, highlight=False)
+    mismatched = sum(score_class(score) != polarity(score) for score in scores)
+    if mismatched and getattr(model.network, "outputs", len(LABELS)) == 1:
+        message = f"{mismatched} labels {config.target} between -0.1 and 0.1 are not neutral"
+        console.print(f"{data}: {message}, but such scores are predicted as neutral", soft_wrap=True, highlight=False)
 
 
-def _split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
+def _load_split(data: str | Path, config: Config, split: str, model: SentimentModel) -> ClipSet:
     clips = [clip for clip in read_clips(data, split, config.protocol, config.seed) if config.target in clip.labels]
     if not clips:
         raise UserError(f"{data}: no clip in {split} has label {config.target} — add it or choose another target")
@@ -190,22 +190,24 @@ def adopt(model: SentimentModel, stage: SentimentModel) -> None:
             model.encoders[name].load_state_dict(encoder.state_dict())
 
 
-def _per_process(config: Config) -> tuple[int, int]:
+def _batch_per_process(config: Config) -> tuple[int, int]:
     """The batch size per process, and the number of processes."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.train.batch_size % world:
-        raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by {world} processes")
-    return config.train.batch_size // world, world
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.train.batch_size % world_size:
+        raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by {world_size} processes")
+    return config.train.batch_size // world_size, world_size
 
 
-def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str | None = None) -> TrainingArguments:
-    t, (share, world) = config.train, _per_process(config)
+def _training_arguments(
+    config: Config, folder: Path, device: torch.device, as_stage: str | None = None
+) -> TrainingArguments:
+    t, (batch_size, world_size) = config.train, _batch_per_process(config)
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the path is saved, and the working directory may differ when resuming
         run_name=as_stage,
         num_train_epochs=t.epochs,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=max(share, 32),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=max(batch_size, 32),
         gradient_accumulation_steps=t.accumulation,
         learning_rate=t.lr,
         weight_decay=t.weight_decay,
@@ -224,7 +226,7 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=device.type == "cpu",
-        ddp_backend="gloo" if device.type == "cpu" and world > 1 else None,
+        ddp_backend="gloo" if device.type == "cpu" and world_size > 1 else None,
         dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
@@ -235,12 +237,12 @@ def _arguments(config: Config, folder: Path, device: torch.device, as_stage: str
         log_level="error",
         logging_nan_inf_filter=False,  # the filter would synchronise with the GPU at each step and hide NaN
     )
-    if device.type == "cuda" and world == 1:
-        _stay_on(arguments, torch.device("cuda", device.index or 0))
+    if device.type == "cuda" and world_size == 1:
+        _use_only(arguments, torch.device("cuda", device.index or 0))
     return arguments
 
 
-def _stay_on(arguments: TrainingArguments, device: torch.device) -> None:
+def _use_only(arguments: TrainingArguments, device: torch.device) -> None:
     """Use only this GPU: TrainingArguments would take the first one and use DataParallel over all."""
     _ = arguments.device  # computed once; the result is stored in three places
     torch.cuda.set_device(device)

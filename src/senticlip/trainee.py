@@ -80,12 +80,12 @@ class Trainee(nn.Module):
             parts = recombine(parts, batch.labels, config.train.recombine)
         if config.train.modality_dropout and len(parts) > 1:
             rows = len(next(iter(parts.values())).mask)
-            lost = torch.rand(rows) < config.train.modality_dropout
-            which = torch.randint(len(parts), (rows,))
+            dropped = torch.rand(rows) < config.train.modality_dropout
+            choice = torch.randint(len(parts), (rows,))
             several = torch.stack([sequence.mask.any(1) for sequence in parts.values()]).sum(0) > 1
             for i, (name, sequence) in enumerate(parts.items()):
-                gone = (lost & (which == i)).to(several.device) & several  # no row loses its only modality
-                parts[name] = Sequence(sequence.values, sequence.mask & ~gone[:, None])
+                hidden = (dropped & (choice == i)).to(several.device) & several  # no row loses its only modality
+                parts[name] = Sequence(sequence.values, sequence.mask & ~hidden[:, None])
         return Batch(parts, batch.labels, batch.rows)
 
 
@@ -130,13 +130,13 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
         if name == "audio" or (own := labels.get(OWN_LABEL[name])) is None:
             continue
         own = own.cpu()
-        other = own.sign()[:, None] != own.sign()[None, :]  # B×B
-        there = sequence.mask.any(1).cpu() & ~own.isnan()
-        other &= there[:, None] & there[None, :]
-        chosen = (torch.rand(len(own)) < chance) & has_audio & other.any(1)
+        candidates = own.sign()[:, None] != own.sign()[None, :]  # B×B
+        usable = sequence.mask.any(1).cpu() & ~own.isnan()
+        candidates &= usable[:, None] & usable[None, :]
+        chosen = (torch.rand(len(own)) < chance) & has_audio & candidates.any(1)
         rows = torch.arange(len(own))
         if chosen.any():
-            rows[chosen] = torch.multinomial(other[chosen].float(), 1)[:, 0]
+            rows[chosen] = torch.multinomial(candidates[chosen].float(), 1)[:, 0]
         share = (torch.rand(len(own)) * chosen).to(sequence.values)[:, None, None]
         mixed = sequence.values.lerp(_stretched(sequence, rows.to(sequence.mask.device)), share)
         misled[name] = Sequence(mixed, sequence.mask)
@@ -145,8 +145,8 @@ def mislead(parts: dict[str, Sequence], labels: dict[str, Tensor], chance: float
 
 def _stretched(sequence: Sequence, rows: Tensor) -> Tensor:
     """The values of ``rows`` B (indices), stretched to each row's number of real positions, B×L×d."""
-    real = sequence.mask.sum(1, keepdim=True)  # B×1
-    places = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[rows]  # its real positions first
+    lengths = sequence.mask.sum(1, keepdim=True)  # B×1
+    real_first = sequence.mask.int().argsort(dim=1, descending=True, stable=True)[rows]  # its real positions first
     rank = (sequence.mask.cumsum(1) - 1).clamp_min(0)  # the rank of each real position in its row
-    at = places.gather(1, rank * real[rows] // real.clamp_min(1))
-    return sequence.values[rows[:, None], at]
+    positions = real_first.gather(1, rank * lengths[rows] // lengths.clamp_min(1))
+    return sequence.values[rows[:, None], positions]

@@ -1,4 +1,4 @@
-"""Feature files: what comes out, what is refused, and how much memory it takes."""
+"""Feature files: what is read from them, what is refused, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from senticlip.structures import Clip, UserError
 STEPS = {"text": (6, 5), "audio": (9, 3), "vision": (7, 4)}
 
 
-def made(rows=4, seed=0, **sizes):
-    """A small feature file in MMSA's form."""
+def feature_data(rows=4, seed=0, **sizes):
+    """The content of a small feature file in MMSA's format."""
     random = np.random.default_rng(seed)
     data = {}
     for split in ("train", "valid", "test"):
@@ -47,7 +47,7 @@ def save(path, data, protocol=4):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_every_protocol_gives_back_what_was_written(tmp_path, protocol):
+def test_every_pickle_protocol_round_trips(tmp_path, protocol):
     data = {
         "big": np.arange(70_000, dtype=np.float32).reshape(7, 100, 100),
         "fortran": np.asfortranarray(np.arange(40_000.0).reshape(200, 200)),
@@ -57,15 +57,17 @@ def test_every_protocol_gives_back_what_was_written(tmp_path, protocol):
         "number": np.float64(0.5),
         "plain": [1, 2.5, None, True, "文", {"a": (1, 2)}],
     }
-    found = unpickle.load(save(tmp_path / "a.pkl", data, protocol))
+    loaded = unpickle.load(save(tmp_path / "a.pkl", data, protocol))
     for key in ("big", "fortran", "small", "fixed"):
-        np.testing.assert_array_equal(found[key], data[key])
-    assert list(found["words"]) == ["爱", "b"]
-    assert found["number"] == 0.5
-    assert found["plain"] == [1, 2.5, None, True, "文", {"a": [1, 2]}]
+        np.testing.assert_array_equal(loaded[key], data[key])
+    assert list(loaded["words"]) == ["爱", "b"]
+    assert loaded["number"] == 0.5
+    assert loaded["plain"] == [1, 2.5, None, True, "文", {"a": [1, 2]}]
 
 
 class Evil:
+    """Pickles as a call of ``function``."""
+
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
 
@@ -88,21 +90,21 @@ class Evil:
     ],
     ids=lambda b: type(b).__name__,
 )
-def test_anything_else_is_refused_and_not_run(tmp_path, bad, protocol):
-    mark = tmp_path / "ran"
+def test_other_objects_are_refused_and_not_executed(tmp_path, bad, protocol):
+    marker = tmp_path / "ran"
     if isinstance(bad, Evil):
         function, arguments = bad.call
-        bad = Evil(function, *[a.format(mark) if isinstance(a, str) else a for a in arguments])
+        bad = Evil(function, *[a.format(marker) if isinstance(a, str) else a for a in arguments])
     path = save(tmp_path / "evil.pkl", {"train": [bad]}, protocol)
     with pytest.raises(
         UserError, match=r"evil\.pkl: contains .* only arrays, numbers, strings, lists and dicts"
     ) as error:
         unpickle.load(path)
     assert "\n" not in str(error.value)
-    assert not mark.exists()
+    assert not marker.exists()
 
 
-def test_opcodes_that_reach_outside_are_refused(tmp_path):
+def test_other_opcodes_are_refused(tmp_path):
     for i, code in enumerate([b"Pother\n.", b"\x82\x01.", b"(i__main__\nX\n.", b"\x80\x02c__builtin__\neval\n."]):
         path = tmp_path / f"{i}.pkl"
         path.write_bytes(code)
@@ -110,8 +112,8 @@ def test_opcodes_that_reach_outside_are_refused(tmp_path):
             unpickle.load(path)
 
 
-def test_no_file_changes_this_process(tmp_path):
-    """A state (opcode BUILD) may be set on data only: on a function it would be its default arguments."""
+def test_build_opcode_cannot_modify_functions(tmp_path):
+    """BUILD may set the state of data only: applied to a function, it would replace its default arguments."""
     state = b"N}X\x0c\x00\x00\x00__defaults__X\x01\x00\x00\x00F\x85s\x86b."
     (tmp_path / "f.pkl").write_bytes(b"\x80\x02cnumpy.core.numeric\n_frombuffer\n" + state)
     with pytest.raises(UserError, match="contains a state of a function"):
@@ -119,13 +121,13 @@ def test_no_file_changes_this_process(tmp_path):
     assert unpickle._from_buffer.__defaults__ == ("C",)
 
 
-def test_names_and_labels_without_end_are_refused(tmp_path):
-    """A list that holds the one before twice, 60 times, is short in a file and has no end in words."""
-    endless: list = ["a"]
+def test_exponentially_nested_values_are_refused(tmp_path):
+    """Sixty lists, each holding the previous one twice, are small in a file but astronomically long as text."""
+    nested: list = ["a"]
     for _ in range(60):
-        endless = [endless, endless]
+        nested = [nested, nested]
     for key, message in (("id", "id, row 0: expected text or a number"), ("regression_labels", "a number for each")):
-        part = {"id": ["a"], "regression_labels": [0.0], key: [endless]}
+        part = {"id": ["a"], "regression_labels": [0.0], key: [nested]}
         empty = {"id": [], "regression_labels": []}
         (tmp_path / "f.pkl").write_bytes(pickle.dumps({"train": part, "valid": empty, "test": empty}))
         with pytest.raises(UserError, match=message):
@@ -141,7 +143,7 @@ def test_names_and_labels_without_end_are_refused(tmp_path):
         ({"raw_text": [b"a" * 60_000] * 2500}, "raw_text: more text than the file itself"),
     ],
 )
-def test_what_a_file_names_often_is_not_copied_as_often(tmp_path, part, message):
+def test_values_referenced_many_times_are_not_copied_each_time(tmp_path, part, message):
     empty = {"id": [], "regression_labels": []}
     part = {"id": ["a"], "regression_labels": [0.0], **part}
     path = save(tmp_path / "f.pkl", {"train": part, "valid": empty, "test": empty})
@@ -154,19 +156,19 @@ def test_what_a_file_names_often_is_not_copied_as_often(tmp_path, part, message)
         tracemalloc.stop()
 
 
-def test_a_label_may_lie_in_an_array_of_its_own(tmp_path):
-    data = made(rows=2)
+def test_label_may_be_array_of_one_element(tmp_path):
+    data = feature_data(rows=2)
     data["train"]["regression_labels"] = [np.array([0.5]), [np.float32(-1)]]
     data["valid"]["regression_labels"] = np.array([[0.25], [1]])
     clips = feature_clips(save(tmp_path / "f.pkl", data))
     assert [clip.labels["M"] for clip in clips[:4]] == [0.5, -1, 0.25, 1]
 
 
-def test_a_file_cut_off_anywhere_is_one_line(tmp_path):
-    whole = pickle.dumps(made(rows=40, audio=(50, 20)), protocol=4)
+def test_truncated_file_is_rejected(tmp_path):
+    complete = pickle.dumps(feature_data(rows=40, audio=(50, 20)), protocol=4)
     for share in (0.0, 0.01, 0.3, 0.7, 0.99):
         path = tmp_path / "cut.pkl"
-        path.write_bytes(whole[: int(share * len(whole))])
+        path.write_bytes(complete[: int(share * len(complete))])
         with pytest.raises(UserError, match="not a complete pickle"):
             unpickle.load(path)
     (tmp_path / "text.pkl").write_text("not a pickle")
@@ -176,36 +178,37 @@ def test_a_file_cut_off_anywhere_is_one_line(tmp_path):
         unpickle.load(tmp_path / "none.pkl")
 
 
-def test_clips_and_rows_as_they_are(tmp_path):
-    data = made()
+def test_clips_and_rows_match_the_file(tmp_path):
+    data = feature_data()
     data["valid"]["vision"][1, :2] = 0  # OpenFace saw no face in the first two frames
     data["valid"]["vision_lengths"][1] = 5
     data["test"]["vision_lengths"][0] = 0
-    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache")
-    assert found.widths == {"text": 5, "audio": 3, "vision": 4}
-    assert [clip.split for clip in found.clips] == ["train"] * 4 + ["valid"] * 4 + ["test"] * 4
-    clip = found.clips[5]
+    features = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache")
+    assert features.widths == {"text": 5, "audio": 3, "vision": 4}
+    assert [clip.split for clip in features.clips] == ["train"] * 4 + ["valid"] * 4 + ["test"] * 4
+    clip = features.clips[5]
     assert (clip.id, clip.text, clip.row) == ("video_0001/valid1", "第1句话", 1)
     assert clip.labels == {
-        t: data["valid"]["regression_labels" + s][1] for t, s in (("M", ""), ("T", "_T"), ("A", "_A"), ("V", "_V"))
+        target: data["valid"]["regression_labels" + suffix][1]
+        for target, suffix in (("M", ""), ("T", "_T"), ("A", "_A"), ("V", "_V"))
     }
-    values, mask = found.rows["vision"].gather(np.array([5, 8, 0]))
+    values, mask = features.rows["vision"].gather(np.array([5, 8, 0]))
     assert mask.sum(1).tolist() == [3, 0, data["train"]["vision_lengths"][0]]
     np.testing.assert_array_equal(values[0, :3], data["valid"]["vision"][1, 2:5])
-    values, mask = found.rows["text"].gather(np.array([11]))
+    values, mask = features.rows["text"].gather(np.array([11]))
     assert mask.sum() == 4
     np.testing.assert_array_equal(values[0], data["test"]["text"][3, :4])
 
 
-def test_the_second_time_nothing_is_converted(tmp_path, monkeypatch):
-    path = save(tmp_path / "f.pkl", made())
+def test_second_read_uses_the_cache(tmp_path, monkeypatch):
+    path = save(tmp_path / "f.pkl", feature_data())
     read_features(path, tmp_path / "cache")
-    monkeypatch.setattr("senticlip.data.mmsa._row", None)
+    monkeypatch.setattr("senticlip.data.mmsa._checked_row", None)
     assert len(read_features(path, tmp_path / "cache").rows["audio"]) == 12
 
 
-def broken(change):
-    data = made()
+def changed_data(change):
+    data = feature_data()
     change(data)
     return data
 
@@ -249,30 +252,30 @@ def broken(change):
         (lambda d: d["valid"].update(raw_text=["x"]), "4 ids, but 1 raw_text"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(tmp_path, change, message):
-    path = save(tmp_path / "wrong.pkl", broken(change))
+def test_malformed_file_gives_one_line_error(tmp_path, change, message):
+    path = save(tmp_path / "wrong.pkl", changed_data(change))
     with pytest.raises(UserError, match=message) as error:
         read_features(path, tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 
 
-def test_a_file_without_clips(tmp_path):
-    write_features(tmp_path / "f.pkl", made(rows=0))
+def test_file_without_clips_is_rejected(tmp_path):
+    write_features(tmp_path / "f.pkl", feature_data(rows=0))
     with pytest.raises(UserError, match=r"f\.pkl: has no clips"):
         read_features(tmp_path / "f.pkl", tmp_path)
 
 
-def test_what_we_write_we_read(tmp_path):
-    data = made()
+def test_written_file_can_be_read_back(tmp_path):
+    data = feature_data()
     write_features(tmp_path / "ours.pkl", data)
-    found = read_features(tmp_path / "ours.pkl", tmp_path / "cache")
-    np.testing.assert_array_equal(found.rows["text"].gather(np.array([0]))[0][0], data["train"]["text"][0, :4])
+    features = read_features(tmp_path / "ours.pkl", tmp_path / "cache")
+    np.testing.assert_array_equal(features.rows["text"].gather(np.array([0]))[0][0], data["train"]["text"][0, :4])
     assert [p.name for p in tmp_path.glob(".*")] == []
 
 
-def test_a_large_file_takes_little_memory(tmp_path):
-    """400 MB of arrays: converted and gathered with less than 150 MB of anonymous memory more than the imports take."""
+def test_large_file_takes_little_memory(tmp_path):
+    """Converting and gathering 400 MB of arrays takes less than 150 MB of anonymous memory, not counting imports."""
     script = """
 import pickle, re, sys
 import numpy as np
@@ -283,17 +286,17 @@ def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 before, top = anonymous(), 0.0
-import senticlip.data.mmsa as room
-row = room._row
-def watched(*args):
+from senticlip.data import mmsa
+checked_row = mmsa._checked_row
+def measuring(*args):
     global top
     top = max(top, anonymous())
-    return row(*args)
-room._row = watched
-found = read_features(sys.argv[1], Path(sys.argv[2]))
-for start in range(0, len(found.clips), 32):
-    for store in found.rows.values():
-        store.gather(np.arange(start, min(start + 32, len(found.clips))))
+    return checked_row(*args)
+mmsa._checked_row = measuring
+features = read_features(sys.argv[1], Path(sys.argv[2]))
+for start in range(0, len(features.clips), 32):
+    for store in features.rows.values():
+        store.gather(np.arange(start, min(start + 32, len(features.clips))))
     top = max(top, anonymous())
 print(top - before)
 """
@@ -317,7 +320,7 @@ print(top - before)
     assert float(done.stdout) < 150
 
 
-def test_of_several_feature_files_the_usual_one_is_read(tmp_path):
+def test_usual_file_name_is_preferred_over_others(tmp_path):
     folder = tmp_path / "Processed"
     folder.mkdir()
     (folder / "readme.txt").touch()
@@ -330,30 +333,30 @@ def test_of_several_feature_files_the_usual_one_is_read(tmp_path):
     assert feature_file(tmp_path) == folder / "unaligned_39.pkl"
 
 
-def test_every_clip_gets_its_own_row(tmp_path):
-    data = made(rows=2)
+def test_duplicate_ids_are_made_unique(tmp_path):
+    data = feature_data(rows=2)
     data["train"]["id"], data["valid"]["id"], data["test"]["id"] = ["0", "1"], ["1", "0"], ["0", "x"]
-    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache", ("audio",))
-    assert [clip.id for clip in found.clips] == ["0#train0", "1#train1", "1#valid0", "0#valid1", "0#test0", "x"]
-    assert found.choose("audio", found.clips[::-1]).keys == found.rows["audio"].keys[::-1]
+    features = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache", ("audio",))
+    assert [clip.id for clip in features.clips] == ["0#train0", "1#train1", "1#valid0", "0#valid1", "0#test0", "x"]
+    assert features.choose("audio", features.clips[::-1]).keys == features.rows["audio"].keys[::-1]
 
 
-def test_ids_with_other_zeros_meet_where_they_can_be_told_apart(tmp_path):
-    data = made(rows=2)
+def test_ids_match_without_leading_zeros_unless_ambiguous(tmp_path):
+    data = feature_data(rows=2)
     data["train"]["id"], data["valid"]["id"] = ["v$_$0001", "film$_$12.05"], ["film$_$12.5", "V$_$2"]
     data["test"]["id"] = ["film$_$7", "film$_$07"]
-    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache", ("audio",))
+    features = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache", ("audio",))
     wanted = [Clip(name) for name in ("v/1", "film/12.05", "film/12.5", "v/0002", "none")]
-    assert found.choose("audio", wanted).keys == [*found.rows["audio"].keys[:4], ""]
-    assert found.choose("audio", [Clip("film/012.5")]).keys == [found.rows["audio"].keys[2]]
+    assert features.choose("audio", wanted).keys == [*features.rows["audio"].keys[:4], ""]
+    assert features.choose("audio", [Clip("film/012.5")]).keys == [features.rows["audio"].keys[2]]
     with pytest.raises(UserError, match=r"film/007 matches film/7 and film/07 — write the id"):
-        found.choose("audio", [Clip("film/007")])
+        features.choose("audio", [Clip("film/007")])
     with pytest.raises(UserError, match=r"has none of the clips, such as none; its first is v/0001$"):
-        found.choose("audio", [Clip("none")])
+        features.choose("audio", [Clip("none")])
 
 
-def test_texts_that_are_not_there_and_long_ones(tmp_path):
-    data = made()
+def test_missing_numeric_and_very_long_texts(tmp_path):
+    data = feature_data()
     long = "很长的话" * 20_000
     data["valid"]["raw_text"] = ["", 7, "好", "好"]  # a text of digits may have become a number
     data["test"]["raw_text"] = [None, float("nan"), long, "a" * 70_000]
@@ -364,7 +367,7 @@ def test_texts_that_are_not_there_and_long_ones(tmp_path):
 
 
 def test_ids_and_texts_may_be_bytes(tmp_path):
-    data = made()
+    data = feature_data()
     for kind in (list, np.array):
         data["train"]["id"] = kind([f"视频$_${i}".encode() for i in range(4)])
         data["train"]["raw_text"] = kind([f"第{i}句话".encode() for i in range(4)])
@@ -372,24 +375,24 @@ def test_ids_and_texts_may_be_bytes(tmp_path):
         assert (first.id, first.text) == ("视频/0", "第0句话")
 
 
-def test_no_sound_is_0_and_said_once(tmp_path, capsys):
-    data = made(audio=(9, 3))
+def test_minus_infinity_in_audio_becomes_0_with_one_warning(tmp_path, capsys):
+    data = feature_data(audio=(9, 3))
     for split, i in (("train", 0), ("train", 1), ("test", 0)):
         data[split]["audio"][i, 0, 1] = -np.inf
-    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache").rows["audio"].gather(np.arange(12))[0]
-    told = capsys.readouterr().err
-    assert told.count("-inf") == told.count("3 audio values are -inf") == 1
-    assert (found[[0, 1, 8], 0, 1] == 0).all()
-    np.testing.assert_allclose(found[0, 0, [0, 2]], data["train"]["audio"][0, 0, [0, 2]])
+    values = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache").rows["audio"].gather(np.arange(12))[0]
+    output = capsys.readouterr().err
+    assert output.count("-inf") == output.count("3 audio values are -inf") == 1
+    assert (values[[0, 1, 8], 0, 1] == 0).all()
+    np.testing.assert_allclose(values[0, 0, [0, 2]], data["train"]["audio"][0, 0, [0, 2]])
     data["train"]["vision"][0, 0, 1] = -np.inf
     with pytest.raises(UserError, match="train, vision, row 0, step 0, column 1: -inf"):
         read_features(save(tmp_path / "g.pkl", data), tmp_path / "cache")
 
 
-def test_silence_is_sound_and_only_pictures_without_a_face_are_left_out(tmp_path):
-    data = made()
+def test_zero_frames_are_dropped_from_vision_but_kept_in_audio(tmp_path):
+    data = feature_data()
     for name in ("audio", "vision"):
         data["train"][name][0, :2], data["train"][f"{name}_lengths"][0] = 0, 5
-    found = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache")
-    lengths = {name: int(rows.gather(np.array([0]))[1].sum()) for name, rows in found.rows.items()}
+    features = read_features(save(tmp_path / "f.pkl", data), tmp_path / "cache")
+    lengths = {name: int(rows.gather(np.array([0]))[1].sum()) for name, rows in features.rows.items()}
     assert lengths == {"text": 4, "audio": 5, "vision": 3}

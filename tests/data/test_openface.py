@@ -1,4 +1,4 @@
-"""OpenFace CSVs, made here in OpenFace's form."""
+"""Reading CSVs that are written here in OpenFace's format."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def row(frame, value, success=1, confidence=0.9, face=0):
     return [frame, face, frame / 25, confidence, success, *[value] * WIDTH]
 
 
-def test_frames_without_a_face_are_left_out_and_the_surest_face_counts(tmp_path):
+def test_frames_without_face_are_dropped_and_most_confident_face_is_kept(tmp_path):
     rows = [row(1, 1.5), row(2, 0, success=0), row(3, 7, confidence=0.5), row(3, 3, confidence=0.8, face=1), row(4, 4)]
-    found = read_openface(write(tmp_path / "a.csv", rows))
-    assert found.shape == (3, WIDTH)
-    assert found[:, 0].tolist() == [1.5, 3, 4]
+    frames = read_openface(write(tmp_path / "a.csv", rows))
+    assert frames.shape == (3, WIDTH)
+    assert frames[:, 0].tolist() == [1.5, 3, 4]
     assert read_openface(write(tmp_path / "b.csv", [row(1, 0, success=0)])).shape == (0, WIDTH)
     assert read_openface(write(tmp_path / "c.csv", [])).shape == (0, WIDTH)
     with (tmp_path / "a.csv").open("a") as file:
         file.write("\n\n")
-    assert np.array_equal(read_openface(tmp_path / "a.csv"), found)
+    assert np.array_equal(read_openface(tmp_path / "a.csv"), frames)
 
 
-def test_a_long_clip_is_thinned_evenly(tmp_path):
-    found = read_openface(write(tmp_path / "a.csv", [row(i, i) for i in range(1, 101)]), limit=5)
-    assert found[:, 0].tolist() == [1, 26, 50, 75, 100] or found[:, 0].tolist() == [1, 26, 51, 75, 100]
+def test_long_clip_is_subsampled_evenly(tmp_path):
+    frames = read_openface(write(tmp_path / "a.csv", [row(i, i) for i in range(1, 101)]), limit=5)
+    assert frames[:, 0].tolist() == [1, 26, 50, 75, 100] or frames[:, 0].tolist() == [1, 26, 51, 75, 100]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_a_long_clip_is_thinned_evenly(tmp_path):
         ([row(1, "nan")], HEADER, "row 2, column f_0: not finite"),
     ],
 )
-def test_faults_are_one_line(tmp_path, rows, header, message):
+def test_malformed_csv_is_rejected(tmp_path, rows, header, message):
     with pytest.raises(UserError, match=message):
         read_openface(write(tmp_path / "a.csv", rows, header))
 
 
-def test_a_store_of_clips(tmp_path):
+def test_store_finds_the_csv_of_each_clip(tmp_path):
     write(tmp_path / "faces" / "video_0001" / "0001.csv", [row(1, 1), row(2, 2)])
     clips = [Clip("video_0001/0001"), Clip("video_0001/0002")]
     values, mask = openface_store(clips, tmp_path / "faces", tmp_path / "cache").gather(np.array([0, 1]))
@@ -65,18 +65,20 @@ def test_a_store_of_clips(tmp_path):
         openface_store(clips[1:], tmp_path / "faces", tmp_path / "cache")
 
 
-def test_pieces_of_a_film_share_its_csv(tmp_path):
-    write(tmp_path / "film.csv", [row(i, i) for i in range(1, 101)])  # 25 a second
+def test_segments_of_film_share_its_csv(tmp_path):
+    write(tmp_path / "film.csv", [row(i, i) for i in range(1, 101)])  # 25 frames per second
     clips = [Clip("film.mp4", row=2, start=0.0, end=1.0), Clip("film.mp4#3", row=3, start=1.0, end=3.0)]
     values, mask = openface_store(clips, tmp_path, tmp_path / "cache").gather(np.array([0, 1]))
     assert values[0, mask[0], 0].tolist() == list(range(1, 25))
     assert values[1, mask[1], 0].tolist() == list(range(25, 75))
-    bare = write(tmp_path / "bare.csv", [row(1, 1)], [name.replace("timestamp", "time") for name in HEADER])
+    without_timestamp = write(
+        tmp_path / "bare.csv", [row(1, 1)], [name.replace("timestamp", "time") for name in HEADER]
+    )
     with pytest.raises(UserError, match="no timestamp"):
-        read_openface(bare, start=1.0)
+        read_openface(without_timestamp, start=1.0)
 
 
-def test_of_a_clips_name_only_a_videos_ending_goes(tmp_path):
+def test_only_video_suffixes_are_removed_from_clip_names(tmp_path):
     for name in ("FILM", "news.1/0001"):
         write(tmp_path / f"{name}.csv", [row(1, 1)])
     clips = [Clip("FILM.MP4"), Clip("news.1/0001"), Clip("news.2/0001")]
@@ -84,7 +86,7 @@ def test_of_a_clips_name_only_a_videos_ending_goes(tmp_path):
     assert mask.sum(1).tolist() == [1, 1, 0]
 
 
-def test_a_file_in_the_root_is_of_one_clip(tmp_path):
+def test_csv_in_root_folder_needs_unique_clip_name(tmp_path):
     write(tmp_path / "0001.csv", [row(1, 1)])
     write(tmp_path / "0002.csv", [row(1, 2)])
     clips = [Clip("video_0001/0001"), Clip("video_0002/0001"), Clip("video_0002/0002")]
@@ -92,6 +94,6 @@ def test_a_file_in_the_root_is_of_one_clip(tmp_path):
     assert mask.sum(1).tolist() == [0, 0, 1]
 
 
-def test_frames_are_in_the_order_of_their_numbers(tmp_path):
-    found = read_openface(write(tmp_path / "a.csv", [row(3, 3), row(1, 1), row(2, 2)]))
-    assert found[:, 0].tolist() == [1, 2, 3]
+def test_frames_are_sorted_by_number(tmp_path):
+    frames = read_openface(write(tmp_path / "a.csv", [row(3, 3), row(1, 1), row(2, 2)]))
+    assert frames[:, 0].tolist() == [1, 2, 3]

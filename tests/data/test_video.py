@@ -1,4 +1,4 @@
-"""Every frame that is asked for by time is the one a full sequential decode shows then, on a zoo of made files."""
+"""The frame read at any time is the one that a full sequential decode shows then, for many kinds of generated files."""
 
 import errno
 import os
@@ -23,14 +23,14 @@ from senticlip.data import decode
 from senticlip.data import sequential as sequential_module
 from senticlip.data.decode import Decoder
 from senticlip.data.video import VideoReader, faults, probe, read_frames, resize
-from senticlip.explain import _pictures
+from senticlip.explain import _read_pictures
 from senticlip.structures import Clip, UsageError, UserError
 
 WIDTH, HEIGHT, BITS = 96, 64, 8
 
 
 def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """A frame that says its number in 8 black and white bars, below them moving noise, red at the top left."""
+    """A frame that encodes its number as 8 black and white bars, with a moving edge below and red at the top left."""
     image = np.full((height, width, 3), 90, np.uint8)
     for bit in range(BITS):
         bar = slice(bit * width // BITS, (bit + 1) * width // BITS)
@@ -40,8 +40,8 @@ def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray
     return image
 
 
-def number(pixels: np.ndarray) -> int:
-    """The number that a frame 3×H×W says."""
+def read_number(pixels: np.ndarray) -> int:
+    """The number that ``picture`` encoded in a frame 3×H×W."""
     _, height, width = pixels.shape
     return sum(int(pixels[1, height // 2, (2 * b + 1) * width // (2 * BITS)] > 128) << b for b in range(BITS))
 
@@ -54,7 +54,7 @@ def write(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     sound: bool = False,
     rotation: int | None = None,
-    pixel: Fraction | None = None,
+    pixel_aspect: Fraction | None = None,
     container: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
@@ -67,8 +67,8 @@ def write(
         stream.options = {"g": "12", **options}
         if rotation is not None:
             stream.set_display_rotation(rotation)
-        if pixel is not None:
-            stream.codec_context.sample_aspect_ratio = pixel
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if sound:
             audio = out.add_stream("aac", rate=16000)
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), "fltp", "mono")
@@ -96,38 +96,38 @@ def remux(source: Path, path: Path, keep=lambda packet: True, shift: int = 0, **
     return path
 
 
-def late_edit(folder: Path) -> Path:
-    """An edit list that begins in the middle of a group of pictures."""
+def edit_in_mid_gop(folder: Path) -> Path:
+    """A video whose edit list starts in the middle of a GOP."""
     return remux(write(folder / "whole.mp4"), folder / "edit.mp4", shift=-17 * 512)
 
 
-def edited(folder: Path, *edits: tuple[int, int], **options: str) -> Path:
-    """Milliseconds shown, each from a frame's number on (−1: nothing is shown)."""
-    begin = 1024 if options.get("bf") else 0  # B-frames: the first is shown two frames after it is decoded
-    places = [(shown, frame if frame < 0 else begin + 512 * frame) for shown, frame in edits]
-    return with_edits(write(folder / "whole.mp4", **options), folder / "edited.mp4", places)
+def write_edited(folder: Path, *edits: tuple[int, int], **options: str) -> Path:
+    """A video with an edit list; ``edits``: duration in ms and number of the first frame (−1 shows nothing)."""
+    first_pts = 1024 if options.get("bf") else 0  # with B-frames, decoding begins two frames before showing
+    edits_in_ticks = [(duration, first if first < 0 else first_pts + 512 * first) for duration, first in edits]
+    return with_edits(write(folder / "whole.mp4", **options), folder / "edited.mp4", edits_in_ticks)
 
 
-def delayed(folder: Path) -> Path:
-    """The pictures begin 0.8 s after the sound."""
+def write_delayed(folder: Path) -> Path:
+    """A video whose first frame comes 0.8 s after the sound starts."""
     return write(folder / "delayed.mp4", stamps=list(range(20, 60)), sound=True)
 
 
-def packed(folder: Path) -> Path:
-    """Each B-frame lies in the packet of the frame before it; a frame that is not coded fills its own place."""
+def write_packed(folder: Path) -> Path:
+    """Each B-frame is in the packet of the frame before it; its own packet holds an empty ("not coded") frame."""
 
-    def marked(data: bytes) -> bytes:
+    def as_divx(data: bytes) -> bytes:
         return re.sub(rb"Lavc[\d.]+", b"DivX503b1393p", data)
 
     source = write(folder / "plain.avi", codec="mpeg4", bf="1")
     with av.open(str(source)) as old, av.open(str(folder / "packed.avi"), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
-        stream.codec_context.extradata = marked(old.streams.video[0].codec_context.extradata)
+        stream.codec_context.extradata = as_divx(old.streams.video[0].codec_context.extradata)
         packets = [packet for packet in old.demux(video=0) if packet.dts is not None]
         is_b = [(bytes(packet).rpartition(b"\0\0\1\xb6")[2] + b"\0")[0] >> 6 == 2 for packet in packets] + [False]
         for i, packet in enumerate(packets):
             data = b"\0\0\1\xb6\x50\0" if is_b[i] else bytes(packet)
-            joined = av.Packet(marked(data + (bytes(packets[i + 1]) if is_b[i + 1] else b"")))
+            joined = av.Packet(as_divx(data + (bytes(packets[i + 1]) if is_b[i + 1] else b"")))
             joined.stream, joined.time_base, joined.is_keyframe = stream, packet.time_base, packet.is_keyframe
             joined.pts = joined.dts = packet.dts
             new.mux(joined)
@@ -135,7 +135,7 @@ def packed(folder: Path) -> Path:
     return folder / "packed.avi"
 
 
-ZOO = {
+SAMPLES = {
     "constant rate, B-frames": lambda d: write(d / "a.mp4", bf="3"),
     "one keyframe": lambda d: write(d / "a.mp4", g="600", bf="3"),
     "no B-frames, sound": lambda d: write(d / "a.mp4", bf="0", sound=True),
@@ -152,21 +152,21 @@ ZOO = {
         keep=lambda packet: packet.dts > 126000 + 7 * 3600,
     ),
     "rolling refresh": lambda d: write(d / "a.mp4", **{"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
-    "edit list": late_edit,
-    "trimmed at its end": lambda d: edited(d, (600, 5), bf="3"),
-    "trimmed at its end, no B-frames": lambda d: edited(d, (600, 5), bf="0", g="60"),
-    "cut in the middle": lambda d: edited(d, (800, 0), (800, 35), bf="3"),
-    "two pieces in another order": lambda d: edited(d, (1000, 30), (1000, 5), bf="3"),
-    "a piece three times": lambda d: edited(d, (800, 10), (800, 10), (800, 10)),
-    "nothing at first": lambda d: edited(d, (500, -1), (1000, 7), bf="3"),
-    "pictures after the sound": delayed,
+    "edit list": edit_in_mid_gop,
+    "trimmed at its end": lambda d: write_edited(d, (600, 5), bf="3"),
+    "trimmed at its end, no B-frames": lambda d: write_edited(d, (600, 5), bf="0", g="60"),
+    "cut in the middle": lambda d: write_edited(d, (800, 0), (800, 35), bf="3"),
+    "two pieces in another order": lambda d: write_edited(d, (1000, 30), (1000, 5), bf="3"),
+    "a piece three times": lambda d: write_edited(d, (800, 10), (800, 10), (800, 10)),
+    "nothing at first": lambda d: write_edited(d, (500, -1), (1000, 7), bf="3"),
+    "pictures after the sound": write_delayed,
     "fragments, no index": lambda d: write(d / "a.mp4", container={"movflags": "frag_keyframe+empty_moov"}),
     "matroska without index": lambda d: write(d / "a.mkv", bf="2", container={"live": "1"}),
     "transport stream": lambda d: write(d / "a.ts", bf="2"),
     "flash": lambda d: write(d / "a.flv", bf="2"),
     "MPEG-2": lambda d: write(d / "a.mpg", codec="mpeg2video", bf="2"),
     "MPEG-4 in AVI (no presentation times)": lambda d: write(d / "a.avi", codec="mpeg4", bf="2"),
-    "MPEG-4 in AVI, B-frames packed as Xvid does": packed,
+    "MPEG-4 in AVI, B-frames packed as Xvid does": write_packed,
     "HEVC": lambda d: write(d / "a.mp4", codec="libx265", **{"x265-params": "log-level=none:keyint=12:bframes=3"}),
     "VP9": lambda d: write(d / "a.webm", codec="libvpx-vp9", deadline="realtime", **{"cpu-used": "8"}),
     "VP8": lambda d: write(d / "a.webm", codec="libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "10"}),
@@ -184,21 +184,22 @@ ZOO = {
 }
 
 
-@pytest.fixture(scope="module", params=ZOO)
-def animal(request, tmp_path_factory) -> tuple[Path, list[tuple[float, int]]]:
-    path = ZOO[request.param](tmp_path_factory.mktemp("zoo"))
-    return path, sequential(path)
+@pytest.fixture(scope="module", params=SAMPLES)
+def sample(request, tmp_path_factory) -> tuple[Path, list[tuple[float, int]]]:
+    path = SAMPLES[request.param](tmp_path_factory.mktemp("samples"))
+    return path, all_frames(path)
 
 
-def sequential(path: Path) -> list[tuple[float, int]]:
-    """(time, number) of every frame, decoded from the start; where one has no time, they are counted at 25 a second."""
+def all_frames(path: Path) -> list[tuple[float, int]]:
+    """(time, number) of every frame, decoded from the start; if any has no time, at 25 frames a second."""
     with av.open(str(path)) as container:
-        zero, frames, told = float(Fraction(container.start_time or 0, 10**6)), [], True
+        clock_start, frames, has_times = float(Fraction(container.start_time or 0, 10**6)), [], True
         for frame in container.decode(video=0):
-            told = told and frame.pts is not None
-            frames.append((float((frame.pts or 0) * frame.time_base) - zero, number(rgb(frame))))
-    if not told or any(one[0] > two[0] for one, two in pairwise(frames)):  # what falls is no presentation time
-        return [(i / 25, said) for i, (_, said) in enumerate(frames)]
+            has_times = has_times and frame.pts is not None
+            frames.append((float((frame.pts or 0) * frame.time_base) - clock_start, read_number(rgb(frame))))
+    # decreasing times are not presentation times
+    if not has_times or any(first[0] > second[0] for first, second in pairwise(frames)):
+        return [(i / 25, number) for i, (_, number) in enumerate(frames)]
     return frames
 
 
@@ -206,53 +207,54 @@ def rgb(frame: av.VideoFrame) -> np.ndarray:
     return frame.to_ndarray(format="rgb24").transpose(2, 0, 1)
 
 
-def shown(frames: list[tuple[float, int]], time: float) -> int:
+def number_at(frames: list[tuple[float, int]], time: float) -> int:
+    """The number of the frame shown at a time."""
     return [n for t, n in frames if t <= time + 2e-6][-1] if time >= frames[0][0] else frames[0][1]
 
 
-def middles(frames: list[tuple[float, int]]) -> list[float]:
-    """Times that are not at the border of two frames."""
+def inner_times(frames: list[tuple[float, int]]) -> list[float]:
+    """Three times within each frame, none at the border between two."""
     ends = [t for t, _ in frames[1:]] + [frames[-1][0] + 0.03]
     return [t + (end - t) * x for (t, _), end in zip(frames, ends, strict=True) for x in (0.1, 0.5, 0.9)]
 
 
-def test_any_times_in_any_order(animal):
-    path, frames = animal
-    times = random.Random(0).sample(middles(frames), 3 * len(frames))[:50]
-    got = read_frames(path, times=times)
-    assert [number(p) for p in got.pixels] == [shown(frames, t) for t in times]
-    assert all(got.times[i] <= t + 1e-3 or t < frames[0][0] + 1e-3 for i, t in enumerate(times))
+def test_times_in_random_order(sample):
+    path, frames = sample
+    times = random.Random(0).sample(inner_times(frames), 3 * len(frames))[:50]
+    result = read_frames(path, times=times)
+    assert [read_number(p) for p in result.pixels] == [number_at(frames, t) for t in times]
+    assert all(result.times[i] <= t + 1e-3 or t < frames[0][0] + 1e-3 for i, t in enumerate(times))
 
 
 @pytest.mark.parametrize("near", [0, 20])
-def test_one_frame_at_a_time(animal, near, monkeypatch):
-    """Forwards with one reader, jumping about with one reader; with every jump sought and with every jump read."""
+def test_one_reader_reads_frames_one_by_one(sample, near, monkeypatch):
+    """In increasing and in random order; ``near`` = 0 makes every jump ahead a seek, 20 none."""
     monkeypatch.setattr("senticlip.data.decode.NEAR", max(near, 0.01))
-    path, frames = animal
-    times = middles(frames)[::2]
+    path, frames = sample
+    times = inner_times(frames)[::2]
     with VideoReader(path) as reader:
-        assert [number(reader.read(times=[t]).pixels[0]) for t in times] == [shown(frames, t) for t in times]
+        assert [read_number(reader.read(times=[t]).pixels[0]) for t in times] == [number_at(frames, t) for t in times]
         random.Random(2).shuffle(times)
         times = times[:20]
-        assert [number(reader.read(times=[t]).pixels[0]) for t in times] == [shown(frames, t) for t in times]
+        assert [read_number(reader.read(times=[t]).pixels[0]) for t in times] == [number_at(frames, t) for t in times]
 
 
 @pytest.mark.parametrize("m", [1, 6, 200])
-def test_evenly_spaced(animal, m):
-    path, frames = animal
+def test_evenly_spaced_frames(sample, m):
+    path, frames = sample
     with VideoReader(path) as reader:
         first, duration = float(reader._start), reader.duration
-    got = read_frames(path, m)
-    expected = [shown(frames, first + (i + 0.5) * duration / m) for i in range(m)]
+    result = read_frames(path, m)
+    expected = [number_at(frames, first + (i + 0.5) * duration / m) for i in range(m)]
     if m < 200:
-        assert [number(p) for p in got.pixels] == [each for each, _ in groupby(expected)]
-    assert len(got.pixels) == len(got.times) <= min(m, len(frames))
-    assert np.all(np.diff(got.times) > 0)
+        assert [read_number(p) for p in result.pixels] == [number for number, _ in groupby(expected)]
+    assert len(result.pixels) == len(result.times) <= min(m, len(frames))
+    assert np.all(np.diff(result.times) > 0)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
-def test_a_picture_that_is_refreshed_bit_by_bit_is_whole(tmp_path, kind):
-    """Its "keyframes" are not: no frame may be taken before all of it has come, whatever FFmpeg calls recovered."""
+def test_intra_refresh_frames_are_complete(tmp_path, kind):
+    """Decoding can start at a "keyframe" that is incomplete: no frame may be returned before it is complete."""
     path, random = tmp_path / f"a.{kind}", np.random.default_rng(0)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", 10, options={"x264-params": "intra-refresh=1:keyint=40:bframes=0"})
@@ -264,49 +266,52 @@ def test_a_picture_that_is_refreshed_bit_by_bit_is_whole(tmp_path, kind):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         out.mux(stream.encode())
     with av.open(str(path)) as file:
-        wanted = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        expected = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     with VideoReader(path) as reader:
-        times = [reader._seconds(reader._decoder.first) + (i + 0.5) / 10 for i in range(0, 200, 7)]
+        times = [reader._to_seconds(reader._decoder.first) + (i + 0.5) / 10 for i in range(0, 200, 7)]
     for i, time in zip(range(0, 200, 7), times, strict=True):
-        assert np.array_equal(read_frames(path, times=[time]).pixels[0].transpose(1, 2, 0), wanted[i]), i
+        assert np.array_equal(read_frames(path, times=[time]).pixels[0].transpose(1, 2, 0), expected[i]), i
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def ten_fps_clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("plain") / "3s.mp4", 90, 0, seconds=3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=st.integers(1, 12), ends=st.tuples(st.integers(0, 2999), st.integers(0, 4000)).filter(lambda e: e[0] < e[1]))
-def test_any_number_of_frames_of_any_piece(plain, m, ends):
-    """The frames shown at t_i = start + (i + ½)·T/m, of 30 that are shown for a tenth of a second each."""
-    start, end = Fraction(ends[0], 1000), Fraction(ends[1], 1000)
+@given(
+    m=st.integers(1, 12),
+    bounds=st.tuples(st.integers(0, 2999), st.integers(0, 4000)).filter(lambda pair: pair[0] < pair[1]),
+)
+def test_evenly_spaced_frames_of_any_segment(ten_fps_clip, m, bounds):
+    """The frames shown at t_i = start + (i + ½)·T/m; the clip has 30 frames of a tenth of a second."""
+    start, end = Fraction(bounds[0], 1000), Fraction(bounds[1], 1000)
     times = [start + (i + Fraction(1, 2)) * (min(end, 3) - start) / m for i in range(m)]
-    shown_at = sorted({int(time * 10) / 10 for time in times})
-    assert read_frames(plain, m, ends[0] / 1000, ends[1] / 1000).times == pytest.approx(shown_at)
+    expected = sorted({int(time * 10) / 10 for time in times})
+    assert read_frames(ten_fps_clip, m, bounds[0] / 1000, bounds[1] / 1000).times == pytest.approx(expected)
 
 
-def test_pieces_in_order(animal):
-    path, frames = animal
+def test_consecutive_segments(sample):
+    path, frames = sample
     first, last = frames[0][0], frames[-1][0]
-    pieces = [(first + i * (last - first) / 7, first + (i + 1) * (last - first) / 7) for i in range(7)]
+    segments = [(first + i * (last - first) / 7, first + (i + 1) * (last - first) / 7) for i in range(7)]
     with VideoReader(path) as reader:
-        for start, end in pieces:
-            got = reader.read(3, start, end)
-            assert {number(p) for p in got.pixels} == {
-                shown(frames, start + (i + 0.5) * (end - start) / 3) for i in range(3)
+        for start, end in segments:
+            result = reader.read(3, start, end)
+            assert {read_number(p) for p in result.pixels} == {
+                number_at(frames, start + (i + 0.5) * (end - start) / 3) for i in range(3)
             }
 
 
-def test_the_duration_is_that_of_the_pictures(animal):
-    path, frames = animal
+def test_duration_matches_frames(sample):
+    path, frames = sample
     info = probe(path)
     assert info.problem is None
     assert info.duration == pytest.approx(frames[-1][0] - frames[0][0] + 0.04, abs=0.25)
 
 
-def test_a_clock_that_goes_back_is_told(tmp_path):
-    """As in recordings that were joined as they are: half of them would never be seen."""
+def test_timestamps_that_go_back_are_an_error(tmp_path):
+    """As in recordings joined byte by byte: half of the frames would never be read."""
     one = write(tmp_path / "one.ts")
     (tmp_path / "two.ts").write_bytes(2 * one.read_bytes())
     assert len(read_frames(one).pixels) == 6
@@ -314,146 +319,149 @@ def test_a_clock_that_goes_back_is_told(tmp_path):
         read_frames(tmp_path / "two.ts")
 
 
-def test_what_is_shown_before_the_first_picture_comes_does_not_count(tmp_path):
-    """AVI's first frame of MPEG-4 with B-frames comes one late."""
+def test_video_starts_at_first_decoded_frame(tmp_path):
+    """In an AVI of MPEG-4 with B-frames, the first frame comes one frame late."""
     info = probe(write(tmp_path / "a.avi", codec="mpeg4", bf="2"))
     assert (info.start, info.duration) == (pytest.approx(0.04), pytest.approx(60 / 25))
 
 
-def test_a_codec_without_a_decoder_is_one_line(tmp_path):
+def test_codec_without_decoder_is_one_line(tmp_path):
     path = write(tmp_path / "a.mp4")
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
-    for ask in (probe, read_frames):
+    for function in (probe, read_frames):
         with pytest.raises(UserError, match=r"a\.mp4: no decoder for its video"):
-            ask(path)
+            function(path)
 
 
-@pytest.mark.parametrize("short", [1 << 24, 0])
-def test_one_frame_a_second_with_b_frames(tmp_path, monkeypatch, short):
-    """The first packets after a seek in Matroska have no decoding times: how late may a frame still come?"""
-    monkeypatch.setattr("senticlip.data.decode.SHORT", short)
+@pytest.mark.parametrize("small_file", [1 << 24, 0])
+def test_b_frames_at_one_frame_per_second(tmp_path, monkeypatch, small_file):
+    """In Matroska, the first packets after a seek have no decoding times that would bound the reordering of frames."""
+    monkeypatch.setattr("senticlip.data.decode.SHORT", small_file)
     path = write(tmp_path / "a.mkv", stamps=list(range(60)), base=Fraction(1), **{"x264-params": "bframes=3:b-adapt=0"})
     with VideoReader(path) as reader:
-        for i in range(0, 57, 3):  # in rising pieces, as a film is read
-            assert [number(each) for each in reader.read(3, i, i + 3).pixels] == [i, i + 1, i + 2]
-    assert [number(read_frames(path, times=[i + 0.5]).pixels[0]) for i in range(60)] == list(range(60))
+        for i in range(0, 57, 3):  # in increasing segments, as a film is read
+            assert [read_number(pixels) for pixels in reader.read(3, i, i + 3).pixels] == [i, i + 1, i + 2]
+    assert [read_number(read_frames(path, times=[i + 0.5]).pixels[0]) for i in range(60)] == list(range(60))
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotated(tmp_path, degrees):
-    """Phones store the picture as the sensor saw it, and how to turn it."""
-    plain = read_frames(write(tmp_path / "a.mp4", qp="0"), 3).pixels  # lossless: x264 varies a little
-    turned = read_frames(write(tmp_path / "b.mp4", rotation=degrees, qp="0"), 3).pixels
+def test_rotated_video(tmp_path, degrees):
+    """Phones store the picture as the sensor saw it, and how to rotate it."""
+    upright = read_frames(write(tmp_path / "a.mp4", qp="0"), 3).pixels  # lossless: x264 varies a little
+    rotated = read_frames(write(tmp_path / "b.mp4", rotation=degrees, qp="0"), 3).pixels
     with av.open(str(tmp_path / "b.mp4")) as container:
-        said = next(container.decode(video=0)).rotation
-    assert said % 360 == degrees
+        rotation = next(container.decode(video=0)).rotation
+    assert rotation % 360 == degrees
     # FFmpeg's rotation is counterclockwise, as numpy's is
-    assert np.array_equal(turned, np.rot90(plain, degrees // 90, axes=(2, 3)))
-    assert probe(tmp_path / "b.mp4").aspect == turned.shape[3] / turned.shape[2]
+    assert np.array_equal(rotated, np.rot90(upright, degrees // 90, axes=(2, 3)))
+    assert probe(tmp_path / "b.mp4").aspect == rotated.shape[3] / rotated.shape[2]
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_photo_turned_by_its_exif(tmp_path, orientation):
-    told = Image.Exif()
-    told[0x0112] = orientation
-    Image.fromarray(picture(1)).save(tmp_path / "a.jpg", exif=told, quality=100, subsampling=0)
-    wanted = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))).transpose(2, 0, 1)
-    assert np.abs(read_frames(tmp_path / "a.jpg", 1).pixels[0].astype(int) - wanted).mean() < 1
+def test_photo_rotated_by_exif(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(1)).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))).transpose(2, 0, 1)
+    assert np.abs(read_frames(tmp_path / "a.jpg", 1).pixels[0].astype(int) - expected).mean() < 1
 
 
 @pytest.mark.parametrize("size", [(96, 64), (96, 96)])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_pixels_that_are_no_squares(tmp_path, degrees, size):
-    path = write(tmp_path / "a.mp4", rotation=degrees, pixel=Fraction(4, 3), size=size)
+def test_non_square_pixels(tmp_path, degrees, size):
+    path = write(tmp_path / "a.mp4", rotation=degrees, pixel_aspect=Fraction(4, 3), size=size)
     aspect = (size[0] * 4 / (size[1] * 3)) ** (-1 if degrees % 180 else 1)
     assert probe(path).aspect == pytest.approx(aspect)
-    assert _pictures(path, [0.0])[0].size == (pytest.approx(256 * aspect, abs=0.5), 256)
+    assert _read_pictures(path, [0.0])[0].size == (pytest.approx(256 * aspect, abs=0.5), 256)
 
 
-def test_mirrored(tmp_path):
+def test_mirrored_video(tmp_path):
     path = write(tmp_path / "a.mp4", rotation=0)
-    plain = read_frames(path, 2).pixels
+    upright = read_frames(path, 2).pixels
     data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 4 + 40  # the matrix of the track: its first number is 1.0
-    assert data[at : at + 4] == (1 << 16).to_bytes(4, "big")
-    data[at : at + 4] = (-(1 << 16) & 0xFFFFFFFF).to_bytes(4, "big")
+    offset = data.index(b"tkhd") + 4 + 40  # the track's display matrix; its first number is 1.0
+    assert data[offset : offset + 4] == (1 << 16).to_bytes(4, "big")
+    data[offset : offset + 4] = (-(1 << 16) & 0xFFFFFFFF).to_bytes(4, "big")
     path.write_bytes(data)
-    assert np.array_equal(read_frames(path, 2).pixels, plain[..., ::-1])
+    assert np.array_equal(read_frames(path, 2).pixels, upright[..., ::-1])
 
 
-def test_huge(tmp_path):
+def test_8k_video(tmp_path):
     path = write(tmp_path / "a.mp4", stamps=[0, 1], size=(7680, 4320), preset="ultrafast", codec="libx264")
-    got = read_frames(path, 2, size=224)
-    assert got.pixels.shape == (2, 3, 224, 224)
-    assert [number(p) for p in got.pixels] == [0, 1]
+    result = read_frames(path, 2, size=224)
+    assert result.pixels.shape == (2, 3, 224, 224)
+    assert [read_number(p) for p in result.pixels] == [0, 1]
     assert probe(path).aspect == 7680 / 4320
 
 
-def test_pictures_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
+def test_huge_pictures_are_rejected(tmp_path, monkeypatch):
     large = Image.new("1", (12000, 12000))
     large.save(tmp_path / "a.png")
     large.save(tmp_path / "a.apng", format="PNG", save_all=True, append_images=[ImageOps.invert(large)])
     for name in ("a.png", "a.apng"):
-        for ask in (probe, read_frames):
+        for function in (probe, read_frames):
             with pytest.raises(
                 UserError, match=rf"{name}: its pictures are .* too large — .* at most 134 million pixels"
             ):
-                ask(tmp_path / name)
-    small, larger = (write(tmp_path / f"{width}.h264", size=(width, 64), stamps=list(range(5))) for width in (96, 192))
-    both = tmp_path / "both.h264"
-    both.write_bytes(small.read_bytes() + larger.read_bytes())
-    assert {frame.width for frame in decoded(both)} == {96, 192}
+                function(tmp_path / name)
+    small, wide = (write(tmp_path / f"{width}.h264", size=(width, 64), stamps=list(range(5))) for width in (96, 192))
+    joined = tmp_path / "both.h264"
+    joined.write_bytes(small.read_bytes() + wide.read_bytes())
+    assert {frame.width for frame in decode_all(joined)} == {96, 192}
     monkeypatch.setattr(sequential_module, "MOST_PIXELS", 10_000)
-    assert {frame.width for frame in decoded(both)} == {96}
+    assert {frame.width for frame in decode_all(joined)} == {96}
     with pytest.raises(UserError, match=r"192\.h264: pictures of 192 x 64 pixels — reduce them to at most"):
-        read_frames(larger)
+        read_frames(wide)
 
 
-def decoded(path: Path) -> list[av.VideoFrame]:
+def decode_all(path: Path) -> list[av.VideoFrame]:
     container, stream = sequential_module.open_video(path)
     with container:
         return list(sequential_module.pictures(container, stream))
 
 
-def test_a_name_is_no_pattern_of_other_names(tmp_path):
+def test_percent_in_name_is_no_sequence_pattern(tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT), "red").save(tmp_path / "x1.png")
     Image.new("RGB", (WIDTH, HEIGHT), "blue").save(tmp_path / "x%d.png")
     assert read_frames(tmp_path / "x%d.png", 1).pixels[0, :, 0, 0].tolist() == [0, 0, 255]
     assert len(read_frames(write(tmp_path / "a%d.mp4"), 3).pixels) == 3
 
 
-def test_a_long_film_is_not_decoded(tmp_path, monkeypatch):
-    """Six frames of twenty minutes: at most a group of pictures each, and 40 lines in order no group twice."""
-    monkeypatch.setattr("senticlip.data.decode.Sequential", never)
+def test_long_film_is_decoded_only_near_wanted_frames(tmp_path, monkeypatch):
+    """Six frames of twenty minutes: at most one GOP each; 40 segments in order: hardly any GOP twice."""
+    monkeypatch.setattr("senticlip.data.decode.Sequential", no_sequential_decode)
     path = write(tmp_path / "film.mp4", stamps=list(range(0, 1200 * 2)), base=Fraction(1, 2), g="20", bf="2")
-    fed = []
-    feed = Decoder._feed
-    monkeypatch.setattr(Decoder, "_feed", lambda self, read, skip: fed.append(read.pts) or feed(self, read, skip))
+    decoded = []
+    real = Decoder._decode_packet
+    monkeypatch.setattr(
+        Decoder, "_decode_packet", lambda self, read, skip: decoded.append(read.pts) or real(self, read, skip)
+    )
     read_frames(path, 6)
-    assert len(fed) <= 6 * 22
-    fed.clear()
+    assert len(decoded) <= 6 * 22
+    decoded.clear()
     with VideoReader(path) as reader:
         for i in range(40):
             reader.read(2, 100 + 5 * i, 103 + 5 * i)
-    assert len(fed) <= 40 * 5 * 2 * 1.7
+    assert len(decoded) <= 40 * 5 * 2 * 1.7
 
 
-def never(path: Path) -> None:
+def no_sequential_decode(path: Path) -> None:
+    """Replaces ``Sequential`` where it must not be used."""
     raise AssertionError(f"{path}: decoded from its start")
 
 
 @pytest.mark.parametrize("codec", [{"bf": "3"}, {"bf": "3", "g": "250"}, {"codec": "libsvtav1", "preset": "11"}])
-def test_a_short_clip_is_decoded_once(tmp_path, monkeypatch, codec):
-    """Also where its last frame that is wanted is decoded before another one."""
-    monkeypatch.setattr("senticlip.data.decode.Sequential", never)
+def test_short_clip_needs_no_sequential_decode(tmp_path, monkeypatch, codec):
+    """Also if the last wanted frame is decoded before another wanted one."""
+    monkeypatch.setattr("senticlip.data.decode.Sequential", no_sequential_decode)
     for length in range(12, 26):
         path = write(tmp_path / f"{length}.mp4", stamps=list(range(length)), **codec)
         for m in (3, 16):
-            numbers = [number(p) for p in read_frames(path, m).pixels]
+            numbers = [read_number(p) for p in read_frames(path, m).pixels]
             assert numbers == sorted({int((i + 0.5) * length / m) for i in range(m)})
 
 
-def test_size_and_no_frames():
+def test_resize_of_no_frames_and_to_same_size():
     assert resize(np.zeros((0, 3, 5, 5), np.uint8), 8).shape == (0, 3, 8, 8)
     same = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(1, 3, 8, 8)
     assert np.array_equal(resize(same, 8).numpy(), same)
@@ -461,16 +469,16 @@ def test_size_and_no_frames():
 
 @settings(max_examples=40)
 @given(st.integers(1, 90), st.integers(0, 60), st.integers(1, 90), st.integers(0, 9))
-def test_resize_is_pils(height, more, size, seed):
-    """On wide noise, the worst there is (tall noise may be squashed downwards first, see ``resize``)."""
-    width = height + more
+def test_resize_matches_pil(height, extra_width, size, seed):
+    """On wide noise, the worst case (for tall noise, newer versions of Pillow differ, see ``resize``)."""
+    width = height + extra_width
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     ours = resize(image.transpose(2, 0, 1)[None], size)
     assert ours.dtype == torch.uint8
     pil = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
     assert np.abs(ours[0].permute(1, 2, 0).numpy().astype(int) - pil).max() <= 1
-    listed = resize([image.transpose(2, 0, 1)] * 2, size)
-    assert torch.equal(listed[1], ours[0])
+    from_list = resize([image.transpose(2, 0, 1)] * 2, size)
+    assert torch.equal(from_list[1], ours[0])
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
@@ -498,38 +506,38 @@ def bad_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def test_bad_files_are_one_line(tmp_path, capfd):
+def test_bad_files_give_one_line_errors(tmp_path, capfd):
     for name, path in bad_files(tmp_path).items():
-        for ask in (read_frames, probe):
-            with pytest.raises(UserError) as told:
-                ask(path)
-            assert told.value.code == (1 if path.is_file() else 2), name
-            assert str(path) in str(told.value), name
-            assert "\n" not in str(told.value), name
+        for function in (read_frames, probe):
+            with pytest.raises(UserError) as error:
+                function(path)
+            assert error.value.code == (1 if path.is_file() else 2), name
+            assert str(path) in str(error.value), name
+            assert "\n" not in str(error.value), name
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_no_file_is_told_apart(tmp_path, monkeypatch):
+def test_invalid_paths_have_specific_errors(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.mp4")
-    for name, said in (
+    for name, message in (
         ("none.mp4", "no such video file — check the path$"),
         (".", r"check the path \(a folder\)"),
         ("pipe.mp4", "a pipe or a device, not a video file — write it to a file first"),
         ("https://x.org/a.mp4", "URLs must be downloaded first"),
         ("C:/a.mp4", "no such video file — check the path$"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             read_frames(tmp_path / name)
 
-    def denied(*_):
+    def deny(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "is_file", denied)  # who runs as root is denied nothing
+    monkeypatch.setattr(Path, "is_file", deny)  # patched, since root is never denied access
     with pytest.raises(UserError, match=r"permission denied\) — ask its owner"):
         read_frames(tmp_path / "hidden" / "a.mp4")
 
 
-def test_wrong_pieces(tmp_path):
+def test_invalid_segments(tmp_path):
     path = write(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="before its start"):
         read_frames(path, 6, 2.0, 1.0)
@@ -539,64 +547,64 @@ def test_wrong_pieces(tmp_path):
         read_frames(path, 6, -3.0, 1.0)
     with pytest.raises(UsageError, match="at least 1"):
         read_frames(path, 0)
-    # a subtitle that stays a little longer than the film
+    # a subtitle may end a little after the film
     assert len(read_frames(path, 2, 2.0, 9.0).pixels) == 2
     assert len(read_frames(path, times=[]).pixels) == 0
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-def test_a_file_that_was_cut_off_gives_what_is_there(tmp_path, name):
+def test_truncated_file_gives_its_remaining_frames(tmp_path, name):
     path = write(tmp_path / name, container={"movflags": "faststart"} if name == "a.mp4" else None)
-    whole = sequential(path)
+    frames = all_frames(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
-    got = read_frames(path, 6)
-    numbers = [number(p) for p in got.pixels]
+    result = read_frames(path, 6)
+    numbers = [read_number(p) for p in result.pixels]
     assert 2 <= len(numbers) <= 6
-    assert numbers == [shown(whole, t + 1e-3) for t in got.times]
-    assert ("cut off" in (probe(path).problem or "")) == (name != "a.ts")  # which promises nothing
+    assert numbers == [number_at(frames, t + 1e-3) for t in result.times]
+    assert ("cut off" in (probe(path).problem or "")) == (name != "a.ts")  # an MPEG-TS header states no duration
     if name == "a.mp4":
         with pytest.raises(UserError, match="ends at"):
             read_frames(path, 2, 2.2, 2.3)
 
 
-def test_a_clip_that_was_trimmed_ends_where_it_is_cut(tmp_path):
-    path = edited(tmp_path, (600, 5), bf="3", g="60")
+def test_trimmed_clip_ends_at_its_edit(tmp_path):
+    path = write_edited(tmp_path, (600, 5), bf="3", g="60")
     assert probe(path).duration == pytest.approx(0.6)
-    assert [number(p) for p in read_frames(path, 6).pixels] == [6, 8, 11, 13, 16, 18]
+    assert [read_number(p) for p in read_frames(path, 6).pixels] == [6, 8, 11, 13, 16, 18]
 
 
-def test_pictures_that_begin_late_are_not_cut_off(tmp_path):
-    """Matroska tells when a track ends, not how long it is."""
+def test_late_first_frame_is_not_truncation(tmp_path):
+    """Matroska stores when a track ends, not how long it is."""
     for stamps, sound in ((range(25, 85), True), (range(2500, 2560), False)):
         path = write(tmp_path / "a.mkv", stamps=list(stamps), sound=sound, bf="3")
         assert probe(path).problem is None
 
 
-def test_the_end_of_a_large_file_without_times(tmp_path, monkeypatch):
+def test_end_of_large_file_without_timestamps(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "SHORT", 0)
     path = write(tmp_path / "a.mpg", bf="3")
     assert probe(path).duration == pytest.approx(2.4, abs=0.1)
     assert len(read_frames(path, 6).pixels) == 6
 
 
-def test_a_clock_that_jumps_is_told(tmp_path):
+def test_timestamps_that_jump_are_an_error(tmp_path):
     first, second = write(tmp_path / "a.ts"), write(tmp_path / "b.ts", container={"output_ts_offset": "36000"})
     (tmp_path / "c.ts").write_bytes(first.read_bytes() + second.read_bytes())
     with pytest.raises(UserError, match=r"its timestamps jump by 3599\d\.\d s, as in joined files"):
         probe(tmp_path / "c.ts")
 
 
-@pytest.mark.parametrize("short", [1 << 24, 0])
-def test_a_picture_that_stays_does_not_move_the_end(tmp_path, monkeypatch, short):
-    """MP4 tells how long until the next picture is decoded, and with B-frames that is another one."""
-    monkeypatch.setattr(decode, "SHORT", short)
-    stamps = [*range(20), *range(320, 331)]  # 12 s of one picture
+@pytest.mark.parametrize("small_file", [1 << 24, 0])
+def test_long_still_does_not_change_the_end(tmp_path, monkeypatch, small_file):
+    """In MP4, a packet lasts until the next frame is decoded; with B-frames, that is not the next one shown."""
+    monkeypatch.setattr(decode, "SHORT", small_file)
+    stamps = [*range(20), *range(320, 331)]  # one frame is shown for 12 s
     path = write(tmp_path / "a.mp4", stamps=stamps, g="99", **{"x264-params": "bframes=3:b-adapt=0"})
     assert probe(path).duration == pytest.approx(331 / 25, abs=0.1)
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
-def test_the_track_that_players_show_is_read(tmp_path, suffix):
+def test_default_track_is_read(tmp_path, suffix):
     with av.open(str(tmp_path / f"a{suffix}"), "w") as out:
         tracks = [out.add_stream("mpeg4", rate=25) for _ in range(2)]
         for i, track in enumerate(tracks):
@@ -609,36 +617,35 @@ def test_the_track_that_players_show_is_read(tmp_path, suffix):
                 out.mux(track.encode(image))
         for track in tracks:
             out.mux(track.encode(None))
-    assert [number(p) >= 100 for p in read_frames(tmp_path / f"a{suffix}", 3).pixels] == [True] * 3
+    assert [read_number(p) >= 100 for p in read_frames(tmp_path / f"a{suffix}", 3).pixels] == [True] * 3
 
 
-def test_damage_in_the_middle(tmp_path):
-    """Broken bytes cost the frames they hit, not the clip."""
+def test_damaged_bytes_cost_only_the_frames_they_hit(tmp_path):
     path = write(tmp_path / "a.mkv")
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
     path.write_bytes(data)
-    got = read_frames(path, 6)
-    assert 3 <= len(got.pixels) <= 6
-    assert [number(p) for p in got.pixels[:3]] == [round(t * 25) for t in got.times[:3]]
+    result = read_frames(path, 6)
+    assert 3 <= len(result.pixels) <= 6
+    assert [read_number(p) for p in result.pixels[:3]] == [round(t * 25) for t in result.times[:3]]
 
 
-def test_a_piece_lies_in_a_video_until_its_last_picture_is_over(tmp_path):
-    path = delayed(tmp_path)  # pictures from 0.8 to 2.4 s
+def test_segment_may_start_until_last_frame_ends(tmp_path):
+    path = write_delayed(tmp_path)  # pictures from 0.8 to 2.4 s
     assert faults(Clip("a", path, start=2.3)) == []
     assert faults(Clip("a", path, start=2.45)) == [f"{path} ends at 2.40 s, before the segment starts"]
 
 
-def test_a_cover_is_no_video(tmp_path):
-    """As in most files of music."""
+def test_cover_art_is_not_video(tmp_path):
+    """As in most music files."""
     with av.open(str(tmp_path / "song.mp3"), "w") as out:
         sound, cover = out.add_stream("mp3", rate=16000, layout="mono"), out.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 48, "yuvj420p", Disposition.attached_pic
         out.mux(cover.encode(av.VideoFrame(64, 48, "yuvj420p")))
         out.mux(cover.encode())
-        quiet = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        quiet.sample_rate = 16000
-        out.mux(sound.encode(quiet))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        out.mux(sound.encode(silence))
         out.mux(sound.encode())
     with pytest.raises(UserError, match=r"no video in this file \(it contains: audio, cover art\)"):
         read_frames(tmp_path / "song.mp3")

@@ -1,4 +1,4 @@
-"""Where encoders come from, without a network: folders, half a download, a hub that is out of reach."""
+"""Locating encoders without a network: folders, incomplete downloads, an unreachable hub."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ NAME = "someone/bert"
 
 @pytest.fixture
 def snapshot(tmp_path, monkeypatch):
-    """The hub's cache with a snapshot of NAME that a kill left with its config only."""
+    """A hub cache whose snapshot of NAME has its config but, after an interrupted download, no weights."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    place = tmp_path / "hub" / "models--someone--bert"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("a" * 40)
-    folder = place / "snapshots" / ("a" * 40)
+    repository = tmp_path / "hub" / "models--someone--bert"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    folder = repository / "snapshots" / ("a" * 40)
     text_folder(folder)
     (folder / "model.safetensors").rename(tmp_path / "weights")
     return folder
 
 
-def test_a_whole_snapshot_needs_no_network(snapshot, tmp_path):
+def test_complete_snapshot_needs_no_network(snapshot, tmp_path):
     (tmp_path / "weights").rename(snapshot / "model.safetensors")
     assert hub.fetch(NAME, "text.encoder") == snapshot
 
 
-def test_half_a_snapshot_is_fetched_again(snapshot, tmp_path, monkeypatch):
+def test_incomplete_snapshot_is_downloaded_again(snapshot, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is not on this disk"):
         hub.fetch(NAME, "text.encoder")
-    asked = []
+    patterns = []
 
     def download(name, local_files_only=False, allow_patterns=None):
-        asked.append(allow_patterns)
+        patterns.append(allow_patterns)
         if not local_files_only:
             (tmp_path / "weights").rename(snapshot / "model.safetensors")
         return str(snapshot)
@@ -58,11 +58,11 @@ def test_half_a_snapshot_is_fetched_again(snapshot, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: ["config.json", "model.safetensors", "x.bin"])
     monkeypatch.setattr(hub, "reachable", lambda url: True)
     assert hub.fetch(NAME, "text.encoder") == snapshot
-    assert asked == [None, ["*.json", "*.txt", "*.model", "*.safetensors"]]
+    assert patterns == [None, ["*.json", "*.txt", "*.model", "*.safetensors"]]
     assert text_spec(TextConfig(encoder=NAME))[1] == snapshot
 
 
-def test_every_shard_must_be_there(tmp_path):
+def test_has_weights_requires_every_shard(tmp_path):
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (tmp_path / "model-1.safetensors").touch()
@@ -72,7 +72,7 @@ def test_every_shard_must_be_there(tmp_path):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_without_a_hub_the_folder_option_is_named_at_once(snapshot, monkeypatch, offline):
+def test_unreachable_hub_error_is_immediate_and_suggests_folder(snapshot, monkeypatch, offline):
     if offline:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     began = time.monotonic()
@@ -87,7 +87,7 @@ def test_without_a_hub_the_folder_option_is_named_at_once(snapshot, monkeypatch,
     )
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+def test_reachable_times_out(monkeypatch):
     release = threading.Event()
 
     def connect(*_):
@@ -101,7 +101,7 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     release.set()
 
 
-def test_a_proxy_stands_for_the_hub(monkeypatch):
+def test_reachable_tries_the_proxy_if_one_is_set(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert hub.reachable(f"http://127.0.0.1:{port}")
@@ -112,14 +112,14 @@ def test_a_proxy_stands_for_the_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "my folder"])
-def test_what_is_no_hub_id_is_a_folder_that_is_not_there(name):
+def test_invalid_hub_id_is_reported_as_missing_folder(name):
     with pytest.raises(UsageError, match=re.escape(f"text.encoder: no such folder: {name} — give a folder")):
         hub.fetch(name, "text.encoder")
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 @pytest.mark.parametrize("make", [text_folder, clip_folder])
-def test_half_precision_of_a_config_builds_float32(tmp_path, key, make):
+def test_half_precision_config_builds_float32(tmp_path, key, make):
     spec = json.loads((make(tmp_path) / "config.json").read_text()) | {key: "float16"}
     for part in ("text_config", "vision_config"):
         if part in spec:
@@ -128,13 +128,13 @@ def test_half_precision_of_a_config_builds_float32(tmp_path, key, make):
     assert hub.hf_config(spec).dtype is None
 
 
-@pytest.mark.parametrize("broken", ["gone", "cut off"])
-def test_weights_that_cannot_be_read_are_one_line(tmp_path, broken):
+@pytest.mark.parametrize("broken", ["missing", "truncated"])
+def test_unreadable_weights_give_one_line_error(tmp_path, broken):
     for folder, key in ((text_folder(tmp_path / "t"), "text"), (timm_folder(tmp_path / "v"), "vision")):
         weights = folder / "model.safetensors"
         content = weights.read_bytes()
         weights.unlink()
-        if broken == "cut off":
+        if broken == "truncated":
             weights.write_bytes(content[: len(content) // 2])
         changes = {f"{key}.encoder": str(folder), "modalities": [key], "head": "linear", "text.max_length": 20}
         with pytest.raises(UserError, match=f"{key}.encoder: the weights in {folder} cannot be read") as error:
@@ -143,7 +143,7 @@ def test_weights_that_cannot_be_read_are_one_line(tmp_path, broken):
 
 
 @pytest.mark.parametrize("key", ["text.encoder", "vision.encoder", "label.encoder"])
-def test_a_run_is_no_encoder(tmp_path, key):
+def test_run_folder_is_rejected_as_encoder(tmp_path, key):
     encoders = {"text.encoder": str(text_folder(tmp_path / "text")), "vision.encoder": str(timm_folder(tmp_path / "v"))}
     experiment = Config().override({**encoders, "text.max_length": 20, "width": 16, "heads": 2})
     create_model(experiment).save_pretrained(tmp_path / "run")
@@ -152,7 +152,7 @@ def test_a_run_is_no_encoder(tmp_path, key):
 
 
 @pytest.mark.parametrize("make", [text_folder, clip_folder])
-def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path, make):
+def test_missing_weights_are_not_randomly_initialized(tmp_path, make):
     spec = json.loads((make(tmp_path) / "config.json").read_text())
     spec.get("text_config", spec)["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(spec))
@@ -160,8 +160,8 @@ def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path, make):
         load_body(tmp_path)
 
 
-def test_a_kind_of_model_that_transformers_does_not_know_is_told(tmp_path):
+def test_unknown_model_type_is_reported(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
-    told = "config.json: transformers cannot build this (Unrecognized model identifier: nosuch)"
-    with pytest.raises(UsageError, match=re.escape(told)):
+    message = "config.json: transformers cannot build this (Unrecognized model identifier: nosuch)"
+    with pytest.raises(UsageError, match=re.escape(message)):
         spec_width(text_spec(TextConfig(encoder=str(tmp_path)), "text.encoder")[0])

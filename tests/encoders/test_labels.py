@@ -1,4 +1,4 @@
-"""Class vectors of an encoder that is no CLIP tower: the mean of its states, less what all classes share."""
+"""Class vectors of an encoder that is not a CLIP tower: the mean of its states, minus the mean over the classes."""
 
 import pytest
 import torch
@@ -11,22 +11,24 @@ from senticlip.structures import UsageError
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("names", [("消极", "中性", "积极"), ("坏", "一般", "非常好")])  # of one length, and of three
-def test_class_vectors_of_a_sentence_encoder_have_no_common_part(tmp_path, names):
+@pytest.mark.parametrize(
+    "names", [("消极", "中性", "积极"), ("坏", "一般", "非常好")]
+)  # equal lengths, then three different ones
+def test_sentence_encoder_class_vectors_are_centred(tmp_path, names):
     text, vision = text_folder(tmp_path / "text"), timm_folder(tmp_path / "vision")
     changes = {"text.encoder": str(text), "vision.encoder": str(vision), "text.max_length": 20, "width": 16, "heads": 2}
     changes["label.names"] = list(names)
-    found = create_model(Config().override(changes)).eval().network.labels()
+    vectors = create_model(Config().override(changes)).eval().network.labels()
     reference, means = AutoModel.from_pretrained(text).eval(), []
     for name in names:  # one by one: no padding
         ids = tokenizer()(f"这段视频的情感是{name}的", return_tensors="pt")["input_ids"]
         means.append(reference(ids).last_hidden_state[0].mean(0))
     wanted = torch.stack(means)
-    torch.testing.assert_close(found, wanted - wanted.mean(0), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.sum(0), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors, wanted - wanted.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vectors.sum(0), torch.zeros(16), atol=1e-5, rtol=0)
 
 
-def test_labels_that_read_alike_or_that_nothing_reads_are_told(tmp_path):
+def test_duplicate_labels_or_missing_label_encoder_are_rejected(tmp_path):
     text, vision = text_folder(tmp_path / "text"), timm_folder(tmp_path / "vision")
     config = Config().override(
         {"text.encoder": str(text), "vision.encoder": str(vision), "text.max_length": 20, "width": 16, "heads": 2}

@@ -1,4 +1,4 @@
-"""PIFT: the characters' states against the pretrained encoder run by hand on prompt + words."""
+"""PIFT: the characters' states, compared with the pretrained encoder applied directly to prompt + words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from senticlip.structures import Clip, Sequence, UsageError, UserError
 
 TEXTS = ["天气很好", None, "这句话的情感是很高兴，天气坏", "好"]
 PROMPT = "这句话的情感是"
-PREFIX = 10  # more than the prompt has: its words are said again
+PREFIX = 10  # longer than the prompt, whose tokens are then repeated
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -41,8 +41,8 @@ def ids_of(words):
     return [WORDS.index(word) for word in words]
 
 
-def by_hand(folder, text, prompt):
-    """States of [CLS], the characters and [SEP], read by transformers from ids, without any padding."""
+def reference_states(folder, text, prompt):
+    """States of [CLS], the characters and [SEP], computed by transformers from unpadded ids."""
     body = AutoModel.from_pretrained(folder).eval()
     row = [*ids_of(["[CLS]"]), *prompt, *ids_of(text), *ids_of(["[SEP]"])]
     states = body(input_ids=torch.tensor([row])).last_hidden_state[0]
@@ -61,13 +61,13 @@ def test_characters_keep_their_offsets(folder, prompt):
     for row, text in enumerate(TEXTS):
         if text is not None:
             torch.testing.assert_close(
-                states.values[row, : len(text) + 2], by_hand(folder, text, words), atol=1e-5, rtol=1e-5
+                states.values[row, : len(text) + 2], reference_states(folder, text, words), atol=1e-5, rtol=1e-5
             )
 
 
 @torch.inference_mode()
-def test_what_the_prompt_learned_stands_before_the_characters(folder):
-    """In the width of the word vectors, which is not that of the states for ALBERT."""
+def test_learned_prompt_precedes_characters(folder):
+    """The prompt has the width of the word embeddings, which in ALBERT is not that of the states."""
     encoder, body = encoder_of(folder, "learned"), AutoModel.from_pretrained(folder).eval()
     words = body.get_input_embeddings()
     assert encoder.prefix.shape == (PREFIX, words.embedding_dim)
@@ -79,7 +79,7 @@ def test_what_the_prompt_learned_stands_before_the_characters(folder):
     torch.testing.assert_close(encoder(Sequence(ids, mask)).values[0], wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_reach_the_prompt_and_no_row_without_text(folder):
+def test_prompt_gets_gradients_except_from_rows_without_text(folder):
     encoder = encoder_of(folder, "learned")
     ids, mask = tokenize(tokenizer(), TEXTS, 20)
     encoder(Sequence(ids, mask)).values[mask].sum().backward()
@@ -89,15 +89,15 @@ def test_gradients_reach_the_prompt_and_no_row_without_text(folder):
     assert not encoder.prefix.grad.any()
 
 
-def test_a_training_that_never_waits_learns_the_same(folder, monkeypatch):
-    """On a GPU the body gets a mask of pairs: a row without text and padding change nothing there either."""
+def test_training_without_gpu_sync_gives_same_gradients(folder, monkeypatch):
+    """On a GPU the body gets a pairwise mask: there, too, padding and rows without text have no effect."""
     encoder = encoder_of(folder, "learned")
     assert encoder.body.config.model_type in BY_PAIRS
-    found = waited_and_not(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    results = waited_and_not(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
-def test_who_is_waited_for(folder):
+def test_when_gpu_sync_is_avoided(folder):
     gpu, encoder = SimpleNamespace(device=torch.device("cuda")), encoder_of(folder, "none")
     assert not encoder._avoids_sync(gpu)
     assert encoder.train()._avoids_sync(gpu)
@@ -106,7 +106,7 @@ def test_who_is_waited_for(folder):
     assert not encoder._avoids_sync(gpu)
 
 
-def test_prompt_and_words_fit_the_positions(folder):
+def test_prompt_and_words_must_fit_the_positions(folder):
     with pytest.raises(UsageError, match=r"text\.max_length: 31 is more than the encoder allows \(30\)"):
         encoder_of(folder, "learned", max_length=31)
     with pytest.raises(UsageError, match=r"allows \(33\)"):
@@ -123,7 +123,7 @@ def test_relative_positions_have_no_limit():
     assert encoder(Sequence(ids, mask)).values.isfinite().all()
 
 
-def test_robertas_positions_begin_behind_its_padding():
+def test_roberta_positions_start_after_padding_index():
     spec = {**KINDS["bert"].to_dict(), "model_type": "xlm-roberta", "pad_token_id": 1, "max_position_embeddings": 20}
     with pytest.raises(UsageError, match=r"allows \(12\)"):
         TextEncoder(spec, TextConfig(max_length=13, prefix_length=6), "learned", 0)
@@ -132,26 +132,26 @@ def test_robertas_positions_begin_behind_its_padding():
     assert encoder(Sequence(ids, mask)).values.isfinite().all()
 
 
-def test_a_prompt_of_no_token_is_told(folder):
+def test_prompt_without_tokens_is_rejected(folder):
     changes = {"modalities": ["text"], "text.encoder": str(folder), "text.max_length": 20}
     with pytest.raises(UsageError, match=r"text\.prefix_text: '\\u200b' has no token"):
         create_model(Config().override({**changes, "text.prefix_text": "\u200b"}))
 
 
 @pytest.mark.parametrize("prompt", ["discrete", "learned"])
-def test_another_prompt_misses_the_cache(tmp_path, prompt):
+def test_changed_prompt_misses_the_cache(tmp_path, prompt):
     text_folder(tmp_path / "bert")
     clips = [Clip("a", None, "天气很好"), Clip("b", None, "好")]
 
     def features(words):
         changes = {"modalities": ["text"], "prompt": prompt, "width": 16, "heads": 2, "text.max_length": 20}
-        stage = {"text": {"modalities": ["text"]}}  # a prompt that a stage has taught rests, too
+        stage = {"text": {"modalities": ["text"]}}  # a prompt learned in a stage is frozen, too
         names = {"text.encoder": str(tmp_path / "bert"), "text.train": "frozen", "text.prefix_text": words}
         model = create_model(Config().override({**changes, **names, "stages": stage}))
         with torch.inference_mode():
             direct = model.encoders["text"].eval()(Sequence(*tokenize(model.tokenizer, ["天气很好"], 20))).values[0]
         store = clip_set(clips, model, tmp_path / "cache").stores["text"]
-        np.testing.assert_allclose(store.gather(np.array([0]))[0][0], direct, atol=5e-3)  # kept in fp16
+        np.testing.assert_allclose(store.gather(np.array([0]))[0][0], direct, atol=5e-3)  # cached in fp16
         return fingerprint(model.encoders["text"], model.config.encoders["text"])
 
     first = features(PROMPT)
@@ -161,7 +161,7 @@ def test_another_prompt_misses_the_cache(tmp_path, prompt):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_a_folder_that_pads_at_the_left_loses_nothing(tmp_path):
+def test_left_padding_tokenizer_is_read_with_right_padding(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"padding_side": "left"}))
@@ -172,7 +172,7 @@ def test_a_folder_that_pads_at_the_left_loses_nothing(tmp_path):
     assert values.tolist() == [ids_of(["[CLS]", "好", "[SEP]"])]
 
 
-def test_a_folder_runs_no_code_of_its_own(tmp_path, monkeypatch):
+def test_tokenizer_folder_cannot_run_code(tmp_path, monkeypatch):
     tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
@@ -184,7 +184,7 @@ def test_a_folder_runs_no_code_of_its_own(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+def test_missing_or_broken_tokenizer_gives_one_line_error(tmp_path):
     with pytest.raises(UserError, match="gone: the tokenizer folder is missing"):
         load_tokenizer(tmp_path / "gone")
     (tmp_path / "tokenizer.json").write_text("{")
@@ -193,7 +193,7 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_without_any_folder_characters_are_tokens():
+def test_default_tokenizer_splits_into_characters():
     ids, mask = tokenize(load_tokenizer(None), ["我爱。", None], 20)
     assert mask.sum(1).tolist() == [5, 0]
     assert len(set(ids[0].tolist())) == 5
@@ -206,17 +206,17 @@ def test_without_any_folder_characters_are_tokens():
     [
         {"model_type": "timm_wrapper", "architecture": "hf-hub:someone/net", "hidden_size": 16},
         {"model_type": "timm_backbone", "backbone": "hf-hub:someone/net", "use_pretrained_backbone": True},
-        {"model_type": "detr"},  # which has a network of the hub by default
+        {"model_type": "detr"},  # uses a network from the hub by default
     ],
 )
-def test_a_description_names_no_network_elsewhere(spec):
-    """A RUN may come from anybody."""
+def test_spec_with_external_network_is_rejected(spec):
+    """A RUN may come from an untrusted source."""
     with pytest.raises(UsageError, match=r"text\.encoder: \w+ reads images through an external network"):
         build_body(spec)
 
 
-def test_a_description_runs_no_code(tmp_path, monkeypatch):
-    """transformers would ask whether to, for a kind of model that it does not know by itself."""
+def test_spec_cannot_run_code(tmp_path, monkeypatch):
+    """For a model type it does not know, transformers would ask whether to run the repository's code."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     parts = {"encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert"}}

@@ -1,4 +1,4 @@
-"""CLIP-CA-MSA with every switch, and its equations against plain numpy."""
+"""CLIP-CA-MSA in all its variants, and its equations compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -24,29 +24,31 @@ SPEC = BertConfig(
 ).to_dict()
 
 
-class Switches(ModelTester):
+class VariantTester(ModelTester):
     model = "clip_ca_msa"
     changes = {"dropout": 0.0, "vision.frames": 8}
 
     def network(self, names=("text", "vision"), seed=0, **changes):
         torch.manual_seed(seed)
         config = self.config(names, **changes)
-        similar = config.head == "similarity" and "vision" in names
-        network = ClipCaMsa(config, {n: DIMS[n] for n in names}, {"spec": SPEC, "shape": (3, 5)} if similar else None)
-        if similar:
+        similarity = config.head == "similarity" and "vision" in names
+        network = ClipCaMsa(
+            config, {n: DIMS[n] for n in names}, {"spec": SPEC, "shape": (3, 5)} if similarity else None
+        )
+        if similarity:
             network.labels.states.copy_(torch.randn(3, 8, generator=torch.Generator().manual_seed(7)))
         return network
 
 
-class TestPaper(Switches):
+class TestPaper(VariantTester):
     def test_permuted_labels_permute_the_video_logits(self):
         network, batch = self.network().eval(), features()
         before = network(batch).logits["vision"]
         network.labels.states.copy_(network.labels.states[[2, 0, 1]].clone())
         torch.testing.assert_close(network(batch).logits["vision"], before[:, [2, 0, 1]])
 
-    def test_similarities_and_whitened_sound_stay_in_fp32_under_autocast(self):
-        """In bf16 a scaled cosine of 14 is known to 0.06, and small differences of sound are lost."""
+    def test_similarities_and_whitening_stay_fp32_under_autocast(self):
+        """In bf16 a scaled cosine of 14 is only exact to 0.06, and small differences in the sound are lost."""
         head = SimilarityHead(Config(width=16, heads=2), 16)
         states, labels = Sequence(torch.randn(8, 1, 16), torch.ones(8, 1, dtype=torch.bool)), torch.randn(3, 16)
         whiten = Whiten(4)
@@ -56,7 +58,7 @@ class TestPaper(Switches):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close((head(states, labels), whiten(sound).values), before)
 
-    def test_the_prediction_rule(self):
+    def test_log_probs_by_hand(self):
         network, batch = self.network().eval(), features()
         network.temperature.copy_(torch.tensor([2.0, 0.5]))
         with torch.no_grad():
@@ -70,7 +72,7 @@ class TestPaper(Switches):
         np.testing.assert_allclose(output.log_probs.detach().numpy(), expected, atol=1e-5)
 
     def test_the_loss_by_hand(self):
-        """Focal for text alone, smoothed, weighted by class, over the rows that have the modality and a label."""
+        """Focal for text only; smoothed and class-weighted; over the rows that have the modality and a label."""
         network = self.network(**{"train.label_smoothing": 0.3}).eval()
         network.class_weights.copy_(torch.tensor([3.0, 1.0, 0.5]))
         s = {"text": 0.7, "vision": -0.4}
@@ -95,13 +97,13 @@ class TestPaper(Switches):
             sum(np.exp(-s[name]) * loss + s[name] / 2 for name, loss in expected.items()), rel=1e-5
         )
 
-    def test_s_of_a_modality_that_no_row_has_rests(self):
+    def test_s_of_an_absent_modality_gets_no_gradient(self):
         network, batch = self.network(), features(absent=[(row, "vision") for row in range(5)])
         network.loss(network(batch), batch)[0].backward()
         assert float(network.combine.s["vision"].grad) == 0
         assert float(network.combine.s["text"].grad) != 0
 
-    def test_after_a_step_s_and_the_scale_are_within_their_bounds(self):
+    def test_step_finished_clamps_s_and_logit_scale(self):
         network = self.network()
         s, scale = network.combine.s, network.heads["vision"].logit_scale
         with torch.no_grad():
@@ -112,87 +114,87 @@ class TestPaper(Switches):
         assert scale.item() == pytest.approx(math.log(100))
 
 
-class TestLinear(Switches):
+class TestLinear(VariantTester):
     changes = {"dropout": 0.0, "vision.frames": 8, "head": "linear"}
 
 
-class TestConcat(Switches):
+class TestConcat(VariantTester):
     changes = {"dropout": 0.0, "vision.frames": 8, "fusion": "concat"}
 
 
-class TestSum(Switches):
+class TestSum(VariantTester):
     changes = {"dropout": 0.0, "vision.frames": 8, "loss": "sum"}
 
 
-class TestMean(Switches):
+class TestMean(VariantTester):
     changes = {"dropout": 0.0, "vision.frames": 8, "temporal": "mean"}
 
 
-class TestLSTM(Switches):
+class TestLSTM(VariantTester):
     changes = {"dropout": 0.0, "vision.frames": 8, "temporal": "lstm"}
 
 
 @pytest.mark.parametrize(("temporal", "matters"), [("transformer", True), ("lstm", True), ("mean", False)])
-def test_the_order_of_frames(temporal, matters):
+def test_whether_frame_order_matters(temporal, matters):
     tester = TestPaper()
     network = tester.network(("vision",), temporal=temporal).eval()
     batch = features(names=("vision",))
-    full = torch.ones_like(batch.modalities["vision"].mask)
+    all_real = torch.ones_like(batch.modalities["vision"].mask)
     values = batch.modalities["vision"].values
-    answer = answers(network(batch._replace(modalities={"vision": Sequence(values, full)})))
-    turned = answers(network(batch._replace(modalities={"vision": Sequence(values.flip(1), full)})))
-    assert torch.allclose(answer, turned, atol=1e-6) != matters
+    original = answers(network(batch._replace(modalities={"vision": Sequence(values, all_real)})))
+    reversed_order = answers(network(batch._replace(modalities={"vision": Sequence(values.flip(1), all_real)})))
+    assert torch.allclose(original, reversed_order, atol=1e-6) != matters
 
 
-def test_the_mean_of_the_real_frames_comes_first():
+def test_mean_temporal_prepends_mean_of_real_frames():
     values = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     mask = torch.tensor([[True, False, True], [True, True, True]])
-    found = MeanTemporal(Config())(Sequence(torch.from_numpy(values), mask))
+    result = MeanTemporal(Config())(Sequence(torch.from_numpy(values), mask))
     expected = np.stack([values[0, [0, 2]].mean(0), values[1].mean(0)])
-    np.testing.assert_allclose(found.values[:, 0].numpy(), expected, atol=1e-6)
-    np.testing.assert_array_equal(found.values[:, 1:].numpy(), values)
-    assert found.mask.tolist() == [[True, True, False, True], [True] * 4]
+    np.testing.assert_allclose(result.values[:, 0].numpy(), expected, atol=1e-6)
+    np.testing.assert_array_equal(result.values[:, 1:].numpy(), values)
+    assert result.mask.tolist() == [[True, True, False, True], [True] * 4]
 
 
-def test_whitened_sound_has_no_columns_that_go_together():
+def test_whitening_decorrelates_audio_columns():
     random = torch.Generator().manual_seed(0)
     mixed = torch.randn(500, 6, generator=random) @ torch.randn(6, 6, generator=random) * 3 - 7
-    rows = torch.cat([mixed, torch.full((500, 1), 4.0)], 1)  # a band in which nothing is heard
+    rows = torch.cat([mixed, torch.full((500, 1), 4.0)], 1)  # a silent band
     whiten = Whiten(7)
     sound = Sequence(rows[None], torch.ones(1, 500, dtype=torch.bool))
     assert torch.equal(whiten(sound).values, sound.values)
     whiten.learn(rows.split(64))
-    found = whiten(sound).values[0]
-    torch.testing.assert_close(found.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
-    wanted = torch.eye(7)
-    wanted[0, 0] = 0  # the smallest direction comes first
-    torch.testing.assert_close(found.T @ found / 500, wanted, atol=0.02, rtol=0)
+    whitened = whiten(sound).values[0]
+    torch.testing.assert_close(whitened.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
+    expected = torch.eye(7)
+    expected[0, 0] = 0  # the direction of least variance comes first
+    torch.testing.assert_close(whitened.T @ whitened / 500, expected, atol=0.02, rtol=0)
     before = whiten.turn.clone()
     whiten.learn([])
     assert torch.equal(whiten.turn, before)
 
 
-def test_small_differences_are_whitened_and_sets_read_in_parts():
+def test_prepare_whitens_small_differences_in_batches():
     random = torch.Generator().manual_seed(0)
     rows = 3 + 0.2 * torch.randn(130, 4, 6, generator=random)
     network = TestPaper().network(("audio",))
     store = ArrayRows(rows.numpy(), np.ones((130, 4), dtype=bool))
     network.prepare(SimpleNamespace(stores={"audio": store}))
-    found = network.whiten(Sequence(rows, torch.ones(130, 4, dtype=torch.bool))).values.flatten(0, 1)
-    torch.testing.assert_close(found.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
-    torch.testing.assert_close(found.T @ found / 520, torch.eye(6), atol=0.05, rtol=0)
+    whitened = network.whiten(Sequence(rows, torch.ones(130, 4, dtype=torch.bool))).values.flatten(0, 1)
+    torch.testing.assert_close(whitened.mean(0), torch.zeros(6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(whitened.T @ whitened / 520, torch.eye(6), atol=0.05, rtol=0)
 
 
-def test_the_sound_by_itself_learns_its_own_label():
+def test_audio_own_loss_learns_audio_label():
     names = ("text", "vision", "audio")
     network = TestPaper().network(names, **{"audio.own": 0.5, "train.label_smoothing": 0.3}).eval()
     batch = features(names=names, absent=[(1, "audio")])
     batch.labels["A"][2] = torch.nan
     output = network(batch)
     logits, target = output.features["audio_own"].detach().numpy(), np.sign(batch.labels["A"].numpy())
-    heard = [0, 3, 4]  # row 1 has no sound, of row 2 the label is not known
-    logs = np.log(softmax(logits[heard]))
-    smoothed = 0.7 * logs[range(3), [int(target[row]) + 1 for row in heard]] + 0.3 * logs.mean(1)
+    rows = [0, 3, 4]  # row 1 has no sound, row 2 no label
+    log_probs = np.log(softmax(logits[rows]))
+    smoothed = 0.7 * log_probs[range(3), [int(target[row]) + 1 for row in rows]] + 0.3 * log_probs.mean(1)
     loss, parts = network.loss(output, batch)
     np.testing.assert_allclose(parts["loss_own"], -smoothed.mean(), rtol=1e-5)
     network.config.audio.own = 0.0
@@ -200,14 +202,14 @@ def test_the_sound_by_itself_learns_its_own_label():
 
     parts["loss_own"] = network._own_loss(output, batch)
     parts["loss_own"].backward()
-    taught = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
-    assert taught == {f"entrances.audio.project.{kind}" for kind in ("weight", "bias")} | {"entrances.audio.absent"} | {
-        name for name, _ in network.named_parameters() if name.startswith("hearing.")
-    }
+    trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert trained == {f"entrances.audio.project.{kind}" for kind in ("weight", "bias")} | {
+        "entrances.audio.absent"
+    } | {name for name, _ in network.named_parameters() if name.startswith("hearing.")}
 
 
 @pytest.mark.parametrize("names", [("audio",), ("text", "vision")], ids="+".join)
-def test_where_sound_is_fused_with_nothing_its_own_label_is_no_task(names):
+def test_no_audio_own_head_unless_audio_is_fused(names):
     assert TestPaper().network(names, **{"audio.own": 0.5}).hearing is None
 
 
@@ -225,11 +227,11 @@ def linear(x, weight, bias):
     return x @ weight.detach().numpy().T + bias.detach().numpy()
 
 
-def attended(module, asks, answer):
-    """softmax(Q Kᵀ / √d_k) V in each of two heads of width 4, joined; and the maps."""
+def attend(module, queries, keys):
+    """softmax(Q Kᵀ / √d_k) V in two heads of width 4, concatenated; and the attention maps."""
     weight, bias = module.in_proj_weight, module.in_proj_bias
     q, k, v = (
-        linear(x, weight[i * 8 : i * 8 + 8], bias[i * 8 : i * 8 + 8]) for i, x in enumerate((asks, answer, answer))
+        linear(x, weight[i * 8 : i * 8 + 8], bias[i * 8 : i * 8 + 8]) for i, x in enumerate((queries, keys, keys))
     )
     heads, maps = [], []
     for h in (slice(0, 4), slice(4, 8)):
@@ -243,53 +245,53 @@ def feed_forward(x, first, last):
     return linear(inner.numpy(), last.weight, last.bias)
 
 
-def encoded(x, encoder, layers):
+def encode(x, encoder, layers):
     """A post-norm Transformer, norm after each sum."""
     assert len(encoder.layers) == layers
     for layer in encoder.layers:
-        x = norm(x + attended(layer.self_attn, x, x)[0], layer.norm1)
+        x = norm(x + attend(layer.self_attn, x, x)[0], layer.norm1)
         x = norm(x + feed_forward(x, layer.linear1, layer.linear2), layer.norm2)
     return x
 
 
 def test_equation_8():
-    """[H_CLS, H_1 … H_m] + positions through the Transformer; a frame that is not real is not there."""
+    """[H_CLS, H_1 … H_m] + positions through the Transformer; masked frames have no effect."""
     torch.manual_seed(0)
     config = Config().override({"width": 8, "heads": 2, "layers": 3, "vision.frames": 5})
     temporal = TransformerTemporal(config).eval()
     frames, mask = torch.randn(1, 4, 8), torch.tensor([[True, False, True, True]])
-    found = temporal(Sequence(frames, mask))
-    assert found.mask.tolist() == [[True, True, False, True, True]]
+    result = temporal(Sequence(frames, mask))
+    assert result.mask.tolist() == [[True, True, False, True, True]]
     x = torch.cat([temporal.cls[None], frames[0]]) + temporal.positions[:5]
-    expected = encoded(x[[0, 1, 3, 4]].detach().numpy(), temporal.encoder, 3)
-    np.testing.assert_allclose(found.values[0, [0, 1, 3, 4]].detach().numpy(), expected, atol=1e-5)
+    expected = encode(x[[0, 1, 3, 4]].detach().numpy(), temporal.encoder, 3)
+    np.testing.assert_allclose(result.values[0, [0, 1, 3, 4]].detach().numpy(), expected, atol=1e-5)
 
 
-def test_the_lstm_is_as_deep_as_the_transformer():
+def test_lstm_temporal_has_configured_depth():
     torch.manual_seed(0)
     temporal, frames = LSTMTemporal(Config().override({"width": 8, "heads": 2, "layers": 3})), torch.randn(1, 4, 8)
-    other = torch.nn.LSTM(8, 8, 3)
-    other.load_state_dict(temporal.lstm.state_dict())
-    states = other(frames[0])[0]
-    found = temporal(Sequence(frames, torch.ones(1, 4, dtype=torch.bool))).values[0]
-    torch.testing.assert_close(found, torch.cat([states[-1:], states]))
+    reference = torch.nn.LSTM(8, 8, 3)
+    reference.load_state_dict(temporal.lstm.state_dict())
+    states = reference(frames[0])[0]
+    result = temporal(Sequence(frames, torch.ones(1, 4, dtype=torch.bool))).values[0]
+    torch.testing.assert_close(result, torch.cat([states[-1:], states]))
 
 
-def test_concatenation():
-    """One sequence of all, each modality with a vector of its own, as deep as cross-attention has blocks."""
+def test_concat_fusion_by_hand():
+    """One sequence of all modalities, each with its own vector; as many layers as cross-attention has blocks."""
     torch.manual_seed(0)
     config, names = Config().override({"width": 8, "heads": 2}), ["text", "vision", "audio"]
     fusion = ConcatFusion(config, names).eval()
     inputs = {n: Sequence(torch.randn(1, k, 8), torch.ones(1, k, dtype=torch.bool)) for k, n in enumerate(names, 2)}
-    found, maps = fusion(inputs)
+    fused, maps = fusion(inputs)
     assert not maps
     parts = [inputs[n].values[0].numpy() + kind for n, kind in zip(names, fusion.kinds.detach().numpy(), strict=True)]
-    expected = encoded(np.concatenate(parts), fusion.encoder, len(CrossAttentionFusion(config, names).blocks))
-    joined = np.concatenate([found[n].values[0].detach().numpy() for n in names])
+    expected = encode(np.concatenate(parts), fusion.encoder, len(CrossAttentionFusion(config, names).blocks))
+    joined = np.concatenate([fused[n].values[0].detach().numpy() for n in names])
     np.testing.assert_allclose(joined, expected, atol=1e-5)
 
 
-def test_all_parts_drop_at_the_rate_of_the_config():
+def test_all_parts_use_the_configured_dropout():
     config, names = Config().override({"width": 8, "heads": 2, "dropout": 0.3}), ["text", "vision"]
     parts = [TransformerTemporal(config), CrossAttentionFusion(config, names), ConcatFusion(config, names)]
     parts += [PooledHead(config), LinearHead(config)]
@@ -313,46 +315,46 @@ def test_equations_9_to_12():
     block = CrossAttentionBlock(config).eval()
     query, context = torch.randn(1, 3, 8), torch.randn(1, 4, 8)
     real = torch.tensor([[True, True, True, False]])
-    found, weights = block(Sequence(query, torch.ones(1, 3, dtype=torch.bool)), Sequence(context, real), attention=True)
-    asks, answer = query[0].numpy(), context[0, :3].numpy()
-    heard, maps = attended(block.attention, asks, answer)
-    s = norm(heard + asks, block.norm)
+    out, weights = block(Sequence(query, torch.ones(1, 3, dtype=torch.bool)), Sequence(context, real), attention=True)
+    queries, keys = query[0].numpy(), context[0, :3].numpy()
+    context_states, maps = attend(block.attention, queries, keys)
+    s = norm(context_states + queries, block.norm)
     expected = norm(s + feed_forward(s, block.feed_forward[0], block.feed_forward[3]), block.norm2)
-    np.testing.assert_allclose(found[0].detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(out[0].detach().numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(weights[0, :, :, :3].detach().numpy(), maps, atol=1e-6)
 
 
-def test_what_was_heard_is_joined_with_the_original_input():
+def test_attended_states_are_joined_with_original_input():
     """Linear([H_a2b ; H_a2c ; H_a])."""
     torch.manual_seed(0)
     names = ["text", "vision", "audio"]
     fusion = CrossAttentionFusion(Config().override({"width": 8, "heads": 2, "dropout": 0.0}), names).eval()
     inputs = {n: Sequence(torch.randn(2, k, 8), torch.ones(2, k, dtype=torch.bool)) for k, n in enumerate(names, 2)}
-    found, _ = fusion(inputs)
+    fused, _ = fusion(inputs)
     for a in names:
-        heard = [fusion.blocks[f"{a}_asks_{b}"](inputs[a], inputs[b])[0].detach() for b in names if a != b]
-        joined = np.concatenate([part.numpy() for part in (*heard, inputs[a].values)], -1)
+        attended = [fusion.blocks[f"{a}_asks_{b}"](inputs[a], inputs[b])[0].detach() for b in names if a != b]
+        joined = np.concatenate([part.numpy() for part in (*attended, inputs[a].values)], -1)
         expected = linear(joined, fusion.join[a].weight, fusion.join[a].bias)
-        np.testing.assert_allclose(found[a].values.detach().numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(fused[a].values.detach().numpy(), expected, atol=1e-5)
 
 
 def test_equation_13():
     head = SimilarityHead(Config().override({"width": 8, "heads": 2}), 8)
     states, labels = torch.randn(2, 3, 8), torch.randn(3, 8)
-    found = head(Sequence(states, torch.ones(2, 3, dtype=torch.bool)), labels).detach().numpy()
+    logits = head(Sequence(states, torch.ones(2, 3, dtype=torch.bool)), labels).detach().numpy()
     v, p = states[:, 0].numpy(), labels.numpy()
     cosine = (v @ p.T) / np.linalg.norm(v, axis=1)[:, None] / np.linalg.norm(p, axis=1)
-    np.testing.assert_allclose(found, cosine / 0.07, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, cosine / 0.07, rtol=1e-4, atol=1e-4)
 
 
-def test_the_length_of_a_projected_label_says_nothing():
+def test_norm_of_projected_labels_has_no_effect():
     head = SimilarityHead(Config().override({"width": 8, "heads": 2}), 5)
     states, labels = Sequence(torch.randn(2, 1, 8), torch.ones(2, 1, dtype=torch.bool)), torch.randn(3, 5)
     torch.testing.assert_close(head(states, 7 * labels), head(states, labels))
 
 
-def test_what_lies_behind_a_sound_is_not_whitened():
-    """Mean and covariance are those of the real positions."""
+def test_whitening_statistics_ignore_padding():
+    """The statistics are computed over real positions only."""
     rows = torch.randn(40, 6, 6, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(6) < torch.arange(40)[:, None] % 6 + 1
     rows[~mask] = 50
@@ -361,7 +363,7 @@ def test_what_lies_behind_a_sound_is_not_whitened():
     torch.testing.assert_close(network.whiten.mean, rows[mask].mean(0))
 
 
-def test_a_run_that_goes_on_keeps_its_whitening():
+def test_continued_run_does_not_recompute_whitening():
     network = TestPaper().network(("audio",), start="run")
     store = ArrayRows(torch.randn(40, 6, 6).numpy() + 3, np.ones((40, 6), bool))
     network.prepare(SimpleNamespace(stores={"audio": store}))
@@ -372,10 +374,10 @@ def test_heads_by_hand():
     config = Config().override({"width": 8, "heads": 2, "dropout": 0.0})
     torch.manual_seed(0)
     states = Sequence(torch.randn(2, 3, 8), torch.tensor([[True, True, False], [True] * 3]))
-    x, plain, pooled = states.values.numpy(), LinearHead(config), PooledHead(config)
-    expected = linear(x[:, 0], plain.classify.weight, plain.classify.bias)  # position 0 is the whole clip
-    np.testing.assert_allclose(plain(states).detach().numpy(), expected, atol=1e-5)
+    x, linear_head, pooled_head = states.values.numpy(), LinearHead(config), PooledHead(config)
+    expected = linear(x[:, 0], linear_head.classify.weight, linear_head.classify.bias)  # position 0 is the whole clip
+    np.testing.assert_allclose(linear_head(states).detach().numpy(), expected, atol=1e-5)
     for row, n in enumerate((2, 3)):
-        weights = softmax(x[row, :n] @ pooled.query.weight[0].detach().numpy())
-        expected = linear(weights @ x[row, :n], pooled.classify.weight, pooled.classify.bias)
-        np.testing.assert_allclose(pooled(states)[row].detach().numpy(), expected, atol=1e-5)
+        weights = softmax(x[row, :n] @ pooled_head.query.weight[0].detach().numpy())
+        expected = linear(weights @ x[row, :n], pooled_head.classify.weight, pooled_head.classify.bias)
+        np.testing.assert_allclose(pooled_head(states)[row].detach().numpy(), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What every model must do, whatever it is: inherit, set ``model``, and the tests run."""
+"""Tests that every model must pass: inherit from ``ModelTester`` and set ``model``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTHS = {"text": 9, "vision": 4, "audio": 20}
 
 
 def features(rows=5, names=("text", "vision"), seed=0, absent=()):
-    """Random features with random lengths; ``absent``: (row, modality) pairs without a real position."""
+    """Random features of random lengths; ``absent``: (row, modality) pairs whose positions are all masked."""
     random = torch.Generator().manual_seed(seed)
     modalities = {}
     for name in names:
@@ -37,7 +37,7 @@ def answers(output: Output) -> torch.Tensor:
 
 
 class ModelTester:
-    """Networks on random features."""
+    """Tests of a network on random features."""
 
     model = ""
     changes: dict = {}
@@ -62,7 +62,7 @@ class ModelTester:
         if output.weights:
             torch.testing.assert_close(torch.stack(list(output.weights.values())).sum(0), torch.ones(5))
 
-    def test_padding_and_what_lies_in_it_change_nothing(self):
+    def test_padding_has_no_effect(self):
         network, batch = self.network().eval(), features(absent=[(1, "text"), (2, "vision")])
         longer = {}
         for name, (values, mask) in batch.modalities.items():
@@ -71,24 +71,24 @@ class ModelTester:
             longer[name] = Sequence(torch.cat([junk, tail], 1), torch.nn.functional.pad(mask, (0, 3)))
         torch.testing.assert_close(answers(network(batch)), answers(network(batch._replace(modalities=longer))))
 
-    def test_rows_do_not_see_each_other(self):
+    def test_rows_are_independent(self):
         network, batch = self.network().eval(), features(absent=[(1, "text")])
-        alone = {n: Sequence(s.values[2:3], s.mask[2:3]) for n, s in batch.modalities.items()}
-        torch.testing.assert_close(answers(network(batch))[2:3], answers(network(Batch(alone, {}))))
+        row = {n: Sequence(s.values[2:3], s.mask[2:3]) for n, s in batch.modalities.items()}
+        torch.testing.assert_close(answers(network(batch))[2:3], answers(network(Batch(row, {}))))
 
-    def test_rows_without_a_modality_or_any_are_answered(self):
+    def test_rows_with_missing_modalities_get_finite_answers(self):
         network = self.network().eval()
         batch = features(absent=[(0, "text"), (1, "vision"), (2, "text"), (2, "vision")])
         assert answers(network(batch)).isfinite().all()
         only_text = batch._replace(modalities={"text": batch.modalities["text"]})
         assert answers(network(only_text)).isfinite().all()
 
-    def test_gradients_reach_every_parameter(self):
+    def test_every_parameter_gets_a_gradient(self):
         network, batch = self.network(), features(absent=[(1, "text"), (2, "vision")])
         network.train()
         if hasattr(network, "epoch_started"):
             network.epoch_started(2)
-            network.loss(network(batch), batch)  # now Self-MM has centres, and its labels differ
+            network.loss(network(batch), batch)  # from here on, Self-MM has centres and its unimodal labels differ
         loss, logs = network.loss(network(batch), batch)
         loss.backward()
         assert loss.isfinite()
@@ -98,26 +98,26 @@ class ModelTester:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.abs().sum() > 0, name
 
-    def test_rows_without_a_label_do_not_teach(self):
+    def test_rows_without_a_label_are_ignored_in_training(self):
         network, batch = self.network().eval(), features()
         labels = {
             t: values.clone().index_fill_(0, torch.tensor([1, 3]), torch.nan) for t, values in batch.labels.items()
         }
-        rest = torch.tensor([0, 2, 4])
-        fewer = Batch(
-            {n: Sequence(s.values[rest], s.mask[rest]) for n, s in batch.modalities.items()},
-            {t: values[rest] for t, values in labels.items()},
-            rest,
+        labelled = torch.tensor([0, 2, 4])
+        subset = Batch(
+            {n: Sequence(s.values[labelled], s.mask[labelled]) for n, s in batch.modalities.items()},
+            {t: values[labelled] for t, values in labels.items()},
+            labelled,
         )
         with_gaps = network.loss(network(batch), batch._replace(labels=labels))[0]
-        torch.testing.assert_close(with_gaps, network.loss(network(fewer), fewer)[0])
-        none = {t: torch.full_like(values, torch.nan) for t, values in labels.items()}
-        assert network.loss(network(batch), batch._replace(labels=none))[0].isfinite()
+        torch.testing.assert_close(with_gaps, network.loss(network(subset), subset)[0])
+        no_labels = {t: torch.full_like(values, torch.nan) for t, values in labels.items()}
+        assert network.loss(network(batch), batch._replace(labels=no_labels))[0].isfinite()
         network.train()
         network.loss(network(batch), batch._replace(labels=labels))[0].backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
-    def test_it_learns_a_handful_of_rows(self):
+    def test_loss_decreases_in_training(self):
         network, batch = self.network(seed=1), features()
         groups = network.param_groups(self.config()) if hasattr(network, "param_groups") else network.parameters()
         optimizer = torch.optim.Adam(groups, lr=5e-3)
@@ -133,19 +133,19 @@ class ModelTester:
             losses.append(float(loss.detach()))
         assert np.mean(losses[-5:]) < np.mean(losses[:3])
 
-    def test_the_state_goes_to_a_file_and_back(self, tmp_path):
+    def test_state_dict_round_trip(self, tmp_path):
         network, batch = self.network().eval(), features()
         torch.save(network.state_dict(), tmp_path / "state.pt")
-        again = self.network(seed=9).eval()
-        again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        torch.testing.assert_close(answers(network(batch)), answers(again(batch)))
+        restored = self.network(seed=9).eval()
+        restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        torch.testing.assert_close(answers(network(batch)), answers(restored(batch)))
 
-    def test_attention_is_normalised_where_there_is_some(self):
+    def test_attention_weights_are_normalised(self):
         network, batch = self.network().eval(), features()
         output = network(batch, attention=True)
-        unasked = network(batch)
-        assert not unasked.attention
-        torch.testing.assert_close(answers(output), answers(unasked))
+        default = network(batch)
+        assert not default.attention
+        torch.testing.assert_close(answers(output), answers(default))
         for name, weights in output.attention.items():
             assert weights.dim() == 4, name
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))

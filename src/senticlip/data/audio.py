@@ -21,16 +21,16 @@ from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
 FLOOR = 1e-6
-TOGETHER = 2048
+CHUNK_FRAMES = 2048
 """Frames per Fourier transform: spectra take forty times the memory of their sound."""
 
-MOST = 600.0
+MAX_SECONDS = 600.0
 """At most so many seconds of a clip are read: a whole film as one clip, or compressed silence, must fit in memory."""
 
-LOWEST = 1000
+MIN_RATE = 1000
 """Lowest accepted sample rate (Hz): with a lower one, a few bytes would last for hours."""
 
-WARM = 0.1
+WARM_UP = 0.1
 """Seconds decoded before a piece and discarded."""
 
 GAP = 0.05
@@ -55,26 +55,28 @@ class AudioReader:
             self._container.close()
 
     def read(
-        self, start: float | None = None, end: float | None = None, most: float = MOST, gaps: bool = False
+        self, start: float | None = None, end: float | None = None, most: float = MAX_SECONDS, gaps: bool = False
     ) -> np.ndarray:
         """See :func:`read_audio`."""
-        begun = self._container is not None
+        already_open = self._container is not None
         try:
             container = self._container = self._container or open_container(self.path)
             if (sound := sound_of(container)) is None:
                 return np.zeros(0, np.float32)
-            zero, at = clock_start(container), start or 0.0
-            if start or begun:
-                _seek(container, sound, at - WARM + zero)
-            stop = min(at + most, math.inf if end is None else end)
-            first, parts = _between(container, sound, at + zero - WARM / 2 if start else -math.inf, stop + zero, gaps)
+            clock_zero, begin = clock_start(container), start or 0.0
+            if start or already_open:
+                _seek(container, sound, begin - WARM_UP + clock_zero)
+            stop = min(begin + most, math.inf if end is None else end)
+            first_time, parts = _decode_between(
+                container, sound, begin + clock_zero - WARM_UP / 2 if start else -math.inf, stop + clock_zero, gaps
+            )
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path}: its sound cannot be read ({error.strerror}) — replace the file") from None
-        heard = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        begin = max(0, round((at + zero - first) * RATE)) if start else 0
+        samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        skip = max(0, round((begin + clock_zero - first_time) * RATE)) if start else 0
         if math.isinf(stop):
-            return heard[begin:]
-        return heard[begin : begin + max(0, round((stop - max(at, first - zero)) * RATE))]
+            return samples[skip:]
+        return samples[skip : skip + max(0, round((stop - max(begin, first_time - clock_zero)) * RATE))]
 
 
 def audio_start(path: str | Path) -> float:
@@ -89,20 +91,20 @@ def audio_start(path: str | Path) -> float:
 def audio_end(path: str | Path) -> float:
     """When the last sound packet of a file ends, in seconds on a player's clock; 0 if there is none."""
     with open_container(path) as container:
-        sound, zero = sound_of(container), clock_start(container)
+        sound, clock_zero = sound_of(container), clock_start(container)
         if sound is None or sound.time_base is None:
             return 0.0
         with suppress(av.FFmpegError):  # no way to seek: all packets are read
-            _seek(container, sound, zero + (container.duration or 0) / av.time_base - 1)
+            _seek(container, sound, clock_zero + (container.duration or 0) / av.time_base - 1)
         ends = (p.pts + (p.duration or 0) for p in packets(container, sound) if p.pts is not None and p.size)
-        return max(0.0, float(max(ends, default=0) * sound.time_base) - zero)
+        return max(0.0, float(max(ends, default=0) * sound.time_base) - clock_zero)
 
 
 def read_audio(
     path: str | Path,
     start: float | None = None,
     end: float | None = None,
-    most: float = MOST,
+    most: float = MAX_SECONDS,
     gaps: bool = False,
 ) -> np.ndarray:
     """The sound of a file, or of a piece of it: mono float32 in [-1, 1] at RATE Hz; empty if it has none.
@@ -133,38 +135,38 @@ def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
         container.seek(int(max(0.0, time) / unit), stream=sound)  # AVI has no times below 0
 
 
-def _between(
+def _decode_between(
     container: InputContainer, sound: AudioStream, start: float, end: float, gaps: bool
 ) -> tuple[float, list[np.ndarray]]:
     """The time (file clock, seconds) of the first frame that ends after ``start``, and the samples from there until
     ``end``; with ``gaps``, gaps are filled with silence."""
     parts: list[np.ndarray] = []
-    first, now, resampler, kind = None, clock_start(container), None, None
-    longest, heard = (container.duration or 0) / av.time_base, 0.0  # bounds a gap, whose times may be damaged
+    first_time, time, resampler, frame_format = None, clock_start(container), None, None
+    max_gap, seconds = (container.duration or 0) / av.time_base, 0.0  # bounds a gap, whose times may be damaged
     for frame in pictures(container, sound):
-        if frame.rate < LOWEST:
+        if frame.rate < MIN_RATE:
             raise OSError(errno.EINVAL, f"{frame.rate} samples a second")
-        now = now if frame.time is None else frame.time
-        if now + frame.samples / frame.rate <= start:  # there may be a gap before the piece
-            now += frame.samples / frame.rate
+        time = time if frame.time is None else frame.time
+        if time + frame.samples / frame.rate <= start:  # there may be a gap before the piece
+            time += frame.samples / frame.rate
             continue
-        first = now if first is None else first
-        if gaps and GAP < (gap := now - first - heard) <= longest:
-            parts += [*_pieces(resampler, None), np.zeros(round(gap * RATE), np.float32)]
-            resampler, kind, heard = None, None, heard + gap
-        heard += frame.samples / frame.rate
-        if kind != (kind := (frame.format.name, frame.layout.name, frame.rate)):
+        first_time = time if first_time is None else first_time
+        if gaps and GAP < (gap := time - first_time - seconds) <= max_gap:
+            parts += [*_resampled(resampler, None), np.zeros(round(gap * RATE), np.float32)]
+            resampler, frame_format, seconds = None, None, seconds + gap
+        seconds += frame.samples / frame.rate
+        if frame_format != (frame_format := (frame.format.name, frame.layout.name, frame.rate)):
             # the channel layout may change within a recording, but a resampler takes frames of one kind only
-            parts += _pieces(resampler, None)
+            parts += _resampled(resampler, None)
             resampler = av.AudioResampler("fltp", "mono" if frame.layout.nb_channels == 1 else "stereo", RATE)
-        parts += _pieces(resampler, frame)
-        if now > end:
+        parts += _resampled(resampler, frame)
+        if time > end:
             break
-        now += frame.samples / frame.rate
-    return first or 0.0, parts + _pieces(resampler, None)
+        time += frame.samples / frame.rate
+    return first_time or 0.0, parts + _resampled(resampler, None)
 
 
-def _pieces(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
+def _resampled(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> list[np.ndarray]:
     """A frame's samples, resampled; for None, what is left in the resampler.
 
     Averages two channels: FFmpeg's own downmix is 3 dB too loud where both are the same.
@@ -195,10 +197,10 @@ def log_mel(sound: np.ndarray, bands: int = 33, average: int = 1) -> np.ndarray:
         sound = np.pad(sound, (0, WINDOW - len(sound)))
     frames, filters = np.lib.stride_tricks.sliding_window_view(sound, WINDOW)[::HOP], mel_filters(bands).T
     mel = np.zeros((len(frames), bands), np.float32)
-    for begin in range(0, len(frames), TOGETHER):
-        part = frames[begin : begin + TOGETHER] * np.hanning(WINDOW).astype(np.float32)
+    for begin in range(0, len(frames), CHUNK_FRAMES):
+        part = frames[begin : begin + CHUNK_FRAMES] * np.hanning(WINDOW).astype(np.float32)
         power = np.abs(np.fft.rfft(part)) ** 2  # frames×(1 + WINDOW/2)
-        mel[begin : begin + TOGETHER] = np.log(power.astype(np.float32) @ filters + FLOOR)
+        mel[begin : begin + CHUNK_FRAMES] = np.log(power.astype(np.float32) @ filters + FLOOR)
     starts = np.arange(0, len(mel), average)
     return np.add.reduceat(mel, starts) / np.diff(starts, append=len(mel))[:, None].astype(np.float32)
 
@@ -207,8 +209,8 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
     """The log-mel frames of clips, from the cache; a clip without a video, or without sound, is an empty row."""
 
     def compute(missing: list[int]) -> Iterator[np.ndarray]:
-        for place in missing:
-            clip = clips[place]
+        for index in missing:
+            clip = clips[index]
             assert clip.video is not None
             yield log_mel(read_audio(clip.video, clip.start, clip.end), bands, average)
 
@@ -218,7 +220,7 @@ def audio_store(clips: list[Clip], bands: int, root: Path, average: int = 1) -> 
         "rate": RATE,
         "window": WINDOW,
         "hop": HOP,
-        "most": MOST,
+        "most": MAX_SECONDS,
         "version": 6,
     }
     return cached(root, spec, clip_keys(clips, root), compute, "reading audio")

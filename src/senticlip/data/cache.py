@@ -44,11 +44,11 @@ class Store:
         self.keys = keys
         self.paths = [path for path, _, _ in shards]
         self._maps: dict[int, np.ndarray] = {}
-        place: dict[str, tuple[int, int, int]] = {}
+        locations: dict[str, tuple[int, int, int]] = {}
         for number, (_, names, lengths) in enumerate(shards):
             ends = np.cumsum(lengths)
-            place.update((k, (number, int(e) - n, n)) for k, e, n in zip(names, ends, lengths, strict=True))
-        table = [place[key] if key else (-1, 0, 0) for key in keys]
+            locations.update((k, (number, int(e) - n, n)) for k, e, n in zip(names, ends, lengths, strict=True))
+        table = [locations[key] if key else (-1, 0, 0) for key in keys]
         self.shard, self.start, self.lengths = np.array(table, dtype=np.int64).reshape(-1, 3).T
 
     def __len__(self) -> int:
@@ -57,21 +57,21 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
-    def take(self, places: np.ndarray) -> Store:
-        """The rows at ``places``, in this order; −1 gives an empty row."""
-        taken, there = copy.copy(self), places >= 0
-        taken.keys = [self.keys[place] if place >= 0 else MISSING for place in places]
-        parts = (np.where(there, part[places], 0) for part in (self.shard, self.start, self.lengths))
+    def take(self, indices: np.ndarray) -> Store:
+        """The rows at ``indices``, in this order; −1 gives an empty row."""
+        taken, present = copy.copy(self), indices >= 0
+        taken.keys = [self.keys[index] if index >= 0 else MISSING for index in indices]
+        parts = (np.where(present, part[indices], 0) for part in (self.shard, self.start, self.lengths))
         taken.shard, taken.start, taken.lengths = parts
         return taken
 
-    def _map(self, number: int) -> np.ndarray:
+    def _memory_map(self, number: int) -> np.ndarray:
         if number not in self._maps:
             try:
                 self._maps[number] = np.load(self.paths[number], mmap_mode="r")
             except (FileNotFoundError, ValueError, EOFError):
-                told = f"cache {self.paths[number].parent}: missing or damaged"
-                raise UserError(f"{told} — run the same command again to rebuild it") from None
+                problem = f"cache {self.paths[number].parent}: missing or damaged"
+                raise UserError(f"{problem} — run the same command again to rebuild it") from None
         return self._maps[number]
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,12 +85,12 @@ class Store:
         indices = np.asarray(indices)
         lengths = self.lengths[indices]
         longest = max(1, int(lengths.max(initial=0)))
-        sample = self._map(0) if self.paths else np.zeros((0, 1), np.float16)
+        sample = self._memory_map(0) if self.paths else np.zeros((0, 1), np.float16)
         values = np.zeros((len(indices), longest, *sample.shape[1:]), sample.dtype)
-        places = zip(self.shard[indices].tolist(), self.start[indices].tolist(), lengths.tolist(), strict=True)
-        for row, (shard, start, length) in enumerate(places):
+        locations = zip(self.shard[indices].tolist(), self.start[indices].tolist(), lengths.tolist(), strict=True)
+        for row, (shard, start, length) in enumerate(locations):
             if length:
-                values[row, :length] = self._map(shard)[start : start + length]
+                values[row, :length] = self._memory_map(shard)[start : start + length]
         return values, np.arange(longest) < lengths[:, None]
 
 
@@ -109,32 +109,32 @@ def file_keys(paths: Iterable[Path], root: Path) -> dict[Path, str]:
     A file changed just now is not recorded: another change within the same clock tick would not change its times. If
     two processes record at once, entries of one may be lost; those files are then hashed again.
     """
-    place = root / "files.json"
-    memo, keys, new = _memo(place), {}, {}
+    record_path = root / "files.json"
+    recorded, keys, new = _read_record(record_path), {}, {}
     for path in dict.fromkeys(paths):
-        name, before = str(path.absolute()), _state(path)
-        was, keys[path] = memo.get(name, (None, ""))
-        if before is None or was != before:
+        name, state = str(path.absolute()), _file_state(path)
+        old_state, keys[path] = recorded.get(name, (None, ""))
+        if state is None or old_state != state:
             keys[path] = file_key(path)
-            if before and before == _state(path) and time.time() - max(before[1:3]) / 1e9 > SETTLED:
-                new[name] = (before, keys[path])
+            if state and state == _file_state(path) and time.time() - max(state[1:3]) / 1e9 > SETTLED:
+                new[name] = (state, keys[path])
     if new:
         with suppress(OSError):  # a folder that cannot be written is reported when rows are cached
             root.mkdir(parents=True, exist_ok=True)
-            _sweep(root)
-            _write(place, [json.dumps({**_memo(place), **new}).encode()])
+            _remove_leftovers(root)
+            _write_file(record_path, [json.dumps({**_read_record(record_path), **new}).encode()])
     return keys
 
 
-def _memo(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-        return {name: (state, key) for name, (state, key) in found.items()}
+        entries = json.loads(path.read_bytes())
+        return {name: (state, key) for name, (state, key) in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _state(path: Path) -> list[int] | None:
+def _file_state(path: Path) -> list[int] | None:
     """What changes with a file's content; ctime changes even if the modification time is set back."""
     try:
         stat = path.stat()
@@ -164,25 +164,25 @@ def cached(
     """
     digest = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = Path(root) / digest
-    shards = _open(folder)
-    there = {key for _, names, _ in shards for key in names}
-    missing = {key: place for place, key in enumerate(keys) if key and key not in there}
+    shards = _open_shards(folder)
+    available = {key for _, names, _ in shards for key in names}
+    missing = {key: index for index, key in enumerate(keys) if key and key not in available}
     if missing:
-        with _writing(folder):
+        with _reporting_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
-            _write(folder / "spec.json", [json.dumps(spec, ensure_ascii=False, indent=1).encode()])
-        coming = watched(compute(list(missing.values())), what, len(missing))
-        for names, rows in _portions(list(missing), coming):
-            with _writing(folder):
+            _remove_leftovers(folder)
+            _write_file(folder / "spec.json", [json.dumps(spec, ensure_ascii=False, indent=1).encode()])
+        computed = watched(compute(list(missing.values())), what, len(missing))
+        for names, rows in _portions(list(missing), computed):
+            with _reporting_write_errors(folder):
                 _write_shard(folder, names, rows)
-        shards = _open(folder)
+        shards = _open_shards(folder)
     wanted = set(keys)
     return Store(keys, [shard for shard in shards if not wanted.isdisjoint(shard[1])])
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _reporting_write_errors(folder: Path) -> Iterator[None]:
     """Turn a failure to write into a one-line UserError."""
     try:
         yield
@@ -191,7 +191,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"cache {folder}: {reason} — make room or set SENTICLIP_CACHE to another folder") from None
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left behind: unfinished files, and values without their keys."""
     for path in [*folder.glob("partial-*"), *folder.glob("shard-*.npy")]:
         with suppress(FileNotFoundError):  # another writer has just renamed it
@@ -199,7 +199,7 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _open(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
+def _open_shards(folder: Path) -> list[tuple[Path, list[str], list[int]]]:
     """The complete shards of a cache: path, keys, lengths; damaged ones are ignored."""
     shards = []
     for path in sorted(folder.glob("shard-*.json")):
@@ -245,14 +245,14 @@ def _write_shard(folder: Path, names: list[str], rows: list[np.ndarray]) -> None
     stem = folder / f"shard-{uuid.uuid4().hex}"
     lengths = [len(row) for row in rows]
     header = io.BytesIO()
-    described = np.lib.format.header_data_from_array_1_0(rows[0])
-    np.lib.format.write_array_header_1_0(header, {**described, "shape": (sum(lengths), *rows[0].shape[1:])})
+    fields = np.lib.format.header_data_from_array_1_0(rows[0])
+    np.lib.format.write_array_header_1_0(header, {**fields, "shape": (sum(lengths), *rows[0].shape[1:])})
     # not np.save, whose errors do not say why it cannot write
-    _write(stem.with_suffix(".npy"), [header.getvalue(), *(row.data for row in rows if row.size)])
-    _write(stem.with_suffix(".json"), [json.dumps({"keys": names, "lengths": lengths}).encode()])
+    _write_file(stem.with_suffix(".npy"), [header.getvalue(), *(row.data for row in rows if row.size)])
+    _write_file(stem.with_suffix(".json"), [json.dumps({"keys": names, "lengths": lengths}).encode()])
 
 
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def _write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     partial = path.with_name(f"partial-{uuid.uuid4().hex}")
     try:
         with open(partial, "wb") as file:
@@ -279,8 +279,8 @@ def frame_store(
         UserError: a video that cannot be read.
     """
 
-    def compute(places: list[int]) -> Iterator[np.ndarray]:
-        return decoded([clips[place] for place in places], frames, size, workers, cutaways=cutaways)
+    def compute(indices: list[int]) -> Iterator[np.ndarray]:
+        return decoded([clips[index] for index in indices], frames, size, workers, cutaways=cutaways)
 
     return cached(root, frame_spec(frames, size, cutaways), clip_keys(clips, root), compute, "reading video")
 

@@ -49,7 +49,7 @@ def main_shot(small: np.ndarray) -> np.ndarray:
     small /= np.linalg.norm(small.reshape(k, -1), axis=1)[:, None, None, None] + 1e-6
     steps = range(-SHIFT, SHIFT + 1)
     rolled = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
-    alike = ((rolled @ small.reshape(k, -1).T).max(0) > ALIKE) & ~plain & ~plain[:, None]
-    linked = np.linalg.matrix_power(alike | np.eye(k, dtype=bool), k)  # bool: path counts would overflow
+    similar = ((rolled @ small.reshape(k, -1).T).max(0) > ALIKE) & ~plain & ~plain[:, None]
+    linked = np.linalg.matrix_power(similar | np.eye(k, dtype=bool), k)  # bool: path counts would overflow
     group = linked[linked.sum(1).argmax()]
     return group if 2 * group.sum() > k else np.ones(k, bool)

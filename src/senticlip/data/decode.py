@@ -40,7 +40,7 @@ REORDERED = 16
 SHORT = 16 << 20
 """Up to so many bytes, all packets of a file are read on opening, not once for its end and again for its frames."""
 
-_REFRESH = re.compile(rb"\x00\x00(?:\x01|\x00[\x04-\x10])\x06\x06.[\x00-\x7f]", re.DOTALL)
+_RECOVERY_POINT = re.compile(rb"\x00\x00(?:\x01|\x00[\x04-\x10])\x06\x06.[\x00-\x7f]", re.DOTALL)
 """H.264's recovery point of a "keyframe" that is complete only some frames later (intra refresh)."""
 
 JUMP = 60
@@ -68,27 +68,28 @@ class Decoder:
         self.container, self.stream = open_video(path)
         self.tick = self.stream.time_base or Fraction(1, 90000)
         self.alone = False
-        self._near = int(NEAR / self.tick)
-        self._step = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
+        self._max_read_ahead = int(NEAR / self.tick)
+        self._frame_ticks = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
-        joins = self.container.format.name in ("mpegts", "mpeg")
-        self._joins, edited = joins, "mp4" in self.container.format.name.split(",")
-        self._back = int(1 / self.tick) if joins else 0 if edited else 1 << 62  # how far decoding times may go back
-        self._slow: Sequential | None = None
+        may_be_joined = self.container.format.name in ("mpegts", "mpeg")
+        self._may_be_joined, has_edits = may_be_joined, "mp4" in self.container.format.name.split(",")
+        # how far decoding times may go back
+        self._max_step_back = int(1 / self.tick) if may_be_joined else 0 if has_edits else 1 << 62
+        self._sequential: Sequential | None = None
         # APNG marks every frame as a keyframe, but most depend on the one before
         self._trusted = self.container.format.name != "apng" and not times_are_guessed(self.container, self.stream)
         self._start_reading()
-        if self._trusted and not self._ahead:
+        if self._trusted and not self._queue:
             self.close()
             raise UserError(f"{self.path}: no frame in this video (zero frames, or cut off) — replace the file")
-        self.first: int = self._ahead[0].pts if self._trusted else (self.stream.start_time or 0)
+        self.first: int = self._queue[0].pts if self._trusted else (self.stream.start_time or 0)
         self.end = self._find_end()
 
     def close(self) -> None:
         """Close the file."""
         self.container.close()
-        if self._slow:
-            self._slow.container.close()
+        if self._sequential:
+            self._sequential.container.close()
 
     def frames(self, stamps: list[int]) -> Iterator[tuple[int, VideoFrame]]:
         """For each of the increasing ``stamps``, the time and the picture of the frame shown then."""
@@ -103,40 +104,40 @@ class Decoder:
                     yield shown[done - start], frame
                     done += 1
             for stamp in stamps[done:stop]:  # frames that did not come out
-                yield self._sequential(stamp)
+                yield self._decode_sequentially(stamp)
             done = stop
         for stamp in stamps[done:]:
-            yield self._sequential(stamp)
+            yield self._decode_sequentially(stamp)
 
     # --- reading packets
 
     def _start_reading(self) -> None:
         """Reset the state, and read up to the next keyframe."""
         self._packets = packets(self.container, self.stream)
-        self._ahead: deque[Read] = deque()  # read but not yet decoded
-        self._fed: list[int] = []  # times of the packets decoded since the keyframe
-        self._key: int | None = None  # the time of that keyframe; None: the decoder begins at _ahead[0]
-        self._held: VideoFrame | None = None  # the last wanted frame
-        self._read_until = -(1 << 62)  # all that is still to be read is shown after this
+        self._queue: deque[Read] = deque()  # read but not yet decoded
+        self._decoded: list[int] = []  # times of the packets decoded since the last keyframe
+        self._keyframe: int | None = None  # the time of that keyframe; None: the decoder begins at _queue[0]
+        self._last_frame: VideoFrame | None = None  # the last wanted frame
+        self._read_until = -(1 << 62)  # every packet still to be read is shown after this time
         self._latest: list[int] = []  # the latest times of the frames read
         self._finished = False
-        self._to_keyframe()
+        self._skip_to_keyframe()
 
-    def _to_keyframe(self) -> None:
-        self._fed, self._key = [], None
-        while not (self._ahead and self._ahead[0].is_key):
-            if self._ahead:
-                self._ahead.popleft()
+    def _skip_to_keyframe(self) -> None:
+        self._decoded, self._keyframe = [], None
+        while not (self._queue and self._queue[0].is_key):
+            if self._queue:
+                self._queue.popleft()
             elif self._finished:
                 return
             else:
-                self._read()
+                self._read_packet()
 
-    def _read(self) -> None:
+    def _read_packet(self) -> None:
         packet = next(self._packets, None)
         if packet is None or (packet.pts is None and not packet.size):
             self._finished = True
-        elif packet.pts is None or (packet.is_keyframe and _is_refresh(packet)):
+        elif packet.pts is None or (packet.is_keyframe and _begins_intra_refresh(packet)):
             self._trusted, self._finished = False, True
         else:
             # without decoding times: what is still to come is shown after all but the latest REORDERED frames read
@@ -145,146 +146,146 @@ class Decoder:
             until = packet.dts if packet.dts is not None else self._latest[0] if len(self._latest) > REORDERED else None
             until = self._read_until if until is None else until
             gap = until - self._read_until if self._read_until > -(1 << 62) else 0
-            if gap < -self._back and not self._joins:
-                self._trusted, self._finished = False, True  # several edits: their pieces overlap in the file
+            if gap < -self._max_step_back and not self._may_be_joined:
+                self._trusted, self._finished = False, True  # several edits, whose packets overlap in the file
                 return
-            if self._joins and not -self._back <= gap <= JUMP / self.tick:
-                told = f"its timestamps {'go back' if gap < 0 else 'jump'} by {abs(float(gap * self.tick)):.1f} s"
-                raise UserError(f"{self.path}: {told}, as in joined files — repair it: ffmpeg -i FILE -c copy OTHER")
+            if self._may_be_joined and not -self._max_step_back <= gap <= JUMP / self.tick:
+                problem = f"its timestamps {'go back' if gap < 0 else 'jump'} by {abs(float(gap * self.tick)):.1f} s"
+                raise UserError(f"{self.path}: {problem}, as in joined files — repair it: ffmpeg -i FILE -c copy OTHER")
             self._read_until = max(self._read_until, until)
-            self._ahead.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
+            self._queue.append(Read(packet.pts, packet.is_keyframe, not packet.is_discard, packet))
 
     def _find_end(self) -> int:
         """When the last frame present in the file ends (headers can be wrong, and files get cut off)."""
-        while not self._finished and len(self._ahead) < MANY and self.container.size <= SHORT:
-            self._read()
+        while not self._finished and len(self._queue) < MANY and self.container.size <= SHORT:
+            self._read_packet()
         if self._finished and self._trusted:
-            shown = [read for read in self._ahead if read.is_shown]
-            return self._after(max(shown, key=lambda read: read.pts)) if shown else self.first
+            shown = [read for read in self._queue if read.is_shown]
+            return self._end_of_frame(max(shown, key=lambda read: read.pts)) if shown else self.first
         if not self._trusted:
-            slow = Sequential(self.path)
-            last = slow.end()
-            slow.container.close()
-            return last
+            sequential = Sequential(self.path)
+            last_end = sequential.end()
+            sequential.container.close()
+            return last_end
         if self._seekable and self.container.duration:
             self._seek_before(int(((self.container.start_time or 0) + self.container.duration) / 1_000_000 / self.tick))
-        end = self._read_all()
+        end = self._read_to_end()
         if end is None:
             # nothing where the header puts the end
             self._seek_before(self.first)
-            end = self._read_all()
+            end = self._read_to_end()
         if not self._trusted:
             return self._find_end()
         self._seek_before(self.first)
         return self.first if end is None else end
 
-    def _read_all(self) -> int | None:
+    def _read_to_end(self) -> int | None:
         last: Read | None = None
-        while self._ahead or not self._finished:
-            if self._ahead:
-                read = self._ahead.popleft()
-                last = read if read.is_shown and (last is None or read.pts >= last.pts) else last
+        while self._queue or not self._finished:
+            if self._queue:
+                packet = self._queue.popleft()
+                last = packet if packet.is_shown and (last is None or packet.pts >= last.pts) else last
             else:
-                self._read()
-        return None if last is None else self._after(last)
+                self._read_packet()
+        return None if last is None else self._end_of_frame(last)
 
-    def _after(self, read: Read) -> int:
-        """When the last frame ends. (For others, an MP4's packet duration is the gap between decoding times.)"""
-        return read.pts + (read.packet.duration or self._step)
+    def _end_of_frame(self, read: Read) -> int:
+        """When the last frame ends. (For other frames, an MP4's packet duration is the gap between decoding times.)"""
+        return read.pts + (read.packet.duration or self._frame_ticks)
 
     def _seek_before(self, stamp: int) -> None:
         """Restart at a keyframe at or before ``stamp``: the last one, according to the file's index."""
-        back = 0
+        distance = 0
         while True:
-            target = stamp - back
+            target = stamp - distance
             try:
-                if not self._seekable or (target <= self.first and back):
+                if not self._seekable or (target <= self.first and distance):
                     raise ValueError
                 self.container.seek(target, stream=self.stream, backward=True)
             except (FFmpegError, ValueError):
                 # cannot seek: reopen
                 self.container.close()
                 self.container, self.stream = open_video(self.path)
-                back = -1
+                distance = -1
             self._start_reading()
-            if back < 0 or (self._ahead and self._ahead[0].pts <= stamp):
+            if distance < 0 or (self._queue and self._queue[0].pts <= stamp):
                 return
-            back = back * 4 + int(1 / self.tick)
+            distance = distance * 4 + int(1 / self.tick)
 
     # --- choosing packets
 
-    def _plan(self, stamps: list[int], again: bool = False) -> tuple[list[int], bool]:
+    def _plan(self, stamps: list[int], has_sought: bool = False) -> tuple[list[int], bool]:
         """The times of the frames shown at the first few stamps: those that can be decoded from one keyframe.
 
-        Leaves the packets to decode in ``_ahead``. Also returns whether the decoder may be drained after them.
+        Leaves the packets to decode in ``_queue``. Also returns whether the decoder may be drained after them.
         """
         shown: list[int] = []
         for stamp in stamps:
             stamp = max(stamp, self.first)
             if not shown:
-                self._approach(stamp)
-            elif stamp - self._read_until > self._near or len(self._ahead) > MANY:
+                self._seek_if_needed(stamp)
+            elif stamp - self._read_until > self._max_read_ahead or len(self._queue) > MANY:
                 return shown, False
-            if not self._read_past(stamp, fresh=not shown):
+            if not self._read_past(stamp, may_restart=not shown):
                 return shown, True
-            known = self._fed + [read.pts for read in self._ahead if read.is_shown]
-            time = max((pts for pts in known if pts <= stamp), default=min(known, default=stamp))
-            if time in self._fed and not (self._held and self._held.pts == time):
+            times = self._decoded + [read.pts for read in self._queue if read.is_shown]
+            time = max((pts for pts in times if pts <= stamp), default=min(times, default=stamp))
+            if time in self._decoded and not (self._last_frame and self._last_frame.pts == time):
                 # already passed: decoded or skipped before it was wanted
-                if shown or again:
+                if shown or has_sought:
                     return shown or [time], False
                 self._seek_before(stamp)
-                return self._plan(stamps, again=True)
+                return self._plan(stamps, has_sought=True)
             shown.append(time)
         return shown, self.alone
 
-    def _approach(self, stamp: int) -> None:
+    def _seek_if_needed(self, stamp: int) -> None:
         """Seek if needed, so that the decoder's keyframe, or the next one, is at or before ``stamp``."""
-        begin = self._key if self._key is not None else self._ahead[0].pts if self._ahead else stamp + 1
-        far = self._seekable and not self._finished and stamp - self._read_until > self._near
-        if stamp < begin or (far and not self._same(stamp)):
+        keyframe = self._keyframe if self._keyframe is not None else self._queue[0].pts if self._queue else stamp + 1
+        is_far = self._seekable and not self._finished and stamp - self._read_until > self._max_read_ahead
+        if stamp < keyframe or (is_far and not self._is_same_gop(stamp)):
             self._seek_before(stamp)
 
-    def _same(self, stamp: int) -> bool:
+    def _is_same_gop(self, stamp: int) -> bool:
         """Whether the file's index has no keyframe between the decoder's and ``stamp``."""
         entries = self.stream.index_entries
-        at = entries.search_timestamp(stamp, backward=True)
-        return self._key is not None and at >= 0 and entries[at].timestamp <= self._key
+        index = entries.search_timestamp(stamp, backward=True)
+        return self._keyframe is not None and index >= 0 and entries[index].timestamp <= self._keyframe
 
-    def _read_past(self, stamp: int, fresh: bool) -> bool:
+    def _read_past(self, stamp: int, may_restart: bool) -> bool:
         """Read until everything shown at or before ``stamp`` has been read; restart at keyframes on the way.
 
-        Without ``fresh``, stop at such a keyframe, leave it in ``_ahead`` and return False.
+        Without ``may_restart``, stop at such a keyframe, leave it in ``_queue`` and return False.
         """
         checked = 0
         while True:
-            while checked < len(self._ahead):
-                read = self._ahead[checked]
-                if read.is_key and read.pts <= stamp and (checked or self._key is not None):
-                    if not fresh:
+            while checked < len(self._queue):
+                read = self._queue[checked]
+                if read.is_key and read.pts <= stamp and (checked or self._keyframe is not None):
+                    if not may_restart:
                         return False
                     for _ in range(checked):
-                        self._ahead.popleft()
-                    self._fed, self._key, checked = [], None, 0
+                        self._queue.popleft()
+                    self._decoded, self._keyframe, checked = [], None, 0
                 checked += 1
             if self._finished or self._read_until > stamp:
                 return True
-            if len(self._ahead) > MANY:
-                self._feed(self._ahead.popleft(), skip=True)
+            if len(self._queue) > MANY:
+                self._decode_packet(self._queue.popleft(), skip=True)
                 checked -= 1
-            self._read()
+            self._read_packet()
 
     # --- decoding
 
-    def _feed(self, read: Read, skip: bool) -> list[VideoFrame]:
+    def _decode_packet(self, read: Read, skip: bool) -> list[VideoFrame]:
         codec = self.stream.codec_context
         with suppress(FFmpegError):  # decoding fails below instead
             codec.open(strict=False)  # before skip_frame is set: dav1d reads it only once, on opening
-        if self._key is None:
+        if self._keyframe is None:
             codec.flush_buffers()
-        if self._key is None or read.is_key:
-            self._key, self._fed = read.pts, []
-        self._fed.append(read.pts)
+        if self._keyframe is None or read.is_key:
+            self._keyframe, self._decoded = read.pts, []
+        self._decoded.append(read.pts)
         codec.skip_frame = "NONREF" if skip else "DEFAULT"
         try:
             return self.stream.decode(read.packet)
@@ -293,49 +294,49 @@ class Decoder:
 
     def _decode(self, wanted: list[int], drain: bool) -> Iterator[VideoFrame]:
         """The frames with the ``wanted`` times, in order; stops at the first that cannot be decoded."""
-        left, unfed = deque(wanted), set(wanted)
-        if self._held and left and self._held.pts == left[0]:
-            unfed.discard(left.popleft())
-            yield self._held
-        while left:
-            if not self._ahead and not self._finished:
-                self._read()
-            last = not self._ahead
+        remaining, undecoded = deque(wanted), set(wanted)
+        if self._last_frame and remaining and self._last_frame.pts == remaining[0]:
+            undecoded.discard(remaining.popleft())
+            yield self._last_frame
+        while remaining:
+            if not self._queue and not self._finished:
+                self._read_packet()
+            is_last = not self._queue
             frames: list[VideoFrame] = []
-            if not last:
-                read = self._ahead.popleft()
-                frames = self._feed(read, skip=read.pts not in left)
-                unfed.discard(read.pts)
+            if not is_last:
+                read = self._queue.popleft()
+                frames = self._decode_packet(read, skip=read.pts not in remaining)
+                undecoded.discard(read.pts)
                 # all wanted frames, not just the last: a P-frame is decoded before the B-frames shown before it
-                last = drain and not unfed
-            if last:
+                is_last = drain and not undecoded
+            if is_last:
                 with suppress(FFmpegError):
                     frames = frames + self.stream.decode(None)
             for frame in frames:
-                if left and frame.pts == left[0] and not frame.is_corrupt:
-                    left.popleft()
-                    self._held = frame
+                if remaining and frame.pts == remaining[0] and not frame.is_corrupt:
+                    remaining.popleft()
+                    self._last_frame = frame
                     yield frame
-                elif left and frame.pts is not None and frame.pts > left[0]:
-                    left.clear()
-            if last:
+                elif remaining and frame.pts is not None and frame.pts > remaining[0]:
+                    remaining.clear()
+            if is_last:
                 # a drained decoder must restart at a keyframe
-                self._to_keyframe()
+                self._skip_to_keyframe()
                 return
 
-    def _sequential(self, stamp: int) -> tuple[int, VideoFrame]:
-        if self._slow is None or self._slow.passed(stamp):
-            if self._slow:
-                self._slow.container.close()
-            self._slow = Sequential(self.path)
-        found = self._slow.at(stamp)
-        if found is None:
+    def _decode_sequentially(self, stamp: int) -> tuple[int, VideoFrame]:
+        if self._sequential is None or self._sequential.passed(stamp):
+            if self._sequential:
+                self._sequential.container.close()
+            self._sequential = Sequential(self.path)
+        result = self._sequential.at(stamp)
+        if result is None:
             if not 0 < self.stream.width * self.stream.height <= MOST_PIXELS:  # FFmpeg resets most sizes it refuses
                 raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
             raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
-        return found
+        return result
 
 
-def _is_refresh(packet: Packet) -> bool:
+def _begins_intra_refresh(packet: Packet) -> bool:
     """Whether a keyframe's packet only begins an intra refresh; FFmpeg may show its picture before it is complete."""
-    return packet.stream.codec_context.name == "h264" and bool(_REFRESH.search(bytes(memoryview(packet)[:512])))
+    return packet.stream.codec_context.name == "h264" and bool(_RECOVERY_POINT.search(bytes(memoryview(packet)[:512])))

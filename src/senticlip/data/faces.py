@@ -119,7 +119,7 @@ class _Pen:
         self.draw, self.pose, self.width = ImageDraw.Draw(image), pose, width
         self.shape, self.unit = image.size, pose.size * image.size[1]
 
-    def place(self, points: Points, surface: bool = True) -> Points:
+    def to_pixels(self, points: Points, surface: bool = True) -> Points:
         """Face coordinates → pixels; ``surface`` points turn with the head, its outline does not."""
         x, y = np.asarray(points, float).T
         if surface:
@@ -131,13 +131,13 @@ class _Pen:
 
     def fill(self, points: Points, color: Color, surface: bool = True) -> None:
         """A filled polygon."""
-        self.draw.polygon([tuple(p) for p in self.place(points, surface).tolist()], fill=color)
+        self.draw.polygon([tuple(p) for p in self.to_pixels(points, surface).tolist()], fill=color)
 
     def stroke(self, points: Points, thickness: float, color: Color, surface: bool = True) -> Points:
         """A line; its thickness is in face units. Returns the placed points."""
-        placed = self.place(points, surface)
-        wide = max(1, round(thickness * self.unit))
-        self.draw.line([tuple(p) for p in placed.tolist()], fill=color, width=wide, joint="curve")
+        placed = self.to_pixels(points, surface)
+        line_width = max(1, round(thickness * self.unit))
+        self.draw.line([tuple(p) for p in placed.tolist()], fill=color, width=line_width, joint="curve")
         return placed
 
     def box(self, placed: Points) -> Box | None:
@@ -153,98 +153,105 @@ def _oval(x: float, y: float, rx: float, ry: float, n: int = 20) -> Points:
     return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
 
 
-def _outline(width: float) -> Points:
+def _head_outline(width: float) -> Points:
     """The head: round at the top, narrower towards the chin."""
     angle = np.linspace(0, 2 * np.pi, 36, endpoint=False)
     jaw = np.where(np.sin(angle) > 0, 1 - 0.22 * np.sin(angle) ** 2, 1.0)
     return np.stack([width * np.cos(angle) * jaw, np.sin(angle)], axis=1)
 
 
-def _head(pen: _Pen, who: Person) -> None:
+def _draw_head(pen: _Pen, person: Person) -> None:
     """Back hair, neck, shoulders, ears, head, hair, nose."""
-    cloth, hair, skin = COLORS[who.clothes], HAIR[who.hair], who.skin
-    if who.style == "长发":
-        pen.fill(_oval(0, 0.2, who.width * 1.32, 1.35), hair, surface=False)
+    cloth, hair, skin = COLORS[person.clothes], HAIR[person.hair], person.skin
+    if person.style == "长发":
+        pen.fill(_oval(0, 0.2, person.width * 1.32, 1.35), hair, surface=False)
     pen.fill(np.array([[-0.3, 0.7], [0.3, 0.7], [0.34, 1.5], [-0.34, 1.5]]), shade(skin, 0.8), surface=False)
     pen.fill(
         np.array([[-0.42, 1.25], [0.42, 1.25], [1.5, 1.7], [1.7, 4], [-1.7, 4], [-1.5, 1.7]]), cloth, surface=False
     )
     for side in (-1, 1):
-        pen.fill(_oval(side * who.width, 0.05, 0.1, 0.2), shade(skin, 0.9), surface=False)
-    pen.fill(_outline(who.width), skin, surface=False)
-    if who.style != "光头":
-        edge = -0.45 if who.style == "刘海" else -0.58
-        top = _outline(who.width * 1.06) * np.array([1, 1.08])
+        pen.fill(_oval(side * person.width, 0.05, 0.1, 0.2), shade(skin, 0.9), surface=False)
+    pen.fill(_head_outline(person.width), skin, surface=False)
+    if person.style != "光头":
+        edge = -0.45 if person.style == "刘海" else -0.58
+        top = _head_outline(person.width * 1.06) * np.array([1, 1.08])
         cap = top[top[:, 1] < edge + 0.12]
         cap = cap[np.argsort(cap[:, 0])]
         line = np.stack([cap[::-1, 0] * 0.97, np.full(len(cap), edge)], axis=1)
         pen.fill(np.concatenate([cap, line]), hair, surface=False)
-        if who.style == "卷发":
+        if person.style == "卷发":
             for angle in np.linspace(np.pi * 1.05, np.pi * 1.95, 8):
                 pen.fill(
-                    _oval(np.cos(angle) * who.width * 1.05, np.sin(angle) * 1.02, 0.2, 0.2, 10), hair, surface=False
+                    _oval(np.cos(angle) * person.width * 1.05, np.sin(angle) * 1.02, 0.2, 0.2, 10), hair, surface=False
                 )
-    nose = np.array([[0.0, -0.12], [who.nose * 0.55, 0.2], [0.0, 0.24]])
+    nose = np.array([[0.0, -0.12], [person.nose * 0.55, 0.2], [0.0, 0.24]])
     pen.stroke(nose, 0.035, shade(skin, 0.72))
 
 
-def _eye(pen: _Pen, who: Person, side: int, look: Expression) -> Points:
+def _draw_eye(pen: _Pen, person: Person, side: int, expression: Expression) -> Points:
     """One eye and its brow; returns the points of the brow."""
     t = np.linspace(-1, 1, 9)
     arch = 1 - t**2
-    x, y, half = side * who.gap, -0.17, who.eyes
-    tall = 0.62 * half * look.lids
-    upper = np.stack([x + t * half, y - tall * arch - 0.35 * look.bend * half * arch], axis=1)
-    lower = np.stack([x + t * half, y + tall * arch * (1 - look.bend) - 0.3 * look.bend * half * arch], axis=1)
-    if look.lids > 0.12:
+    x, y, half_width = side * person.gap, -0.17, person.eyes
+    half_height = 0.62 * half_width * expression.lids
+    upper = np.stack([x + t * half_width, y - half_height * arch - 0.35 * expression.bend * half_width * arch], axis=1)
+    lower = np.stack(
+        [
+            x + t * half_width,
+            y + half_height * arch * (1 - expression.bend) - 0.3 * expression.bend * half_width * arch,
+        ],
+        axis=1,
+    )
+    if expression.lids > 0.12:
         pen.fill(np.concatenate([upper, lower[::-1]]), (240, 240, 238))
         middle = float((upper[4, 1] + lower[4, 1]) / 2)
         pen.fill(
-            _oval(x, middle, 0.42 * half, min(0.42 * half, 0.5 * float(lower[4, 1] - upper[4, 1])), 10), (40, 30, 26)
+            _oval(x, middle, 0.42 * half_width, min(0.42 * half_width, 0.5 * float(lower[4, 1] - upper[4, 1])), 10),
+            (40, 30, 26),
         )
     pen.stroke(upper, 0.03, (45, 35, 32))
     # position along the brow: 0 at its inner end, 1 at its outer end
     s = np.linspace(0, 1, 7)
-    height = y - 0.29 - 0.12 * look.lift - 0.2 * look.tilt * (1 - 1.7 * s) - 0.05 * np.sin(np.pi * s)
-    brow = np.stack([side * (who.gap - 0.72 * half - 0.02 + s * (1.9 * half + 0.02)), height], axis=1)
-    dark = HAIR[who.hair] if who.style != "光头" and who.hair not in ("白发", "黄发") else (70, 50, 40)
-    return pen.stroke(brow, who.brow, dark)
+    height = y - 0.29 - 0.12 * expression.lift - 0.2 * expression.tilt * (1 - 1.7 * s) - 0.05 * np.sin(np.pi * s)
+    brow = np.stack([side * (person.gap - 0.72 * half_width - 0.02 + s * (1.9 * half_width + 0.02)), height], axis=1)
+    brow_color = HAIR[person.hair] if person.style != "光头" and person.hair not in ("白发", "黄发") else (70, 50, 40)
+    return pen.stroke(brow, person.brow, brow_color)
 
 
-def _mouth(pen: _Pen, who: Person, look: Expression) -> Points:
+def _draw_mouth(pen: _Pen, person: Person, expression: Expression) -> Points:
     """Lips, teeth and the dark between them; returns the points of the mouth."""
     t = np.linspace(-1, 1, 13)
-    half = who.lips * (1 + 0.18 * max(look.mouth, 0) - 0.22 * look.open)
-    corner = 0.5 - 0.15 * look.mouth
-    middle = 0.5 + 0.1 * look.mouth
-    line = corner + (middle - corner) * (1 - t**2)
-    gape = 0.26 * look.open * np.sqrt(np.clip(1 - t**2, 0, 1))
-    upper = np.stack([t * half, line - 0.25 * gape], axis=1)
-    lower = np.stack([t * half, line + gape], axis=1)
-    lips = shade((min(255, who.skin[0] + 35), int(who.skin[1] * 0.5), int(who.skin[2] * 0.55)), 0.85)
-    whole = np.concatenate([upper, lower[::-1]])
-    placed = pen.place(whole)
-    if look.open > 0.08:
-        pen.fill(whole, (72, 22, 26))
-        if look.open > 0.3:
-            teeth = np.stack([t * half * 0.8, line - 0.2 * gape + 0.3 * gape], axis=1)
+    half_width = person.lips * (1 + 0.18 * max(expression.mouth, 0) - 0.22 * expression.open)
+    corner = 0.5 - 0.15 * expression.mouth
+    middle = 0.5 + 0.1 * expression.mouth
+    midline = corner + (middle - corner) * (1 - t**2)
+    opening = 0.26 * expression.open * np.sqrt(np.clip(1 - t**2, 0, 1))
+    upper = np.stack([t * half_width, midline - 0.25 * opening], axis=1)
+    lower = np.stack([t * half_width, midline + opening], axis=1)
+    lips = shade((min(255, person.skin[0] + 35), int(person.skin[1] * 0.5), int(person.skin[2] * 0.55)), 0.85)
+    outline = np.concatenate([upper, lower[::-1]])
+    placed = pen.to_pixels(outline)
+    if expression.open > 0.08:
+        pen.fill(outline, (72, 22, 26))
+        if expression.open > 0.3:
+            teeth = np.stack([t * half_width * 0.8, midline - 0.2 * opening + 0.3 * opening], axis=1)
             pen.fill(np.concatenate([upper * [0.8, 1], teeth[::-1]]), (236, 232, 224))
         pen.stroke(lower, 0.06, lips)
-    pen.stroke(upper, 0.075, lips if look.open > 0.08 else shade(lips, 0.7))
+    pen.stroke(upper, 0.075, lips if expression.open > 0.08 else shade(lips, 0.7))
     return placed
 
 
-def _cover(pen: _Pen, who: Person, cover: str) -> tuple[str, ...]:
+def _draw_cover(pen: _Pen, person: Person, cover: str) -> tuple[str, ...]:
     """Draw what hides a part of the face; returns the names of the hidden parts."""
     if cover == "口罩":
         mask = np.array(
             [[-0.95, 0.12], [0, 0.02], [0.95, 0.12], [0.78, 0.6], [0.45, 0.92], [-0.45, 0.92], [-0.78, 0.6]]
         )
-        pen.fill(mask * [who.width, 1], (176, 205, 218))
+        pen.fill(mask * [person.width, 1], (176, 205, 218))
         return ("mouth",)
     if cover == "贴纸":
-        pen.fill(_oval(who.gap + 0.05, -0.32, 0.34, 0.34), (235, 205, 70), surface=False)
-        pen.fill(_oval(who.gap + 0.05, -0.32, 0.2, 0.2), (240, 120, 60), surface=False)
+        pen.fill(_oval(person.gap + 0.05, -0.32, 0.34, 0.34), (235, 205, 70), surface=False)
+        pen.fill(_oval(person.gap + 0.05, -0.32, 0.2, 0.2), (240, 120, 60), surface=False)
         return ("brow_right",)
     if cover == "话筒":
         pen.fill(_oval(0.05, 0.56, 0.4, 0.34), (48, 48, 52))
@@ -254,33 +261,35 @@ def _cover(pen: _Pen, who: Person, cover: str) -> tuple[str, ...]:
         pen.fill(np.array([[-0.4, 0.55], [0.48, 0.55], [0.46, 0.72], [-0.38, 0.72]]), (90, 150, 120))
     else:
         for finger in range(4):
-            pen.fill(_oval(-0.33 + 0.22 * finger, 0.56, 0.12, 0.36), shade(who.skin, 0.93))
-        pen.fill(_oval(0, 1.0, 0.5, 0.3), shade(who.skin, 0.88))
+            pen.fill(_oval(-0.33 + 0.22 * finger, 0.56, 0.12, 0.36), shade(person.skin, 0.93))
+        pen.fill(_oval(0, 1.0, 0.5, 0.3), shade(person.skin, 0.88))
     return ("mouth",)
 
 
-def draw(who: Person | None, scene: Scene, pose: Pose, look: Expression, size: tuple[int, int], rng: Generator,
+def draw(person: Person | None, scene: Scene, pose: Pose, expression: Expression, size: tuple[int, int], rng: Generator,
          back: Image.Image | None = None) -> Drawn:  # fmt: skip
     """One frame of ``size`` (width, height) pixels; without a person, a cutaway to the bare scene.
 
     ``back``: the scene's backdrop at OVERSAMPLE times the size, if the caller keeps it from frame to frame.
     """
-    large = (size[0] * OVERSAMPLE, size[1] * OVERSAMPLE)
-    image = back.copy() if back else backdrop(scene.background, scene.color, scene.seed, large)
+    large_size = (size[0] * OVERSAMPLE, size[1] * OVERSAMPLE)
+    image = back.copy() if back else backdrop(scene.background, scene.color, scene.seed, large_size)
     boxes: dict[str, Box] = {}
-    if who is not None:
-        pen = _Pen(image, pose, who.width)
-        _head(pen, who)
-        brows = [_eye(pen, who, side, look) for side in (-1, 1)]
-        if who.beard:
-            pen.stroke(_outline(who.width * 0.9)[3:16] * [1, 0.92], 0.16, shade(HAIR[who.hair], 0.9), surface=False)
-        parts = {"mouth": _mouth(pen, who, look), "brow_left": brows[0], "brow_right": brows[1]}
-        parts["face"] = pen.place(_outline(who.width), surface=False)
-        if who.glasses:
+    if person is not None:
+        pen = _Pen(image, pose, person.width)
+        _draw_head(pen, person)
+        brows = [_draw_eye(pen, person, side, expression) for side in (-1, 1)]
+        if person.beard:
+            pen.stroke(
+                _head_outline(person.width * 0.9)[3:16] * [1, 0.92], 0.16, shade(HAIR[person.hair], 0.9), surface=False
+            )
+        parts = {"mouth": _draw_mouth(pen, person, expression), "brow_left": brows[0], "brow_right": brows[1]}
+        parts["face"] = pen.to_pixels(_head_outline(person.width), surface=False)
+        if person.glasses:
             for side in (-1, 1):
-                ring = _oval(side * who.gap, -0.15, 0.25, 0.2, 16)
+                ring = _oval(side * person.gap, -0.15, 0.25, 0.2, 16)
                 pen.stroke(np.concatenate([ring, ring[:1]]), 0.03, (35, 35, 40))
-        for name in _cover(pen, who, scene.cover) if scene.cover else ():
+        for name in _draw_cover(pen, person, scene.cover) if scene.cover else ():
             del parts[name]
         boxes = {name: box for name, points in parts.items() if (box := pen.box(points))}
     pixels = np.asarray(image.reduce(OVERSAMPLE), np.float32)

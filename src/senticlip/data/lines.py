@@ -58,14 +58,14 @@ class _Clause(NamedTuple):
 
 def clauses() -> list[_Clause]:
     """All clauses of the grammar: negation flips the score, irony makes praise negative, places and facts are 0."""
-    found = []
+    result = []
     for sign, words in ((1, GOOD), (-1, BAD)):
         for word in words:
-            found += [_Clause(form.format(word), sign * score, "plain") for form, score in VERY]
-            found += [_Clause(form.format(word), -sign * score, "negation") for form, score in NOT]
-    found += [_Clause(form.format(word), -score, "irony") for word in GOOD for form, score in IRONY]
-    found += [_Clause(form.format(place), 0.0, "neutral") for form in FACTS for place in PLACES]
-    return found
+            result += [_Clause(form.format(word), sign * score, "plain") for form, score in VERY]
+            result += [_Clause(form.format(word), -sign * score, "negation") for form, score in NOT]
+    result += [_Clause(form.format(word), -score, "irony") for word in GOOD for form, score in IRONY]
+    result += [_Clause(form.format(place), 0.0, "neutral") for form in FACTS for place in PLACES]
+    return result
 
 
 class Grammar:
@@ -79,9 +79,9 @@ class Grammar:
     def __init__(self, shares: dict[str, float], rng: Generator) -> None:
         self.topics: dict[str, list[str]] = _divide([str(t) for t in rng.permutation(TOPICS)], shares)
         self.clauses: dict[str, list[_Clause]] = {split: [] for split in shares}
-        every = clauses()
-        for group in sorted({(c.kind, c.score > 0) for c in every}):
-            members = [c for c in every if (c.kind, c.score > 0) == group]
+        all_clauses = clauses()
+        for group in sorted({(c.kind, c.score > 0) for c in all_clauses}):
+            members = [c for c in all_clauses if (c.kind, c.score > 0) == group]
             mixed = [members[i] for i in rng.permutation(len(members))]
             for split, part in _divide(mixed, shares).items():
                 self.clauses[split] += part

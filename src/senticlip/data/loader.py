@@ -84,11 +84,11 @@ class ClipSet(Dataset[dict[str, Tensor]]):
         chosen = np.asarray(indices)
         batch = {f"label_{name}": torch.from_numpy(scores[chosen]) for name, scores in self.labels.items()}
         batch["rows"] = torch.from_numpy(chosen)
-        found = {name: store.gather(chosen) for name, store in self.stores.items()}
-        there = {name for name, (_, mask) in found.items() if mask.any()}
-        there = there or {name for name, store in self.stores.items() if store.lengths.any()}  # of known width
-        for name, (values, mask) in found.items():
-            if name in there:
+        gathered = {name: store.gather(chosen) for name, store in self.stores.items()}
+        present = {name for name, (_, mask) in gathered.items() if mask.any()}
+        present = present or {name for name, store in self.stores.items() if store.lengths.any()}  # of known width
+        for name, (values, mask) in gathered.items():
+            if name in present:
                 batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
         return batch
 

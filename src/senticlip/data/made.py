@@ -109,14 +109,14 @@ def make(
     with workshop(out) as folder:
         building = folder / "made"
         jobs = [(building / "Raw" / name, group, sound) for name, group in videos]
-        for done in _work(jobs, workers):
+        for done in _render_all(jobs, workers):
             frames |= done
             if progress:
                 progress(len(frames), len(plans))
         truth = {
             "spec": spec,
             "best": {split: best([p for p in plans if p.split == split]) for split in splits},
-            "clips": {p.id: _truth(p, frames[p.id]) for p in plans},
+            "clips": {p.id: _clip_truth(p, frames[p.id]) for p in plans},
         }
         _write_labels(building / "label.csv", plans)
         (building / "truth.json").write_text(json.dumps(truth, ensure_ascii=False), encoding="utf-8")
@@ -143,25 +143,25 @@ def plan(splits: dict[str, int], seed: int) -> list[Plan]:
     """All clips; each split has the shares of JOINT, to within one clip per cell."""
     total = sum(splits.values())
     grammar = Grammar({name: n / total for name, n in splits.items()}, np.random.default_rng([seed, 1]))
-    plans, used = [], 0
-    for number, (split, n) in enumerate(splits.items()):
-        rng = np.random.default_rng([seed, 2, number])
+    plans, video_number = [], 0
+    for split_number, (split, n) in enumerate(splits.items()):
+        rng = np.random.default_rng([seed, 2, split_number])
         cells = [cell for cell, count in _quota(n).items() for _ in range(count)]
-        said: set[str] = set()
-        for i, which in enumerate(rng.permutation(n)):
+        used_texts: set[str] = set()
+        for i, cell_index in enumerate(rng.permutation(n)):
             if i % CLIPS_PER_VIDEO == 0:
-                used += 1
+                video_number += 1
                 person, background = Person.random(rng), str(rng.choice(BACKGROUNDS))
-                color, ground = str(rng.choice(list(COLORS))), int(rng.integers(2**31))
-            text, face = cells[which]
-            line = _fresh(grammar, split, text, rng, said)
+                color, backdrop_seed = str(rng.choice(list(COLORS))), int(rng.integers(2**31))
+            text, face = cells[cell_index]
+            line = _unused_line(grammar, split, text, rng, used_texts)
             vision = face * float(rng.choice([0.4, 0.6, 0.8, 1.0]))
             joint = vision or line.score
             audio = joint if rng.random() < 0.7 else 0.0
             plans.append(
                 Plan(
-                    f"video_{used:04d}", f"{i % CLIPS_PER_VIDEO + 1:04d}", split, int(rng.integers(2**31)),
-                    line, vision, joint, audio, person, background, color, ground,
+                    f"video_{video_number:04d}", f"{i % CLIPS_PER_VIDEO + 1:04d}", split, int(rng.integers(2**31)),
+                    line, vision, joint, audio, person, background, color, backdrop_seed,
                 )
             )  # fmt: skip
     return plans
@@ -172,8 +172,8 @@ def best(plans: list[Plan]) -> dict[str, float]:
     table = np.zeros((3, 3, 3))  # clips by the classes of T, V and M
     for p in plans:
         table[polarity(p.line.score), polarity(p.vision), polarity(p.joint)] += 1
-    right = {"text": table.sum(1).max(1), "video": table.sum(0).max(1), "fused": table.max(2)}
-    return {name: round(float(value.sum() / max(1, len(plans))), 4) for name, value in right.items()}
+    correct = {"text": table.sum(1).max(1), "video": table.sum(0).max(1), "fused": table.max(2)}
+    return {name: round(float(value.sum() / max(1, len(plans))), 4) for name, value in correct.items()}
 
 
 def _quota(n: int) -> dict[tuple[int, int], int]:
@@ -185,13 +185,13 @@ def _quota(n: int) -> dict[tuple[int, int], int]:
     return counts
 
 
-def _fresh(grammar: Grammar, split: str, sign: int, rng: Generator, said: set[str]) -> Line:
+def _unused_line(grammar: Grammar, split: str, sign: int, rng: Generator, used_texts: set[str]) -> Line:
     """A line not used yet, if one is found in 50 tries."""
     for _ in range(50):
         line = grammar.line(split, sign, rng)
-        if line.text not in said:
+        if line.text not in used_texts:
             break
-    said.add(line.text)
+    used_texts.add(line.text)
     return line
 
 
@@ -210,35 +210,35 @@ def expression(sign: int, rng: Generator) -> Expression:
     )
 
 
-def _work(jobs: list[Any], workers: int) -> Any:
+def _render_all(jobs: list[Any], workers: int) -> Any:
     if workers < 2:
-        yield from map(_film, jobs)
+        yield from map(_render_video, jobs)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_film, jobs, chunksize=2)
+        yield from pool.map(_render_video, jobs, chunksize=2)
 
 
-def _film(job: tuple[Path, list[Plan], bool]) -> dict[str, list[dict[str, Any]]]:
+def _render_video(job: tuple[Path, list[Plan], bool]) -> dict[str, list[dict[str, Any]]]:
     """Draw and write the clips of one video; returns the boxes in each frame, by clip id."""
     folder, plans, sound = job
     folder.mkdir(parents=True, exist_ok=True)
     truth = {}
     for p in plans:
         rng = np.random.default_rng(p.seed)
-        frames, boxes, opening = _shoot(p, rng)
+        frames, boxes, opening = _render_clip(p, rng)
         voice = _voice(p, opening, rng) if sound else None
-        _encode(folder / f"{p.clip_id}.mp4", frames, voice)
+        _write_video(folder / f"{p.clip_id}.mp4", frames, voice)
         truth[p.id] = boxes
     return truth
 
 
-def _shoot(p: Plan, rng: Generator) -> tuple[list[np.ndarray], list[dict[str, Any]], np.ndarray]:
+def _render_clip(p: Plan, rng: Generator) -> tuple[list[np.ndarray], list[dict[str, Any]], np.ndarray]:
     """All frames of a clip, the boxes in each, and how far the mouth is open in each."""
     n = int(rng.integers(10, 15))
     scene = Scene.random(rng, p.background, p.color)._replace(seed=p.backdrop)
-    large = (SIZE * OVERSAMPLE, SIZE * OVERSAMPLE)
-    back = backdrop(scene.background, scene.color, scene.seed, large)
-    look, pose = expression(int(np.sign(p.vision)), rng), Pose.random(rng)
+    large_size = (SIZE * OVERSAMPLE, SIZE * OVERSAMPLE)
+    background_image = backdrop(scene.background, scene.color, scene.seed, large_size)
+    base_expression, pose = expression(int(np.sign(p.vision)), rng), Pose.random(rng)
     t = np.arange(n) / RATE
     tempo = 3.0 * (1 + 0.4 * p.audio) * rng.uniform(0.85, 1.15)
     opening = (
@@ -248,20 +248,22 @@ def _shoot(p: Plan, rng: Generator) -> tuple[list[np.ndarray], list[dict[str, An
     blink = int(rng.integers(0, 3 * n))
     # the cover appears or disappears halfway through the clip; a cutaway briefly shows another place
     covered = (t < t[n // 2]) == bool(rng.integers(2))
-    cut = range(0)
+    cutaway_frames = range(0)
     if rng.random() < 0.2:
         first = int(rng.integers(1, n - 3))
-        cut = range(first, first + int(rng.integers(2, 4)))
-    away = Scene.random(rng)
+        cutaway_frames = range(first, first + int(rng.integers(2, 4)))
+    cutaway_scene = Scene.random(rng)
     frames, boxes = [], []
     for i in range(n):
-        moment = look._replace(open=float(opening[i]), lids=0.05 if i == blink else look.lids)
-        stance = pose._replace(x=pose.x + sway[0, i], y=pose.y + sway[1, i] / 2, roll=pose.roll + 2 * sway[2, i])
-        if i in cut:
-            drawn = draw(None, away, stance, moment, (SIZE, SIZE), rng)
+        frame_expression = base_expression._replace(
+            open=float(opening[i]), lids=0.05 if i == blink else base_expression.lids
+        )
+        frame_pose = pose._replace(x=pose.x + sway[0, i], y=pose.y + sway[1, i] / 2, roll=pose.roll + 2 * sway[2, i])
+        if i in cutaway_frames:
+            drawn = draw(None, cutaway_scene, frame_pose, frame_expression, (SIZE, SIZE), rng)
         else:
             shown = scene if covered[i] else scene._replace(cover=None)
-            drawn = draw(p.person, shown, stance, moment, (SIZE, SIZE), rng, back)
+            drawn = draw(p.person, shown, frame_pose, frame_expression, (SIZE, SIZE), rng, background_image)
         frames.append(drawn.pixels)
         boxes.append({name: [round(v, 4) for v in box] for name, box in drawn.boxes.items()})
     return frames, boxes, opening
@@ -274,11 +276,11 @@ def _voice(p: Plan, opening: np.ndarray, rng: Generator) -> np.ndarray:
     pitch = rng.uniform(110, 220) * (1 + 0.35 * p.audio) * (1 + 0.06 * (1 + p.audio) * np.sin(2 * np.pi * 2.5 * t))
     phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
     tone = sum(np.sin(k * phase) / k for k in range(1, 9))
-    loud = np.interp(t * RATE, np.arange(len(opening)), opening) * (0.12 + 0.05 * abs(p.audio))
-    return (tone * loud + 0.002 * rng.standard_normal(n)).astype(np.float32)[None]
+    volume = np.interp(t * RATE, np.arange(len(opening)), opening) * (0.12 + 0.05 * abs(p.audio))
+    return (tone * volume + 0.002 * rng.standard_normal(n)).astype(np.float32)[None]
 
 
-def _encode(path: Path, frames: list[np.ndarray], voice: np.ndarray | None) -> None:
+def _write_video(path: Path, frames: list[np.ndarray], voice: np.ndarray | None) -> None:
     """Write H.264 and, if there is a voice, AAC; in one thread, so that the bytes do not depend on machine load."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "crf": "20", "threads": "1"})
@@ -297,14 +299,14 @@ def _encode(path: Path, frames: list[np.ndarray], voice: np.ndarray | None) -> N
             container.mux(audio.encode())
 
 
-def _truth(p: Plan, frames: list[dict[str, Any]]) -> dict[str, Any]:
-    said = {
+def _clip_truth(p: Plan, frames: list[dict[str, Any]]) -> dict[str, Any]:
+    composition = {
         "kind": p.kind,
         "line": p.line.kind,
         "phrases": list(p.line.phrases),
         "background": [p.background, p.backdrop],
     }
-    return {"split": p.split, **said, "rate": RATE, "frames": frames}
+    return {"split": p.split, **composition, "rate": RATE, "frames": frames}
 
 
 def _write_labels(path: Path, plans: list[Plan]) -> None:

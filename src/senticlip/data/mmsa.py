@@ -24,7 +24,7 @@ from senticlip.structures import Clip, UserError
 
 LABELS = {"M": "regression_labels", **{name: f"regression_labels_{name}" for name in "TAV"}}
 VERSION = 1
-SMALL = 10_000_000
+FREE_TEXT = 10_000_000
 """Characters of text always allowed; beyond them, a feature file may not have more text than bytes."""
 
 
@@ -43,18 +43,18 @@ class Features(NamedTuple):
             UserError: none is in the file, or an id matches several when leading zeros and case are ignored.
         """
         exact = {clip.id: i for i, clip in enumerate(self.clips)}
-        loose = defaultdict(list)
+        by_loose_id = defaultdict(list)
         for i, clip in enumerate(self.clips):
-            loose[_loose(clip.id)].append(i)
+            by_loose_id[_loose_id(clip.id)].append(i)
 
-        def place(name: str) -> int:
-            near = [exact[name]] if name in exact else loose.get(_loose(name), [])
-            if len(near) > 1:
-                fitting = " and ".join(self.clips[i].id for i in near)
-                raise UserError(f"{self.path}: {name} matches {fitting} — write the id exactly as in the file")
-            return near[0] if near else -1
+        def index_of(clip_id: str) -> int:
+            matches = [exact[clip_id]] if clip_id in exact else by_loose_id.get(_loose_id(clip_id), [])
+            if len(matches) > 1:
+                ids = " and ".join(self.clips[i].id for i in matches)
+                raise UserError(f"{self.path}: {clip_id} matches {ids} — write the id exactly as in the file")
+            return matches[0] if matches else -1
 
-        chosen = np.array([place(clip.id) for clip in clips], dtype=np.int64)
+        chosen = np.array([index_of(clip.id) for clip in clips], dtype=np.int64)
         if len(clips) and (chosen < 0).all():
             raise UserError(
                 f"{self.path}: has none of the clips, such as {clips[0].id}; its first is {self.clips[0].id}"
@@ -62,7 +62,7 @@ class Features(NamedTuple):
         return self.rows[name].take(chosen)
 
 
-def _loose(name: str) -> str:
+def _loose_id(name: str) -> str:
     return "/".join(without_zeros(part).casefold() for part in name.split("/"))
 
 
@@ -75,29 +75,29 @@ def feature_file(data: str | Path) -> Path:
     path = Path(data)
     if path.suffix.lower() in FEATURE_SUFFIXES:
         return path
-    found = sorted(file for file in (path / "Processed").glob("*") if file.suffix.lower() in FEATURE_SUFFIXES)
-    usual = [file for file in found if file.name == "unaligned_39.pkl"]
-    if len(usual or found) != 1:
-        told = f"there are {len(found)}" if found else "there is none"
-        raise UserError(f"{path}: this experiment reads a feature file, Processed/unaligned_39.pkl, but {told}")
-    return (usual or found)[0]
+    files = sorted(file for file in (path / "Processed").glob("*") if file.suffix.lower() in FEATURE_SUFFIXES)
+    usual = [file for file in files if file.name == "unaligned_39.pkl"]
+    if len(usual or files) != 1:
+        reason = f"there are {len(files)}" if files else "there is none"
+        raise UserError(f"{path}: this experiment reads a feature file, Processed/unaligned_39.pkl, but {reason}")
+    return (usual or files)[0]
 
 
 def feature_clips(path: str | Path) -> list[Clip]:
     """The clips of a feature file, without their features."""
-    return _all_clips(path, _splits(path))
+    return _all_clips(path, _load_splits(path))
 
 
 def _all_clips(path: str | Path, data: dict[str, dict[str, Any]]) -> list[Clip]:
     """The clips of all splits; split and row are appended to ids that are not unique (each split may count from 0)."""
-    clips = [clip for split in SPLITS for clip in _clips(path, split, data[split])]
+    clips = [clip for split in SPLITS for clip in _clips_of_split(path, split, data[split])]
     if not clips:
         raise UserError(f"{path}: has no clips: all its id lists are empty")
     count = Counter(clip.id for clip in clips)
     return [clip if count[clip.id] == 1 else clip._replace(id=f"{clip.id}#{clip.split}{clip.row}") for clip in clips]
 
 
-def _splits(path: str | Path) -> dict[str, dict[str, Any]]:
+def _load_splits(path: str | Path) -> dict[str, dict[str, Any]]:
     data = unpickle.load(path)
     if not isinstance(data, dict) or not all(isinstance(data.get(split), dict) for split in SPLITS):
         raise UserError(f"{path}: expected a dict with the keys train, valid and test, each a dict of arrays")
@@ -116,66 +116,66 @@ def read_features(path: str | Path, root: Path, modalities: tuple[str, ...] = ("
         UserError: not a plain pickle, a missing key, an array of the wrong shape, or a value that is not finite.
     """
     path = Path(path)
-    data = _splits(path)
+    data = _load_splits(path)
     clips = _all_clips(path, data)
     key = file_keys([path], root)[path]
     rows, widths = {}, {}
     for name in modalities:
-        parts = {split: _part(path, split, name, data[split]) for split in SPLITS}
+        parts = {split: _values_and_lengths(path, split, name, data[split]) for split in SPLITS}
         width = {split: values.shape[2] for split, (values, _) in parts.items()}
         if len(set(width.values())) > 1:
             raise UserError(f"{path}, {name}: widths differ: " + ", ".join(f"{s} {w}" for s, w in width.items()))
         widths[name] = width[SPLITS[0]]
-        places = [(split, i) for split in SPLITS for i in range(len(parts[split][1]))]
-        keys = [f"{key}-{split}-{i}" for split, i in places]
+        pairs = [(split, i) for split in SPLITS for i in range(len(parts[split][1]))]
+        keys = [f"{key}-{split}-{i}" for split, i in pairs]
 
-        def compute(missing: list[int], name: str = name, parts: Any = parts, places: Any = places) -> Iterator[Any]:
-            silent = 0
-            for place in missing:
-                split, i = places[place]
+        def compute(missing: list[int], name: str = name, parts: Any = parts, pairs: Any = pairs) -> Iterator[Any]:
+            infinities = 0
+            for index in missing:
+                split, i = pairs[index]
                 values, lengths = parts[split]
                 row = np.array(values[i, : lengths[i]], dtype=np.float32)
                 if name == "audio":  # official files have some; MMSA replaces them by 0
-                    silent += np.isneginf(row).sum()
+                    infinities += np.isneginf(row).sum()
                     row[np.isneginf(row)] = 0
-                yield _row(path, split, name, i, row)
-            if silent:
-                console.print(f"{path}: {silent} audio values are -inf, read as 0 (as in MMSA)", soft_wrap=True)
+                yield _checked_row(path, split, name, i, row)
+            if infinities:
+                console.print(f"{path}: {infinities} audio values are -inf, read as 0 (as in MMSA)", soft_wrap=True)
 
         rows[name] = cached(root, {"mmsa": name, "version": VERSION}, keys, compute, f"converting {name}")
     return Features(path, clips, rows, widths)
 
 
-def _get(path: str | Path, split: str, part: dict[str, Any], key: str) -> Any:
+def _require(path: str | Path, split: str, part: dict[str, Any], key: str) -> Any:
     if part.get(key) is None:
         raise UserError(f"{path}, {split}: the key {key!r} is missing; it has {', '.join(map(str, part))}")
     return part[key]
 
 
-def _list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[Any]:
-    value = _get(path, split, part, key)
+def _require_list(path: str | Path, split: str, part: dict[str, Any], key: str) -> list[Any]:
+    value = _require(path, split, part, key)
     if not (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)):
         raise UserError(f"{path}, {split}, {key}: expected a list, not {type(value).__name__}")
-    found = list(value)
-    for row, item in enumerate(found):  # a list that contains itself would have an endless name
+    items = list(value)
+    for row, item in enumerate(items):  # a list that contains itself would have an endless name
         plain = isinstance(item, str | bytes | float | np.generic) or item is None
         if not plain and not (isinstance(item, int) and abs(item) < 1 << 63):
             raise UserError(f"{path}, {split}, {key}, row {row}: expected text or a number, not {type(item).__name__}")
-    if sum(len(item) for item in found if isinstance(item, str | bytes)) > max(Path(path).stat().st_size, SMALL):
+    if sum(len(item) for item in items if isinstance(item, str | bytes)) > max(Path(path).stat().st_size, FREE_TEXT):
         # a row may refer to a long text again in two bytes, and each would be copied
         raise UserError(f"{path}, {split}, {key}: more text than the file itself — store each row's own")
-    return found
+    return items
 
 
 def _numbers(path: str | Path, split: str, key: str, value: Any, count: int) -> np.ndarray:
     """One float64 for each of the ``count`` rows of a split."""
     value = value if isinstance(value, list | np.ndarray) else [value]
     try:
-        if isinstance(value, list) and not all(_is_number(each) for each in value):
+        if isinstance(value, list) and not all(_is_number(item) for item in value):
             raise TypeError
-        found = len(value) if isinstance(value, list) else value.size
-        if found != count:  # before anything is copied
-            raise UserError(f"{path}, {split}: {count} ids, but {found} {key}")
+        size = len(value) if isinstance(value, list) else value.size
+        if size != count:  # before anything is copied
+            raise UserError(f"{path}, {split}: {count} ids, but {size} {key}")
         return np.asarray(value, dtype=np.float64).ravel()
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{path}, {split}, {key}: expected a number for each clip") from None
@@ -187,20 +187,20 @@ def _is_number(value: Any) -> bool:
     return value.size == 1 if isinstance(value, np.ndarray) else isinstance(value, int | float | np.number)
 
 
-def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
-    ids = [_word(name).replace("$_$", "/") for name in _list(path, split, part, "id")]
+def _clips_of_split(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
+    ids = [_as_text(name).replace("$_$", "/") for name in _require_list(path, split, part, "id")]
     scores = {}
     for target, key in LABELS.items():
         if key in part or target == "M":
-            values = _numbers(path, split, key, _get(path, split, part, key), len(ids))
-            wrong = np.flatnonzero(~(np.abs(values) <= 1))
-            if len(wrong):
-                told = f"{values[wrong[0]]:g} is not between -1 and 1 (MOSI and MOSEI use -3 to 3: divide by 3)"
-                raise UserError(f"{path}, {split}, {key}, row {wrong[0]}: {told}")
+            values = _numbers(path, split, key, _require(path, split, part, key), len(ids))
+            invalid = np.flatnonzero(~(np.abs(values) <= 1))
+            if len(invalid):
+                problem = f"{values[invalid[0]]:g} is not between -1 and 1 (MOSI and MOSEI use -3 to 3: divide by 3)"
+                raise UserError(f"{path}, {split}, {key}, row {invalid[0]}: {problem}")
             scores[target] = values
     texts: list[Any] = [None] * len(ids)
     if part.get("raw_text") is not None:
-        texts = [_said(text) for text in _list(path, split, part, "raw_text")]
+        texts = [_text_or_none(text) for text in _require_list(path, split, part, "raw_text")]
     if len(texts) != len(ids):
         raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(texts)} raw_text")
     return [
@@ -209,19 +209,19 @@ def _clips(path: str | Path, split: str, part: dict[str, Any]) -> list[Clip]:
     ]
 
 
-def _said(text: Any) -> str | None:
+def _text_or_none(text: Any) -> str | None:
     """A row's text, if any; pandas writes an empty one as NaN."""
-    return None if text is None or (isinstance(text, float) and math.isnan(text)) else _word(text) or None
+    return None if text is None or (isinstance(text, float) and math.isnan(text)) else _as_text(text) or None
 
 
-def _word(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """An id or a text as str; files that went through HDF5 or Python 2 hold bytes."""
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _values_and_lengths(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The values N×L×d of a modality and its lengths N."""
-    values, count = _get(path, split, part, name), len(part["id"])
+    values, count = _require(path, split, part, name), len(part["id"])
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise UserError(f"{path}, {split}, {name}: expected a numeric array of rows × steps × columns")
     if values.ndim == 2 and name != "text":
@@ -231,26 +231,26 @@ def _part(path: str | Path, split: str, name: str, part: dict[str, Any]) -> tupl
     key, steps = f"{name}_lengths", values.shape[1]
     given = part.get(key)
     if given is None and name == "text" and part.get("text_bert") is not None:
-        key, given = "text_bert", _real_tokens(path, split, part["text_bert"], count)
+        key, given = "text_bert", _token_counts(path, split, part["text_bert"], count)
     lengths = _numbers(path, split, key, np.full(count, steps) if given is None else given, count)
-    wrong = np.flatnonzero(~((lengths >= 0) & (lengths <= steps)))
-    if len(wrong):
+    invalid = np.flatnonzero(~((lengths >= 0) & (lengths <= steps)))
+    if len(invalid):
         raise UserError(
-            f"{path}, {split}, {key}, row {wrong[0]}: length {lengths[wrong[0]]:g}, but there are {steps} steps"
+            f"{path}, {split}, {key}, row {invalid[0]}: length {lengths[invalid[0]]:g}, but there are {steps} steps"
         )
     return values, lengths.astype(np.int64)
 
 
-def _real_tokens(path: str | Path, split: str, value: Any, count: int) -> np.ndarray:
+def _token_counts(path: str | Path, split: str, value: Any, count: int) -> np.ndarray:
     """The number of unmasked tokens in each row of ``text_bert`` (N×3×n: ids, mask, types)."""
-    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
-    if not numbers or value.ndim != 3 or value.shape[:2] != (count, 3):
-        told = f"shape {value.shape}" if numbers else type(value).__name__
-        raise UserError(f"{path}, {split}, text_bert: {told}, expected a numeric array of {count} rows × 3 × tokens")
+    is_numeric = isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+    if not is_numeric or value.ndim != 3 or value.shape[:2] != (count, 3):
+        actual = f"shape {value.shape}" if is_numeric else type(value).__name__
+        raise UserError(f"{path}, {split}, text_bert: {actual}, expected a numeric array of {count} rows × 3 × tokens")
     return value[:, 1].sum(1)
 
 
-def _row(path: str | Path, split: str, name: str, i: int, row: np.ndarray) -> np.ndarray:
+def _checked_row(path: str | Path, split: str, name: str, i: int, row: np.ndarray) -> np.ndarray:
     """Check that a row (without padding) is finite, and drop vision frames without a face."""
     if not np.isfinite(row).all():
         step, column = np.argwhere(~np.isfinite(row))[0]

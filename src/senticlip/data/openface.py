@@ -14,7 +14,7 @@ from senticlip.data.cache import MISSING, Store, cached, file_keys, piece_key
 from senticlip.data.table import VIDEO_SUFFIXES
 from senticlip.structures import Clip, UserError
 
-BEFORE = ("frame", "face_id", "timestamp", "confidence", "success")
+METADATA_COLUMNS = ("frame", "face_id", "timestamp", "confidence", "success")
 WIDTH = 709
 
 
@@ -38,10 +38,10 @@ def read_openface(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     header = [cell.strip() for cell in lines[0]] if lines else []
-    piece = start is not None or end is not None
-    needed = ("frame", "confidence", "success", *(("timestamp",) if piece else ()))
+    is_segment = start is not None or end is not None
+    needed = ("frame", "confidence", "success", *(("timestamp",) if is_segment else ()))
     missing = [name for name in needed if name not in header]
-    columns = [i for i, name in enumerate(header) if name not in BEFORE]
+    columns = [i for i, name in enumerate(header) if name not in METADATA_COLUMNS]
     if missing or len(columns) != WIDTH:
         raise UserError(
             f"{path}: {len(columns)} feature columns{' and no ' + missing[0] if missing else ''}, expected OpenFace's "
@@ -62,7 +62,7 @@ def read_openface(
             )
         if cells[success] != 1:
             continue  # no face: OpenFace writes zeros
-        if piece and not (start or 0.0) <= cells[header.index("timestamp")] < (math.inf if end is None else end):
+        if is_segment and not (start or 0.0) <= cells[header.index("timestamp")] < (math.inf if end is None else end):
             continue
         if not np.isfinite(cells).all():
             raise UserError(f"{path}, row {number}, column {header[int(np.argmin(np.isfinite(cells)))]}: not finite")
@@ -83,27 +83,27 @@ def openface_store(clips: list[Clip], folder: str | Path, root: Path) -> Store:
         UserError: no clip has a CSV.
     """
     folder = Path(folder)
-    names = [_name(clip) for clip in clips]
+    names = [_clip_name(clip) for clip in clips]
     owners: dict[str, set[str]] = defaultdict(set)
     for name in names:
         owners[Path(name).name].add(name)
-    places = [[name, *([Path(name).name] if len(owners[Path(name).name]) == 1 else [])] for name in names]
-    found = [next((p for name in each if (p := folder / f"{name}.csv").is_file()), None) for each in places]
-    if clips and not any(found):
+    candidates = [[name, *([Path(name).name] if len(owners[Path(name).name]) == 1 else [])] for name in names]
+    paths = [next((p for name in options if (p := folder / f"{name}.csv").is_file()), None) for options in candidates]
+    if clips and not any(paths):
         raise UserError(f"{folder}: no OpenFace CSV for any clip — expected files such as {folder / names[0]}.csv")
 
     def compute(missing: list[int]) -> Iterator[np.ndarray]:
-        for place in missing:
-            path = found[place]
+        for index in missing:
+            path = paths[index]
             assert path is not None
-            yield read_openface(path, start=clips[place].start, end=clips[place].end)
+            yield read_openface(path, start=clips[index].start, end=clips[index].end)
 
-    hashes = file_keys([path for path in found if path is not None], root)
-    keys = [MISSING if p is None else piece_key(hashes[p], clip) for p, clip in zip(found, clips, strict=True)]
+    hashes = file_keys([path for path in paths if path is not None], root)
+    keys = [MISSING if p is None else piece_key(hashes[p], clip) for p, clip in zip(paths, clips, strict=True)]
     return cached(root, {"openface": 1}, keys, compute, "reading OpenFace")
 
 
-def _name(clip: Clip) -> str:
+def _clip_name(clip: Clip) -> str:
     """A clip's id without the video's suffix and without the row number that tells pieces of one file apart."""
     name = clip.id.removesuffix(f"#{clip.row}")
     return name.rsplit(".", 1)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name

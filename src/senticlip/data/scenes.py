@@ -51,45 +51,46 @@ def shade(color: Color, factor: float) -> Color:
 def backdrop(background: str, color: str, seed: int, size: tuple[int, int]) -> Image.Image:
     """A background of ``size`` (width, height) pixels; the same arguments give the same picture."""
     rng = np.random.default_rng(seed)
-    wide, high = size
+    width, height = size
     red, green, blue = (int(np.clip(c + rng.integers(-25, 25), 0, 255)) for c in COLORS[color])
     base = (red, green, blue)
     image = Image.new("RGB", size, base)
     draw = ImageDraw.Draw(image)
     tone = lambda low=0.6, high=1.35: shade(base, rng.uniform(low, high))  # noqa: E731
-    step = int(high * rng.uniform(0.08, 0.2))
+    step = int(height * rng.uniform(0.08, 0.2))
     if background == "条纹":
-        for x in range(-high, wide, 2 * step):
+        for x in range(-height, width, 2 * step):
             draw.polygon(
-                [(x, high), (x + step, high), (x + step + high // 3, 0), (x + high // 3, 0)], fill=tone(0.8, 1.2)
+                [(x, height), (x + step, height), (x + step + height // 3, 0), (x + height // 3, 0)],
+                fill=tone(0.8, 1.2),
             )
     elif background == "格子":
-        for x in range(0, wide, step):
-            for y in range(0, high, step):
+        for x in range(0, width, step):
+            for y in range(0, height, step):
                 draw.rectangle([x + 1, y + 1, x + step - 2, y + step - 2], fill=tone(0.85, 1.15))
     elif background == "书架":
-        for y in range(0, high, 2 * step):
+        for y in range(0, height, 2 * step):
             x = 0
-            while x < wide:
-                thick, tall = int(rng.integers(step // 4 + 2, step)), int(rng.integers(step, 2 * step))
-                draw.rectangle([x, y + 2 * step - tall, x + thick, y + 2 * step - 3], fill=tone(0.5, 1.5))
-                x += thick + 1
+            while x < width:
+                book_width, book_height = int(rng.integers(step // 4 + 2, step)), int(rng.integers(step, 2 * step))
+                draw.rectangle([x, y + 2 * step - book_height, x + book_width, y + 2 * step - 3], fill=tone(0.5, 1.5))
+                x += book_width + 1
     elif background == "窗":
-        draw.rectangle([0, 0, wide, high], fill=(196, 216, 232))
-        for x in range(0, wide, 4 * step):
-            draw.rectangle([x, 0, x + step // 2, high], fill=base)
-        draw.rectangle([0, high // 2, wide, high // 2 + step // 2], fill=base)
+        draw.rectangle([0, 0, width, height], fill=(196, 216, 232))
+        for x in range(0, width, 4 * step):
+            draw.rectangle([x, 0, x + step // 2, height], fill=base)
+        draw.rectangle([0, height // 2, width, height // 2 + step // 2], fill=base)
     elif background == "光斑":
         for _ in range(24):
-            x, y = int(rng.integers(0, wide)), int(rng.integers(0, high))
+            x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
             r = int(rng.integers(step // 3, step + 2))
             draw.ellipse([x - r, y - r, x + r, y + r], fill=tone(0.8, 1.6))
     elif background == "风景":
-        draw.rectangle([0, 0, wide, high], fill=(160, 195, 225))
+        draw.rectangle([0, 0, width, height], fill=(160, 195, 225))
         for level in (0.45, 0.6, 0.75):
-            ridge = [(x, high * (level + rng.uniform(-0.08, 0.08))) for x in range(0, wide + step, step)]
-            draw.polygon([*ridge, (wide, high), (0, high)], fill=tone(0.6, 1.2))
+            ridge = [(x, height * (level + rng.uniform(-0.08, 0.08))) for x in range(0, width + step, step)]
+            draw.polygon([*ridge, (width, height), (0, height)], fill=tone(0.6, 1.2))
     elif background == "百叶":
-        for y in range(0, high, step):
-            draw.rectangle([0, y, wide, y + step // 2], fill=tone(0.75, 1.25))
+        for y in range(0, height, step):
+            draw.rectangle([0, y, width, y + step // 2], fill=tone(0.75, 1.25))
     return image

@@ -37,7 +37,7 @@ MOST_PIXELS = 128 << 20
 
 SMALLER = f"reduce them to at most {MOST_PIXELS // 10**6} million pixels"
 
-_PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
+_PACKED_B_FRAMES = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 """What MPEG-4 encoders write into the header if B-frames are packed."""
 
 
@@ -61,12 +61,12 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     """
     path = Path(path)
     try:
-        there = path.is_file()
+        is_file = path.is_file()
     except OSError as error:
         if error.errno == errno.EACCES:  # for a folder on its path
             raise UserError(f"{path}: cannot be read (permission denied) — ask its owner") from None
         raise UserError(f"{path}: this cannot be a file name ({error.strerror}) — is it the text?") from None
-    if not there:
+    if not is_file:
         if re.search(r"(^|/)[a-z][a-z0-9]+:/", str(path)):
             raise UsageError(f"{path}: no such video file — URLs must be downloaded first")
         if path.exists() and not path.is_dir():
@@ -77,15 +77,15 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty — copy or download it again")
     try:
-        container = _open(path)
+        container = _open_container_fast(path)
     except (FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: not a video file, or cut off before its index ({reason}) — replace it") from None
     tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
     if not tracks:
-        found = ", ".join(sorted({_kind(stream) for stream in container.streams})) or "nothing"
+        kinds = ", ".join(sorted({_kind_of_stream(stream) for stream in container.streams})) or "nothing"
         container.close()
-        raise UserError(f"{path}: no video in this file (it contains: {found}) — give a video, or leave it out")
+        raise UserError(f"{path}: no video in this file (it contains: {kinds}) — give a video, or leave it out")
     stream = next((s for s in tracks if s.disposition & Disposition.default), tracks[0])  # as players choose
     if stream.codec_context is None:
         container.close()
@@ -107,11 +107,11 @@ def discard_others(container: InputContainer, stream: Stream) -> None:
             other.discard = Discard.all
 
 
-def _kind(stream: Any) -> str:
+def _kind_of_stream(stream: Any) -> str:
     return "cover art" if stream.type == "video" else stream.type
 
 
-def _open(path: Path) -> InputContainer:
+def _open_container_fast(path: Path) -> InputContainer:
     """The container; its first frames are decoded only if the header lacks something.
 
     For a short clip, that decoding is a tenth of all work. The header of an MP4 with an index has everything but the
@@ -156,7 +156,7 @@ def times_are_guessed(container: InputContainer, stream: VideoStream) -> bool:
     These are B-frames of H.264 and H.265, and of DivX and Xvid if packed into one packet with the frame before.
     """
     codec = stream.codec_context
-    packed = codec.name == "mpeg4" and _PACKED.search(codec.extradata or b"") is not None
+    packed = codec.name == "mpeg4" and _PACKED_B_FRAMES.search(codec.extradata or b"") is not None
     return container.format.name in ("avi", "asf") and (packed or codec.name in ("h264", "hevc"))
 
 
@@ -177,19 +177,19 @@ class Sequential:
         Where only decoding times can be trusted, the n-th frame is shown at the n-th of them.
         """
         guessed = times_are_guessed(self.container, self.stream)
-        order: deque[int] = deque()
-        coming = Fraction(self.stream.start_time or 0)
+        dts_queue: deque[int] = deque()
+        next_stamp = Fraction(self.stream.start_time or 0)
         for packet in chain(packets(self.container, self.stream), [None]):
             if guessed and packet is not None and packet.dts is not None:
-                order.append(packet.dts)
+                dts_queue.append(packet.dts)
             frames: list[VideoFrame] = []
             with suppress(FFmpegError):  # skip a damaged packet; None drains the decoder
                 frames = self.stream.decode(packet)
             for frame in frames:
-                stamp = order.popleft() if order else frame.pts if frame.pts is not None else frame.dts
-                stamp = round(coming) if stamp is None else stamp
+                stamp = dts_queue.popleft() if dts_queue else frame.pts if frame.pts is not None else frame.dts
+                stamp = round(next_stamp) if stamp is None else stamp
                 yield stamp, frame
-                coming = stamp + self._step
+                next_stamp = stamp + self._step
 
     def passed(self, stamp: int) -> bool:
         """Whether the frame shown at ``stamp`` has been passed and can no longer be returned."""

@@ -32,10 +32,10 @@ def windows(duration: float, seconds: float = 5.0) -> list[Line]:
     """
     if not LEAST <= seconds < inf:
         raise UsageError(f"--seconds {seconds}: a window must be at least {LEAST} s long")
-    return _pieces(0.0, duration, max(1, round(duration / seconds)))
+    return _equal_pieces(0.0, duration, max(1, round(duration / seconds)))
 
 
-def _pieces(start: float, end: float, count: int) -> list[Line]:
+def _equal_pieces(start: float, end: float, count: int) -> list[Line]:
     """A part of a film in ``count`` equal pieces."""
     edges = [round(start + (end - start) * i / count, 3) for i in range(count + 1)]
     return [Line(first, last, "") for first, last in pairwise(edges) if last > first]
@@ -54,24 +54,24 @@ def shots(video: str | Path, end: float) -> list[Line]:
         UserError: not a readable video, or one without times.
     """
     container, stream = open_video(video)
-    zero = clock_start(container)
-    usual: deque[float] = deque([0.0], maxlen=15)
-    last, times, now = None, [0.0], 0.0
+    clock_offset = clock_start(container)
+    recent_changes: deque[float] = deque([0.0], maxlen=15)
+    previous, times, previous_time = None, [0.0], 0.0
     stream.codec_context.skip_frame = "NONREF"
     with container:
         for frame in pictures(container, stream):
             if frame.time is None:
                 raise UserError(f"{video}: its pictures have no timestamps to cut at — leave out --cut shots")
-            time = frame.time - zero
-            if last is not None and time - now < STEP:
+            time = frame.time - clock_offset
+            if previous is not None and time - previous_time < STEP:
                 continue
-            now = time
-            small = frame.reformat(32, 18, "rgb24").to_ndarray().astype(np.float32) / 255
-            if last is not None:
-                change = float(np.abs(small - last).mean())
-                if change > max(CHANGE, 3 * float(np.median(usual))) and time - times[-1] >= SHORTEST:
+            previous_time = time
+            thumbnail = frame.reformat(32, 18, "rgb24").to_ndarray().astype(np.float32) / 255
+            if previous is not None:
+                change = float(np.abs(thumbnail - previous).mean())
+                if change > max(CHANGE, 3 * float(np.median(recent_changes))) and time - times[-1] >= SHORTEST:
                     times.append(time)
-                usual.append(change)
-            last = small
+                recent_changes.append(change)
+            previous = thumbnail
     edges = pairwise([*(time for time in times if time < end), end])
-    return [piece for start, end in edges for piece in _pieces(start, end, max(1, ceil((end - start) / LONGEST)))]
+    return [piece for start, end in edges for piece in _equal_pieces(start, end, max(1, ceil((end - start) / LONGEST)))]

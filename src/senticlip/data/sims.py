@@ -75,16 +75,16 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     split = split_named(split)
     if split not in ("all", *SPLITS):
         raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
-    table, rows = _read(Path(path), protocol)
+    table, rows = _read_rows(Path(path), protocol)
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         more = f" (and {len(problems) - 1} more: senticlip data check {path})" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
-    clips = _split(rows, protocol, seed)
+    clips = _assign_splits(rows, protocol, seed)
     chosen = [clip for clip in clips if split in ("all", clip.split)]
     if not chosen:
-        there = ", ".join(name for name in SPLITS if any(clip.split == name for clip in clips))
-        raise UserError(f"{table}: no clips in split {split!r}, only in {there} — assign some rows to it")
+        available = ", ".join(name for name in SPLITS if any(clip.split == name for clip in clips))
+        raise UserError(f"{table}: no clips in split {split!r}, only in {available} — assign some rows to it")
     return chosen
 
 
@@ -99,7 +99,7 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
     Raises:
         UsageError, UserError: there is no table, or it cannot be read as one.
     """
-    table, rows = _read(Path(path), protocol)
+    table, rows = _read_rows(Path(path), protocol)
     from senticlip.data.video import faults
 
     problems, warnings = [], []
@@ -108,7 +108,7 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
         warnings += row.warnings
         if videos and row.clip.video is not None and not row.problems:
             problems += [f"{table}, row {row.clip.row}: {fault}" for fault in faults(row.clip)]
-    clips = _split(rows, protocol, seed)
+    clips = _assign_splits(rows, protocol, seed)
     rows = [row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)]
     warnings += [*leaks(rows), *absent(table, clips)]
     if lacking := {"train", "valid"} - {clip.split for clip in clips}:
@@ -123,13 +123,13 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
 
 def leaks(rows: list[_Row]) -> list[str]:
     """A line for each source video and each text that is in more than one split."""
-    places: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    occurrences: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for clip, source, _, _ in rows:
         for kind, name in (("video", source), ("text", "".join((clip.text or "").split()))):
             if name and clip.split:
-                places[kind, name][clip.split].append(clip.row or 0)
+                occurrences[kind, name][clip.split].append(clip.row or 0)
     lines = []
-    for (kind, name), splits in places.items():
+    for (kind, name), splits in occurrences.items():
         if len(splits) > 1:
             where = ", ".join(f"{split} (row {splits[split][0]})" for split in SPLITS if split in splits)
             lines.append(f"{kind} {name!r} is in {len(splits)} splits: {where}")
@@ -139,7 +139,7 @@ def leaks(rows: list[_Row]) -> list[str]:
 # ---- the splits
 
 
-def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
+def _assign_splits(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
     """The clips, with their splits set according to the protocol."""
     if protocol == "official" and any(row.clip.split for row in rows):
         return [row.clip for row in rows]
@@ -147,7 +147,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
     # sorted below, so that the split depends on the clips and the seed, not on the order of the file
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        groups[row.source if protocol == "video" else _content(row.clip)].append(index)
+        groups[row.source if protocol == "video" else _content_key(row.clip)].append(index)
     names = sorted(groups)
     random.Random(seed).shuffle(names)
     splits = ["train"] * len(rows)
@@ -167,7 +167,7 @@ def _split(rows: list[_Row], protocol: str, seed: int) -> list[Clip]:
     return [row.clip._replace(split=split) for row, split in zip(rows, splits, strict=True)]
 
 
-def _content(clip: Clip) -> str:
+def _content_key(clip: Clip) -> str:
     """A row's content without its row number, which is part of the id if rows share an id or file, or have neither."""
     name = clip.id.removesuffix(f"#{clip.row}").removesuffix(f"row {clip.row}")
     return "\n".join(map(str, (name, clip.start, clip.end, clip.text, sorted(clip.labels.items()))))
@@ -176,49 +176,49 @@ def _content(clip: Clip) -> str:
 # ---- the table
 
 
-def _read(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
+def _read_rows(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
     """The label file that was found and its rows."""
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol {protocol!r}: unknown — choose one of {', '.join(PROTOCOLS)}")
-    places = [path / "label.csv", path / "meta.csv"] if path.is_dir() else [path]
-    tables = [place for place in places if place.is_file()]
-    pickled = tables == [path] and path.suffix.lower() in FEATURE_SUFFIXES
-    if pickled or (not tables and (path / "Processed").is_dir()):
-        return _from_features(path)
+    candidates = [path / "label.csv", path / "meta.csv"] if path.is_dir() else [path]
+    tables = [candidate for candidate in candidates if candidate.is_file()]
+    is_feature_file = tables == [path] and path.suffix.lower() in FEATURE_SUFFIXES
+    if is_feature_file or (not tables and (path / "Processed").is_dir()):
+        return _rows_of_feature_file(path)
     if not tables and path.is_dir():
         raise UserError(f"{path}: has neither label.csv nor meta.csv — is this a CH-SIMS folder?")
     if not tables:
         raise UsageError(f"{path}: no such folder or CSV file")
     table = tables[0]
-    whole = read_table(table)
-    columns, lines = columns_of(table, whole)
-    named, width = len(lines) < len(whole), len(whole[0].cells)
+    records = read_table(table)
+    columns, lines = columns_of(table, records)
+    has_header, width = len(lines) < len(records), len(records[0].cells)
     if not lines:
         raise UserError(f"{table}: only a header — expected a row for each clip")
-    ids = {"video_id", "clip_id"} <= columns.keys() and "path" not in columns
-    find = _Raw(table).find if ids else _own(table)
+    has_ids = {"video_id", "clip_id"} <= columns.keys() and "path" not in columns
+    find = _RawFolder(table).find if has_ids else _own_file_finder(table)
     rows = []
     seen: dict[str, int] = {}
     for line in lines:
-        row = _row(table, columns, line, find, protocol == "official")
-        if named and any(line.cells[width:]):
+        row = _parse_row(table, columns, line, find, protocol == "official")
+        if has_header and any(line.cells[width:]):
             row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
         # in the user's own table, rows may share a file; a CH-SIMS clip may occur only once
-        if row.clip.id in seen and ids:
+        if row.clip.id in seen and has_ids:
             row.problems.append(f"{table}, row {line.row}: {row.clip.id} is already in row {seen[row.clip.id]}")
         elif row.clip.id in seen:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
-    told = [f"{other}: ignored, since {table.name} is there, too" for other in tables[1:]]
-    told += only_0_and_1(table, columns, lines) + (unread(table, columns, whole[0].cells) if named else [])
+    warnings = [f"{other}: ignored, since {table.name} is there, too" for other in tables[1:]]
+    warnings += only_0_and_1(table, columns, lines) + (unread(table, columns, records[0].cells) if has_header else [])
     if protocol == "official" and "split" not in columns:
-        told.append(f"{table}: no split column: a random tenth each becomes valid and test")
-    rows[0].warnings.extend(told)
+        warnings.append(f"{table}: no split column: a random tenth each becomes valid and test")
+    rows[0].warnings.extend(warnings)
     return table, rows
 
 
-def _from_features(path: Path) -> tuple[Path, list[_Row]]:
+def _rows_of_feature_file(path: Path) -> tuple[Path, list[_Row]]:
     """The clips of a feature file that has no table."""
     from senticlip.data.mmsa import feature_clips, feature_file
 
@@ -230,7 +230,7 @@ def _from_features(path: Path) -> tuple[Path, list[_Row]]:
     return file, [_Row(clip, source(clip.id), [], []) for clip in feature_clips(file)]
 
 
-def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: bool) -> _Row:
+def _parse_row(table: Path, columns: dict[str, int], line: Line, find: Any, official: bool) -> _Row:
     """One row of the table as a clip, with everything that is wrong with it."""
     where = f"{table}, row {line.row}"
     problems, warnings = [], []
@@ -256,9 +256,9 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
         problems.append(f"{where}, column split/mode: {cells['split']!r} is unknown — choose from {', '.join(SPLITS)}")
     times: dict[str, float] = {}
     for column in ("start", "end"):
-        if told := cells.get(column):
-            if (time := finite(told)) is None:
-                problems.append(f"{where}, column {column}: {told!r} is not a time in seconds")
+        if raw := cells.get(column):
+            if (time := finite(raw)) is None:
+                problems.append(f"{where}, column {column}: {raw!r} is not a time in seconds")
             else:
                 times[column] = time
     if times.get("start", 0.0) < 0:
@@ -276,15 +276,15 @@ def _row(table: Path, columns: dict[str, int], line: Line, find: Any, official: 
     return _Row(clip, source, problems, warnings)
 
 
-class _Raw:
+class _RawFolder:
     """Finds ``Raw/VIDEO/CLIP.mp4`` by ids that may have lost their leading zeros; lists each folder only once."""
 
     def __init__(self, table: Path) -> None:
         self.root = table.parent / "Raw"
-        self.there = self.root.is_dir()
-        if not self.there and not (table.parent / "Processed").is_dir():
+        self.exists = self.root.is_dir()
+        if not self.exists and not (table.parent / "Processed").is_dir():
             raise UserError(f"{table.parent}: has neither Raw/ nor Processed/ — where are the clips?")
-        self.folders = _by_id(self.root, lambda path: path.is_dir()) if self.there else {}
+        self.folders = _entries_by_id(self.root, lambda path: path.is_dir()) if self.exists else {}
         self.files: dict[Path, dict[str, list[Path]]] = {}
 
     def find(self, cells: dict[str, str], row: int) -> tuple[Path | None, str, str, list[str]]:
@@ -293,40 +293,40 @@ class _Raw:
         name = f"{video}/{clip}"
         if not video or not clip:
             return None, f"{name}#{row}", video, ["video_id or clip_id is empty"]
-        if not self.there:
+        if not self.exists:
             return None, name, video, []
-        folder, fault = _pick(self.folders, video, self.root)
+        folder, fault = _pick_entry(self.folders, video, self.root)
         if folder is None:
             return None, name, video, [fault]
         if folder not in self.files:
-            self.files[folder] = _by_id(folder, lambda path: path.suffix.lower() in VIDEO_SUFFIXES)
-        path, fault = _pick(self.files[folder], clip, folder)
+            self.files[folder] = _entries_by_id(folder, lambda path: path.suffix.lower() in VIDEO_SUFFIXES)
+        path, fault = _pick_entry(self.files[folder], clip, folder)
         if path is None:
             return None, name, folder.name, [fault]
         return path, f"{folder.name}/{path.stem}", folder.name, []
 
 
-def _by_id(folder: Path, keep: Callable[[Path], bool]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = defaultdict(list)
+def _entries_by_id(folder: Path, keep: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    entries: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if keep(path):
-            found[without_zeros(path.name if path.is_dir() else path.stem)].append(path)
-    return found
+            entries[without_zeros(path.name if path.is_dir() else path.stem)].append(path)
+    return entries
 
 
-def _pick(found: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path | None, str]:
+def _pick_entry(entries: dict[str, list[Path]], name: str, folder: Path) -> tuple[Path | None, str]:
     """The one entry that matches ``name``, or None and why there is none."""
     stem = name.rsplit(".", 1)[0] if name.lower().endswith(VIDEO_SUFFIXES) else name
-    near = found.get(without_zeros(name)) or found.get(without_zeros(stem), [])
-    exact = [path for path in near if name in (path.stem, path.name)]
-    if len(exact or near) == 1:
-        return (exact or near)[0], ""
-    if near:
-        return None, f"{name!r} matches {' and '.join(path.name for path in near)} in {folder} — keep one"
+    matches = entries.get(without_zeros(name)) or entries.get(without_zeros(stem), [])
+    exact = [path for path in matches if name in (path.stem, path.name)]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0], ""
+    if matches:
+        return None, f"{name!r} matches {' and '.join(path.name for path in matches)} in {folder} — keep one"
     return None, f"{folder / name} does not exist"
 
 
-def _own(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str, str, list[str]]]:
+def _own_file_finder(table: Path) -> Callable[[dict[str, str], int], tuple[Path | None, str, str, list[str]]]:
     """Finds the files of the user's own CSV; relative paths are relative to its folder."""
 
     def find(cells: dict[str, str], row: int) -> tuple[Path | None, str, str, list[str]]:

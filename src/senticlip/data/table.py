@@ -54,12 +54,12 @@ NAMES = {
     "視頻": "path", "划分": "split", "劃分": "split", "数据划分": "split", "数据集划分": "split",
     "开始": "start", "结束": "end",
 }  # fmt: skip
-_COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
-_OWN = ("path", "start", "end")
-_KNOWN = {*_COLUMNS, *_OWN, "id"}
+_SIMS_COLUMNS = ("video_id", "clip_id", "text", "label", "label_t", "label_a", "label_v", "annotation", "split")
+_SEGMENT_COLUMNS = ("path", "start", "end")
+_KNOWN_COLUMNS = {*_SIMS_COLUMNS, *_SEGMENT_COLUMNS, "id"}
 TARGET_COLUMNS = {"label": "M", "label_t": "T", "label_a": "A", "label_v": "V"}
 
-_TYPESET = str.maketrans("－−．＋", "--.+")
+_TO_ASCII_SIGNS = str.maketrans("－−．＋", "--.+")
 
 
 class Line(NamedTuple):
@@ -79,8 +79,8 @@ def decode(data: bytes, path: Path) -> str:
         UserError: none of them fits, or it is an Excel workbook.
     """
     check_no_workbook(data, path)
-    if (told := surely(data)) is not None:
-        return told
+    if (text := surely(data)) is not None:
+        return text
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -117,16 +117,16 @@ def chinese(data: bytes) -> tuple[float, str]:
 
     Each decodes most files of the other, but to rare characters. On a tie, GB18030.
     """
-    found: list[tuple[float, str]] = []
+    candidates: list[tuple[float, str]] = []
     for encoding, first, last in (("gb18030", 0xB0, 0xD7), ("cp950", 0xA4, 0xC6)):
-        some = re.finditer("[\u3040-\u30ff\u3400-\u9fff\ue000-\uf8ff\ufffd]", data.decode(encoding, errors="replace"))
-        read = [character[0] for character in islice(some, SAMPLE)]
-        frequent = sum(_lead(character, encoding) in range(first, last + 1) for character in read)
-        found.append(((frequent - 10 * read.count("\ufffd")) / (len(read) or 1), encoding))
-    return max(found, key=lambda each: each[0])
+        hits = re.finditer("[\u3040-\u30ff\u3400-\u9fff\ue000-\uf8ff\ufffd]", data.decode(encoding, errors="replace"))
+        characters = [character[0] for character in islice(hits, SAMPLE)]
+        frequent = sum(_first_byte(character, encoding) in range(first, last + 1) for character in characters)
+        candidates.append(((frequent - 10 * characters.count("\ufffd")) / (len(characters) or 1), encoding))
+    return max(candidates, key=lambda each: each[0])
 
 
-def _lead(character: str, encoding: str) -> int:
+def _first_byte(character: str, encoding: str) -> int:
     """The first byte of a character, which tells frequent from rare characters in GB2312 and Big5."""
     try:
         code = character.encode("gb2312" if encoding == "gb18030" else encoding)
@@ -199,19 +199,19 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
     """
     first = lines[0].cells
     names = [NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
-    if len(_KNOWN & set(names)) >= min(2, len(names)):
+    if len(_KNOWN_COLUMNS & set(names)) >= min(2, len(names)):
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
         # in a CH-SIMS folder, "video" or "filename" may hold anything, and "start" the clip's place in the film
         if {"video_id", "clip_id"} <= columns.keys() and ("path" not in columns or (table.parent / "Raw").is_dir()):
-            columns = {name: index for name, index in columns.items() if name not in _OWN}
+            columns = {name: index for name, index in columns.items() if name not in _SEGMENT_COLUMNS}
     else:
-        columns = _guess(lines, table.parent / "Raw")
-        columns = {} if _is_foreign_header(first, columns) else columns
+        columns = _guess_columns(lines, table.parent / "Raw")
+        columns = {} if _is_unknown_header(first, columns) else columns
     if "label" not in columns and "annotation" in columns:
         columns["label"] = columns["annotation"]
-    ids = {"video_id", "clip_id"} <= set(columns)
-    if "label" not in columns or not (ids or {"path", "text"} & set(columns)):
+    has_ids = {"video_id", "clip_id"} <= set(columns)
+    if "label" not in columns or not (has_ids or {"path", "text"} & set(columns)):
         raise UserError(
             f"{table}, row 1: has the columns {', '.join(first)} — expected video_id, clip_id, text, label, mode"
             " (CH-SIMS) or path, text, label (路径, 文本, 标签)"
@@ -219,7 +219,7 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
     return columns, lines
 
 
-def _is_foreign_header(first: list[str], columns: dict[str, int]) -> bool:
+def _is_unknown_header(first: list[str], columns: dict[str, int]) -> bool:
     """Whether the first line is a header of unknown names: no number and no file in it, and no label where the other
     lines have theirs."""
     if any(finite(cell) is not None or cell.casefold().endswith(VIDEO_SUFFIXES) for cell in first):
@@ -228,7 +228,7 @@ def _is_foreign_header(first: list[str], columns: dict[str, int]) -> bool:
     return index < len(first) and score(first[index]) is None
 
 
-def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
+def _guess_columns(lines: list[Line], raw: Path) -> dict[str, int]:
     """Columns of a table without a header: the ids by the files in ``raw`` that they name; the others in the usual
     order if it fits, else by their content."""
     sample = [line.cells for line in lines[:200]]
@@ -238,7 +238,7 @@ def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
     def mostly(index: int, test: Any) -> bool:
         return sum(bool(test(cells[index])) for cells in sample) > 0.6 * len(sample)
 
-    ids = _naming(raw, sample, width)
+    ids = _find_id_columns(raw, sample, width)
     kinds = {
         index: "id" if index in ids
         else "split" if mostly(index, lambda cell: cell.casefold() in SPLIT_NAMES)
@@ -250,7 +250,7 @@ def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
     }  # fmt: skip
     usual = ["other", "any", "any", "score", "score", "score", "score", "word", "split"]
     if not ids and width == len(usual) and all(usual[i] in ("any", kinds[i]) for i in range(width)):
-        return {name: index for index, name in enumerate(_COLUMNS)}
+        return {name: index for index, name in enumerate(_SIMS_COLUMNS)}
     columns: dict[str, int] = {}
     of_kind = {kind: [i for i in kinds if kinds[i] == kind] for kind in ("split", "word", "score", "path", "other")}
     for name, kind in (("split", "split"), ("path", "path"), ("annotation", "word")):
@@ -260,22 +260,22 @@ def _guess(lines: list[Line], raw: Path) -> dict[str, int]:
     # the text column has the most Chinese characters, else the most characters; the ids come in the order video, clip
     rest = of_kind["other"]
     if rest:
-        columns["text"] = max(rest, key=lambda index: _wordy([cells[index] for cells in sample]))
+        columns["text"] = max(rest, key=lambda index: _text_richness([cells[index] for cells in sample]))
         ids = ids or [index for index in rest if index != columns["text"]]
     return columns | dict(zip(("video_id", "clip_id"), ids, strict=False))
 
 
-def _naming(raw: Path, sample: list[list[str]], width: int) -> list[int]:
+def _find_id_columns(raw: Path, sample: list[list[str]], width: int) -> list[int]:
     """The columns of video and clip ids, by the files in ``raw``: a clip id may look like a label. Empty if unknown."""
-    there = {(without_zeros(file.parent.name), without_zeros(file.stem)) for file in raw.glob("*/*")}
-    found: Counter[tuple[int, int]] = Counter()
+    existing = {(without_zeros(file.parent.name), without_zeros(file.stem)) for file in raw.glob("*/*")}
+    counts: Counter[tuple[int, int]] = Counter()
     for cells in sample:
         names = [without_zeros(cell) for cell in cells]
-        found.update(pair for pair in permutations(range(width), 2) if (names[pair[0]], names[pair[1]]) in there)
-    return [index for pair, rows in found.most_common(1) if rows > 0.6 * len(sample) for index in pair]
+        counts.update(pair for pair in permutations(range(width), 2) if (names[pair[0]], names[pair[1]]) in existing)
+    return [index for pair, rows in counts.most_common(1) if rows > 0.6 * len(sample) for index in pair]
 
 
-def _wordy(cells: list[str]) -> tuple[int, int]:
+def _text_richness(cells: list[str]) -> tuple[int, int]:
     """The numbers of different Chinese characters, and of different characters, per cell, summed over a column."""
     return sum(len(set(re.findall("[\u4e00-\u9fff]", cell))) for cell in cells), sum(len(set(cell)) for cell in cells)
 
@@ -302,7 +302,7 @@ def split_named(name: str | None) -> str:
 def finite(cell: str) -> float | None:
     """The cell as a finite number, also with a typographic minus or in full width (－０．５); else None."""
     try:
-        value = float(cell.translate(_TYPESET))
+        value = float(cell.translate(_TO_ASCII_SIGNS))
     except ValueError:
         return None
     return value if math.isfinite(value) else None
@@ -313,15 +313,15 @@ def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]
 
     Of two columns with the same meaning, the first is read.
     """
-    left, own = [], []
+    ignored, overruled = [], []
     for index, cell in enumerate(header):
         name = NAMES.get(cell.casefold(), cell.casefold())
-        if name in _OWN and name not in columns:
-            own.append(cell)
-        elif cell and (name not in _KNOWN or columns[name] != index):
-            left.append(cell)
-    told = {"ignored columns": left, "ignored columns, since video_id and clip_id name whole files": own}
-    return [f"{table}: {what}: {', '.join(cells)}" for what, cells in told.items() if cells]
+        if name in _SEGMENT_COLUMNS and name not in columns:
+            overruled.append(cell)
+        elif cell and (name not in _KNOWN_COLUMNS or columns[name] != index):
+            ignored.append(cell)
+    by_message = {"ignored columns": ignored, "ignored columns, since video_id and clip_id name whole files": overruled}
+    return [f"{table}: {message}: {', '.join(cells)}" for message, cells in by_message.items() if cells]
 
 
 def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
@@ -329,19 +329,19 @@ def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> lis
     index = columns["label"]
     if {finite(line.cells[index]) for line in lines if any(line.cells[index : index + 1])} != {0.0, 1.0}:
         return []
-    told = f"{table}: labels are only 0 and 1: 0 is neutral, 1 positive"
-    return [f"{told} — if 0 means negative, write words (negative/positive)"]
+    message = f"{table}: labels are only 0 and 1: 0 is neutral, 1 positive"
+    return [f"{message} — if 0 means negative, write words (negative/positive)"]
 
 
 def absent(table: Path, clips: list[Clip]) -> list[str]:
     """Warnings about what no clip has: a negative or a positive label, a video, a text."""
     scores = {clip.labels["M"] for clip in clips if "M" in clip.labels}
     signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # only_0_and_1 warns of 0 and 1
-    lacks = [
+    missing = [
         f"no label is {side} 0 (neutral) — labels range from -1 (negative) to 1 (positive)"
         for side, sign in (("below", 0), ("above", 2))
         if signs and sign not in signs
     ]
-    lacks += ["no clip has a video"] if table.suffix == ".csv" and not any(clip.video for clip in clips) else []
-    lacks += [] if any(clip.text for clip in clips) else ["no clip has a text"]
-    return [f"{table}: {what}" for what in lacks]
+    missing += ["no clip has a video"] if table.suffix == ".csv" and not any(clip.video for clip in clips) else []
+    missing += [] if any(clip.text for clip in clips) else ["no clip has a text"]
+    return [f"{table}: {message}" for message in missing]

@@ -21,11 +21,11 @@ CHINESE = {"zh", "chi", "zho", "chs", "cht", "cmn", "yue"}
 TITLED = re.compile(r"[中简繁簡粤粵]|[国國][语語]|(?<![a-z])(?:zh|chs|cht|chinese|mandarin)(?![a-z])", re.IGNORECASE)
 """Languages and titles of Chinese tracks."""
 
-_PICTURES = "are images, not text — give them as a file: --subtitles F.srt"
+_ARE_IMAGES = "are images, not text — give them as a file: --subtitles F.srt"
 
 
 def embedded(
-    video: str | Path, track: int | None = None, shift: float = 0.0, tell: Callable[[str], None] = lambda told: None
+    video: str | Path, track: int | None = None, shift: float = 0.0, tell: Callable[[str], None] = lambda message: None
 ) -> list[Line]:
     """The lines of a subtitle track inside a video file, on a player's clock; empty if it has no text track.
 
@@ -46,22 +46,22 @@ def embedded(
     with container:
         streams = list(container.streams.subtitles)
         if track is None:
-            streams = _texts(streams, lambda told: tell(f"{video}: {told}"))
+            streams = _text_tracks(streams, lambda message: tell(f"{video}: {message}"))
         elif not 0 <= track < len(streams):
-            there = f"there are 0 to {len(streams) - 1}" if streams else "it has none; give a file: --subtitles F.srt"
-            raise UsageError(f"{video}: no subtitle track {track} — {there}")
+            hint = f"there are 0 to {len(streams) - 1}" if streams else "it has none; give a file: --subtitles F.srt"
+            raise UsageError(f"{video}: no subtitle track {track} — {hint}")
         if not streams:
             return []
-        stream = streams[track] if track is not None else _spoken(streams)
+        stream = streams[track] if track is not None else _best_track(streams)
         if stream.codec_context is None:
             raise UserError(f"{video}: no decoder for subtitle track {track} — give a file: --subtitles F.srt")
-        zero = clock_start(container)
+        clock_offset = clock_start(container)
         discard_others(container, stream)
         cues = []
         for packet in container.demux(stream):
             if packet.pts is None or not packet.size:
                 continue
-            start = float(packet.pts * packet.time_base) - zero
+            start = float(packet.pts * packet.time_base) - clock_offset
             end = start + float((packet.duration or 0) * packet.time_base)
             try:
                 subtitles = packet.decode()
@@ -69,7 +69,7 @@ def embedded(
                 continue  # one damaged line must not fail the film
             for subtitle in subtitles:
                 if not isinstance(subtitle, AssSubtitle):
-                    raise UserError(f"{video}: its subtitles {_PICTURES}")
+                    raise UserError(f"{video}: its subtitles {_ARE_IMAGES}")
                 # ReadOrder, Layer, Style, Name, three margins, Effect, Text
                 words = subtitle.ass.decode("utf-8", errors="replace").split(",", 8)[-1]
                 event = pysubs2.SSAEvent(text=words)
@@ -78,14 +78,14 @@ def embedded(
     return merge(cues, shift)
 
 
-def _texts(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
+def _text_tracks(streams: list[Any], tell: Callable[[str], None]) -> list[Any]:
     """The text tracks; calls ``tell`` if there are only image tracks, or if only these are Chinese."""
-    known = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
-    texts = [s for s in known if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
-    if known and not texts:
-        tell(f"its subtitles {_PICTURES}")
-    elif any(map(_is_chinese, known)) and not any(map(_is_chinese, texts)):
-        tell(f"using subtitle track {streams.index(_spoken(texts))}, not a Chinese one: those {_PICTURES}")
+    decodable = [s for s in streams if s.codec_context is not None]  # teletext has no decoder here
+    texts = [s for s in decodable if Properties.BITMAP_SUB not in Properties(s.codec_context.codec.properties)]
+    if decodable and not texts:
+        tell(f"its subtitles {_ARE_IMAGES}")
+    elif any(map(_is_chinese, decodable)) and not any(map(_is_chinese, texts)):
+        tell(f"using subtitle track {streams.index(_best_track(texts))}, not a Chinese one: those {_ARE_IMAGES}")
     return texts
 
 
@@ -95,8 +95,8 @@ def _is_chinese(stream: Any) -> bool:
     return language in CHINESE or TITLED.search(stream.metadata.get("title", "")) is not None
 
 
-def _spoken(streams: list[Any]) -> Any:
+def _best_track(streams: list[Any]) -> Any:
     """The track that most likely contains everything that is said."""
-    some = [s for s in streams if _is_chinese(s)] or streams
-    some = [s for s in some if not s.disposition & Disposition.forced] or some
-    return next((s for s in some if s.disposition & Disposition.default), some[0])
+    candidates = [s for s in streams if _is_chinese(s)] or streams
+    candidates = [s for s in candidates if not s.disposition & Disposition.forced] or candidates
+    return next((s for s in candidates if s.disposition & Disposition.default), candidates[0])

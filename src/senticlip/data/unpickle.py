@@ -87,7 +87,7 @@ def _encode(text: Any, encoding: str) -> Any:
     return text if isinstance(text, np.ndarray) else text.encode("latin1")
 
 
-NAMES = {
+STAND_INS = {
     ("_reconstruct", "multiarray"): Array,
     ("scalar", "multiarray"): _scalar,
     ("_frombuffer", "numeric"): _from_buffer,
@@ -114,11 +114,11 @@ class Unpickler(pickle._Unpickler):  # the Python implementation: its opcodes ca
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name; any other name is refused."""
-        top = module.split(".")
-        found = NAMES.get((name, top[-1]))
-        if found is None or top[0] not in ("numpy", "_codecs"):
+        parts = module.split(".")
+        stand_in = STAND_INS.get((name, parts[-1]))
+        if stand_in is None or parts[0] not in ("numpy", "_codecs"):
             raise Refused(f"{module}.{name}")
-        return found
+        return stand_in
 
     def persistent_load(self, pid: Any) -> Any:
         """Refused: no data is outside the file."""
@@ -134,7 +134,7 @@ class Unpickler(pickle._Unpickler):  # the Python implementation: its opcodes ca
             raise Refused(f"a state of a {type(self.stack[-2]).__name__}")
         super().load_build()  # type: ignore[misc]
 
-    def _place(self, length: int) -> np.ndarray | None:
+    def _map_if_large(self, length: int) -> np.ndarray | None:
         """Map and skip a large object (never inside a pickle frame); None if it must be read."""
         frame = self._unframer.current_frame
         if length < LARGE or (frame is not None and frame.tell() < len(frame.getbuffer())):
@@ -145,33 +145,33 @@ class Unpickler(pickle._Unpickler):  # the Python implementation: its opcodes ca
         self.file.seek(length, io.SEEK_CUR)
         return np.memmap(self.file.name, np.uint8, "r", offset, (length,))
 
-    def _bytes(self, width: int) -> None:
+    def _load_bytes(self, width: int) -> None:
         length = int.from_bytes(self.read(width), "little")
-        mapped = self._place(length)
+        mapped = self._map_if_large(length)
         self.append(self.read(length) if mapped is None else mapped)
 
-    def _text(self, width: int) -> None:
+    def _load_text(self, width: int) -> None:
         """Protocol 2 writes bytes as text, a character per byte: large ones are decoded into a temporary file."""
         length = int.from_bytes(self.read(width), "little")
-        mapped = self._place(length) if self.proto < 3 else None
+        mapped = self._map_if_large(length) if self.proto < 3 else None
         if mapped is None:
             self.append(str(self.read(length), "utf-8", "surrogatepass"))
             return
         decoder = codecs.getincrementaldecoder("utf-8")()
-        with tempfile.TemporaryFile() as plain:
+        with tempfile.TemporaryFile() as decoded:
             for begin in range(0, length, CHUNK):
-                piece = mapped[begin : begin + CHUNK].tobytes()
-                plain.write(decoder.decode(piece, final=begin + CHUNK >= length).encode("latin1"))
-            plain.flush()
-            self.append(np.memmap(plain, np.uint8, "r"))  # outlives the file
+                chunk = mapped[begin : begin + CHUNK].tobytes()
+                decoded.write(decoder.decode(chunk, final=begin + CHUNK >= length).encode("latin1"))
+            decoded.flush()
+            self.append(np.memmap(decoded, np.uint8, "r"))  # outlives the file
 
 
 for opcode, reader, width in (
-    (pickle.BINBYTES, Unpickler._bytes, 4),
-    (pickle.BINBYTES8, Unpickler._bytes, 8),
-    (pickle.BYTEARRAY8, Unpickler._bytes, 8),
-    (pickle.BINUNICODE, Unpickler._text, 4),
-    (pickle.BINUNICODE8, Unpickler._text, 8),
+    (pickle.BINBYTES, Unpickler._load_bytes, 4),
+    (pickle.BINBYTES8, Unpickler._load_bytes, 8),
+    (pickle.BYTEARRAY8, Unpickler._load_bytes, 8),
+    (pickle.BINUNICODE, Unpickler._load_text, 4),
+    (pickle.BINUNICODE8, Unpickler._load_text, 8),
 ):
     Unpickler.dispatch[opcode[0]] = lambda self, reader=reader, width=width: reader(self, width)
 Unpickler.dispatch[pickle.BUILD[0]] = Unpickler.load_build
@@ -185,7 +185,7 @@ def load(path: str | Path) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return _plain(Unpickler(file).load(), {})
+            return _replace_stand_ins(Unpickler(file).load(), {})
     except Refused as error:
         raise UserError(
             f"{path}: contains {error}, but a feature file may hold only arrays, numbers, strings, lists and dicts — "
@@ -198,20 +198,20 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path}: not a complete pickle ({type(error).__name__}) — copy it again") from None
 
 
-def _plain(value: Any, done: dict[int, Any]) -> Any:
+def _replace_stand_ins(value: Any, replaced: dict[int, Any]) -> Any:
     """Replace all stand-ins by arrays; shared parts stay shared."""
-    if id(value) in done:
-        return done[id(value)][1]
+    if id(value) in replaced:
+        return replaced[id(value)][1]
     result = value
     if isinstance(value, Array):
-        result = _plain(value.value(), done)
+        result = _replace_stand_ins(value.value(), replaced)
     elif isinstance(value, dict):
-        result = {_plain(k, done): _plain(v, done) for k, v in value.items()}
+        result = {_replace_stand_ins(k, replaced): _replace_stand_ins(v, replaced) for k, v in value.items()}
     elif isinstance(value, list | tuple):
-        result = [_plain(v, done) for v in value]
+        result = [_replace_stand_ins(v, replaced) for v in value]
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise Refused(f"a number of {value.bit_length()} bits")
     elif not isinstance(value, np.ndarray | str | bytes | bytearray | int | float | bool | type(None)):
         raise Refused(f"a {type(value).__name__}")
-    done[id(value)] = (value, result)  # keeps the value alive, so that its id is not reused
+    replaced[id(value)] = (value, result)  # keeps the value alive, so that its id is not reused
     return result

@@ -57,9 +57,11 @@ class VideoReader:
         tick, zero = self._decoder.tick, self._decoder.container.start_time
         start = (self._decoder.stream.start_time or 0) * tick
         # the container's start is in microseconds, the stream's in exact ticks: use the latter if both agree
-        self._zero = start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
-        self._start = max(start, self._decoder.first * tick, self._zero) - self._zero
-        self._end = max(self._decoder.end * tick - self._zero, self._start)
+        self._clock_zero = (
+            start if zero is None or abs(Fraction(zero, 1_000_000) - start) < tick else Fraction(zero, 10**6)
+        )
+        self._start = max(start, self._decoder.first * tick, self._clock_zero) - self._clock_zero
+        self._end = max(self._decoder.end * tick - self._clock_zero, self._start)
 
     def __enter__(self) -> Self:
         return self
@@ -75,9 +77,9 @@ class VideoReader:
     @property
     def aspect(self) -> float:
         """Displayed width / height of the first picture: pixels may not be square, and it may be rotated."""
-        ((_, frame),) = self._decoder.frames([self._stamp(self._start)])
-        wide = frame.width * float(self._decoder.stream.sample_aspect_ratio or 1) / frame.height
-        return 1 / wide if frame.rotation % 180 else wide
+        ((_, frame),) = self._decoder.frames([self._to_ticks(self._start)])
+        aspect = frame.width * float(self._decoder.stream.sample_aspect_ratio or 1) / frame.height
+        return 1 / aspect if frame.rotation % 180 else aspect
 
     def read(
         self,
@@ -89,11 +91,11 @@ class VideoReader:
         cutaways: str = "keep",
     ) -> Frames:
         """See :func:`read_frames`."""
-        wanted = list(times) if times is not None else self._spaced(frames, start, end)
-        order = sorted(range(len(wanted)), key=wanted.__getitem__)
-        stamps = [self._stamp(wanted[i]) for i in order]
+        wanted_times = list(times) if times is not None else self._evenly_spaced_times(frames, start, end)
+        order = sorted(range(len(wanted_times)), key=wanted_times.__getitem__)
+        stamps = [self._to_ticks(wanted_times[i]) for i in order]
         pixels: dict[int, np.ndarray] = {}
-        shown: list[int] = [0] * len(wanted)
+        shown: list[int] = [0] * len(wanted_times)
         shape: tuple[int, ...] = ()
         for i, (stamp, frame) in zip(order, self._decoder.frames(stamps), strict=True):
             shown[i] = stamp
@@ -101,16 +103,16 @@ class VideoReader:
                 picture = upright(frame, shape if size is None else ())
                 shape = shape or picture.shape
                 pixels[stamp] = picture if size is None else resize(picture[None], size)[0].numpy()
-        keep = shown if times is not None else sorted(pixels)
-        nothing = np.zeros((0, 3, size or 0, size or 0), np.uint8)
-        stack = np.stack([pixels[stamp] for stamp in keep]) if keep else nothing
-        found = Frames(stack, np.array([self._seconds(stamp) for stamp in keep]))
+        kept = shown if times is not None else sorted(pixels)
+        empty = np.zeros((0, 3, size or 0, size or 0), np.uint8)
+        stack = np.stack([pixels[stamp] for stamp in kept]) if kept else empty
+        result = Frames(stack, np.array([self._to_seconds(stamp) for stamp in kept]))
         if cutaways == "drop":
-            stays = main_shot(resize(without_bars(stack), GRID).numpy())
-            found = Frames(stack[stays], found.times[stays])
-        return found
+            in_main_shot = main_shot(resize(without_bars(stack), GRID).numpy())
+            result = Frames(stack[in_main_shot], result.times[in_main_shot])
+        return result
 
-    def _spaced(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
+    def _evenly_spaced_times(self, frames: int, start: float | None, end: float | None) -> list[Fraction]:
         """t_i = start + (i + ½)·T/m; a piece that extends beyond the video is cut at its end."""
         if frames < 1:
             raise UsageError(f"{self.path}: {frames} frames requested — request at least 1")
@@ -124,12 +126,12 @@ class VideoReader:
             raise UserError(f"{self.path}: no frame at {start:.2f} s — the video ends at {float(self._end):.2f} s")
         return [first + (2 * i + 1) * (last - first) / (2 * frames) for i in range(frames)]
 
-    def _stamp(self, time: float | Fraction) -> int:
+    def _to_ticks(self, time: float | Fraction) -> int:
         """In ticks, plus a thousandth: otherwise, a time that was rounded down would miss the frame beginning there."""
-        return floor((Fraction(time) + self._zero) / self._decoder.tick + Fraction(1, 1000))
+        return floor((Fraction(time) + self._clock_zero) / self._decoder.tick + Fraction(1, 1000))
 
-    def _seconds(self, stamp: int) -> float:
-        return float(stamp * self._decoder.tick - self._zero)
+    def _to_seconds(self, stamp: int) -> float:
+        return float(stamp * self._decoder.tick - self._clock_zero)
 
 
 def read_frames(
@@ -178,8 +180,8 @@ def resize(pixels: np.ndarray | Tensor | Sequence[np.ndarray], size: int) -> Ten
     if min(frames.shape[-2:]) < size:
         # torch's 8-bit path is off by up to 2 when enlarging (coarse weights): use floats and PIL's two rounded passes
         for shape in ((frames.shape[-2], size), (size, size)):
-            wide = torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
-            frames = wide.round().clamp(0, 255).byte()
+            enlarged = torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
+            frames = enlarged.round().clamp(0, 255).byte()
     elif frames.shape[-2:] != (size, size):
         # channels_last selects the path that follows PIL, the fastest
         frames = frames.contiguous(memory_format=torch.channels_last)
@@ -200,29 +202,29 @@ def upright(frame: VideoFrame, shape: tuple[int, ...] = ()) -> np.ndarray:
     except ValueError:  # PyAV does not know all side data, such as a photo's EXIF: counterclockwise quarter turns
         a, b = ((1, 0), (0, -1), (-1, 0), (0, 1))[round(frame.rotation / 90) % 4]
         c, d = -b, a
-    turned = abs(b) > abs(a)
-    height, width = (shape[2:0:-1] if turned else shape[1:]) if shape else (frame.height, frame.width)
+    transposed = abs(b) > abs(a)
+    height, width = (shape[2:0:-1] if transposed else shape[1:]) if shape else (frame.height, frame.width)
     # starting threads takes as long as converting the frame
     rgb = frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
-    if turned:
+    if transposed:
         # a pixel at (x, y) is shown at (c·y, b·x)
         rgb, a, d = rgb.transpose(1, 0, 2), c, b
     rgb = rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return np.ascontiguousarray(rgb).transpose(2, 0, 1)
 
 
-def _cut_off(reader: VideoReader) -> str | None:
+def _truncation_problem(reader: VideoReader) -> str | None:
     """A line for the user if a file's header promises more pictures than are there."""
-    stream, there, promised = reader._decoder.stream, reader.duration, 0.0
+    stream, present, promised = reader._decoder.stream, reader.duration, 0.0
     if "matroska" in reader._decoder.container.format.name:  # streams have no duration, but a tag with their end
-        there = float(reader._end + reader._zero)
-        if told := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-            promised = sum(float(part) * unit for part, unit in zip(told.groups(), (3600, 60, 1), strict=True))
+        present = float(reader._end + reader._clock_zero)
+        if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+            promised = sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
     elif stream.duration:
         promised = float(stream.duration * reader._decoder.tick)
-    if there >= promised - max(0.5, 2 / (stream.average_rate or stream.guessed_rate or 25)):
+    if present >= promised - max(0.5, 2 / (stream.average_rate or stream.guessed_rate or 25)):
         return None
-    return f"{reader.path}: cut off, {there:.1f} s of {promised:.1f} s are there — copy it again"
+    return f"{reader.path}: cut off, {present:.1f} s of {promised:.1f} s are there — copy it again"
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -233,7 +235,7 @@ def probe(path: str | Path) -> VideoInfo:
     """
     with VideoReader(path) as reader:
         has_audio = bool(reader._decoder.container.streams.audio)
-        return VideoInfo(float(reader._start), reader.duration, reader.aspect, has_audio, _cut_off(reader))
+        return VideoInfo(float(reader._start), reader.duration, reader.aspect, has_audio, _truncation_problem(reader))
 
 
 def faults(clip: Clip) -> list[str]:

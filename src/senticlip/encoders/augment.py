@@ -38,23 +38,23 @@ def augment(vision: Sequence, strength: float) -> Sequence:
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(b, device=device).uniform_(low, high)
 
-    theta = _turns(b, strength, uniform)[clip]
+    theta = _affine_maps(b, strength, uniform)[clip]
     grid = torch.nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
     x = torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     contrast = torch.exp(strength * uniform(-0.4, 0.4))[clip, None, None, None]
-    bright = (strength * uniform(-40.0, 40.0))[clip, None, None, None]
+    brightness = (strength * uniform(-40.0, 40.0))[clip, None, None, None]
     sums = torch.zeros(b, device=device).index_add(0, clip, x.mean((1, 2, 3)))
-    middle = (sums / mask.sum(1).clamp(min=1))[clip, None, None, None]
-    x = (x - middle) * contrast + middle + bright
+    mean = (sums / mask.sum(1).clamp(min=1))[clip, None, None, None]
+    x = (x - mean) * contrast + mean + brightness
     grey = (torch.rand(b, device=device) < 0.3 * strength)[clip, None, None, None]
     x = torch.where(grey, x.mean(1, keepdim=True).expand_as(x), x)
-    x = torch.where(_box(b, h, w, strength, device)[clip, None], middle, x)
+    x = torch.where(_random_box(b, h, w, strength, device)[clip, None], mean, x)
     changed = pixels.clone()
     changed[mask] = x.clamp(0, 255).round().to(torch.uint8)
     return Sequence(changed, mask)
 
 
-def _turns(b: int, strength: float, uniform: Callable[[float, float], Tensor]) -> Tensor:
+def _affine_maps(b: int, strength: float, uniform: Callable[[float, float], Tensor]) -> Tensor:
     """The affine map of each clip (flip, crop, stretch, rotation), B×2×3."""
     scale = 1 - strength * uniform(0.0, 0.3)
     aspect = torch.exp(strength * uniform(-0.15, 0.15))
@@ -69,7 +69,7 @@ def _turns(b: int, strength: float, uniform: Callable[[float, float], Tensor]) -
     return theta
 
 
-def _box(b: int, h: int, w: int, strength: float, device: torch.device) -> Tensor:
+def _random_box(b: int, h: int, w: int, strength: float, device: torch.device) -> Tensor:
     """A random box in a share ``strength`` / 3 of the clips, sides up to a third of the frame's: B×H×W, True inside."""
     y, x = torch.arange(h, device=device)[None], torch.arange(w, device=device)[None]
     size = torch.rand(2, b, 1, device=device) / 3 * (torch.rand(b, 1, device=device) < strength / 3)

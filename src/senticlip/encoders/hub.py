@@ -128,13 +128,13 @@ def reachable(url: str, seconds: float = 5.0) -> bool:
     Runs in a daemon thread that may outlive the call: name resolution has no timeout, and each address has its own.
     """
     scheme = urllib.parse.urlparse(url).scheme
-    place = urllib.parse.urlparse(urllib.request.getproxies().get(scheme, url))
-    port = place.port or (80 if place.scheme == "http" else 443)
+    address = urllib.parse.urlparse(urllib.request.getproxies().get(scheme, url))
+    port = address.port or (80 if address.scheme == "http" else 443)
     answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def connect() -> None:
         try:
-            socket.create_connection((place.hostname or "", port), seconds).close()
+            socket.create_connection((address.hostname or "", port), seconds).close()
             answer.put(True)
         except OSError:
             answer.put(False)
@@ -174,22 +174,24 @@ def hf_config(data: dict[str, Any]) -> Any:
     """The transformers config for a dict with ``model_type``; models built from it are float32."""
     from transformers import AutoConfig
 
-    rest = {name: value for name, value in _sizes(data).items() if name not in ("model_type", "architectures")}
+    settings = {
+        name: value for name, value in _strip_runtime_keys(data).items() if name not in ("model_type", "architectures")
+    }
     try:
-        return AutoConfig.for_model(data["model_type"], **rest)
+        return AutoConfig.for_model(data["model_type"], **settings)
     except ValueError as error:
         raise UsageError(f"config.json: transformers cannot build this ({str(error).partition('. ')[0]})") from None
 
 
-def _sizes(data: dict[str, Any]) -> dict[str, Any]:
+def _strip_runtime_keys(data: dict[str, Any]) -> dict[str, Any]:
     """A config without the keys that say how it is computed or what code to load, also in nested dicts.
 
     ``dtype`` (formerly torch_dtype) could build models in half precision; ``attn_implementation`` and ``auto_map`` may
     name code on a hub.
     """
-    left = ("dtype", "torch_dtype", "auto_map")
-    kept = {name: value for name, value in data.items() if name not in left and not is_code(name)}
-    return {name: _sizes(value) if isinstance(value, dict) else value for name, value in kept.items()}
+    removed = ("dtype", "torch_dtype", "auto_map")
+    kept = {name: value for name, value in data.items() if name not in removed and not is_code(name)}
+    return {name: _strip_runtime_keys(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def is_code(name: Any) -> bool:
@@ -214,8 +216,8 @@ def load_pretrained(module: Any, weights: dict[str, Any], key: str, part: str = 
     Raises:
         UsageError: a tensor is missing.
     """
-    own = list(module.state_dict())
-    missing = sorted(name for name in own if part + name not in weights)
+    names = list(module.state_dict())
+    missing = sorted(name for name in names if part + name not in weights)
     if missing:
         raise UsageError(f"{key}: the weights lack {len(missing)} tensors, the first: {part}{missing[0]}")
-    module.load_state_dict({name: weights[part + name] for name in own})
+    module.load_state_dict({name: weights[part + name] for name in names})

@@ -32,7 +32,7 @@ def build_body(spec: dict[str, Any]) -> Any:
 
 
 def _names_backbone(config: dict[str, Any]) -> bool:
-    """Whether transformers would build a part of it as another network, possibly from a hub."""
+    """Whether the config names a backbone, which transformers would build as another network, possibly from a hub."""
     return any(
         (value and "backbone" in str(name)) or (isinstance(value, dict) and _names_backbone(value))
         for name, value in config.items()
@@ -140,16 +140,16 @@ class TextEncoder(nn.Module):
     def __init__(self, spec: dict[str, Any], config: TextConfig, prompt: str, prompt_length: int) -> None:
         super().__init__()
         self.body: Any = build_body(spec)
-        words = self.body.get_input_embeddings()
+        embed = self.body.get_input_embeddings()
         self.dim: int = self.body.config.hidden_size
         self.prefix = (
-            nn.Parameter(0.02 * torch.randn(config.prefix_length, words.embedding_dim)) if prompt == "learned" else None
+            nn.Parameter(0.02 * torch.randn(config.prefix_length, embed.embedding_dim)) if prompt == "learned" else None
         )
         ids = torch.zeros(prompt_length, dtype=torch.long) if prompt == "discrete" else None
         self.register_buffer("prompt_ids", ids)
         length = {"learned": config.prefix_length, "discrete": prompt_length, "none": 0}[prompt]
-        places = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
-        padding = getattr(places, "padding_idx", None)
+        position_embeddings = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
+        padding = getattr(position_embeddings, "padding_idx", None)
         unused = 0 if padding is None else padding + 1  # RoBERTa's positions start after it
         positions = getattr(self.body.config, "max_position_embeddings", -1)  # -1: relative positions, no limit
         limit = positions - length - unused
@@ -159,36 +159,36 @@ class TextEncoder(nn.Module):
     def start_prompt(self, ids: Tensor) -> None:
         """Initialise the prompt with token ids ``ids`` p (a learned prompt repeats them up to the prefix length)."""
         if self.prefix is not None:
-            words = self.body.get_input_embeddings().weight.detach()
+            embeddings = self.body.get_input_embeddings().weight.detach()
             with torch.no_grad():
-                self.prefix.copy_(words[ids.repeat(len(self.prefix) // len(ids) + 1)[: len(self.prefix)]])
+                self.prefix.copy_(embeddings[ids.repeat(len(self.prefix) // len(ids) + 1)[: len(self.prefix)]])
         elif self.prompt_ids is not None:
             self.prompt_ids.copy_(ids)
 
     def _avoids_sync(self, x: Tensor) -> bool:
         """Whether to pass a 4-D mask: with a 2-D one, transformers synchronises with the GPU to check for padding."""
         config = self.body.config
-        by_pairs = config.model_type in BY_PAIRS and config._attn_implementation == "sdpa"
-        return self.training and by_pairs and x.device.type == "cuda"
+        accepts_4d = config.model_type in BY_PAIRS and config._attn_implementation == "sdpa"
+        return self.training and accepts_4d and x.device.type == "cuda"
 
-    def _states(self, x: Tensor, seen: Tensor) -> Tensor:
+    def _states(self, x: Tensor, valid: Tensor) -> Tensor:
         """Token embeddings B×L×e and mask B×L → states B×L×d."""
-        mask = seen[:, None, None].expand(-1, -1, seen.shape[1], -1) if self._avoids_sync(x) else seen.long()
+        mask = valid[:, None, None].expand(-1, -1, valid.shape[1], -1) if self._avoids_sync(x) else valid.long()
         return self.body(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
     def forward(self, text: Sequence) -> Sequence:
         """Encode ids B×n; a row without text gets finite states and an all-False mask."""
         ids, mask = text
         ids = ids.masked_fill(~mask, self.body.config.pad_token_id or 0)
-        seen = mask.clone()
-        seen[:, 0] = True  # attention over an all-masked row is NaN
-        words = self.body.get_input_embeddings()
-        x = words(ids)  # B×n×e
-        prompt = self.prefix if self.prompt_ids is None else words(self.prompt_ids)
+        valid = mask.clone()
+        valid[:, 0] = True  # attention over an all-masked row is NaN
+        embed = self.body.get_input_embeddings()
+        x = embed(ids)  # B×n×e
+        prompt = self.prefix if self.prompt_ids is None else embed(self.prompt_ids)
         if prompt is None:
-            return Sequence(self._states(x, seen), mask)
+            return Sequence(self._states(x, valid), mask)
         p = len(prompt)
         x = torch.cat([x[:, :1], prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], 1)  # B×(1+p+n-1)×e
-        seen = torch.cat([seen[:, :1], seen.new_ones(x.shape[0], p), seen[:, 1:]], 1)
-        states = self._states(x, seen)
+        valid = torch.cat([valid[:, :1], valid.new_ones(x.shape[0], p), valid[:, 1:]], 1)
+        states = self._states(x, valid)
         return Sequence(torch.cat([states[:, :1], states[:, 1 + p :]], 1), mask)  # B×n×d

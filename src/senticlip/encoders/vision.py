@@ -33,20 +33,20 @@ def vision_spec(config: VisionConfig) -> tuple[dict[str, Any], Path | None]:
 
 
 def _clip_spec(data: dict[str, Any], folder: Path | None, size: int | None) -> dict[str, Any]:
-    sizes = hub.hf_config(data)
-    there = folder is not None and (folder / "preprocessor_config.json").is_file()
-    processor = hub.read_config(folder, "vision.encoder", "preprocessor_config.json") if folder and there else {}
+    config = hub.hf_config(data)
+    has_file = folder is not None and (folder / "preprocessor_config.json").is_file()
+    processor = hub.read_config(folder, "vision.encoder", "preprocessor_config.json") if folder and has_file else {}
     mean, std = processor.get("image_mean") or hub.OPENAI_MEAN, processor.get("image_std") or hub.OPENAI_STD
-    own, patch = sizes.vision_config.image_size, sizes.vision_config.patch_size
+    default_size, patch = config.vision_config.image_size, config.vision_config.patch_size
     if size and size < patch:
         raise UsageError(f"vision.size: {size} is smaller than one patch of this network ({patch} pixels)")
     return {
         "kind": "chinese_clip",
         "config": data,
-        "size": size or own,
+        "size": size or default_size,
         "mean": mean,
         "std": std,
-        "dim": sizes.projection_dim,
+        "dim": config.projection_dim,
     }
 
 
@@ -61,8 +61,8 @@ def _timm_name(encoder: str) -> str | None:
 def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
     import timm
 
-    found: Any = timm.get_pretrained_cfg(data["architecture"])
-    pretrained = data.get("pretrained_cfg") or found.to_dict()
+    default_cfg: Any = timm.get_pretrained_cfg(data["architecture"])
+    pretrained = data.get("pretrained_cfg") or default_cfg.to_dict()
     spec: dict[str, Any] = {
         "kind": "timm",
         "config": {"architecture": data["architecture"], "model_args": data.get("model_args") or {}},
@@ -77,13 +77,13 @@ def _timm_spec(data: dict[str, Any], size: int | None) -> dict[str, Any]:
             states = body(torch.zeros(1, 3, spec["size"], spec["size"], device="meta"))
         _, dim = states.shape
     except Exception as error:
-        told = f"{data['architecture']} cannot turn {spec['size']}×{spec['size']} pixels into one vector"
+        problem = f"{data['architecture']} cannot turn {spec['size']}×{spec['size']} pixels into one vector"
         reason = first_line(error)[:80]
-        raise UsageError(f"vision.encoder: {told} ({reason}) — choose another network or vision.size") from None
+        raise UsageError(f"vision.encoder: {problem} ({reason}) — choose another network or vision.size") from None
     return {**spec, "dim": dim}
 
 
-TOGETHER = 6
+FRAMES_PER_PASS = 6
 """Frames per forward pass in CPU inference: the activations of more would not fit into the CPU caches
 (EfficientNet-Lite0 at 160 pixels: 9 ms per frame, against 20 ms in passes of 192)."""
 
@@ -145,8 +145,8 @@ class ClassTokenLayer(nn.Module):
         parts = attention.k_proj.weight, attention.v_proj.weight
         to_keys, to_values = (part.unflatten(0, (attention.num_heads, -1)) for part in parts)  # H×w×D
         q = attention.q_proj(x[:, 0]).unflatten(1, (attention.num_heads, -1))  # N×H×w
-        asked = (q.transpose(0, 1) @ to_keys).transpose(0, 1)  # N×H×D
-        weights = self.attention_weights(attention.scale * (asked @ x.transpose(1, 2))[:, :, None])  # N×H×1×T
+        key_queries = (q.transpose(0, 1) @ to_keys).transpose(0, 1)  # N×H×D
+        weights = self.attention_weights(attention.scale * (key_queries @ x.transpose(1, 2))[:, :, None])  # N×H×1×T
         kept = nn.functional.dropout(weights, attention.dropout, self.training)[:, :, 0]
         context = ((kept @ x).transpose(0, 1) @ to_values.transpose(1, 2)).transpose(0, 1)  # N×H×w
         context = context + kept.sum(-1, keepdim=True) * attention.v_proj.bias.unflatten(0, q.shape[1:])
@@ -182,9 +182,9 @@ class VisionEncoder(nn.Module):
 
             config = hub.hf_config(spec["config"])
             self.body: Any = ChineseCLIPVisionModel(config.vision_config)
-            for part in self.body.modules():
-                if isinstance(getattr(part, "activation_fn", None), QuickGELUActivation):
-                    part.activation_fn = QuickGelu()
+            for module in self.body.modules():
+                if isinstance(getattr(module, "activation_fn", None), QuickGELUActivation):
+                    module.activation_fn = QuickGelu()
             self.body.embeddings.patch_embedding.__class__ = Patches  # keeps the weights that transformers initialised
             layers = self.body.encoder.layers
             layers[-1] = ClassTokenLayer(layers[-1])
@@ -208,9 +208,9 @@ class VisionEncoder(nn.Module):
                 import timm
 
                 # let timm load them: it resizes position embeddings to the image size
-                fitted = {"img_size": self.size} if _takes_size(self.body) else {}
-                source = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **fitted)
-                hub.load_pretrained(self.body, source.state_dict(), "vision.encoder")
+                size_args = {"img_size": self.size} if _takes_size(self.body) else {}
+                pretrained = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **size_args)
+                hub.load_pretrained(self.body, pretrained.state_dict(), "vision.encoder")
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """N×3×H×W in 0 … 255 → normalised as in the network's pretraining."""
@@ -250,14 +250,14 @@ def real_frames(vision: Sequence, encode: Callable[[Tensor], Tensor], empty: Ten
         vision: pixels B×m×3×H×W and mask B×m.
         encode: N×3×H×W → N×d.
         empty: the result for no frames, 0×d.
-        apart: encode ``TOGETHER`` frames at a time.
+        apart: encode ``FRAMES_PER_PASS`` frames at a time.
     """
     pixels, mask = vision
     rows = mask.flatten().nonzero()[:, 0]  # synchronises with a GPU
     states = empty
     if len(rows):
         real = pixels.flatten(0, 1)[rows]
-        states = torch.cat([encode(part) for part in real.split(TOGETHER if apart else len(real))])  # N×d
+        states = torch.cat([encode(part) for part in real.split(FRAMES_PER_PASS if apart else len(real))])  # N×d
     out = states.new_zeros(mask.numel(), states.shape[1]).index_copy(0, rows, states)
     return Sequence(out.unflatten(0, mask.shape), mask)  # B×m×d
 
@@ -267,7 +267,7 @@ def _takes_size(body: nn.Module) -> bool:
     return "img_size" in inspect.signature(type(body).__init__).parameters
 
 
-ELSEWHERE = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+FILE_ARGUMENTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments that would make timm read other files: a RUN may be untrusted, so it must not name any."""
 
 
@@ -275,7 +275,7 @@ def _timm_body(spec: dict[str, Any]) -> Any:
     import timm
 
     name = spec["config"]["architecture"]
-    args = {key: value for key, value in spec["config"]["model_args"].items() if key not in ELSEWHERE}
+    args = {key: value for key, value in spec["config"]["model_args"].items() if key not in FILE_ARGUMENTS}
     if not timm.is_model(name):  # "hf-hub:…" would access the network
         raise UsageError(f"vision.encoder: timm has no network {name}")
     body = timm.create_model(name, pretrained=False, num_classes=0, **args)

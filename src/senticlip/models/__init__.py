@@ -49,7 +49,7 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
     """
     widths = {name: width for name, width in (dims or {}).items() if name in config.modalities}
     if config.start is not None:
-        return _continued(config, widths)
+        return _continue_from_run(config, widths)
     parts: dict[str, Any] = {}
     folders: dict[str, Any] = {}
     tokens: dict[str, torch.Tensor] = {}
@@ -57,7 +57,7 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
     if "text" in config.modalities and "text" not in widths:
         spec, folders["text"] = text_encoder.text_spec(config.text)
         tokenizer = text_encoder.load_tokenizer(folders["text"], random=not config.text.pretrained)
-        tokens["prompt"] = _words(tokenizer, config.text.prefix_text)
+        tokens["prompt"] = _token_ids(tokenizer, config.text.prefix_text)
         if config.prompt != "none" and not len(tokens["prompt"]):
             raise UsageError(f"text.prefix_text: {config.text.prefix_text!r} has no token in this encoder's tokenizer")
         parts["text"] = {"spec": spec, "prompt_length": len(tokens["prompt"])}
@@ -75,19 +75,19 @@ def create_model(config: Config, dims: dict[str, int] | None = None) -> Sentimen
         widths["vision"] = parts["vision"]["spec"]["dim"]
     model = SentimentModel(SenticlipConfig(config.to_dict(), parts, widths))
     model.tokenizer = tokenizer
-    _start(model, parts, folders, tokens)
+    _initialize(model, parts, folders, tokens)
     return model
 
 
-def _continued(config: Config, widths: dict[str, int]) -> SentimentModel:
+def _continue_from_run(config: Config, widths: dict[str, int]) -> SentimentModel:
     """The model of the RUN ``config.start``, to be trained with ``config``; buffers fitted to the data are reset."""
     saved = SentimentModel.from_pretrained(str(config.start))
-    its, ours = _architecture(saved.experiment), _architecture(config)
+    old, new = _architecture(saved.experiment), _architecture(config)
     for name, width in widths.items():  # of features only: an encoder brings its own
-        its[f"width of {name}"], ours[f"width of {name}"] = saved.config.dims.get(name), width
-    for key, value in ours.items():
-        if its[key] != value:
-            raise UsageError(f"start: {key} is {its[key]} in {config.start}, {value} here — use its experiment.yaml")
+        old[f"width of {name}"], new[f"width of {name}"] = saved.config.dims.get(name), width
+    for key, value in new.items():
+        if old[key] != value:
+            raise UsageError(f"start: {key} is {old[key]} in {config.start}, {value} here — use its experiment.yaml")
     model = SentimentModel(SenticlipConfig(config.to_dict(), saved.config.encoders, saved.config.dims))
     model.load_state_dict(saved.state_dict())
     model.tokenizer = saved.tokenizer
@@ -101,7 +101,7 @@ def _architecture(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dotted(config.to_dict()).items() if not key.startswith(TRAINING)}
 
 
-def _words(tokenizer: Any, text: str) -> torch.Tensor:
+def _token_ids(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
@@ -111,8 +111,8 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
     source: Any
     key, source = "label.encoder", label
     if label.encoder is None:
-        clip = parts.get("vision", {}).get("spec", {}).get("kind") == "chinese_clip"
-        key, source = ("vision.encoder", config.vision) if clip else ("text.encoder", config.text)
+        is_clip = parts.get("vision", {}).get("spec", {}).get("kind") == "chinese_clip"
+        key, source = ("vision.encoder", config.vision) if is_clip else ("text.encoder", config.text)
     if source.encoder in FROM_FILE:
         raise UsageError(
             "head: similarity needs an encoder that reads the labels — set label.encoder=FOLDER or head=linear"
@@ -122,12 +122,12 @@ def _label_part(config: Config, parts: dict[str, Any]) -> tuple[dict[str, Any], 
     weights = folder if label.pretrained and source.pretrained else None
     ids, mask = text_encoder.tokenize(text_encoder.load_tokenizer(folder, random=weights is None), prompts, 52)
     if len({tuple(row) for row in ids.tolist()}) < len(prompts):
-        why = "the same name, unknown words, or more than 52 tokens"
-        raise UsageError(f"label.names, label.prompt: two labels look the same to the encoder ({why}) — change them")
+        cause = "the same name, unknown words, or more than 52 tokens"
+        raise UsageError(f"label.names, label.prompt: two labels look the same to the encoder ({cause}) — change them")
     return {"spec": spec, "shape": list(ids.shape)}, weights, ids, mask
 
 
-def _start(
+def _initialize(
     model: SentimentModel, parts: dict[str, Any], folders: dict[str, Any], tokens: dict[str, torch.Tensor]
 ) -> None:
     """Load pretrained weights, initialise the prompt and encode the label prompts."""

@@ -56,43 +56,43 @@ def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
     layers = _layers(module)
     if not 0 < how <= len(layers):
         raise UsageError(f"{key}: top {how} layers, but the encoder has {len(layers)}")
-    names = {id(p) for p in layers[len(layers) - how].parameters()}
-    learning = False
+    first = {id(p) for p in layers[len(layers) - how].parameters()}
+    reached = False
     for parameter in module.parameters():  # definition order is depth order
-        learning = learning or id(parameter) in names
-        parameter.requires_grad_(learning)
+        reached = reached or id(parameter) in first
+        parameter.requires_grad_(reached)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """The layers of an encoder: its stack of modules with the most parameters, preferring stacks of several layers."""
     stacks = [stack for part in module.modules() if (stack := _stack(part))]
-    return max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_size, stack))), default=[])
+    return max(stacks, key=lambda stack: (len(stack) > 1, sum(map(_count_parameters, stack))), default=[])
 
 
 def _stack(module: nn.Module) -> list[nn.Module]:
     """The layers of one module: the items of a list, or sibling lists of one kind (as ResNet's layer1 … layer4)."""
     lists = nn.ModuleList | nn.Sequential
-    parts = [part for part in module.children() if _size(part)]  # modules without parameters are not layers
+    parts = [part for part in module.children() if _count_parameters(part)]  # modules without parameters are not layers
     if isinstance(module, lists):
         return parts
     kinds: dict[type, list[nn.Module]] = {}
     for part in parts:
         if isinstance(part, lists):
             kinds.setdefault(type(part[0]), []).append(part)
-    return max(kinds.values(), key=lambda kind: sum(map(_size, kind)), default=[])
+    return max(kinds.values(), key=lambda kind: sum(map(_count_parameters, kind)), default=[])
 
 
 def _eval_frozen(module: nn.Module) -> None:
     """Put submodules without trainable parameters into eval mode."""
-    learning = {parameter.requires_grad for parameter in module.parameters()}
-    if learning == {False}:
+    trainable = {parameter.requires_grad for parameter in module.parameters()}
+    if trainable == {False}:
         module.eval()
-    elif False in learning:
+    elif False in trainable:
         for child in module.children():
             _eval_frozen(child)
 
 
-def _size(module: nn.Module) -> int:
+def _count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
@@ -110,8 +110,8 @@ def run_folder(run: str | Path) -> Path:
 def only(features: Batch, kept: Collection[str]) -> Batch:
     """The same rows with only the modalities ``kept``; each other one becomes a single masked position."""
     parts = features.modalities.items()
-    gone = {name: Sequence(s.values[:, :1], torch.zeros_like(s.mask[:, :1])) for name, s in parts if name not in kept}
-    return Batch({**features.modalities, **gone}, features.labels, features.rows)
+    masked = {name: Sequence(s.values[:, :1], torch.zeros_like(s.mask[:, :1])) for name, s in parts if name not in kept}
+    return Batch({**features.modalities, **masked}, features.labels, features.rows)
 
 
 class SentimentModel(PreTrainedModel):
@@ -173,7 +173,7 @@ class SentimentModel(PreTrainedModel):
             raise UsageError(
                 f"{path}: no trained model here (config.json and model.safetensors) — create one with senticlip train"
             )
-        model = cls._described(path)
+        model = cls._build_from_folder(path)
         if not os.access(path / "model.safetensors", os.R_OK):
             raise UserError(f"{path}/model.safetensors: cannot be read (permission denied) — ask its owner")
         try:
@@ -187,14 +187,14 @@ class SentimentModel(PreTrainedModel):
         if "text" in model.encoders:
             model.tokenizer = load_tokenizer(path / "tokenizer")
             encoder: Any = model.encoders["text"]
-            words, known = len(model.tokenizer), encoder.body.get_input_embeddings().num_embeddings
-            if words > known:
-                told = f"{words} words, but the model has {known}"
-                raise UserError(f"{path}/tokenizer: {told} — copy it again, it belongs to another model")
+            vocabulary, embeddings = len(model.tokenizer), encoder.body.get_input_embeddings().num_embeddings
+            if vocabulary > embeddings:
+                problem = f"{vocabulary} words, but the model has {embeddings}"
+                raise UserError(f"{path}/tokenizer: {problem} — copy it again, it belongs to another model")
         return model.eval()
 
     @classmethod
-    def _described(cls, path: Path) -> SentimentModel:
+    def _build_from_folder(cls, path: Path) -> SentimentModel:
         """The model that a folder's config.json describes, without loading its weights."""
         try:
             config = SenticlipConfig.from_pretrained(path)
@@ -245,8 +245,8 @@ class SentimentModel(PreTrainedModel):
         """
         torch._dynamo.config.recompile_limit = 64  # layer kinds × frozen or not × shapes; beyond it, uncompiled
         for name, encoder in self.encoders.items():
-            for part in _layers(encoder.get_submodule("body")):
-                part.compile(dynamic=True if name == "text" else None)
+            for layer in _layers(encoder.get_submodule("body")):
+                layer.compile(dynamic=True if name == "text" else None)
 
     def encode(self, batch: Batch) -> Batch:
         """Token ids and pixels → features by modality; modalities that the model does not use are dropped.
@@ -281,8 +281,8 @@ class SentimentModel(PreTrainedModel):
         output = self.fuse(features, attention)
         if not alone:
             return output
-        said = {name: one.log_probs for name, one in self.alone(features).items() if one.log_probs is not None}
-        return output._replace(alone=said)
+        log_probs = {name: one.log_probs for name, one in self.alone(features).items() if one.log_probs is not None}
+        return output._replace(alone=log_probs)
 
     def alone(self, features: Batch) -> dict[str, Output]:
         """The output for each modality of ``features`` on its own."""

@@ -67,9 +67,9 @@ class Whiten(nn.Module):
             count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.T @ rows
         if count:
             mean = total / count
-            spread, directions = torch.linalg.eigh(squares / count - mean[:, None] * mean)
+            variances, directions = torch.linalg.eigh(squares / count - mean[:, None] * mean)
             self.mean.copy_(mean)
-            self.turn.copy_(directions / (spread.clamp_min(0) + 1e-3).sqrt())
+            self.turn.copy_(directions / (variances.clamp_min(0) + 1e-3).sqrt())
 
 
 class ClipCaMsa(nn.Module):
@@ -99,8 +99,8 @@ class ClipCaMsa(nn.Module):
         self.labels = LabelEncoder(label["spec"], tuple(label["shape"]), config.label.train) if label else None
         self.heads: Any = nn.ModuleDict({name: self._head(name) for name in self.names})
         self.combine: Any = LOSSES[config.loss](self.names)
-        own = self.fusion is not None and "audio" in self.names and config.audio.own
-        self.hearing = PooledHead(config) if own else None  # logits from the audio alone, for its own label
+        has_own_loss = self.fusion is not None and "audio" in self.names and config.audio.own
+        self.hearing = PooledHead(config) if has_own_loss else None  # logits from the audio alone, for its own label
         self.register_buffer("temperature", torch.ones(len(self.names)))
         self.register_buffer("class_weights", torch.ones(len(LABELS)))
 
@@ -114,14 +114,14 @@ class ClipCaMsa(nn.Module):
         rows, device = next((s.mask.shape[0], s.mask.device) for s in batch.modalities.values())
         states, present = {}, {}
         for name in self.names:
-            features = batch.modalities.get(name) or _nothing(rows, self.dims[name], device)
+            features = batch.modalities.get(name) or _empty_sequence(rows, self.dims[name], device)
             present[name] = features.mask.any(1)  # B
             if name == "audio":
                 features = self.whiten(features)
             states[name] = self.entrances[name](features, present[name])  # B×L×d
         if self.temporal is not None:
             states["vision"] = self.temporal(states["vision"])  # eq. 8, B×(1+m)×d
-        own = {"audio_own": self.hearing(states["audio"]).float()} if self.hearing is not None else {}
+        own_logits = {"audio_own": self.hearing(states["audio"]).float()} if self.hearing is not None else {}
         maps: dict[str, Tensor] = {}
         if self.fusion is not None:
             states, maps = self.fusion(states, attention)  # eq. 9-12
@@ -129,7 +129,7 @@ class ClipCaMsa(nn.Module):
         weights = self.weights(present)
         log_probs = self.decide(logits, weights)
         first = {name: s.values[:, 0] for name, s in states.items()}
-        return Output(logits, log_probs, weights, None, maps, first | own)
+        return Output(logits, log_probs, weights, None, maps, first | own_logits)
 
     def _logits(self, name: str, states: Sequence) -> Tensor:
         if name == "vision" and self.labels is not None:
@@ -151,15 +151,15 @@ class ClipCaMsa(nn.Module):
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Focal loss for text, cross-entropy for the others, each over rows that have the modality and a label."""
         scores = batch.labels[self.config.target]
-        known = ~scores.isnan()
+        labelled = ~scores.isnan()
         target = polarity(scores)
         losses, observed = {}, {}
         for name, logits in output.logits.items():
             gamma = self.config.focal_gamma if name == "text" else 0.0
-            rows = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
-            counts = known & (output.weights[name] > 0)
-            observed[name] = count_of(counts) > 0
-            losses[name] = mean_of(rows, counts)
+            row_losses = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
+            used = labelled & (output.weights[name] > 0)
+            observed[name] = count_of(used) > 0
+            losses[name] = mean_of(row_losses, used)
         total = self.combine(losses, observed)
         if self.hearing is not None:
             losses["own"] = self._own_loss(output, batch)
@@ -169,9 +169,9 @@ class ClipCaMsa(nn.Module):
     def _own_loss(self, output: Output, batch: Batch) -> Tensor:
         """Cross-entropy of the logits of the audio alone against its own label A, as in Yu et al. 2020 (CH-SIMS)."""
         scores = batch.labels[OWN_LABEL["audio"]]
-        known = ~scores.isnan() & (output.weights["audio"] > 0)
+        used = ~scores.isnan() & (output.weights["audio"] > 0)
         logits, target = output.features["audio_own"], polarity(scores)
-        return mean_of(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), known)
+        return mean_of(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), used)
 
     @torch.no_grad()
     def prepare(self, training: Any) -> None:
@@ -189,5 +189,5 @@ class ClipCaMsa(nn.Module):
             self.heads["vision"].logit_scale.clamp_(max=MAX_SCALE)
 
 
-def _nothing(rows: int, dim: int, device: torch.device) -> Sequence:
+def _empty_sequence(rows: int, dim: int, device: torch.device) -> Sequence:
     return Sequence(torch.zeros(rows, 1, dim, device=device), torch.zeros(rows, 1, dtype=torch.bool, device=device))

@@ -36,9 +36,9 @@ class Perception(nn.Module):
         """Each pooled vector is the query; the other modality's sequence provides keys and values."""
         contexts, maps = [], []
         for attention, (query, _), (_, context) in zip(self.attention, (a, b), (b, a), strict=True):
-            keys = ~context.mask
+            padding = ~context.mask
             values, weights = attention(
-                query[:, None], context.values, context.values, key_padding_mask=keys, average_attn_weights=False
+                query[:, None], context.values, context.values, key_padding_mask=padding, average_attn_weights=False
             )
             contexts.append(values[:, 0])
             maps.append(weights)
@@ -73,18 +73,18 @@ class MMAF(Peer):
 
     def forward(self, batch: Batch, attention: bool = False) -> Output:
         """Logits B×C of the joint task, and of each modality whose task is trained."""
-        found = self.inputs(batch)
-        there = {name: sequence.mask.any(1) for name, sequence in found.items()}  # B each
-        inputs = {name: self.encode(name, sequence) for name, sequence in found.items()}
-        pooled = {name: masked_mean(sequence) for name, sequence in inputs.items()}  # B×d each
-        parts, real = list(pooled.values()), list(there.values())
+        inputs = self.inputs(batch)
+        present = {name: sequence.mask.any(1) for name, sequence in inputs.items()}  # B each
+        encoded = {name: self.encode(name, sequence) for name, sequence in inputs.items()}
+        pooled = {name: masked_mean(sequence) for name, sequence in encoded.items()}  # B×d each
+        parts, part_present = list(pooled.values()), list(present.values())
         maps: dict[str, Tensor] = {}
         for a, b in self.pairs:
-            both, (ab, ba) = self.perception[f"{a}_{b}"]((pooled[a], inputs[a]), (pooled[b], inputs[b]))
+            both, (ab, ba) = self.perception[f"{a}_{b}"]((pooled[a], encoded[a]), (pooled[b], encoded[b]))
             parts.append(both)
-            real.append(there[a] & there[b])
+            part_present.append(present[a] & present[b])
             maps |= {f"{a}_asks_{b}": ab, f"{b}_asks_{a}": ba} if attention else {}
-        keep = torch.stack(real, -1)  # B×P
+        keep = torch.stack(part_present, -1)  # B×P
         states = torch.where(keep[..., None], torch.stack(parts, 1), 0)  # B×P×d: absent parts are zero
         gate = self.gates(states, keep)
         fused = (gate[..., None] * states).sum(1)
@@ -117,11 +117,11 @@ class MMAF(Peer):
         losses, observed, inputs = {}, {}, self.inputs(batch)
         for name in self.tasks:
             labels = batch.labels[self.target if name == "fused" else OWN_LABEL[name]]
-            known = ~labels.isnan()
+            used = ~labels.isnan()
             if name != "fused":
-                known = known & inputs[name].mask.any(1)
-            observed[name] = count_of(known) > 0
-            losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), known)
+                used = used & inputs[name].mask.any(1)
+            observed[name] = count_of(used) > 0
+            losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), used)
         logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
         return (losses["fused"] if self.weigh is None else self.weigh(losses, observed)), logs
 

@@ -25,12 +25,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """Scaled dot-product attention with weight dropout; B×heads×L×d, mask B×1×queries×keys (True: attend)."""
     if not p or q.is_cuda:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    q, parts = q / math.sqrt(q.shape[-1]), []
-    for rows, seen in zip(q.split(BLOCK, 2), mask.split(BLOCK, 2), strict=True):
-        end = int(seen.flatten(0, 2).any(0).nonzero()[-1]) + 1  # no query of this block attends beyond it
-        weights = (rows @ k[:, :, :end].mT).masked_fill(~seen[..., :end], -torch.inf).softmax(-1)
-        parts.append(dropout(weights, p, True) @ v[:, :, :end])
-    return torch.cat(parts, 2)
+    q, contexts = q / math.sqrt(q.shape[-1]), []
+    for queries, allowed in zip(q.split(BLOCK, 2), mask.split(BLOCK, 2), strict=True):
+        end = int(allowed.flatten(0, 2).any(0).nonzero()[-1]) + 1  # no query of this block attends beyond it
+        weights = (queries @ k[:, :, :end].mT).masked_fill(~allowed[..., :end], -torch.inf).softmax(-1)
+        contexts.append(dropout(weights, p, True) @ v[:, :, :end])
+    return torch.cat(contexts, 2)
 
 
 class Layer(nn.Module):
@@ -94,8 +94,8 @@ class Encoder(nn.Module):
         x = self.embed(x)
         for layer in self.layers[:-1]:
             x = layer(x, x, mask)
-        rows, at = torch.arange(len(x), device=x.device), lengths - 1
-        final = self.layers[-1](x[rows, at][:, None], x, mask[rows, :, at][:, :, None])
+        rows, last_step = torch.arange(len(x), device=x.device), lengths - 1
+        final = self.layers[-1](x[rows, last_step][:, None], x, mask[rows, :, last_step][:, :, None])
         return self.norm(final[:, 0])
 
 

@@ -37,12 +37,12 @@ class Peer(nn.Module):
 
     def __init__(self, config: Config, dims: dict[str, int]) -> None:
         super().__init__()
-        known = {**Peer.DEFAULTS, **self.DEFAULTS}
-        unknown = sorted(map(str, set(config.options) - set(known)))
+        defaults = {**Peer.DEFAULTS, **self.DEFAULTS}
+        unknown = sorted(map(str, set(config.options) - set(defaults)))
         if unknown:
-            raise UsageError(f"options.{unknown[0]}: {config.model} has no such option, only {', '.join(known)}")
-        given = {name: typed(type(known[name]), value, f"options.{name}") for name, value in config.options.items()}
-        self.options = {**known, **given}
+            raise UsageError(f"options.{unknown[0]}: {config.model} has no such option, only {', '.join(defaults)}")
+        given = {name: typed(type(defaults[name]), value, f"options.{name}") for name, value in config.options.items()}
+        self.options = {**defaults, **given}
         _check(self.options, self.TASKS)
         if config.train.balance == "weights" and self.options["task"] == "regression":
             raise UsageError(f"train.balance: weights — {config.model} learns a score, not classes: choose none")
@@ -55,12 +55,12 @@ class Peer(nn.Module):
 
     def inputs(self, batch: Batch) -> dict[str, Sequence]:
         """Features by modality, in this peer's order and dtype; a modality not in the batch is absent in all rows."""
-        kind, rows = next(self.parameters()).dtype, next(iter(batch.modalities.values())).mask
-        absent, found = rows.new_zeros(len(rows), 1), {}
+        dtype, reference = next(self.parameters()).dtype, next(iter(batch.modalities.values())).mask
+        absent, sequences = reference.new_zeros(len(reference), 1), {}
         for name, dim in self.dims.items():
-            values, mask = batch.modalities.get(name) or (absent.new_zeros(len(rows), 1, dim), absent)
-            found[name] = Sequence(values.to(kind), mask)
-        return found
+            values, mask = batch.modalities.get(name) or (absent.new_zeros(len(reference), 1, dim), absent)
+            sequences[name] = Sequence(values.to(dtype), mask)
+        return sequences
 
     def answer(self, raw: Tensor, **more: Any) -> Output:
         """Logits B×C or scores B×1 as an Output; in fp32, since rounding could make two logits equal."""
@@ -72,12 +72,12 @@ class Peer(nn.Module):
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """L1 of the score or cross-entropy of the logits, over rows with a known label."""
         labels = batch.labels[self.target]
-        known = ~labels.isnan()
+        labelled = ~labels.isnan()
         if output.score is None:
-            rows = self.cross_entropy(output.logits["fused"], labels)
+            row_losses = self.cross_entropy(output.logits["fused"], labels)
         else:
-            rows = (output.score - labels).abs()
-        return mean_of(rows, known), {}
+            row_losses = (output.score - labels).abs()
+        return mean_of(row_losses, labelled), {}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each row, B; the class is the sign of the label. Mask rows without a label (NaN)."""
@@ -86,17 +86,17 @@ class Peer(nn.Module):
 
 def _check(options: dict[str, Any], tasks: tuple[str, ...]) -> None:
     """Reject option values out of range."""
-    words = {"task": tasks, "tasks": TARGETS, "text_pool": ("first", "mean")}
+    choices = {"task": tasks, "tasks": TARGETS, "text_pool": ("first", "mean")}
     for name, value in options.items():
-        if name in words:
-            if wrong := [word for word in (value if isinstance(value, list) else [value]) if word not in words[name]]:
-                raise UsageError(f"options.{name}: {wrong[0]!r} — choose from {', '.join(words[name])}")
+        if name in choices:
+            if invalid := [v for v in (value if isinstance(value, list) else [value]) if v not in choices[name]]:
+                raise UsageError(f"options.{name}: {invalid[0]!r} — choose from {', '.join(choices[name])}")
         elif name.endswith("dropout") and not 0 <= value < 1:
             raise UsageError(f"options.{name}: {value} — must be at least 0 and below 1")
         else:  # counts are at least 1, other numbers at least 0
-            least = 1 if type(value) is int else 0
-            if not least <= value < math.inf:
-                raise UsageError(f"options.{name}: {value} — must be at least {least}")
+            minimum = 1 if type(value) is int else 0
+            if not minimum <= value < math.inf:
+                raise UsageError(f"options.{name}: {value} — must be at least {minimum}")
     if options.get("width", 0) % options.get("heads", 1):
         raise UsageError(f"options.width: {options['width']} is not divisible by heads: {options['heads']}")
 
@@ -182,8 +182,8 @@ def branches(
     nets: dict[str, nn.Module] = {}
     for name in names:
         dim, hidden = dims[name], options[f"{name}_hidden"]
-        text = name == "text"
-        nets[name] = RecurrentNet(dim, hidden, text_out) if text else PooledNet(dim, hidden, options["dropout"])
+        is_text = name == "text"
+        nets[name] = RecurrentNet(dim, hidden, text_out) if is_text else PooledNet(dim, hidden, options["dropout"])
     return nn.ModuleDict(nets), [text_out if name == "text" else options[f"{name}_hidden"] for name in names]
 
 

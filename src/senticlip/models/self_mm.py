@@ -85,12 +85,12 @@ class SelfMM(Peer):
         self._resize_buffers(len(training))
 
     def _resize_buffers(self, size: int) -> None:
-        place = self.branches[JOINT].layer1.weight
-        self.register_buffer("labels", place.new_full((len(self.heads), size), torch.nan))
+        weight = self.branches[JOINT].layer1.weight
+        self.register_buffer("labels", weight.new_full((len(self.heads), size), torch.nan))
         for name in self.heads:
             width = self.options[f"{name}_post"]
-            self.register_buffer(f"seen_{name}", place.new_zeros(size, width))
-            self.register_buffer(f"centres_{name}", place.new_zeros(2, width))
+            self.register_buffer(f"seen_{name}", weight.new_zeros(size, width))
+            self.register_buffer(f"centres_{name}", weight.new_zeros(2, width))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         """First resize the buffers to the size in the checkpoint."""
@@ -120,32 +120,32 @@ class SelfMM(Peer):
         if batch.rows is None:
             raise UsageError("self_mm: a training batch needs the index of its rows, to keep a label for each")
         truth, index = batch.labels[self.target].to(self.labels), batch.rows
-        known = ~truth.isnan()
+        labelled = ~truth.isnan()
         if int(index.max()) >= self.labels.shape[1]:
             raise UsageError(f"self_mm: prepared for {self.labels.shape[1]} rows, but row {int(index.max())} came")
         own = self.labels[:, index]
         own = torch.where(own.isnan(), truth, own)  # heads×B: the joint label until one is generated
         own, joint = own.nan_to_num(), truth.nan_to_num()  # else a row without a label would have the gradient 0 · NaN
-        came = {name: sequence.mask.any(1) for name, sequence in batch.modalities.items()}
-        there = torch.stack([came.get(name, torch.full_like(known, name == JOINT)) for name in self.heads])  # heads×B
+        masks = {name: sequence.mask.any(1) for name, sequence in batch.modalities.items()}
+        mask = torch.stack([masks.get(n, torch.full_like(labelled, n == JOINT)) for n in self.heads])  # heads×B
         total, logs = output.features[f"{JOINT}_score"].new_zeros(()), {}
-        for name, labels, rows in zip(self.heads, own, known & there, strict=True):
+        for name, labels, used in zip(self.heads, own, labelled & mask, strict=True):
             weight = torch.ones_like(labels) if name == JOINT else (labels - joint).abs().tanh()
-            loss = mean_of(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), rows)
+            loss = mean_of(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), used)
             total, logs[f"loss_{name}"] = total + loss, loss.detach()
         features = torch.cat([output.features[name].detach().to(self.labels) for name in self.heads], -1)
-        self.remember(index, truth, features, there)
+        self.remember(index, truth, features, mask)
         return total, logs
 
     @torch.no_grad()
-    def remember(self, index: Tensor, truth: Tensor, features: Tensor, there: Tensor) -> None:
+    def remember(self, index: Tensor, truth: Tensor, features: Tensor, mask: Tensor) -> None:
         """Update the labels and stored features (B×Σh) of these rows, then the centres, across all processes.
 
-        ``there`` (heads×B): which rows have the modality; rows without it get no label and count in no centre.
+        ``mask`` (heads×B): which rows have the modality; rows without it get no label and count in no centre.
         """
-        index, truth, features, came = (gathered(values) for values in (index, truth, features, there.T.contiguous()))
+        index, truth, features, masks = (gathered(values) for values in (index, truth, features, mask.T.contiguous()))
         known = ~truth.isnan()
-        index, truth, features, came = index[known], truth[known], features[known], came[known]
+        index, truth, features, masks = index[known], truth[known], features[known], masks[known]
         by_head = dict(
             zip(self.heads, features.split([self.options[f"{n}_post"] for n in self.heads], -1), strict=True)
         )
@@ -153,18 +153,18 @@ class SelfMM(Peer):
         own = torch.where(own.isnan(), truth, own)
         if self.epoch > 1:
             tilt = {n: lean(by_head[n], *getattr(self, f"centres_{n}")) for n in self.heads}
-            moved = [
+            updated = [
                 new_label(own[i], truth, tilt[n], tilt[JOINT], self.epoch, self.options["limit"])
                 for i, n in enumerate(self.heads)
                 if n != JOINT
             ]
-            own = torch.stack([truth, *moved])
-        self.labels[:, index] = torch.where(came.T, own, torch.nan)
+            own = torch.stack([truth, *updated])
+        self.labels[:, index] = torch.where(masks.T, own, torch.nan)
         for name, labels in zip(self.heads, self.labels, strict=True):
-            seen = getattr(self, f"seen_{name}")
-            seen[index] = by_head[name]
-            sides = torch.stack([labels < 0, labels > 0]).to(seen)  # 2×N; NaN counts on neither side
-            getattr(self, f"centres_{name}").copy_(sides @ seen / sides.sum(1, keepdim=True).clamp(min=1))
+            stored = getattr(self, f"seen_{name}")
+            stored[index] = by_head[name]
+            sides = torch.stack([labels < 0, labels > 0]).to(stored)  # 2×N; NaN counts on neither side
+            getattr(self, f"centres_{name}").copy_(sides @ stored / sides.sum(1, keepdim=True).clamp(min=1))
 
     def param_groups(self, config: Config) -> list[dict[str, Any]]:
         """The audio and vision LSTMs have their own learning rates and weight decay."""

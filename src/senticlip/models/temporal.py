@@ -51,12 +51,12 @@ class LSTMTemporal(nn.Module):
     def forward(self, frames: Sequence) -> Sequence:
         """B×m×d → B×(1+m)×d; masked frames between real ones are skipped."""
         real = frames.mask.long()
-        # the new place of each frame: real ones first, in order (ONNX has no stable sort)
-        place = torch.where(frames.mask, real.cumsum(1) - 1, real.sum(1, keepdim=True) + (1 - real).cumsum(1) - 1)
-        places = place[..., None].expand_as(frames.values)
-        states, _ = self.lstm(torch.zeros_like(frames.values).scatter(1, places, frames.values))  # B×m×d
+        # the new position of each frame: real ones first, in order (ONNX has no stable sort)
+        position = torch.where(frames.mask, real.cumsum(1) - 1, real.sum(1, keepdim=True) + (1 - real).cumsum(1) - 1)
+        index = position[..., None].expand_as(frames.values)
+        states, _ = self.lstm(torch.zeros_like(frames.values).scatter(1, index, frames.values))  # B×m×d
         last = states[torch.arange(states.shape[0]), frames.mask.sum(1) - 1]
-        return prepend(last, frames, states.gather(1, places))
+        return prepend(last, frames, states.gather(1, index))
 
 
 class MeanTemporal(nn.Module):

@@ -49,10 +49,10 @@ class SlicedProduct(torch.autograd.Function):
         to_product, to_last, to_weight = torch.zeros_like(product), torch.empty_like(last), torch.empty_like(weight)
         for i, w in enumerate(weight):
             torch.mm(grad.T, SlicedProduct.slice(ctx, i, product, last), out=to_weight[i])
-            back = (grad @ w).mul_(ctx.scale)
-            back = back.mul_(ctx.masks[i]) if ctx.masks else back
-            to_last[:, i] = (back * product).sum(1)
-            to_product.addcmul_(back, last[:, i : i + 1])
+            to_slice = (grad @ w).mul_(ctx.scale)
+            to_slice = to_slice.mul_(ctx.masks[i]) if ctx.masks else to_slice
+            to_last[:, i] = (to_slice * product).sum(1)
+            to_product.addcmul_(to_slice, last[:, i : i + 1])
         return to_product, to_last, to_weight, None
 
 
