@@ -26,7 +26,7 @@ from senticlip.data.cache import cached
 from senticlip.data.loader import ArrayRows, ClipSet, collate, to_batch
 from senticlip.fit import Fitter, Hooks, parameter_groups
 from senticlip.models import create_model
-from senticlip.precision import lowered
+from senticlip.precision import lower_precision
 from senticlip.structures import Clip
 from senticlip.trainee import Trainee
 
@@ -214,7 +214,7 @@ def inference(peak: float) -> None:
         for name in ("fp32", "bf16"):
             if name == "bf16":
                 with timing.folder() as folder:
-                    model = lowered(model, folder, name)[0]
+                    model = lower_precision(model, folder, name)[0]
             gap = paper.gap(naive, model(single))
             assert gap < paper.LIMIT["bf16"], gap
             for n, batch in batches.items():

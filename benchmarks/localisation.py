@@ -26,7 +26,7 @@ from senticlip import cam
 from senticlip.data.made import read_truth
 from senticlip.data.sims import read_clips
 from senticlip.explain import batch_of
-from senticlip.occlusion import characters, occlude, value
+from senticlip.occlusion import characters, occlude, support
 from senticlip.structures import LABELS, Clip, Sequence, polarity
 from senticlip.tables import load_preset
 from senticlip.train import train
@@ -162,7 +162,7 @@ def frame_curves(predictor: Any, clips: list[Clip], rng: np.random.Generator) ->
         label = cases[0].prediction.label
         features = predictor.model.encode(batch)
         frame_indices = features.modalities["vision"].mask[0].nonzero()[:, 0].tolist()
-        drops = [-value(case.prediction, label) for case in cases if case.kind == "frame"]
+        drops = [-support(case.prediction, label) for case in cases if case.kind == "frame"]
         orders = {
             "occlusion": np.argsort(drops)[::-1],
             "ablation-cam": np.argsort(energy(predictor, batch, LABELS.index(label)))[::-1],
@@ -176,7 +176,7 @@ def frame_curves(predictor: Any, clips: list[Clip], rng: np.random.Generator) ->
                 mask[step - 1, [frame_indices[i] for i in order[step:]]] = True
                 mask[len(order) + step - 1, [frame_indices[i] for i in order[:step]]] = True
             rows.modalities["vision"] = Sequence(vision.values, mask)
-            p = [value(answer, label) for answer in predictor.predictions(predictor.model.fuse(rows))]
+            p = [support(answer, label) for answer in predictor.predictions(predictor.model.fuse(rows))]
             curves.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
     return curves
 
@@ -192,7 +192,7 @@ def character_curves(
         cases = occlude(predictor, predictor.batch([clip]), clip.text)
         label = cases[0].prediction.label
         spans = characters(predictor.tokenizer, clip.text, predictor.config.text.max_length)
-        drops = [-value(case.prediction, label) for case in cases if case.kind == "character"]
+        drops = [-support(case.prediction, label) for case in cases if case.kind == "character"]
         for name, order in {
             "occlusion": np.argsort(drops)[::-1],
             "random": rng.permutation(len(spans)),
@@ -201,7 +201,7 @@ def character_curves(
                 order[:step] for step in range(1, len(order) + 1)
             ]
             texts = ["".join(clip.text[spans[i].start : spans[i].end] for i in sorted(subset)) for subset in kept]
-            p = [value(a, label) for a in predictor.predict([clip._replace(text=text) for text in texts], 64)]
+            p = [support(a, label) for a in predictor.predict([clip._replace(text=text) for text in texts], 64)]
             curves.setdefault(name, []).append((float(np.mean(p[: len(order)])), float(np.mean(p[len(order) :]))))
     return curves
 

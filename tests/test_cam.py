@@ -30,7 +30,7 @@ def build(folder: Path, vision: Path, size: int = 32, gain: float = 1.0, **chang
     )
     torch.manual_seed(3)
     model = create_model(config).eval()
-    tiny.spread(model.network, 5)
+    tiny.perturb(model.network, 5)
     if gain != 1.0:  # for networks in which a single channel has little effect
         model.network.entrances["vision"].project.weight.data.mul_(gain)
     if hasattr(model.network, "temperature"):
@@ -252,14 +252,14 @@ def test_regression_scores_are_explained(tmp_path):
 def test_heat_maps_do_not_hook_the_models_own_modules(models, monkeypatch, name):
     """Other threads may use the model: heat maps only add hooks to copies of its modules, or replace their forward."""
     model, batch, touched = models(name), make_batch(SIZES[name]), []
-    own, register_hook, passing = set(model.modules()), torch.nn.Module.register_forward_hook, cut.passing
+    own, register_hook, passing = set(model.modules()), torch.nn.Module.register_forward_hook, cut.bypass_until
 
     def hook(module, *args, **options):
         touched.append(module)
         return register_hook(module, *args, **options)
 
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", hook)
-    monkeypatch.setattr(cut, "passing", lambda body, stage: touched.append(body) or passing(body, stage))
+    monkeypatch.setattr(cut, "bypass_until", lambda body, stage: touched.append(body) or passing(body, stage))
     for method in cam.methods_for(model):
         cam.METHODS[method](model, batch, 1)
     assert touched

@@ -348,7 +348,7 @@ def test_full_disk_is_reported_in_one_line(assets, tmp_path, limit):
 
 def test_other_errors_are_not_reported_as_full_disk(tmp_path):
     for error in (RuntimeError("shapes do not fit"), OSError(2, "No such file"), ValueError("unexpected pos 1 vs 2")):
-        with pytest.raises(type(error)), files.disk(tmp_path):
+        with pytest.raises(type(error)), files.report_full_disk(tmp_path):
             raise error
 
 
@@ -370,7 +370,7 @@ def test_workshop_removes_leftover_folders_but_no_files(tmp_path):
     leftover.mkdir()
     for path in (user_file, leftover):
         os.utime(path, (0, 0))
-    with files.workshop(tmp_path / "run"):
+    with files.staging_folder(tmp_path / "run"):
         pass
     assert list(tmp_path.iterdir()) == [user_file]
 
@@ -464,7 +464,7 @@ def test_alone_waits_for_other_writer(tmp_path):
     held, order = threading.Event(), []
 
     def hold():
-        with files.alone(tmp_path, "export"):
+        with files.folder_lock(tmp_path, "export"):
             held.set()
             time.sleep(0.3)
             order.append("first")
@@ -472,7 +472,7 @@ def test_alone_waits_for_other_writer(tmp_path):
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(10)
-    with files.alone(tmp_path, "export", patience=30):
+    with files.folder_lock(tmp_path, "export", patience=30):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]

@@ -240,5 +240,5 @@ def test_compiled_files_must_match_format_and_weights(tmp_path):
     marker.parent.mkdir()
     for content, usable in ((f"{compiled.FORMAT} abc", True), (f"{compiled.FORMAT - 1} abc", False), ("abc", False)):
         marker.write_text(content)
-        assert compiled.made(tmp_path, "abc") == usable
-        assert not compiled.made(tmp_path, "c")
+        assert compiled.is_compiled(tmp_path, "abc") == usable
+        assert not compiled.is_compiled(tmp_path, "c")

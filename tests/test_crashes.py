@@ -28,14 +28,14 @@ CLIPS = {
 )
 def test_deadly_clips_are_found(monkeypatch, condition, expected):
     monkeypatch.setattr(crashes, "_DECODE_SCRIPT", CRASH.format(condition=condition, number=9))
-    assert crashes.deadly(CLIPS) == expected
+    assert crashes.find_crashing_clips(CLIPS) == expected
 
 
 def test_pieces_that_are_slow_only_together_are_not_deadly(monkeypatch):
     monkeypatch.setattr(
         crashes, "_DECODE_SCRIPT", CRASH.format(condition="len(pieces) > 1", number=signal.SIGALRM.value)
     )
-    assert crashes.deadly(CLIPS) == set()
+    assert crashes.find_crashing_clips(CLIPS) == set()
 
 
 def test_endless_decoding_is_deadly(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ for"""
     monkeypatch.setattr(crashes, "DEADLINE", 1.5)
     monkeypatch.setattr(crashes, "_DECODE_SCRIPT", crashes._DECODE_SCRIPT.replace("\nfor", slow_readers))
     pieces = [[(0.6, None)] * 4, [(0.0, None), (60.0, None)]]
-    assert [crashes.kills(tmp_path / "a.mp4", video_pieces) for video_pieces in pieces] == [0, signal.SIGALRM]
+    assert [crashes.crash_signal(tmp_path / "a.mp4", video_pieces) for video_pieces in pieces] == [0, signal.SIGALRM]
 
 
 def test_pieces_are_decoded_as_requested(tmp_path, monkeypatch):
@@ -61,6 +61,6 @@ def note(*arguments, **_):
 read_audio = read_frames = note
 for"""
     monkeypatch.setattr(crashes, "_DECODE_SCRIPT", crashes._DECODE_SCRIPT.replace("\nfor", spies))
-    assert not crashes.kills(Path("a.mp4"), [(None, None), (1.5, 2.0)])
+    assert not crashes.crash_signal(Path("a.mp4"), [(None, None), (1.5, 2.0)])
     expected = ["a.mp4 6 None None", "a.mp4 None None", "a.mp4 6 1.5 2.0", "a.mp4 1.5 2.0"]
     assert log.read_text().splitlines() == expected

@@ -8,7 +8,7 @@ from tests.tiny import data_folder
 
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
-from senticlip.demo import demo, page, strip
+from senticlip.demo import demo, example_clips, page
 from senticlip.structures import LABELS, UsageError, UserError
 
 
@@ -46,7 +46,7 @@ def test_report_names_kinds_and_labels_in_both_languages(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["id", "text", "truth", "predicted", *LABELS])
         writer.writerows([clip.id, clip.text, LABELS[i], "neutral", 0.1, 0.7, 0.2] for i, clip in enumerate(clips))
-    shown = strip(tmp_path / "predictions.csv", {clip.id: clip for clip in clips})
+    shown = example_clips(tmp_path / "predictions.csv", {clip.id: clip for clip in clips})
     assert [(clip["kind"], clip["path"]) for clip in shown] == [
         ("agree", clips[0].video),
         ("agree", clips[2].video),
@@ -145,7 +145,7 @@ def test_report_gets_the_best_possible_accuracy_of_each_model(tmp_path, monkeypa
         "read_metrics": lambda run: {"history": [run.name]},
         "stages_of": lambda *_: [],
         "read_clips": lambda *_: [],
-        "strip": lambda *_: [{"kind": "conflict", "path": "p", "text": "t"}],
+        "example_clips": lambda *_: [{"kind": "conflict", "path": "p", "text": "t"}],
         "load": lambda run: None,
         "explain": lambda *_: None,
         "page": fake_page,

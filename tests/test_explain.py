@@ -23,9 +23,18 @@ from senticlip import cam
 from senticlip import explain_set as explaining
 from senticlip.config import from_dict
 from senticlip.explain import Explanation, _heat_maps, explain, explanation, heated, html, inline, sentences
-from senticlip.explain_set import Answered, _kinds, _summary, _truth_score, explain_set, kind
+from senticlip.explain_set import ClipAnswers, _kinds, _summary, _truth_score, explain_set, kind
 from senticlip.models import create_model
-from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
+from senticlip.occlusion import (
+    Case,
+    alone,
+    characters,
+    cross_attention,
+    occlude,
+    prediction_distance,
+    support,
+    unread_text,
+)
 from senticlip.predictor import Predictor
 from senticlip.structures import LABELS, Batch, Clip, Output, Prediction, Sequence, UsageError, UserError
 
@@ -46,7 +55,7 @@ def run_folder(folder, vision, **changes):
     )
     torch.manual_seed(4)
     model = create_model(config, {"audio": config.audio.bands})
-    tiny.spread(model.network, 6)
+    tiny.perturb(model.network, 6)
     model.save_pretrained(folder / "run")
     tiny.tokenizer().save_pretrained(folder / "run" / "tokenizer")
     return folder / "run"
@@ -109,10 +118,10 @@ def test_change_between_predictions():
     def prediction(*probabilities, score=None):
         return Prediction("", dict(zip(LABELS, probabilities, strict=True)), {}, {}, score)
 
-    assert change(prediction(0.2, 0.3, 0.5), prediction(0.5, 0.3, 0.2)) == pytest.approx(0.3)
-    assert change(prediction(1, 0, 0), prediction(0, 0, 1)) == 1
-    assert change(prediction(1, 0, 0, score=-0.7), prediction(0, 0, 1, score=0.5)) == pytest.approx(0.6)
-    assert change(prediction(1, 0, 0, score=-1.4), prediction(0, 0, 1, score=2.5)) == 1
+    assert prediction_distance(prediction(0.2, 0.3, 0.5), prediction(0.5, 0.3, 0.2)) == pytest.approx(0.3)
+    assert prediction_distance(prediction(1, 0, 0), prediction(0, 0, 1)) == 1
+    assert prediction_distance(prediction(1, 0, 0, score=-0.7), prediction(0, 0, 1, score=0.5)) == pytest.approx(0.6)
+    assert prediction_distance(prediction(1, 0, 0, score=-1.4), prediction(0, 0, 1, score=2.5)) == 1
 
 
 def test_occlusion_never_removes_the_whole_input(run, video):
@@ -246,7 +255,7 @@ def test_all_model_variants_are_explained(tmp_path, video, changes):
 
 @pytest.mark.parametrize("score", [-0.7, 0.05, 0.4])
 def test_characters_and_heat_maps_explain_the_same_value(score):
-    values = [value(Prediction("", {}, {}, {}, score), label) for label in LABELS]
+    values = [support(Prediction("", {}, {}, {}, score), label) for label in LABELS]
     expected = cam.log_odds(None, Output(score=torch.tensor([score], dtype=torch.float64)))[0]
     assert values == pytest.approx(expected.tolist())
 
@@ -257,8 +266,8 @@ def test_too_long_or_blank_text(run, video):
     too_long = explanation(predictor, Clip("", None, "好" * max_length + "坏"))
     assert too_long.unread == "好好坏"  # [CLS] and [SEP] are tokens, too
     assert "好好坏</span>" in html(too_long, [])
-    assert unread(predictor, "天\udce5好") == ""  # text that is not valid UTF-8
-    assert unread(predictor, "好❤\ufe0f") == ""  # the last character is no token
+    assert unread_text(predictor, "天\udce5好") == ""  # text that is not valid UTF-8
+    assert unread_text(predictor, "好❤\ufe0f") == ""  # the last character is no token
     blank = explanation(predictor, Clip("", video, "  "))
     both = explanation(predictor, Clip("", video, "好"))
     assert ["各模态的判断" in html(item, heated(item)) for item in (both, blank)] == [True, False]
@@ -461,7 +470,7 @@ def test_mean_weights_exclude_unimodal_clips():
 
     def row(**weights):
         others = dict.fromkeys(weights, prediction()) if len(weights) > 1 else {}
-        return Answered(Clip(""), 0.0, prediction(**weights), others, others)
+        return ClipAnswers(Clip(""), 0.0, prediction(**weights), others, others)
 
     rows = [row(text=0.5, video=0.3, audio=0.2), row(text=0.4, video=0.6), row(text=1.0)]
     summary = _summary(rows, [""] * len(rows))
@@ -495,7 +504,7 @@ def test_explain_set_of_a_model_with_audio(tmp_path):
 
 def test_worst_scores_are_farthest_from_the_target_label():
     def row(score, **labels):
-        return Answered(Clip("", labels=labels), labels["T"], Prediction("neutral", {}, {}, {}, score), {}, {})
+        return ClipAnswers(Clip("", labels=labels), labels["T"], Prediction("neutral", {}, {}, {}, score), {}, {})
 
     rows = [row(0.0, M=1.0, T=0.2), row(0.0, M=0.0, T=-0.8), row(0.4, M=0.4, T=0.0), row(1.9, T=0.9)]
     assert sorted(rows, key=_truth_score) == [rows[1], rows[2], rows[0], rows[3]]  # 1.9 is shown, and counts, as 1
@@ -565,8 +574,8 @@ def test_split_summary_by_hand():
     first = {"text": prediction(0.5, 0.3, 0.2), "video": prediction(0.2, 0.2, 0.6)}
     second = {"text": prediction(0.1, 0.2, 0.7), "video": prediction(0.1, 0.4, 0.5)}
     rows = [
-        Answered(Clip("a", labels={"T": -1.0, "V": 0.0}), -1.0, prediction(0.2, 0.3, 0.5), first, {}),
-        Answered(Clip("b", labels={"T": 0.0, "V": 0.4}), 1.0, prediction(0.1, 0.2, 0.7), second, {}),
+        ClipAnswers(Clip("a", labels={"T": -1.0, "V": 0.0}), -1.0, prediction(0.2, 0.3, 0.5), first, {}),
+        ClipAnswers(Clip("b", labels={"T": 0.0, "V": 0.4}), 1.0, prediction(0.1, 0.2, 0.7), second, {}),
     ]
     by, kinds = _kinds(rows)
     assert (by, kinds) == ("labels", ["text only", "video only"])

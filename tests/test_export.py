@@ -30,7 +30,7 @@ from senticlip.export import OnnxModel, export
 from senticlip.models import create_model
 from senticlip.models.base import SentimentModel
 from senticlip.precision import compare, disagreement
-from senticlip.quantize import spared
+from senticlip.quantize import fp32_products
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
@@ -263,7 +263,7 @@ def test_lower_precision_is_close_and_reports_disagreement(run, video):
         assert compare(fp32, other, [*clips, Clip("nothing to read")])["n"] == 8
 
 
-def fp32_products(path):
+def fp32_weights(path):
     """For each matrix product with a constant fp32 weight: the sorted dimensions of the weight, and its metadata."""
     graph = onnx.load(str(path)).graph
     shapes = {w.name: w.dims for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) == 2}
@@ -279,9 +279,9 @@ def test_int8_spares_network_and_narrowing_text_products(run, video, tmp_path):
     batch = senticlip.load(run).batch([Clip("a", None, "今天天气"), Clip("b", video)])
     full, reduced = (senticlip.load(tmp_path / name).output(batch) for name in ("fp32.onnx", "int8.onnx"))
     assert float((full.log_probs.exp() - reduced.log_probs.exp()).abs().max()) < 0.05
-    network = [shape for shape, scopes in fp32_products(tmp_path / "fp32.onnx") if "model.network" in scopes]
+    network = [shape for shape, scopes in fp32_weights(tmp_path / "fp32.onnx") if "model.network" in scopes]
     text = (SMALL["hidden_size"], SMALL["intermediate_size"])  # the vision encoder has a weight of this shape, too
-    assert sorted(shape for shape, _ in fp32_products(tmp_path / "int8.onnx")) == sorted([*network, text])
+    assert sorted(shape for shape, _ in fp32_weights(tmp_path / "int8.onnx")) == sorted([*network, text])
 
 
 def test_export_compares_on_the_runs_split(run, tmp_path, video, monkeypatch, terminal):
@@ -405,5 +405,5 @@ def test_spared_products_by_hand():
         for weight in shapes
     ]
     weights = [SimpleNamespace(name=name, dims=dims) for name, dims in shapes.items()]
-    names = {name for name in spared(SimpleNamespace(initializer=weights, node=nodes)) if "_" not in name}
+    names = {name for name in fp32_products(SimpleNamespace(initializer=weights, node=nodes)) if "_" not in name}
     assert names == {"text narrows", "text stack", "frames stack", "fusion widens", "fusion narrows", "fusion stack"}

@@ -16,7 +16,7 @@ import senticlip
 import tiny
 from senticlip import quantize
 from senticlip.models.base import SentimentModel
-from senticlip.precision import _to_bf16, compare, disagreement, lowered, probe
+from senticlip.precision import _to_bf16, compare, disagreement, lower_precision, probe
 from senticlip.structures import PRECISIONS, Clip, Output, UsageError, UserError
 
 
@@ -39,7 +39,7 @@ def test_gpu_bf16_applies_only_to_encoders(run):
 
 
 @pytest.mark.parametrize(
-    "lower_precision", [lowered, lambda model, *rest: (_to_bf16(model), {})], ids=["cpu", "as on a gpu"]
+    "lower_precision", [lower_precision, lambda model, *rest: (_to_bf16(model), {})], ids=["cpu", "as on a gpu"]
 )
 def test_bf16_of_timm_network_is_close(tmp_path, video, lower_precision):
     """Chinese-CLIP casts its input to its own precision, timm networks do not."""
@@ -154,7 +154,7 @@ def test_disagreement_is_measured_per_processor(run, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("precision.json", "openvino"))
     senticlip.load(copy, "cpu", "int8")
-    monkeypatch.setattr("senticlip.precision.recipe", lambda: "another")
+    monkeypatch.setattr("senticlip.precision.runtime_id", lambda: "another")
     senticlip.load(copy, "cpu", "int8")
     measured = json.loads((copy / "precision.json").read_text())
     assert len([name for name in measured if name.startswith("int8")]) == 2
@@ -228,4 +228,4 @@ def test_unknown_precision_is_rejected(run):
 
 def test_model_without_encoders_rejects_precision(tmp_path):
     with pytest.raises(UsageError, match=r"--precision bf16.*no encoder"):
-        lowered(SimpleNamespace(encoders={}), tmp_path, "bf16")
+        lower_precision(SimpleNamespace(encoders={}), tmp_path, "bf16")

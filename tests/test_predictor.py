@@ -15,7 +15,7 @@ from senticlip.config import Config
 from senticlip.data.audio import RATE
 from senticlip.models import create_model
 from senticlip.predictor import Predictor, load
-from senticlip.sources import clip_set, hears
+from senticlip.sources import clip_set, reads_log_mel
 from senticlip.structures import LABELS, Clip, UsageError, UserError
 
 
@@ -143,9 +143,9 @@ def test_video_without_sound_counts_as_missing_audio(assets):
 
 
 def test_hears_is_false_for_audio_of_feature_files(assets):
-    assert hears(config(assets, ["text", "audio"]))
-    assert not hears(config(assets, ["text", "audio"], **{"text.encoder": "features"}))
-    assert not hears(config(assets, ["text", "vision"]))
+    assert reads_log_mel(config(assets, ["text", "audio"]))
+    assert not reads_log_mel(config(assets, ["text", "audio"], **{"text.encoder": "features"}))
+    assert not reads_log_mel(config(assets, ["text", "vision"]))
 
 
 def test_unusable_input_is_rejected(assets):

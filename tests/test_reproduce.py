@@ -15,9 +15,9 @@ from senticlip import reproduce as reproduce_module
 from senticlip import train as train_module
 from senticlip.config import Config
 from senticlip.data.sims import read_clips
-from senticlip.files import alone
+from senticlip.files import folder_lock
 from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
-from senticlip.tables import Asked, digest, load_preset, load_tables
+from senticlip.tables import RunSettings, digest, load_preset, load_tables
 
 PRESET = """
 text: {train: frozen}
@@ -176,7 +176,7 @@ def test_crash_fails_only_its_row(fake_training, error, message):
 
 def test_second_reproduce_in_the_same_folder_is_rejected(fake_training):
     run, calls, out = fake_training
-    with alone(out, "reproduce"), pytest.raises(UserError, match="another reproduce is writing here"):
+    with folder_lock(out, "reproduce"), pytest.raises(UserError, match="another reproduce is writing here"):
         run()
     assert not calls
 
@@ -446,7 +446,7 @@ def test_random_weights_are_marked_and_get_no_verdict():
         assert (f"| {row.name} † |" in text) == (row.name != tables[0].reference)
     assert "† random weights, not pretrained: tests the code, not the paper" in text
     assert "For:" not in text  # although every interval excludes zero
-    latex = results.in_latex(tables, collected, 1, Asked(preset, "small", [], "data"))
+    latex = results.in_latex(tables, collected, 1, RunSettings(preset, "small", [], "data"))
     assert r"the joint label M; per cent, one seed; $^\dagger$ random weights}" in latex
     pretrained = results.collect(load_tables(preset, ["4"], {"M"}, random=False), runs, 1)
     assert not any(entry["random"] for entry in pretrained["4"]["M"].values())
@@ -461,7 +461,7 @@ def test_failed_seeds_are_counted():
     assert f"{table.rows[0].name}: not run for 1 of 2 seeds — no room" in text
     collected = results.collect([table], runs, 2)
     assert [row["seeds"] for row in collected["6"]["M"].values()] == [1, 2]
-    latex = results.in_latex([table], collected, 2, Asked(Config(), "paper", [], "data"))
+    latex = results.in_latex([table], collected, 2, RunSettings(Config(), "paper", [], "data"))
     assert f"\n{table.rows[0].name} (1 of 2 seeds) & \\textbf{{100.00}} & " in latex
     assert f"\n{table.rows[1].name} & " in latex
     assert f"| {table.rows[0].name} (1 of 2 seeds) |" in text
@@ -473,9 +473,9 @@ def test_majority_class_may_differ_between_seeds():
         return [Clip(str(i), text="好", labels={"M": label}, split=split) for i, (label, split) in enumerate(labels)]
 
     first, second = split_clips("train", "valid", "test"), split_clips("valid", "train", "test")
-    calls = Asked(load_preset("tiny"), "tiny", [], "d.csv")
+    calls = RunSettings(load_preset("tiny"), "tiny", [], "d.csv")
     for seeds, answer in (([first, second], "the most frequent training class"), ([second], "“positive”")):
-        sentences = [text for _, text in results.story([], {}, seeds, calls) if "Majority" in text]
+        sentences = [text for _, text in results.report_blocks([], {}, seeds, calls) if "Majority" in text]
         assert sentences[0].startswith(f"Majority baseline: always answering {answer} scores ")
 
 

@@ -27,7 +27,7 @@ from tests.data.test_video import write
 from tests.tiny import text_folder, timm_folder, write_clip
 
 from senticlip.config import Config
-from senticlip.middleware import Forms
+from senticlip.middleware import FormCheck
 from senticlip.models import create_model
 from senticlip.predictor import load
 from senticlip.serve import app, serve
@@ -183,7 +183,7 @@ def test_form_in_several_messages_needs_its_closing_boundary(last, complete):
         return messages.pop(0)
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
-    request = Forms(read_body)({"type": "http", "headers": headers}, receive, None)
+    request = FormCheck(read_body)({"type": "http", "headers": headers}, receive, None)
     with nullcontext() if complete else pytest.raises(HTTPException, match="ends before its closing boundary"):
         asyncio.run(request)
     assert [message["body"] for message in received] == parts[:-1]
@@ -199,7 +199,7 @@ def test_unreadable_boundary_is_rejected(boundary):
 
 def test_cross_site_posts_are_rejected(temp_folder):
     calls = []
-    client = TestClient(app(FakePredictor("neutral", lambda: calls.append(1)), "run", most=2**10))
+    client = TestClient(app(FakePredictor("neutral", lambda: calls.append(1)), "run", max_bytes=2**10))
     for site, status in (("cross-site", 403), ("same-origin", 200), ("none", 200), (None, 200)):
         headers = {} if site is None else {"sec-fetch-site": site}
         answer = client.post("/predict", files={"text": (None, TEXT)}, headers=headers)
@@ -320,7 +320,7 @@ def test_head_requests_are_answered(predictor):
 
 @pytest.mark.parametrize("known_length", [True, False])
 def test_body_over_the_limit_is_rejected(assets, predictor, temp_folder, known_length):
-    client = TestClient(app(predictor, "run", most=2**18))
+    client = TestClient(app(predictor, "run", max_bytes=2**18))
     head = b'--x\r\nContent-Disposition: form-data; name="video"; filename="a.mp4"\r\n\r\n'
     parts = [head, *[bytes(2**16)] * 4, b"\r\n--x--\r\n"]
     body = b"".join(parts) if known_length else iter(parts)  # an iterator's length is not known beforehand

@@ -14,7 +14,7 @@ from senticlip.config import Config
 from senticlip.data.cache import Store
 from senticlip.data.loader import ArrayRows, ClipSet
 from senticlip.models import create_model
-from senticlip.sources import clip_set, encoded
+from senticlip.sources import clip_set, encoder_features
 from senticlip.structures import Clip, Sequence
 
 
@@ -103,5 +103,5 @@ def test_features_are_clamped_to_fp16_range(tmp_path):
     config = Config(modalities=["text"])
     built = SimpleNamespace(encoders={"text": {}})
     model = SimpleNamespace(encoders={"text": Loud()}, device="cpu", experiment=config, config=built)
-    rows = encoded(["key"], lambda indices: [np.array([7]) for _ in indices], model, "text", tmp_path)
+    rows = encoder_features(["key"], lambda indices: [np.array([7]) for _ in indices], model, "text", tmp_path)
     assert rows.gather(np.array([0]))[0][0, 0].tolist() == [65504, -65504, 0.5]

@@ -11,7 +11,17 @@ import yaml
 from senticlip.config import Config, TrainConfig, load
 from senticlip.models import MODELS
 from senticlip.structures import UsageError
-from senticlip.tables import EXPERIMENTS, Asked, Row, Table, digest, load_experiment, load_tables, notes, row_changes
+from senticlip.tables import (
+    EXPERIMENTS,
+    Row,
+    RunSettings,
+    Table,
+    digest,
+    load_experiment,
+    load_tables,
+    notes,
+    row_changes,
+)
 
 STAGES = {
     "text": {"modalities": ["text"], "target": "T", "text.train": "full", "train.epochs": 2},
@@ -211,5 +221,5 @@ def test_digest_changes_with_the_config(change):
 def test_row_that_keeps_its_own_value_is_reported():
     preset = Config().override({"width": 64})
     rows = [Row("both", {"M": preset, "T": preset}, {}), Row("one", {"M": preset, "T": Config()}, {})]
-    (sentence,) = Asked(preset, "paper", ["width=64"], "data").own(Table("1", "", "", "both", rows))
+    (sentence,) = RunSettings(preset, "paper", ["width=64"], "data").kept_value_notes(Table("1", "", "", "both", rows))
     assert sentence == "The change to width does not apply to one: their own value stays."

@@ -94,7 +94,7 @@ def test_recombine_depends_on_seed(batch):
 def test_single_modality_is_not_recombined(batch):
     parts, labels = batch
     trainee = SimpleNamespace(experiment=Config(modalities=["text"]).override({"train.recombine": 1.0}))
-    unchanged = Trainee.disturb(trainee, Batch({"text": parts["text"]}, labels))
+    unchanged = Trainee.augment_batch(trainee, Batch({"text": parts["text"]}, labels))
     assert torch.equal(unchanged.modalities["text"].values, parts["text"].values)
 
 

@@ -39,7 +39,7 @@ def tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
 
 
-def spread(model: torch.nn.Module, seed: int) -> None:
+def perturb(model: torch.nn.Module, seed: int) -> None:
     """Add noise to the weights, large enough that each of them affects the output."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def text_folder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
     """A random text encoder with its tokenizer."""
     torch.manual_seed(seed)
     model = AutoModel.from_config(KINDS[kind])
-    spread(model, seed)
+    perturb(model, seed)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -63,7 +63,7 @@ def clip_folder(folder: Path, size: int = 32, seed: int = 0) -> Path:
     vision = {"image_size": size, "patch_size": 8, **SMALL}
     torch.manual_seed(seed)
     model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    spread(model, seed)
+    perturb(model, seed)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25]}
@@ -84,7 +84,7 @@ def timm_folder(folder: Path, name: str = "test_efficientnet", seed: int = 0, **
     return folder
 
 
-def waited_and_not(encoder: torch.nn.Module, sequence, monkeypatch) -> list[tuple]:
+def with_and_without_sync(encoder: torch.nn.Module, sequence, monkeypatch) -> list[tuple]:
     """An encoder's states and gradients, first with a GPU synchronisation to read the mask, then without."""
     results = []
     for avoid_sync in (False, True):

@@ -23,7 +23,7 @@ from senticlip.data.cache import file_keys
 from senticlip.data.subtitles import Line
 from senticlip.data.video import Frames, VideoReader, probe
 from senticlip.dialogue import LineSource
-from senticlip.files import alone, make_folder, write_text, write_whole
+from senticlip.files import folder_lock, make_folder, write_atomically, write_text
 from senticlip.progress import console, spinner
 from senticlip.sources import cache_root
 from senticlip.structures import LABELS, Clip, UsageError, UserError
@@ -145,10 +145,10 @@ def _stream(job: _Job, predictor: Any, resume: bool, progress: Callable[[int, in
         return
     timeline = job.out / "timeline.parquet"
     is_finished = resume and _finished_key(timeline) == job.key and (job.out / "timeline.html").is_file()
-    if is_finished and (table := answers.sound_parquet(timeline)) is not None:
+    if is_finished and (table := answers.read_parquet_or_none(timeline)) is not None:
         yield from table.to_pylist()
         return
-    with alone(job.out, "analyze"):
+    with folder_lock(job.out, "analyze"):
         _prepare_parts(job.out, job.parts, job.key, resume)
         yield from _rows(job, predictor, progress)
         _write_timeline(job.out, job.parts, job)
@@ -159,7 +159,7 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
     with VideoReader(job.video) as reader:
         for number, first in enumerate(range(0, len(job.lines), BATCH)):
             part = None if job.parts is None else job.parts / f"{number:06}.parquet"
-            if part is not None and (table := answers.sound_parquet(part)) is not None:
+            if part is not None and (table := answers.read_parquet_or_none(part)) is not None:
                 rows = table.to_pylist()
             else:
                 rows = list(_answer_batch(job, predictor, reader, first))
@@ -173,7 +173,7 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
 
 def _finished_key(path: Path) -> str | None:
     """The key of the job that wrote a timeline; None if there is no timeline."""
-    footer = answers.about_parquet(path)
+    footer = answers.parquet_metadata(path)
     return None if footer is None else (footer.metadata or {}).get(b"job", b"").decode()
 
 
@@ -269,8 +269,8 @@ def _write_timeline(out: Path, parts: Path, job: _Job) -> None:
     table = table.cast(SCHEMA).replace_schema_metadata({"job": job.key})
     with suppress(OSError):  # a kill from here on must not leave another job's
         (out / "timeline.parquet").unlink(missing_ok=True)
-    write_whole(out / "timeline.html", write_page)
-    write_whole(out / "timeline.csv", write_csv)
+    write_atomically(out / "timeline.html", write_page)
+    write_atomically(out / "timeline.csv", write_csv)
     answers.write_parquet(out / "timeline.parquet", table)
     shutil.rmtree(parts, ignore_errors=True)
 

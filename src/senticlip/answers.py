@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from av.error import FFmpegError
 
 from senticlip.data.cache import file_key
-from senticlip.files import write_whole
-from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, bounded, whole
+from senticlip.files import write_atomically
+from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UserError, bounded, valid_utf8
 
 HEADS = tuple(SURFACE.values())
 """The modalities by their user-facing names: text, video, audio."""
@@ -43,7 +43,7 @@ def shown(path: str | Path) -> str:
 def record(prediction: Prediction | None, error: UserError | None = None) -> dict[str, Any]:
     """A prediction, or the error in its place, as a row with the columns FIELDS; missing values are None."""
     row: dict[str, Any] = {name: None for name, _ in FIELDS}
-    row["error"] = None if error is None else whole(str(error))
+    row["error"] = None if error is None else valid_utf8(str(error))
     if prediction is None:
         return row
     row["label"] = prediction.label
@@ -139,7 +139,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         with partial.open("wb") as file:  # pyarrow cannot open paths that are not UTF-8
             pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -148,7 +148,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
-def sound_parquet(path: Path, columns: list[str] | None = None) -> pa.Table | None:
+def read_parquet_or_none(path: Path, columns: list[str] | None = None) -> pa.Table | None:
     """As ``read_parquet``, but None if the file is missing or damaged (a disk may lose what was written)."""
     try:
         return read_parquet(path, columns)
@@ -156,7 +156,7 @@ def sound_parquet(path: Path, columns: list[str] | None = None) -> pa.Table | No
         return None
 
 
-def about_parquet(path: Path) -> pq.FileMetaData | None:
+def parquet_metadata(path: Path) -> pq.FileMetaData | None:
     """The metadata of a Parquet file; None if the file is missing or its end is damaged."""
     try:
         with path.open("rb") as file:

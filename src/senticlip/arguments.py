@@ -49,7 +49,7 @@ def file(name: str) -> str:
     return name
 
 
-def joined(arguments: list[str]) -> list[str]:
+def join_text_option(arguments: list[str]) -> list[str]:
     """``--text -你好`` as ``--text=-你好``: argparse would take such a text for an option; subtitles often begin so."""
     result: list[str] = []
     for word in arguments:

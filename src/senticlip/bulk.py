@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 from senticlip import answers, manifest
 from senticlip.cluster import on_ray
-from senticlip.crashes import deadly
+from senticlip.crashes import find_crashing_clips
 from senticlip.data import subtitles
 from senticlip.data.cache import file_key
-from senticlip.data.table import finite, located
-from senticlip.files import alone, disk, write_text
+from senticlip.data.table import parse_finite, resolve_path
+from senticlip.files import folder_lock, report_full_disk, write_text
 from senticlip.structures import PRECISIONS, Clip, UsageError, UserError
 
 BATCH = 16
@@ -86,7 +86,7 @@ def bulk(
         raise UsageError("--address needs Ray: pip install 'senticlip[ray]'")
     if (workers or 1) > 1 and not distributed:
         raise UsageError(f"--workers {workers} needs Ray: pip install 'senticlip[ray]' (or leave it out: one process)")
-    with alone(out, "bulk"):
+    with folder_lock(out, "bulk"):
         job = _prepare(run, source, out, rows_per_part, precision) | {"device": device, "retry": retry}
     return _stream(job, address, workers if distributed else 1, progress or (lambda done, total: None))
 
@@ -137,7 +137,7 @@ def _prepare(run: Path, source: Path, out: Path, rows_per_part: int, precision: 
         raise UserError(f"{stamp}: damaged, so the answers there cannot be identified — choose another --out") from None
     except OSError as error:
         raise UserError(f"{out}: cannot be used — {error.strerror or error}") from None
-    if not (stamp.is_file() and answers.about_parquet(parts)):  # without a stamp, it may be another manifest's
+    if not (stamp.is_file() and answers.parquet_metadata(parts)):  # without a stamp, it may be another manifest's
         manifest.split(source, parts, rows_per_part)
     write_text(stamp, json.dumps(key, indent=1))
     job = {"run": str(run), "root": str(source.parent), "parts": str(parts), "out": str(out), "precision": precision}
@@ -148,16 +148,16 @@ def _stream(
     job: dict[str, Any], address: str | None, workers: int | None, progress: Callable[[int, int], None]
 ) -> Iterator[dict[str, Any]]:
     """The rows of the existing parts, then those of the others as they are written."""
-    out, metadata = Path(job["out"]), answers.about_parquet(Path(job["parts"]))
+    out, metadata = Path(job["out"]), answers.parquet_metadata(Path(job["parts"]))
     assert metadata is not None
-    with alone(out, "bulk"):
+    with folder_lock(out, "bulk"):
         numbers = range(metadata.num_row_groups)
         finished = [number for number in numbers if _is_done(part_path(out, number), job["retry"])]
         todo = sorted(set(numbers) - set(finished))
         done = sum(metadata.row_group(number).num_rows for number in finished)
         progress(done, metadata.num_rows)
         for number in finished:
-            if (table := answers.sound_parquet(part_path(out, number))) is None:
+            if (table := answers.read_parquet_or_none(part_path(out, number))) is None:
                 todo, done = sorted([*todo, number]), done - metadata.row_group(number).num_rows
             else:
                 yield from table.to_pylist()
@@ -171,9 +171,9 @@ def _stream(
 
 def _is_done(part: Path, retry: bool) -> bool:
     """Whether a part exists, is complete and, with ``retry``, has no row that failed."""
-    if (metadata := answers.about_parquet(part)) is None:
+    if (metadata := answers.parquet_metadata(part)) is None:
         return False
-    errors = answers.sound_parquet(part, ["error"]) if retry else None
+    errors = answers.read_parquet_or_none(part, ["error"]) if retry else None
     return not retry or (errors is not None and errors["error"].null_count == metadata.num_rows)
 
 
@@ -227,10 +227,10 @@ class Worker:
             # the model is loaded before the mark is set: a crash while loading is no video's fault
             rows, _ = self._rows(number), self.predictor
             marker = path.with_name(f".{path.name}.begun")
-            with disk(self.out), marker.open("a") as file:
+            with report_full_disk(self.out), marker.open("a") as file:
                 file.write("|")
             if marker.stat().st_size > PATIENCE:
-                crashing = deadly(self._clips(rows))
+                crashing = find_crashing_clips(self._clips(rows))
                 rows = [row | {"deadly": i in crashing} for i, row in enumerate(rows)]
             try:
                 output = [
@@ -273,17 +273,17 @@ class Worker:
     def _clip(self, row: dict[str, Any]) -> Clip:
         if row["error"] is not None:
             raise UserError(row["error"])
-        path = None if row["path"] is None else located(self.root, row["path"])
+        path = None if row["path"] is None else resolve_path(self.root, row["path"])
         if row.get("deadly"):
             raise UserError(f"{path}: decoding it crashes or never ends — replace the file")
         times: dict[str, float | None] = {}
         for name in ("start", "end"):
-            times[name] = None if row[name] is None else finite(row[name])
+            times[name] = None if row[name] is None else parse_finite(row[name])
             if times[name] is None and row[name] is not None:
                 raise UserError(f"{row['id']}: {name} {row[name]!r} is not a time in seconds")
         text = row["text"]
         if text is None and row["subtitles"] is not None:
-            lines = self.lines(located(self.root, row["subtitles"]))
+            lines = self.lines(resolve_path(self.root, row["subtitles"]))
             begin, end = times["start"] or 0.0, float("inf") if times["end"] is None else times["end"]
             text = " ".join(line.text for line in lines if line.end > begin and line.start < end) or None
         if path is None and text is None:

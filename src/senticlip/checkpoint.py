@@ -19,7 +19,7 @@ from senticlip.data.cache import file_keys
 from senticlip.data.loader import ClipSet, to_batch
 from senticlip.data.mmsa import feature_file
 from senticlip.data.sims import read_clips
-from senticlip.files import alone, write_text
+from senticlip.files import folder_lock, write_text
 from senticlip.progress import console
 from senticlip.sources import cache_root
 from senticlip.structures import Clip, Output, UsageError, UserError, polarity
@@ -167,7 +167,7 @@ def is_finished(out: Path, this_origin: dict[str, Any]) -> dict[str, Any] | None
         if not (_has_weights(out) and (out / "config.json").is_file()):
             return None
         if folder.exists() and not unfinished:  # left by a kill; with origin.json it would be another training's
-            with suppress(UserError), alone(out, "training"):
+            with suppress(UserError), folder_lock(out, "training"):
                 shutil.rmtree(folder, ignore_errors=True)
         return {name: finished[name] for name in ("best_epoch", "valid", "seconds", "history")}
     if other := unfinished if any(folder.glob("checkpoint-*")) else finished:
@@ -177,7 +177,7 @@ def is_finished(out: Path, this_origin: dict[str, Any]) -> dict[str, Any] | None
     return None
 
 
-def begin(out: Path, this_origin: dict[str, Any], resume: bool) -> None:
+def start_training(out: Path, this_origin: dict[str, Any], resume: bool) -> None:
     """Record in ``out`` what is trained there, and delete the checkpoints of other trainings.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from senticlip import runtime
-from senticlip.arguments import fail, joined, parser
+from senticlip.arguments import fail, join_text_option, parser
 from senticlip.files import terminable
 from senticlip.structures import SURFACE, UsageError, UserError
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run ``senticlip VERB …``; exit 0, 1 for bad data, 2 for wrong use, 130 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    options = parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
+    options = parser().parse_args(join_text_option(sys.argv[1:] if arguments is None else arguments))
     try:
         with terminable():
             result = VERBS[options.verb](options)
@@ -210,8 +210,8 @@ def features(options: argparse.Namespace) -> dict[str, Any]:
 def predict(options: argparse.Namespace) -> dict[str, Any]:
     """``senticlip predict``."""
     import senticlip
-    from senticlip.occlusion import unread
-    from senticlip.sources import reads
+    from senticlip.occlusion import unread_text
+    from senticlip.sources import clip_modalities
 
     predictor = senticlip.load(options.model, device=options.device, precision=options.precision)
     prediction = predictor(options.video, text=options.text)
@@ -221,14 +221,14 @@ def predict(options: argparse.Namespace) -> dict[str, Any]:
     parts = [f"{label} {p:.3f}" for label, p in prediction.probabilities.items()]
     parts += [] if prediction.score is None else [f"score {prediction.score:+.3f}"]
     say(options, "  ".join([prediction.label, *parts]))
-    readable = " and ".join(SURFACE[name] for name in reads(predictor.model))
+    readable = " and ".join(SURFACE[name] for name in clip_modalities(predictor.model))
     for kind, is_ignored in (
         ("video", options.video and readable == "text"),
         ("text", options.text and "text" not in readable),
     ):
         if is_ignored:
             say(options, f"the {kind} is ignored: this model reads only {readable}")
-    if ignored := unread(predictor, options.text):
+    if ignored := unread_text(predictor, options.text):
         max_tokens = predictor.config.text.max_length
         say(
             options, f"the last {len(ignored)} characters of the text are ignored: this model reads {max_tokens} tokens"

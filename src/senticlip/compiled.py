@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.encoders.vision import real_frames
-from senticlip.export import need, traced
-from senticlip.files import workshop
+from senticlip.export import import_extra, traced
+from senticlip.files import staging_folder
 from senticlip.progress import spinner
 from senticlip.structures import Sequence, UserError
 
@@ -74,7 +74,7 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
 
     Args:
         model: on the CPU.
-        folder: the folder given to ``make``.
+        folder: the folder given to ``write_compiled``.
         weights: a fingerprint of the model's weights.
         precision: bf16, or int8 (weights and inputs of matrix products; the rest in bf16). fp32 replaces bf16 on a
             processor without it, and in int8 for networks without such products.
@@ -102,25 +102,25 @@ def compile_encoders(model: Any, folder: Path, weights: str, precision: str) -> 
         except RuntimeError as error:
             message = f"{source}: {name} cannot be read or compiled ({_last_line(error)})"
             raise UserError(f"{message} — remove this folder, or leave out --precision") from error
-        model.encoders[name] = CompiledEncoder(encoder, compiled, f"{weights} {precision} {recipe()}")
+        model.encoders[name] = CompiledEncoder(encoder, compiled, f"{weights} {precision} {runtime_id()}")
     return model
 
 
-def made(folder: Path, weights: str) -> bool:
+def is_compiled(folder: Path, weights: str) -> bool:
     """Whether ``folder/openvino`` holds the OpenVINO models of these weights."""
     marker = folder / "openvino" / "of.txt"
     return marker.is_file() and marker.read_text() == f"{FORMAT} {weights}"
 
 
-def make(model: Any, folder: Path, weights: str) -> None:
+def write_compiled(model: Any, folder: Path, weights: str) -> None:
     """Write a model's encoders as OpenVINO models to ``folder/openvino``, weights in fp16.
 
     Raises:
         UsageError: ONNX is not installed. UserError: an encoder cannot be compiled.
     """
-    need("onnxscript")
+    import_extra("onnxscript")
     openvino, target = _openvino(), folder / "openvino"
-    with workshop(target) as temporary, spinner("compiling the encoders"):
+    with staging_folder(target) as temporary, spinner("compiling the encoders"):
         complete = temporary / "whole"
         complete.mkdir()
         for name, encoder in model.encoders.items():
@@ -192,7 +192,7 @@ def _openvino() -> Any:
     """The package, without its telemetry package, which would report each import to Google Analytics."""
     modules: Any = sys.modules
     modules.setdefault("openvino_telemetry", None)
-    return need("openvino")
+    return import_extra("openvino")
 
 
 @cache
@@ -206,6 +206,6 @@ def capabilities() -> list[str]:
     return list(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
-def recipe() -> str:
+def runtime_id() -> str:
     """What the answers of a compiled encoder depend on besides its weights."""
     return f"OpenVINO {_openvino().__version__}, {' '.join(capabilities())}"

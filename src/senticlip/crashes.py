@@ -30,7 +30,7 @@ os._exit(0)
 Piece = tuple[float | None, float | None]
 
 
-def deadly(clips: dict[int, Clip]) -> set[int]:
+def find_crashing_clips(clips: dict[int, Clip]) -> set[int]:
     """The keys of clips whose decoding kills a process: each video is decoded in its own, then, if that dies, each of
     its pieces."""
     pieces: dict[Path, dict[int, Piece]] = {}
@@ -39,14 +39,16 @@ def deadly(clips: dict[int, Clip]) -> set[int]:
             pieces.setdefault(clip.video, {})[key] = (clip.start, clip.end)
     deadly_keys: set[int] = set()
     for video, video_pieces in pieces.items():
-        if killed_by := kills(video, video_pieces.values()):
-            alone = {key for key, piece in video_pieces.items() if len(video_pieces) == 1 or kills(video, [piece])}
+        if killed_by := crash_signal(video, video_pieces.values()):
+            alone = {
+                key for key, piece in video_pieces.items() if len(video_pieces) == 1 or crash_signal(video, [piece])
+            }
             # no piece dies alone: if a crash needs several, any may be to blame; if one was merely slow, none is
             deadly_keys |= alone or (set() if killed_by == signal.SIGALRM else video_pieces.keys())
     return deadly_keys
 
 
-def kills(video: Path, pieces: Collection[Piece]) -> int:
+def crash_signal(video: Path, pieces: Collection[Piece]) -> int:
     """The signal that kills a process decoding these pieces of a video: SIGALRM if one takes over DEADLINE, 0 if none
     does."""
     command = [sys.executable, "-c", _DECODE_SCRIPT, str(video), json.dumps([*pieces]), str(DEADLINE)]

@@ -78,7 +78,7 @@ class Split(nn.Module):
     def after(self, activations: Tensor, residual: Tensor | None) -> Tensor:
         """Activations → states N×d."""
         if self.stage is not None:
-            with passing(self.body, self.stage):
+            with bypass_until(self.body, self.stage):
                 return self.body(activations)
         if residual is None:
             return self.body.forward_head(activations)
@@ -144,7 +144,7 @@ def last_stage(body: Any) -> str | None:
 
 
 @contextmanager
-def passing(body: Any, stage: str) -> Iterator[None]:
+def bypass_until(body: Any, stage: str) -> Iterator[None]:
     """Make the modules up to ``stage`` return their input, so that ``body(activations)`` computes what follows it."""
     before, owner = [], body
     for name in stage.split("."):

@@ -17,7 +17,7 @@ from senticlip.data.video import read_frames
 from senticlip.evaluate import evaluate
 from senticlip.explain import explain, inline
 from senticlip.explain_set import KINDS, kind
-from senticlip.files import alone, workshop, write_text
+from senticlip.files import folder_lock, staging_folder, write_text
 from senticlip.pages import page as template
 from senticlip.predictor import load
 from senticlip.progress import counter
@@ -47,7 +47,7 @@ def demo(out: str | Path = "demo", config: Config | None = None, sound: bool = F
     config = config or load_preset("tiny")
     if not set(SINGLE.values()) <= set(config.modalities):
         raise UsageError("modalities: the demo compares text and video with both — keep them (audio may be added)")
-    with alone(Path(out), "demo"):
+    with folder_lock(Path(out), "demo"):
         return _run_demo(Path(out), config, sound)
 
 
@@ -62,14 +62,14 @@ def _run_demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
         run = out / ("run" if name == "fused" else f"run-{name}")
         if name != "fused":  # its encoder was trained before, as a stage of the fused model
             if run.exists():
-                with workshop(run) as folder:  # moved away at once: a kill must not leave parts of it
+                with staging_folder(run) as folder:  # moved away at once: a kill must not leave parts of it
                     run.rename(folder / run.name)
             for stage in stages_of(experiment, out / "data"):
                 share_stage(run, stage, out / "run" / "stages" / stage)
         train(experiment, out / "data", run, resume=name != "fused")
         results[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
     clips_by_id = {clip.id: clip for clip in read_clips(out / "data", "test", config.protocol, config.seed)}
-    shown = strip(out / "run" / "predictions-test.csv", clips_by_id)
+    shown = example_clips(out / "run" / "predictions-test.csv", clips_by_id)
     explained = next(clip for clip in shown if clip["kind"] == "conflict")
     explain(load(out / "run"), explained["path"], explained["text"], out / "explain")
     write_text(out / "report.html", page(results, shown))
@@ -87,7 +87,7 @@ def _check_is_run(run: Path) -> None:
         raise UserError(f"{run}: not a run, and would be deleted — choose another --out")
 
 
-def strip(predictions: Path, clips_by_id: dict[str, Clip]) -> list[dict[str, Any]]:
+def example_clips(predictions: Path, clips_by_id: dict[str, Clip]) -> list[dict[str, Any]]:
     """The first two clips of each kind, with a thumbnail and their predictions; ``there``: the clips by id."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:

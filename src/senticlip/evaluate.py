@@ -15,7 +15,7 @@ from senticlip.checkpoint import outputs, read_metrics, rows_digest
 from senticlip.config import Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
-from senticlip.data.table import split_named
+from senticlip.data.table import canonical_split
 from senticlip.files import write_text
 from senticlip.precision import values_and_classes
 from senticlip.predictor import Predictor
@@ -73,7 +73,7 @@ def _predict_split(
     predictor = Predictor(run, device, precision)
     config = predictor.config
     target = target or config.target
-    split = split_named(split)
+    split = canonical_split(split)
     all_clips = read_clips(data, split, config.protocol, config.seed)
     clips = [clip for clip in all_clips if target in clip.labels]
     if not clips:

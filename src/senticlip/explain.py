@@ -18,18 +18,27 @@ import senticlip
 from senticlip import cam
 from senticlip.answers import make_callable, shown
 from senticlip.data.video import Frames, VideoReader, read_frames
-from senticlip.files import make_folder, write_text, write_whole
-from senticlip.occlusion import Case, alone, change, characters, cross_attention, occlude, unread, value
+from senticlip.files import make_folder, write_atomically, write_text
+from senticlip.occlusion import (
+    Case,
+    alone,
+    characters,
+    cross_attention,
+    occlude,
+    prediction_distance,
+    support,
+    unread_text,
+)
 from senticlip.pages import CHINESE, page
 from senticlip.progress import counter
-from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, spoken
+from senticlip.structures import LABELS, SURFACE, Batch, Clip, Prediction, UsageError, text_or_none
 
 ENGLISH = {"text": "words", "video": "picture", "audio": "sound"}
 HEIGHT, MAX_WIDTH = 256, 1024
 """Height of the page's pictures and their largest width, in pixels."""
 FAINT = 0.01
-"""If the prediction changes by less than this without the video (occlusion.change), the page says so: heat maps are
-scaled to their largest value, however small."""
+"""If the prediction changes by less than this without the video, the page says so: heat maps are scaled to their
+largest value, however small."""
 
 
 class Attention(NamedTuple):
@@ -127,7 +136,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
     """
     if method is not None and method not in cam.METHODS:
         raise UsageError(f"--method {method}: unknown — choose one of {', '.join(cam.METHODS)}")
-    clip = clip._replace(text=spoken(clip.text))
+    clip = clip._replace(text=text_or_none(clip.text))
     batch, times = batch_of(predictor, clip)
     with torch.no_grad():
         features = predictor.model.encode(batch)
@@ -150,7 +159,7 @@ def explanation(predictor: Any, clip: Clip, method: str | None = None) -> Explan
         maps,
         method or "",
         dropped=predictor.config.vision.cutaways == "drop",
-        unread=unread(predictor, clip.text),
+        unread=unread_text(predictor, clip.text),
         reads_text="text" in predictor.model.encoders,
     )
 
@@ -296,7 +305,7 @@ def write(explained: Explanation, out: str | Path) -> dict[str, Any]:
     target = folder / "explain.html"
     stale = _stale_frames(folder, len(paths)) if target.is_file() else []
     for path, picture in zip(paths, frames, strict=True):
-        write_whole(path, functools.partial(picture.save, format="PNG"))
+        write_atomically(path, functools.partial(picture.save, format="PNG"))
     write_text(target, html(explained, frames))
     for old in stale:
         old.unlink()
@@ -315,7 +324,7 @@ def html(explained: Explanation, frames: list[Image.Image]) -> str:
     label, original = explained.prediction.label, explained.cases[0].prediction
     pictures = zip(explained.pictures, frames, explained.times, strict=True)
     # differences of rounded values, so that the numbers on the page add up
-    supports = [(case, round(value(case.prediction, label), 3)) for case in explained.cases]
+    supports = [(case, round(support(case.prediction, label), 3)) for case in explained.cases]
     differences = [(case, shown, shown - supports[0][1]) for case, shown in supports[1:]]
     return page(
         "explain.html",
@@ -326,7 +335,9 @@ def html(explained: Explanation, frames: list[Image.Image]) -> str:
         before=supports[0][1],
         differences=differences,
         pieces=[(case.shown, difference) for case, _, difference in differences if case.kind == "character"],
-        faint=any(case.kind == "video" and change(original, case.prediction) < FAINT for case in explained.cases),
+        faint=any(
+            case.kind == "video" and prediction_distance(original, case.prediction) < FAINT for case in explained.cases
+        ),
     )
 
 

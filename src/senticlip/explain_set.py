@@ -16,11 +16,11 @@ from senticlip.data.loader import to_batch
 from senticlip.data.sims import read_clips
 from senticlip.explain import explanation, inline, load, write
 from senticlip.files import make_folder, write_text
-from senticlip.models.base import only
-from senticlip.occlusion import change
+from senticlip.models.base import keep_modalities
+from senticlip.occlusion import prediction_distance
 from senticlip.pages import page
 from senticlip.progress import bar
-from senticlip.sources import BATCH, clip_set, reads
+from senticlip.sources import BATCH, clip_modalities, clip_set
 from senticlip.structures import LABELS, SURFACE, Clip, Prediction, UsageError, UserError, bounded, polarity
 
 KINDS = {
@@ -33,7 +33,7 @@ KINDS = {
 """How the sentiments of text and video relate."""
 
 
-class Answered(NamedTuple):
+class ClipAnswers(NamedTuple):
     """A clip, its label in [-1, 1], and its predictions: of the whole clip, without each modality, given each alone.
 
     ``without`` and ``alone`` are by surface name, and empty for a clip that has one modality only; ``blank``: it has
@@ -129,7 +129,7 @@ def explain_set(
 
 
 @torch.no_grad()
-def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None]) -> list[Answered]:
+def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Callable[[int], None]) -> list[ClipAnswers]:
     """Predict each clip as it is, without each modality, and given each alone; features come from the cache."""
     model, target = predictor.model, predictor.config.target
     dataset = clip_set(clips, model, data=data)
@@ -140,7 +140,10 @@ def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Calla
         features = model.encode(to_batch({name: value.to(model.device) for name, value in inputs.items()}))
         whole = predictor.predictions(model.fuse(features))
         present = {name: sequence.mask.any(1).tolist() for name, sequence in features.modalities.items()}
-        without = {name: predictor.predictions(model.fuse(only(features, present.keys() - {name}))) for name in present}
+        without = {
+            name: predictor.predictions(model.fuse(keep_modalities(features, present.keys() - {name})))
+            for name in present
+        }
         alone = {name: predictor.predictions(output) for name, output in model.alone(features).items()}
         for i, index in enumerate(indices):
             names = [name for name in present if present[name][i]]
@@ -149,20 +152,20 @@ def answered(predictor: Any, clips: list[Clip], data: str | Path, advance: Calla
                 {SURFACE[name]: answers[name][i] for name in removable} for answers in (without, alone)
             )
             results.append(
-                Answered(clips[index], clips[index].labels[target], whole[i], without_row, alone_row, not names)
+                ClipAnswers(clips[index], clips[index].labels[target], whole[i], without_row, alone_row, not names)
             )
         advance(len(indices))
     return results
 
 
-def _truth_score(row: Answered) -> float:
+def _truth_score(row: ClipAnswers) -> float:
     """The probability of the true class; for a score, minus its absolute error."""
     if row.whole.score is not None:
         return -abs(bounded(row.whole.score) - row.label)
     return row.whole.probabilities[LABELS[row.truth]]
 
 
-def _kinds(rows: list[Answered]) -> tuple[str, list[str]]:
+def _kinds(rows: list[ClipAnswers]) -> tuple[str, list[str]]:
     """What the kinds are based on, and the kind of each row: by labels T and V; if any row lacks one, by the model's
     answers to text and video alone ("" for a row without both)."""
     if all("T" in row.clip.labels and "V" in row.clip.labels for row in rows):
@@ -171,7 +174,7 @@ def _kinds(rows: list[Answered]) -> tuple[str, list[str]]:
     return "model", [kind(*pair) if len(pair) == 2 else "" for pair in predicted]
 
 
-def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
+def _summary(rows: list[ClipAnswers], kinds: list[str]) -> dict[str, Any]:
     """Confusion by kind, and the effect of each modality: the mean change of the prediction without it."""
     truth = np.array([row.truth for row in rows])
     predicted = np.array([LABELS.index(row.whole.label) for row in rows])
@@ -191,7 +194,7 @@ def _summary(rows: list[Answered], kinds: list[str]) -> dict[str, Any]:
         # a missing modality counts as 0, so that the means add up to 1, as the weights of each clip do
         weights = [row.whole.weights.get(name, 0.0) for row in multimodal if row.whole.weights]
         modalities[name] = {
-            "change": float(np.mean([change(*pair) for pair in pairs])),
+            "change": float(np.mean([prediction_distance(*pair) for pair in pairs])),
             "flips": float(np.mean([a.label != b.label for a, b in pairs])),
         }
         if weights:
@@ -218,11 +221,13 @@ def _remove_old_pages(folder: Path, kept: set[str]) -> None:
                 old.rmdir()
 
 
-def _write_error_page(predictor: Any, row: Answered, kind: str, folder: Path, name: str, method: str | None) -> Worst:
+def _write_error_page(
+    predictor: Any, row: ClipAnswers, kind: str, folder: Path, name: str, method: str | None
+) -> Worst:
     """Write the page of one error; but none if the clip has nothing that the model reads, or the model reads feature
     files, since features cannot be shown."""
     entry = Worst(row.clip, LABELS[row.truth], row.whole, kind, None, None)
-    if row.blank or not set(predictor.config.modalities) <= set(reads(predictor.model)):
+    if row.blank or not set(predictor.config.modalities) <= set(clip_modalities(predictor.model)):
         return entry
     explained = explanation(predictor, row.clip, method)
     write(explained, folder / name)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from senticlip.config import from_dict
 from senticlip.data.sims import read_clips
-from senticlip.files import workshop
+from senticlip.files import staging_folder
 from senticlip.progress import spinner
 from senticlip.quantize import quantize
-from senticlip.sources import reads
-from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError, whole
+from senticlip.sources import clip_modalities
+from senticlip.structures import LABELS, Batch, Output, Sequence, UsageError, UserError, valid_utf8
 
 if TYPE_CHECKING:
     from senticlip.models.base import SentimentModel
@@ -49,7 +49,7 @@ class Graph(nn.Module):
     def __init__(self, model: SentimentModel) -> None:
         super().__init__()
         self.model = model
-        self.names = reads(model)
+        self.names = clip_modalities(model)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Encode every frame, including padding, which the fusion network ignores."""
@@ -104,7 +104,7 @@ def export(
     out = Path(out)
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the name must end in .onnx — senticlip recognises an exported file by it")
-    need("onnx")
+    import_extra("onnx")
     from senticlip.precision import compare
     from senticlip.predictor import Predictor
 
@@ -114,11 +114,11 @@ def export(
     config = predictor.config
     # before the export, which takes minutes: it may fail
     clips = [] if data is None else read_clips(data, split, config.protocol, config.seed)
-    if set(config.modalities) != set(reads(predictor.model)) or config.model != "clip_ca_msa":
+    if set(config.modalities) != set(clip_modalities(predictor.model)) or config.model != "clip_ca_msa":
         raise UsageError(f"{run}: only a CLIP-CA-MSA model that reads clips can be exported to ONNX")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with workshop(out) as folder, spinner(f"exporting {out.name}"):
+        with staging_folder(out) as folder, spinner(f"exporting {out.name}"):
             os.replace(_write_file(predictor, folder, int8), out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}) — choose another --out") from None
@@ -131,7 +131,7 @@ def _write_file(predictor: Predictor, folder: Path, int8: bool) -> Path:
     import onnx
 
     model, config = predictor.model, predictor.config
-    metadata: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": reads(model)}
+    metadata: dict[str, Any] = {"format": FORMAT, "labels": LABELS, "names": clip_modalities(model)}
     metadata |= {"experiment": config.to_dict(), "temperature": model.network.temperature.tolist()}
     if "vision" in model.encoders:
         metadata |= {"frames": config.vision.frames, "size": model.encoders["vision"].size}
@@ -142,7 +142,7 @@ def _write_file(predictor: Predictor, folder: Path, int8: bool) -> Path:
     path = folder / "model.onnx"
     trace(model).save(str(path))
     if int8:
-        need("onnxruntime")
+        import_extra("onnxruntime")
         path = quantize(path)
     proto = onnx.load(str(path))
     onnx.helper.set_model_props(proto, {"senticlip": json.dumps(metadata, ensure_ascii=False), "tokenizer": tokenizer})
@@ -152,7 +152,7 @@ def _write_file(predictor: Predictor, folder: Path, int8: bool) -> Path:
 
 def trace(model: SentimentModel) -> Any:
     """The ONNX program of a model."""
-    need("onnxscript")
+    import_extra("onnxscript")
     graph = Graph(model).eval().float()
     names, inputs, shapes = [], [], []
     rows = torch.export.Dim("batch")
@@ -211,7 +211,7 @@ def _zeros(name: str, shape: torch.Size, model: Any) -> Tensor:
     return torch.zeros(*shape, 3, size, size, dtype=torch.uint8)
 
 
-def need(name: str) -> Any:
+def import_extra(name: str) -> Any:
     """Import a package of the extra ``onnx``.
 
     Raises:
@@ -238,9 +238,9 @@ class OnnxModel:
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
             raise UsageError(f"{path}: no such file — create it with senticlip export RUN --out F.onnx")
-        if str(path) != whole(str(path)):
+        if str(path) != valid_utf8(str(path)):
             raise UserError(f"{path}: onnxruntime cannot open a path that is not UTF-8 — rename it")
-        runtime = need("onnxruntime")
+        runtime = import_extra("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

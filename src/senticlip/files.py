@@ -28,7 +28,7 @@ ABANDONED = 3600
 
 
 @contextmanager
-def disk(path: Path, then: str = "run the same command again") -> Iterator[None]:
+def report_full_disk(path: Path, then: str = "run the same command again") -> Iterator[None]:
     """Turn the error of a full disk, whichever library raises it, into one line for the user.
 
     Raises:
@@ -82,7 +82,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def alone(folder: Path, what: str, patience: float = 0, key: str = "--out") -> Iterator[None]:
+def folder_lock(folder: Path, what: str, patience: float = 0, key: str = "--out") -> Iterator[None]:
     """Hold the lock of a folder, made if missing; the kernel releases the lock of a killed process.
 
     Args:
@@ -122,14 +122,14 @@ def _remove_abandoned(paths: Iterable[Path]) -> None:
 
 
 @contextmanager
-def workshop(out: Path) -> Iterator[Path]:
+def staging_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to ``out``, to make it in and rename it from; removes those of killed processes.
 
     Raises:
         UserError: the disk is full.
     """
     _remove_abandoned(path for path in out.parent.glob(f".{glob.escape(out.name)}-{'?' * 8}") if path.is_dir())
-    with disk(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+    with report_full_disk(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         yield Path(folder)
 
 
@@ -153,7 +153,7 @@ def _remove_partial_files(folder: Path) -> None:
     _remove_abandoned(folder.glob(f".*.{'[0-9a-f]' * 12}.partial"))
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: ``write`` gets a temporary path in the same folder, which is then renamed to ``path``.
 
     Also removes temporary files that killed processes left in the folder.
@@ -165,7 +165,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         _remove_partial_files(path.parent)
-        with disk(path):
+        with report_full_disk(path):
             write(partial)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())  # else a power loss could leave an empty file at ``path``
@@ -178,5 +178,5 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; raises as ``write_whole``."""
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Write a UTF-8 text file atomically; raises as ``write_atomically``."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

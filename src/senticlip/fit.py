@@ -118,9 +118,9 @@ class EpochProgress(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the metrics of the epoch."""
-        metrics = kwargs["metrics"]
-        names = [k for k in ("nll", "mae", "accuracy", "macro_f1") if f"eval_{k}" in metrics]
-        values = "  ".join(f"{k} {metrics['eval_' + k]:.4f}" for k in names)
+        logged = kwargs["metrics"]
+        names = [k for k in ("nll", "mae", "accuracy", "macro_f1") if f"eval_{k}" in logged]
+        values = "  ".join(f"{k} {logged['eval_' + k]:.4f}" for k in names)
         self.progress.console.print(f"epoch {round(state.epoch):>3}  valid: {values}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

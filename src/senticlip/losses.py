@@ -26,15 +26,15 @@ def cross_entropy(
     return losses if weight is None else losses * weight.to(losses.dtype)[target]
 
 
-def mean_of(values: Tensor, mask: Tensor) -> Tensor:
+def mean_over(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of ``values`` B where ``mask`` is True; 0, still differentiable, if it is False everywhere.
 
     With several processes, the average of their results is the mean over all their rows.
     """
-    return torch.where(mask, values, 0).sum() / count_of(mask).clamp(min=1e-6)
+    return torch.where(mask, values, 0).sum() / count_rows(mask).clamp(min=1e-6)
 
 
-def count_of(mask: Tensor) -> Tensor:
+def count_rows(mask: Tensor) -> Tensor:
     """The number of True rows; with several processes the mean over them, since their gradients are averaged too."""
     count = mask.sum().float()
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():

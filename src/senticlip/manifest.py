@@ -19,17 +19,17 @@ import pyarrow.parquet as pq
 
 from senticlip.data.subtitles import SUFFIXES
 from senticlip.data.table import (
+    COLUMN_ALIASES,
     EMPTY,
     LONGEST_CELL,
-    NAMES,
     check_no_workbook,
     delimiter_of,
-    likeliest,
-    told_encoding,
+    guess_chinese_encoding,
+    marked_encoding,
 )
-from senticlip.files import write_whole
+from senticlip.files import write_atomically
 from senticlip.progress import console
-from senticlip.structures import UsageError, UserError, whole
+from senticlip.structures import UsageError, UserError, valid_utf8
 
 COLUMNS = ("id", "path", "text", "subtitles", "start", "end")
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "error")])
@@ -39,7 +39,7 @@ REMEMBERED = 100_000
 _MISSING: Any = object()
 """Value of cells missing from a CSV row that is shorter than the header."""
 
-_ALIASES = {name: column for name, column in NAMES.items() if column in COLUMNS}
+_ALIASES = {name: column for name, column in COLUMN_ALIASES.items() if column in COLUMNS}
 _ALIASES |= {"subtitle": "subtitles", "字幕": "subtitles"}
 
 
@@ -64,7 +64,7 @@ def split(manifest: Path, path: Path, rows: int) -> None:
         if not count:
             raise UserError(f"{manifest}: no rows — expected id, path, text or subtitles")
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def read(manifest: Path) -> Iterator[dict[str, str | None]]:
@@ -108,7 +108,7 @@ def _record(where: str, number: int, row: dict[Any, Any] | ValueError) -> dict[s
         {key: value for key, value in row.items() if value is not _MISSING and str(value).strip() not in EMPTY}
     )
     texts = {name: str(value) if name == "text" else str(value).strip() for name, value in cells.items()}
-    valid = {name: whole(texts[name]) for name in COLUMNS if name in texts}
+    valid = {name: valid_utf8(texts[name]) for name in COLUMNS if name in texts}
     record: dict[str, str | None] = {**dict.fromkeys(COLUMNS), **valid, "error": None}
     record["id"] = record["id"] or record["path"] or f"row {number}"
     mistyped = [name for name in valid if not isinstance(cells[name], str | int | float)]
@@ -221,7 +221,7 @@ def _detect_encoding(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(4000)
         check_no_workbook(head, path)
-        if encoding := told_encoding(head):
+        if encoding := marked_encoding(head):
             return encoding
         file.seek(0)
         try:
@@ -229,5 +229,5 @@ def _detect_encoding(path: Path) -> str:
                 decoder.decode(chunk)
         except UnicodeDecodeError:
             file.seek(0)
-            return likeliest(file.read(1 << 20).rpartition(b"\n")[0])
+            return guess_chinese_encoding(file.read(1 << 20).rpartition(b"\n")[0])
     return "utf-8"

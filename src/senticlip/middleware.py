@@ -31,7 +31,7 @@ def _find_codec(name: str) -> codecs.CodecInfo | None:
 codecs.register(_find_codec)
 
 
-class Forms:
+class FormCheck:
     """Middleware for forms, which must be complete and in UTF-8.
 
     starlette would read raw bytes as Latin-1, and take a truncated form for a complete one.
@@ -80,7 +80,7 @@ class Forms:
         await self.app(scope, checked_receive, send)
 
 
-class Browsers:
+class CrossSiteGuard:
     """Middleware that refuses posts from other sites' pages, and forbids browsers from guessing content types.
 
     Any page may post a form to any address, even one that only the browser's machine can reach.
@@ -107,17 +107,17 @@ class Browsers:
         await self.app(scope, receive, send_with_header)
 
 
-class Limit:
-    """Middleware that refuses a body of more than ``most`` bytes before all of it is on disk."""
+class BodyLimit:
+    """Middleware that refuses a body of more than ``max_bytes`` bytes before all of it is on disk."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-        self.message = f"the upload is larger than {most / 2**20:g} MiB — send a shorter clip, or raise --limit"
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+        self.message = f"the upload is larger than {max_bytes / 2**20:g} MiB — send a shorter clip, or raise --limit"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request: check its Content-Length and the bytes received."""
         declared = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
-        if declared > self.most:
+        if declared > self.max_bytes:
             await JSONResponse({"error": self.message}, 413)(scope, receive, send)
             return
         received = 0
@@ -126,7 +126,7 @@ class Limit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.most:
+            if received > self.max_bytes:
                 raise HTTPException(413, self.message)
             return message
 

@@ -8,7 +8,7 @@ import torch
 
 from senticlip import cam
 from senticlip.encoders.text import tokenize
-from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence, bounded, spoken
+from senticlip.structures import LABELS, SURFACE, Batch, Output, Prediction, Sequence, bounded, text_or_none
 
 
 class Case(NamedTuple):
@@ -54,9 +54,9 @@ def characters(tokenizer: Any, text: str | None, max_length: int) -> list[Charac
     return spans
 
 
-def unread(predictor: Any, text: str | None) -> str:
+def unread_text(predictor: Any, text: str | None) -> str:
     """The end of a text, if truncated because it has too many tokens for the model; else empty."""
-    text = spoken(text)
+    text = text_or_none(text)
     if text is None or predictor.tokenizer is None:
         return ""
     limit = predictor.config.text.max_length
@@ -66,7 +66,7 @@ def unread(predictor: Any, text: str | None) -> str:
     return text[max((character.end for character in read), default=len(text)) :].strip()
 
 
-def value(prediction: Prediction, label: str) -> float:
+def support(prediction: Prediction, label: str) -> float:
     """The probability of ``label``; for a regression model's score s in [−1, 1], as for heat maps, −s, −|s|, s for
     negative, neutral, positive."""
     if prediction.score is None:
@@ -75,7 +75,7 @@ def value(prediction: Prediction, label: str) -> float:
     return {"negative": -score, "neutral": -abs(score), "positive": score}[label]
 
 
-def change(before: Prediction, after: Prediction) -> float:
+def prediction_distance(before: Prediction, after: Prediction) -> float:
     """The distance of two predictions, 0 … 1: total variation distance, or half the difference of scores."""
     if before.score is not None and after.score is not None:
         return abs(bounded(before.score) - bounded(after.score)) / 2
@@ -134,7 +134,7 @@ def _without_characters(predictor: Any, features: Batch, text: str | None) -> li
     cuts = {
         index: (text[span.start : span.end], rest)
         for index, span in enumerate(characters(predictor.tokenizer, text, length))
-        if (rest := spoken(text[: span.start] + text[span.end :])) is not None or not only_text
+        if (rest := text_or_none(text[: span.start] + text[span.end :])) is not None or not only_text
     }
     if not cuts:
         return []

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from senticlip import compiled
 from senticlip.checkpoint import read_json
-from senticlip.compiled import recipe
-from senticlip.files import alone, write_text
+from senticlip.compiled import runtime_id
+from senticlip.files import folder_lock, write_text
 from senticlip.metrics import score_class
-from senticlip.progress import watched
-from senticlip.sources import cache_root, fingerprint, hears
+from senticlip.progress import track
+from senticlip.sources import cache_root, fingerprint, reads_log_mel
 from senticlip.structures import Batch, Clip, Output, Sequence, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PATIENCE = 1800.0
 """Seconds to wait for another process to make the same file: at the paper's size, an export takes a minute."""
 
 
-def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
+def lower_precision(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float]]:
     """The model of a RUN with its encoders in bf16 or int8, and its ``disagreement`` with fp32 on synthetic input.
 
     The disagreement is measured once for these weights and kept in ``RUN/precision.json``. On a CPU, the encoders are
@@ -44,7 +44,10 @@ def lowered(model: Any, run: Path, precision: str) -> tuple[Any, dict[str, float
     path, weights = run / "precision.json", fingerprint(model, model.config.encoders)
     on_gpu = precision == "bf16" and model.device.type != "cpu"
     model = model if on_gpu else model.to("cpu")
-    measured, key = _stored_disagreements(path, weights), f"{precision} on {model.device.type if on_gpu else recipe()}"
+    measured, key = (
+        _stored_disagreements(path, weights),
+        f"{precision} on {model.device.type if on_gpu else runtime_id()}",
+    )
     batch = probe(model, model.experiment)
     reference = None if key in measured else _output(model, batch)
     # checked before compiling, as compiled encoders may hide NaN: OpenVINO's max drops it
@@ -73,10 +76,10 @@ def _stored_disagreements(path: Path, weights: str) -> dict[str, Any]:
 def _with_compiled_encoders(model: Any, run: Path, weights: str, precision: str) -> Any:
     """The model with compiled encoders, which are stored in its RUN, or in the cache if RUN is read-only."""
     folder = run if os.access(run, os.W_OK) else cache_root() / "openvino" / weights
-    if not compiled.made(folder, weights):
-        with alone(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # workers of bulk start at the same time
-            if not compiled.made(folder, weights):
-                compiled.make(model, folder, weights)
+    if not compiled.is_compiled(folder, weights):
+        with folder_lock(folder, "export", PATIENCE, "SENTICLIP_CACHE"):  # workers of bulk start at the same time
+            if not compiled.is_compiled(folder, weights):
+                compiled.write_compiled(model, folder, weights)
     return compiled.compile_encoders(model, folder, weights, precision)
 
 
@@ -146,7 +149,7 @@ def compare(reference: Predictor, other: Predictor, clips: list[Clip], batch_siz
 
     def pairs() -> Iterable[tuple[Output, Output]]:
         begins = range(0, len(clips), batch_size)
-        for begin in watched(begins, "comparing", len(begins)):
+        for begin in track(begins, "comparing", len(begins)):
             for batch in batches(clips[begin : begin + batch_size]):
                 yield reference.output(batch), other.output(batch)
 
@@ -170,7 +173,7 @@ def probe(model: Any, config: Any, rows: int = 4) -> Batch:
         smooth = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
         pixels = (255 * smooth).to(torch.uint8).unflatten(0, (rows, m))
         modalities["vision"] = Sequence(pixels, torch.ones(rows, m, dtype=torch.bool))
-    if hears(config):
+    if reads_log_mel(config):
         sound = 4 * torch.randn(rows, 30, config.audio.bands, generator=random) - 2  # as loud as speech
         modalities["audio"] = Sequence(sound, torch.ones(rows, 30, dtype=torch.bool))
     on_device = {name: Sequence(*(part.to(model.device) for part in sequence)) for name, sequence in modalities.items()}

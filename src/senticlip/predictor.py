@@ -18,8 +18,8 @@ from senticlip.data.loader import padded
 from senticlip.data.video import Frames, read_frames
 from senticlip.encoders.text import tokenize
 from senticlip.metrics import score_class
-from senticlip.precision import lowered
-from senticlip.sources import hears
+from senticlip.precision import lower_precision
+from senticlip.sources import reads_log_mel
 from senticlip.structures import (
     LABELS,
     PRECISIONS,
@@ -31,7 +31,7 @@ from senticlip.structures import (
     Sequence,
     UsageError,
     UserError,
-    spoken,
+    text_or_none,
 )
 
 
@@ -81,7 +81,7 @@ class Predictor:
             self.model = SentimentModel.from_pretrained(self.run).to(torch_device)
         self.tokenizer, self.config = self.model.tokenizer, self.model.experiment
         if precision != "fp32":
-            self.model, self.disagreement = lowered(self.model, self.run, precision)
+            self.model, self.disagreement = lower_precision(self.model, self.run, precision)
 
     def __call__(
         self,
@@ -135,7 +135,7 @@ class Predictor:
             inputs["text"] = tokenize(self.tokenizer, [clip.text for clip in clips], self.config.text.max_length)
         if "vision" in self.model.encoders:
             inputs["vision"] = self._padded_frames(clips, read)
-        if hears(self.config):
+        if reads_log_mel(self.config):
             inputs["audio"] = self._padded_sound(clips, listen)
         for i, clip in enumerate(clips):
             if not any(mask[i].any() for _, mask in inputs.values()):
@@ -210,4 +210,4 @@ def _validated(clip: Clip) -> Clip:
         raise UsageError(f"{clip.video}: a segment from {clip.start!r} to {clip.end!r} s — give finite times")
     start, end = (None if time is None else float(time) for time in (clip.start, clip.end))
     video = Path(clip.video) if clip.video else None
-    return clip._replace(text=spoken(clip.text), video=video, start=start, end=end)
+    return clip._replace(text=text_or_none(clip.text), video=video, start=start, end=end)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from senticlip.data.captions import describe
 from senticlip.data.faces import Expression, Person, Pose, draw
 from senticlip.data.scenes import Scene
-from senticlip.files import write_text, write_whole
+from senticlip.files import write_atomically, write_text
 
 FOLDER = Path(__file__).parent / "towers"
 ARCHITECTURE = "test_resnet"
@@ -194,4 +194,4 @@ def write(towers: Towers, out: Path) -> None:
         state = module.state_dict().items()
         weights = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state}
         save = functools.partial(save_file, weights, metadata={"format": "pt"})
-        write_whole(out / name / "model.safetensors", save)
+        write_atomically(out / name / "model.safetensors", save)

@@ -30,7 +30,7 @@ def counter(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def watched(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
+def track(rows: Iterable[Row], what: str, total: int) -> Iterator[Row]:
     """Yield the rows, counting them with a bar."""
     with bar(transient=True) as progress:
         yield from progress.track(rows, total=total, description=what)

@@ -11,7 +11,7 @@ from typing import Any
 def quantize(path: Path) -> Path:
     """Write ``int8.onnx`` next to a file: dynamic quantisation of its matrix products, weights in 8 bits.
 
-    Convolutions, which would get slower, and the ``spared`` products stay in fp32.
+    Convolutions, which would get slower, and the ``fp32_products`` stay in fp32.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -27,14 +27,14 @@ def quantize(path: Path) -> Path:
             weight_type=QuantType[weight_type()],
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=spared(onnx.load(str(path), load_external_data=False).graph),
+            nodes_to_exclude=fp32_products(onnx.load(str(path), load_external_data=False).graph),
         )
     finally:
         root.setLevel(level)
     return target
 
 
-def spared(graph: Any) -> list[str]:
+def fp32_products(graph: Any) -> list[str]:
     """The names of the products that stay in fp32: cheap, but with the most effect on the output (docs/experiments.md).
 
     These are the network after the encoders, and the second product of each feed-forward layer of the text encoder:

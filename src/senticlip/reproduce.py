@@ -16,10 +16,10 @@ from senticlip.config import Config
 from senticlip.configfile import parse_overrides
 from senticlip.data.sims import read_clips
 from senticlip.data.table import SPLITS
-from senticlip.files import alone, disk, make_folder, write_text
+from senticlip.files import folder_lock, make_folder, report_full_disk, write_text
 from senticlip.progress import bar, console
 from senticlip.structures import LABELS, Clip, UsageError, UserError
-from senticlip.tables import Asked, Table, digest, load_preset, load_tables
+from senticlip.tables import RunSettings, Table, digest, load_preset, load_tables
 
 WEIGHTS = "model.safetensors"
 RESULT = "result.json"
@@ -77,7 +77,7 @@ def reproduce(
             raise UserError(f"{data}: no clip in {split} has label {config.target}")
     labels = {name for clip in splits[0] for name in clip.labels}
     chosen_tables = load_tables(config, tables, labels, random=preset in ("tiny", "small"))
-    with alone(out, "reproduce"):
+    with folder_lock(out, "reproduce"):
         _check_same_inputs(out / "runs", data, splits[0], chosen_tables)
         runner = Runner(data, out / "runs", keep, device)
         runner.run_all(chosen_tables, seeds)
@@ -86,7 +86,7 @@ def reproduce(
             raise UserError(f"no row could be run: {errors[0]}")
         collected = results.collect(chosen_tables, runner.results, seeds)
         _report_dropped_tables(out, list(collected))
-        report = results.write(out, chosen_tables, collected, splits, Asked(config, preset, changes, str(data)))
+        report = results.write(out, chosen_tables, collected, splits, RunSettings(config, preset, changes, str(data)))
     return {"tables": results.numbers(collected), "report": str(report)}
 
 
@@ -115,7 +115,7 @@ def _check_same_inputs(runs: Path, data: str | Path, clips: list[Clip], tables: 
     for name, keys in saved.get("encoders", {}).items():
         if keys != encoders[name]:
             raise UserError(f"{runs.parent}: has runs made when {name} had different contents — choose another --out")
-    with disk(runs):
+    with report_full_disk(runs):
         make_folder(runs)
     write_text(runs / "data.json", json.dumps(current, ensure_ascii=False))
 

@@ -17,7 +17,7 @@ from senticlip.files import write_text
 from senticlip.layout import Block, as_html, as_markdown, latex_table
 from senticlip.pages import signed
 from senticlip.structures import LABELS, SURFACE, TARGETS, Clip, polarity
-from senticlip.tables import Asked, Table, digest, notes
+from senticlip.tables import RunSettings, Table, digest, notes
 
 NAMES = {"accuracy": "Acc", "macro_f1": "macro F1", "weighted_f1": "weighted F1", "precision": "P", "recall": "R"}
 SCORES = {"mae": "MAE", "corr": "Corr"}
@@ -125,7 +125,9 @@ def majority(clips: list[Clip], target: str = "M") -> dict[str, Any]:
     return {"label": LABELS[majority_class], **{name: scores[name] for name in ("accuracy", "macro_f1", "n")}}
 
 
-def write(out: Path, tables: list[Table], collected: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> Path:
+def write(
+    out: Path, tables: list[Table], collected: dict[str, Any], splits: list[list[Clip]], settings: RunSettings
+) -> Path:
     """Write ``results.json``, ``report.md``, ``labels.svg``, ``tables.tex`` and ``report.html``; return its path.
 
     ``splits``: all clips, as split for each seed.
@@ -137,20 +139,21 @@ def write(out: Path, tables: list[Table], collected: dict[str, Any], splits: lis
         }
         for number, by_target in collected.items()
     }
-    header = {"preset": asked.preset, "changed": asked.changes, "protocol": asked.config.protocol, "data": asked.data}
-    record = {**header, "seeds": len(splits), "tables": without_runs}
+    record = {**settings.to_dict(), "seeds": len(splits), "tables": without_runs}
     write_text(out / "results.json", json.dumps(record, ensure_ascii=False, indent=1))
     write_text(out / "labels.svg", label_figure(splits[0]))
-    write_text(out / "tables.tex", in_latex(tables, collected, len(splits), asked))
-    blocks = story(tables, collected, splits, asked)
+    write_text(out / "tables.tex", in_latex(tables, collected, len(splits), settings))
+    blocks = report_blocks(tables, collected, splits, settings)
     write_text(out / "report.md", as_markdown(blocks))
     write_text(out / "report.html", as_html(blocks, out))
     return out / "report.html"
 
 
-def story(tables: list[Table], collected: dict[str, Any], splits: list[list[Clip]], asked: Asked) -> list[Block]:
+def report_blocks(
+    tables: list[Table], collected: dict[str, Any], splits: list[list[Clip]], settings: RunSettings
+) -> list[Block]:
     """The report as blocks, in reading order."""
-    sizes, target = Counter(clip.split for clip in splits[0]), asked.config.target
+    sizes, target = Counter(clip.split for clip in splits[0]), settings.config.target
     splits_differ = len({tuple(clip.split for clip in clips) for clips in splits}) > 1
     seed_note = " (for seed 0; each seed draws its own split)" if splits_differ else ""
     baselines = [majority(clips, target) for clips in (splits if splits_differ else splits[:1])]
@@ -165,7 +168,7 @@ def story(tables: list[Table], collected: dict[str, Any], splits: list[list[Clip
         ("#", "The tables of CLIP-CA-MSA, reproduced"),
         (
             "p",
-            f"{asked.told(len(splits))}; "
+            f"{settings.summary(len(splits))}; "
             + ", ".join(f"{split} {n} clips" for split, n in sizes.items())
             + f"{seed_note}. Numbers are in per cent on test: mean ± standard deviation over seeds, the epoch chosen "
             "on valid; in brackets, the paper's number and ours minus the paper's. The paper's numbers are for "
@@ -188,7 +191,7 @@ def story(tables: list[Table], collected: dict[str, Any], splits: list[list[Clip
         ),
     ]
     for table in tables:
-        blocks += _table_blocks(table, collected[table.number], len(splits), asked.own(table))
+        blocks += _table_blocks(table, collected[table.number], len(splits), settings.kept_value_notes(table))
     blocks += [("##", "Notes on the paper's numbers"), *[("li", note) for note in notes()]]
     return [*blocks, ("p", "The same tables in LaTeX: tables.tex, next to this report.")]
 
@@ -254,15 +257,15 @@ def _format_score(score: dict[str, float], several: bool, metric: str = "") -> s
     return f"{mean} ± {deviation}" if several else mean
 
 
-def in_latex(tables: list[Table], collected: dict[str, Any], seeds: int, asked: Asked) -> str:
+def in_latex(tables: list[Table], collected: dict[str, Any], seeds: int, settings: RunSettings) -> str:
     """The tables in LaTeX: mean ± std, the best of each column in bold."""
     parts = [
         r"% \usepackage{booktabs}; Chinese names need XeLaTeX and \usepackage{ctex}. In per cent except MAE and Corr.",
-        f"% {' '.join(asked.told(seeds).split())}.",
+        f"% {' '.join(settings.summary(seeds).split())}.",
     ]
     seeds_text = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     for table in tables:
-        parts += [f"% {sentence}" for sentence in asked.own(table)]
+        parts += [f"% {sentence}" for sentence in settings.kept_value_notes(table)]
         for target, rows in collected[table.number].items():
             columns = columns_of(rows)
             cells = [

@@ -30,10 +30,10 @@ from typing import Annotated, Any
 import senticlip
 from senticlip.explain import explanation, heated, html
 from senticlip.files import is_full, terminable
-from senticlip.occlusion import unread
+from senticlip.occlusion import unread_text
 from senticlip.pages import page
-from senticlip.sources import reads
-from senticlip.structures import SURFACE, Clip, UsageError, UserError, spoken
+from senticlip.sources import clip_modalities
+from senticlip.structures import SURFACE, Clip, UsageError, UserError, text_or_none
 
 try:
     import uvicorn
@@ -42,7 +42,7 @@ try:
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.exceptions import HTTPException
 
-    from senticlip.middleware import MULTIPART, PLAIN, Browsers, Forms, Limit
+    from senticlip.middleware import MULTIPART, PLAIN, BodyLimit, CrossSiteGuard, FormCheck
 except ImportError:
     raise UsageError("serve needs fastapi and uvicorn: pip install 'senticlip[serve]'") from None
 
@@ -123,7 +123,7 @@ def serve(
 def app(
     predictor: Any,
     name: str,
-    most: int = 200 << 20,
+    max_bytes: int = 200 << 20,
     ending: Callable[[], bool] = lambda: False,
     running: set[str] | None = None,
 ) -> FastAPI:
@@ -132,14 +132,14 @@ def app(
     Args:
         predictor: senticlip.load(RUN).
         name: of the model, for the page.
-        most: largest body in bytes.
+        max_bytes: largest body in bytes.
         ending: tells whether the server is shutting down; waiting requests are then refused.
         running: holds "" and the folder of the upload (if any) while a clip is answered.
 
     Raises:
         UsageError: the model reads feature files.
     """
-    modalities = [SURFACE[modality] for modality in reads(predictor.model)]
+    modalities = [SURFACE[modality] for modality in clip_modalities(predictor.model)]
     if not modalities:
         raise UsageError(f"{name}: reads feature files, not clips — serve a model with its own encoders")
     explains = hasattr(predictor.model, "encode")  # an exported file cannot be taken apart
@@ -154,9 +154,9 @@ def app(
         redoc_url=None,
     )
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form: the client is told
-    application.add_middleware(Forms)
-    application.add_middleware(Limit, most=most)
-    application.add_middleware(Browsers)
+    application.add_middleware(FormCheck)
+    application.add_middleware(BodyLimit, max_bytes=max_bytes)
+    application.add_middleware(CrossSiteGuard)
     _add_error_handlers(application)
     fields = ["video"] * (modalities != ["text"]) + ["text"] * ("text" in modalities)
     answer = _one_at_a_time(fields, ending, set() if running is None else running)
@@ -174,7 +174,7 @@ def app(
     @application.post("/predict")
     async def predict(request: Request, video: Video = None, text: Text = None) -> Any:
         def predict_clip(clip: Clip) -> dict[str, Any]:
-            ignored = unread(predictor, clip.text)
+            ignored = unread_text(predictor, clip.text)
             return predictor(clip.video, clip.text).to_json() | ({"unread": len(ignored)} if ignored else {})
 
         return await answer(request, video, text, predict_clip)
@@ -260,7 +260,7 @@ def _checked_text(text: str | None) -> str | None:
     Raises:
         UsageError: too long, or not in UTF-8.
     """
-    text = spoken(text)
+    text = text_or_none(text)
     if text is not None and len(text) > MAX_TEXT_LENGTH:
         raise UsageError(f"text: {len(text)} characters — send at most {MAX_TEXT_LENGTH}")
     if text is not None and _is_garbled(text):
@@ -277,7 +277,7 @@ def _saved_clip(video: UploadFile | None, text: str | None, folders: set[str]) -
     if video is None or not (video.filename or video.size):  # both are empty if no file was chosen
         yield Clip("", None, text)
         return
-    name = spoken(Path(video.filename or "").name) or "video"
+    name = text_or_none(Path(video.filename or "").name) or "video"
     with tempfile.TemporaryDirectory(prefix="senticlip-") as folder:
         folders.add(folder)
         suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", name)

@@ -42,15 +42,15 @@ def ready_made(config: Config) -> list[str]:
     return [name for name in config.modalities if encoders[name] in FROM_FILE]
 
 
-def hears(config: Config) -> bool:
+def reads_log_mel(config: Config) -> bool:
     """Whether the model reads the clips' log-mel: audio comes from a feature file only if text or vision does."""
     others = [getattr(config, name).encoder for name in config.modalities if name != "audio"]
     return "audio" in config.modalities and FROM_FILE[0] not in others
 
 
-def reads(model: Any) -> list[str]:
+def clip_modalities(model: Any) -> list[str]:
     """The modalities that a model (also an exported one) reads from clips, not from feature files."""
-    return [*model.encoders, *(["audio"] if hears(model.experiment) else [])]
+    return [*model.encoders, *(["audio"] if reads_log_mel(model.experiment) else [])]
 
 
 def feature_rows(
@@ -68,7 +68,7 @@ def feature_rows(
     result: dict[str, tuple[Rows, int]] = {}
     lengths: Any = []  # of vision; a feature file gives those of all its clips, before a model is built
     folder = Path(data) / "OpenFace"
-    if hears(config):
+    if reads_log_mel(config):
         result["audio"] = (audio_store(clips, config.audio.bands, root, config.audio.average), config.audio.bands)
     if config.vision.encoder == "openface" and "vision" in names and folder.is_dir():
         openface = openface_store(clips, folder, root)
@@ -118,7 +118,9 @@ def clip_set(
         def ids_of(indices: list[int]) -> Iterable[np.ndarray]:
             return (token_rows.values[index, token_rows.mask[index]] for index in indices)
 
-        stores["text"] = encoded(token_rows.keys, ids_of, model, "text", root) if model.frozen("text") else token_rows
+        stores["text"] = (
+            encoder_features(token_rows.keys, ids_of, model, "text", root) if model.frozen("text") else token_rows
+        )
     if "vision" in model.encoders:
         encoder: Any = model.encoders["vision"]
         m, size, cutaways = config.vision.frames, encoder.size, config.vision.cutaways
@@ -127,7 +129,7 @@ def clip_set(
             return cache.decoded([clips[index] for index in indices], m, size, ahead=BATCH, cutaways=cutaways)
 
         if model.frozen("vision"):  # frames are decoded while others are encoded, without being stored
-            stores["vision"] = encoded(cache.clip_keys(clips, root), frames, model, "vision", root)
+            stores["vision"] = encoder_features(cache.clip_keys(clips, root), frames, model, "vision", root)
         else:
             stores["vision"] = cache.frame_store(clips, m, size, root, cutaways=cutaways)
     if missing := [SURFACE[name] for name, store in stores.items() if not store.lengths.any()]:
@@ -150,7 +152,7 @@ def fingerprint(module: torch.nn.Module, built: Any) -> str:
     return digest.hexdigest()
 
 
-def encoded(
+def encoder_features(
     keys: list[str], rows: Callable[[list[int]], Iterable[np.ndarray]], model: SentimentModel, name: str, root: Path
 ) -> Rows:
     """The features (fp16, L×d) of each row by a frozen encoder, from the cache or computed now.

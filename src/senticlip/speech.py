@@ -62,7 +62,7 @@ def _transcribe(video: Path, folder: Path, options: dict[str, Any]) -> list[Line
     offset = audio_start(video)  # faster-whisper counts from the first sample
     with counter(f"transcribing {video.name}, seconds") as progress:
         # faster-whisper's own reader takes the first track, not the one players play, and drops gaps
-        sound = read_audio(video, most=math.inf, gaps=True)
+        sound = read_audio(video, max_seconds=math.inf, gaps=True)
         duration, lines = len(sound) / RATE, []
         set_random_seed(0)  # it samples where it is unsure
         try:

@@ -63,14 +63,14 @@ def polarity(score: Any) -> Any:
     return (score >= 0) + 1 * (score > 0)
 
 
-def whole(text: str) -> str:
+def valid_utf8(text: str) -> str:
     """A text as valid UTF-8: lone surrogates (from file names and some encodings) become question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
-def spoken(text: str | None) -> str | None:
+def text_or_none(text: str | None) -> str | None:
     """A text as valid UTF-8, or None if it is blank."""
-    text = whole(text or "")
+    text = valid_utf8(text or "")
     return text if text.strip() else None
 
 

@@ -35,7 +35,7 @@ class Table(NamedTuple):
     rows: list[Row]
 
 
-class Asked(NamedTuple):
+class RunSettings(NamedTuple):
     """What was run: a preset, the ``KEY=VALUE`` changes that turned it into ``config``, and the data set."""
 
     config: Config
@@ -43,13 +43,17 @@ class Asked(NamedTuple):
     changes: list[str]
     data: str
 
-    def told(self, seeds: int) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """As ``results.json`` has it."""
+        return {"preset": self.preset, "changed": self.changes, "protocol": self.config.protocol, "data": self.data}
+
+    def summary(self, seeds: int) -> str:
         """The beginning of the report."""
         changed = f" (changed: {', '.join(self.changes)})" if self.changes else ""
         summary = f"preset {self.preset}{changed}, protocol {self.config.protocol}, {seeds} seed(s)"
         return f"Data “{Path(self.data).name}”, {summary}"
 
-    def own(self, table: Table) -> list[str]:
+    def kept_value_notes(self, table: Table) -> list[str]:
         """Sentences that name the rows which keep their own value of a changed key.
 
         Modalities and targets are left out, as the table itself shows them.

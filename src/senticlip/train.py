@@ -12,11 +12,11 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from senticlip import runtime
-from senticlip.checkpoint import CHECKPOINTS, begin, calibrate, is_finished, origin, read_metrics, save_run
+from senticlip.checkpoint import CHECKPOINTS, calibrate, is_finished, origin, read_metrics, save_run, start_training
 from senticlip.config import FROM_FILE, Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
-from senticlip.files import alone, disk
+from senticlip.files import folder_lock, report_full_disk
 from senticlip.fit import fit
 from senticlip.metrics import score_class
 from senticlip.models import create_model
@@ -66,9 +66,9 @@ def train(
     if config.train.compile:
         runtime.check_compiler(target_device)
     is_first = runtime.first_process()
-    with disk(out, "continue with --resume"), alone(out, "training") if is_first else nullcontext():
+    with report_full_disk(out, "continue with --resume"), folder_lock(out, "training") if is_first else nullcontext():
         if is_first:
-            begin(out, this_origin, resume)
+            start_training(out, this_origin, resume)
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # before the stages, which take long: it may fail
@@ -86,7 +86,7 @@ def train(
         training_device: Any = arguments.device
         model.to(training_device)
         for name in stages:
-            adopt(model, SentimentModel.from_pretrained(out / "stages" / name))
+            copy_encoders(model, SentimentModel.from_pretrained(out / "stages" / name))
         with arguments.main_process_first():
             sets = {split: _load_split(data, config, split, model) for split in ("train", "valid")}
         result = fit(model, sets["train"], sets["valid"], arguments, resume)
@@ -183,7 +183,7 @@ def _load_split(data: str | Path, config: Config, split: str, model: SentimentMo
     return clip_set(clips, model, data=data)
 
 
-def adopt(model: SentimentModel, stage: SentimentModel) -> None:
+def copy_encoders(model: SentimentModel, stage: SentimentModel) -> None:
     """Copy the weights of the encoders that a stage has trained."""
     for name, encoder in stage.encoders.items():
         if name in model.encoders:

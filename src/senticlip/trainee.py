@@ -53,7 +53,7 @@ class Trainee(nn.Module):
         """``loss``, ``prediction`` (log-probabilities B×C, or scores B) and, in evaluation, ``log`` (name → B)."""
         batch = to_batch(inputs)
         model = self.model if self.training or self.average is None else self.average
-        batch = model.encode(self.disturb(batch) if self.training else batch)
+        batch = model.encode(self.augment_batch(batch) if self.training else batch)
         chance = self.experiment.train.mislead
         if self.training and chance and "audio" in batch.modalities:
             batch = batch._replace(modalities=mislead(batch.modalities, batch.labels, chance))
@@ -68,7 +68,7 @@ class Trainee(nn.Module):
         log |= {name: part.expand(len(prediction)) for name, part in parts.items()}
         return {"loss": loss, "prediction": prediction, "log": log}
 
-    def disturb(self, batch: Batch) -> Batch:
+    def augment_batch(self, batch: Batch) -> Batch:
         """Augment a training batch: sample and augment frames, recombine modalities, drop modalities at random."""
         parts = dict(batch.modalities)
         vision, config = parts.get("vision"), self.experiment

@@ -267,11 +267,11 @@ def test_at_most_so_many_seconds_are_read(tmp_path):
     path = write_tones(tmp_path / "a.wav", "pcm_s16le")
     for piece in ((None, None), (1.0, None), (1.0, 9.0)):
         begin = round((piece[0] or 0) * RATE)
-        sound = read_audio(path, *piece, most=2.5)
+        sound = read_audio(path, *piece, max_seconds=2.5)
         np.testing.assert_array_equal(sound, read_audio(path, begin / RATE, begin / RATE + 2.5))
         assert len(sound) == 2.5 * RATE
     assert len(read_audio(path, 1.0, 2.0)) == RATE
-    assert len(read_audio(path, most=math.inf)) == 10 * RATE
+    assert len(read_audio(path, max_seconds=math.inf)) == 10 * RATE
 
 
 def test_log_mel_of_long_sound_is_computed_in_chunks(monkeypatch):

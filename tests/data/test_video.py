@@ -22,7 +22,7 @@ from tests.tiny import write_clip
 from senticlip.data import decode
 from senticlip.data import sequential as sequential_module
 from senticlip.data.decode import Decoder
-from senticlip.data.video import VideoReader, faults, probe, read_frames, resize
+from senticlip.data.video import VideoReader, probe, read_frames, resize, video_problems
 from senticlip.explain import _read_pictures
 from senticlip.structures import Clip, UsageError, UserError
 
@@ -229,7 +229,7 @@ def test_times_in_random_order(sample):
 @pytest.mark.parametrize("near", [0, 20])
 def test_one_reader_reads_frames_one_by_one(sample, near, monkeypatch):
     """In increasing and in random order; ``near`` = 0 makes every jump ahead a seek, 20 none."""
-    monkeypatch.setattr("senticlip.data.decode.NEAR", max(near, 0.01))
+    monkeypatch.setattr("senticlip.data.decode.MAX_READ_AHEAD", max(near, 0.01))
     path, frames = sample
     times = inner_times(frames)[::2]
     with VideoReader(path) as reader:
@@ -336,7 +336,7 @@ def test_codec_without_decoder_is_one_line(tmp_path):
 @pytest.mark.parametrize("small_file", [1 << 24, 0])
 def test_b_frames_at_one_frame_per_second(tmp_path, monkeypatch, small_file):
     """In Matroska, the first packets after a seek have no decoding times that would bound the reordering of frames."""
-    monkeypatch.setattr("senticlip.data.decode.SHORT", small_file)
+    monkeypatch.setattr("senticlip.data.decode.SMALL_FILE_BYTES", small_file)
     path = write(tmp_path / "a.mkv", stamps=list(range(60)), base=Fraction(1), **{"x264-params": "bframes=3:b-adapt=0"})
     with VideoReader(path) as reader:
         for i in range(0, 57, 3):  # in increasing segments, as a film is read
@@ -408,7 +408,7 @@ def test_huge_pictures_are_rejected(tmp_path, monkeypatch):
     joined = tmp_path / "both.h264"
     joined.write_bytes(small.read_bytes() + wide.read_bytes())
     assert {frame.width for frame in decode_all(joined)} == {96, 192}
-    monkeypatch.setattr(sequential_module, "MOST_PIXELS", 10_000)
+    monkeypatch.setattr(sequential_module, "MAX_PIXELS", 10_000)
     assert {frame.width for frame in decode_all(joined)} == {96}
     with pytest.raises(UserError, match=r"192\.h264: pictures of 192 x 64 pixels — reduce them to at most"):
         read_frames(wide)
@@ -417,7 +417,7 @@ def test_huge_pictures_are_rejected(tmp_path, monkeypatch):
 def decode_all(path: Path) -> list[av.VideoFrame]:
     container, stream = sequential_module.open_video(path)
     with container:
-        return list(sequential_module.pictures(container, stream))
+        return list(sequential_module.decoded_frames(container, stream))
 
 
 def test_percent_in_name_is_no_sequence_pattern(tmp_path):
@@ -581,7 +581,7 @@ def test_late_first_frame_is_not_truncation(tmp_path):
 
 
 def test_end_of_large_file_without_timestamps(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "SHORT", 0)
+    monkeypatch.setattr(decode, "SMALL_FILE_BYTES", 0)
     path = write(tmp_path / "a.mpg", bf="3")
     assert probe(path).duration == pytest.approx(2.4, abs=0.1)
     assert len(read_frames(path, 6).pixels) == 6
@@ -597,7 +597,7 @@ def test_timestamps_that_jump_are_an_error(tmp_path):
 @pytest.mark.parametrize("small_file", [1 << 24, 0])
 def test_long_still_does_not_change_the_end(tmp_path, monkeypatch, small_file):
     """In MP4, a packet lasts until the next frame is decoded; with B-frames, that is not the next one shown."""
-    monkeypatch.setattr(decode, "SHORT", small_file)
+    monkeypatch.setattr(decode, "SMALL_FILE_BYTES", small_file)
     stamps = [*range(20), *range(320, 331)]  # one frame is shown for 12 s
     path = write(tmp_path / "a.mp4", stamps=stamps, g="99", **{"x264-params": "bframes=3:b-adapt=0"})
     assert probe(path).duration == pytest.approx(331 / 25, abs=0.1)
@@ -632,8 +632,8 @@ def test_damaged_bytes_cost_only_the_frames_they_hit(tmp_path):
 
 def test_segment_may_start_until_last_frame_ends(tmp_path):
     path = write_delayed(tmp_path)  # pictures from 0.8 to 2.4 s
-    assert faults(Clip("a", path, start=2.3)) == []
-    assert faults(Clip("a", path, start=2.45)) == [f"{path} ends at 2.40 s, before the segment starts"]
+    assert video_problems(Clip("a", path, start=2.3)) == []
+    assert video_problems(Clip("a", path, start=2.45)) == [f"{path} ends at 2.40 s, before the segment starts"]
 
 
 def test_cover_art_is_not_video(tmp_path):

@@ -14,7 +14,15 @@ from transformers import AutoModel, AutoTokenizer
 
 from senticlip.config import Config, TextConfig
 from senticlip.data.loader import ArrayRows
-from senticlip.encoders.text import BY_PAIRS, TextEncoder, build_body, load_body, load_tokenizer, text_spec, tokenize
+from senticlip.encoders.text import (
+    ACCEPTS_4D_MASK,
+    TextEncoder,
+    build_body,
+    load_body,
+    load_tokenizer,
+    text_spec,
+    tokenize,
+)
 from senticlip.models import create_model
 from senticlip.sources import clip_set, fingerprint
 from senticlip.structures import Clip, Sequence, UsageError, UserError
@@ -92,7 +100,7 @@ def test_prompt_gets_gradients_except_from_rows_without_text(folder):
 def test_training_without_gpu_sync_gives_same_gradients(folder, monkeypatch):
     """On a GPU the body gets a pairwise mask: there, too, padding and rows without text have no effect."""
     encoder = encoder_of(folder, "learned")
-    assert encoder.body.config.model_type in BY_PAIRS
+    assert encoder.body.config.model_type in ACCEPTS_4D_MASK
     results = waited_and_not(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 

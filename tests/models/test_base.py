@@ -18,7 +18,7 @@ from transformers import AutoModel
 from senticlip.config import Config
 from senticlip.encoders.text import load_tokenizer
 from senticlip.models import create_model
-from senticlip.models.base import SentimentModel, train_part
+from senticlip.models.base import SentimentModel, set_trainable_layers
 from senticlip.structures import Batch, Sequence, UsageError, UserError
 
 
@@ -42,7 +42,7 @@ def trainable(module):
 def test_train_part_top_k_layers_of_timm_networks(name, k, trained, frozen):
     with torch.device("meta"):
         body = timm.create_model(name, num_classes=0)
-    train_part(body, k)
+    set_trainable_layers(body, k)
     assert trained <= trainable(body)
     assert not frozen & trainable(body)
 
@@ -50,17 +50,17 @@ def test_train_part_top_k_layers_of_timm_networks(name, k, trained, frozen):
 @pytest.mark.parametrize(("kind", "layers"), [("bert", 2), ("ernie", 2), ("albert", 1)])
 def test_train_part_top_k_layers_of_text_encoders(kind, layers):
     body = AutoModel.from_config(KINDS[kind], add_pooling_layer=False)
-    train_part(body, 1)
+    set_trainable_layers(body, 1)
     assert not any(p.requires_grad for p in body.embeddings.parameters())
     assert all(p.requires_grad for n, p in body.named_parameters() if f"layer.{layers - 1}." in n)
     assert not any(p.requires_grad for n, p in body.named_parameters() if "layer.0." in n and layers > 1)
     with pytest.raises(UsageError, match=rf"text\.train: top {layers + 1} layers, but the encoder has {layers}"):
-        train_part(body, layers + 1, "text.train")
+        set_trainable_layers(body, layers + 1, "text.train")
 
 
 def test_train_part_does_not_count_activations_as_layers():
     body = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2), torch.nn.ReLU())
-    train_part(body, 1)
+    set_trainable_layers(body, 1)
     assert trainable(body) == {"2.weight", "2.bias"}
 
 

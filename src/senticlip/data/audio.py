@@ -16,7 +16,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from senticlip.data.cache import Store, cached, clip_keys
-from senticlip.data.sequential import clock_start, open_container, packets, pictures, sound_of
+from senticlip.data.sequential import clock_start, decoded_frames, default_audio_stream, open_container, packets
 from senticlip.structures import Clip, UserError
 
 RATE, WINDOW, HOP = 16000, 640, 320
@@ -55,18 +55,18 @@ class AudioReader:
             self._container.close()
 
     def read(
-        self, start: float | None = None, end: float | None = None, most: float = MAX_SECONDS, gaps: bool = False
+        self, start: float | None = None, end: float | None = None, max_seconds: float = MAX_SECONDS, gaps: bool = False
     ) -> np.ndarray:
         """See :func:`read_audio`."""
         already_open = self._container is not None
         try:
             container = self._container = self._container or open_container(self.path)
-            if (sound := sound_of(container)) is None:
+            if (sound := default_audio_stream(container)) is None:
                 return np.zeros(0, np.float32)
             clock_zero, begin = clock_start(container), start or 0.0
             if start or already_open:
                 _seek(container, sound, begin - WARM_UP + clock_zero)
-            stop = min(begin + most, math.inf if end is None else end)
+            stop = min(begin + max_seconds, math.inf if end is None else end)
             first_time, parts = _decode_between(
                 container, sound, begin + clock_zero - WARM_UP / 2 if start else -math.inf, stop + clock_zero, gaps
             )
@@ -82,7 +82,7 @@ class AudioReader:
 def audio_start(path: str | Path) -> float:
     """When the sound of a file begins, in seconds on a player's clock; 0 if unknown."""
     with open_container(path) as container:
-        sound = sound_of(container)
+        sound = default_audio_stream(container)
         if sound is None or sound.start_time is None or sound.time_base is None:
             return 0.0
         return float(sound.start_time * sound.time_base) - clock_start(container)
@@ -91,7 +91,7 @@ def audio_start(path: str | Path) -> float:
 def audio_end(path: str | Path) -> float:
     """When the last sound packet of a file ends, in seconds on a player's clock; 0 if there is none."""
     with open_container(path) as container:
-        sound, clock_zero = sound_of(container), clock_start(container)
+        sound, clock_zero = default_audio_stream(container), clock_start(container)
         if sound is None or sound.time_base is None:
             return 0.0
         with suppress(av.FFmpegError):  # no way to seek: all packets are read
@@ -104,7 +104,7 @@ def read_audio(
     path: str | Path,
     start: float | None = None,
     end: float | None = None,
-    most: float = MAX_SECONDS,
+    max_seconds: float = MAX_SECONDS,
     gaps: bool = False,
 ) -> np.ndarray:
     """The sound of a file, or of a piece of it: mono float32 in [-1, 1] at RATE Hz; empty if it has none.
@@ -113,14 +113,14 @@ def read_audio(
         path: a video or sound file; of several sound tracks, the one that players play.
         start: seconds; the file's beginning by default.
         end: seconds; the file's end by default.
-        most: at most so many seconds are read.
+        max_seconds: at most so many seconds are read.
         gaps: fill gaps with silence, so that times stay right; otherwise the parts are joined.
 
     Raises:
         UserError: the file cannot be opened.
     """
     with AudioReader(path) as reader:
-        return reader.read(start, end, most, gaps)
+        return reader.read(start, end, max_seconds, gaps)
 
 
 def _seek(container: InputContainer, sound: AudioStream, time: float) -> None:
@@ -143,7 +143,7 @@ def _decode_between(
     parts: list[np.ndarray] = []
     first_time, time, resampler, frame_format = None, clock_start(container), None, None
     max_gap, seconds = (container.duration or 0) / av.time_base, 0.0  # bounds a gap, whose times may be damaged
-    for frame in pictures(container, sound):
+    for frame in decoded_frames(container, sound):
         if frame.rate < MIN_RATE:
             raise OSError(errno.EINVAL, f"{frame.rate} samples a second")
         time = time if frame.time is None else frame.time

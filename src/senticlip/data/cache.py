@@ -26,7 +26,7 @@ import numpy as np
 from senticlip import runtime
 from senticlip.data.video import Frames, read_frames
 from senticlip.files import abandoned, is_full
-from senticlip.progress import watched
+from senticlip.progress import track
 from senticlip.structures import Clip, UserError
 
 SHARD_ROWS, SHARD_BYTES = 256, 64 << 20
@@ -172,7 +172,7 @@ def cached(
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
             _write_file(folder / "spec.json", [json.dumps(spec, ensure_ascii=False, indent=1).encode()])
-        computed = watched(compute(list(missing.values())), what, len(missing))
+        computed = track(compute(list(missing.values())), what, len(missing))
         for names, rows in _portions(list(missing), computed):
             with _reporting_write_errors(folder):
                 _write_shard(folder, names, rows)

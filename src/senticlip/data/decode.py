@@ -22,28 +22,28 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from senticlip.data.sequential import MOST_PIXELS, SMALLER, Sequential, open_video, packets, times_are_guessed
+from senticlip.data.sequential import MAX_PIXELS, SMALLER, Sequential, open_video, packets, times_are_guessed
 from senticlip.structures import UserError
 
-NEAR = 20
+MAX_READ_AHEAD = 20
 """Up to so many seconds ahead, packets are read instead of seeking: reading is cheap, and a seek may overshoot."""
 
 SEEKABLE = ("mp4", "matroska", "mpegts", "flv")
 """Formats whose frames have the same times after a seek as before it (in MPEG program streams they differ)."""
 
-MANY = 2000
+MAX_QUEUED_PACKETS = 2000
 """Most packets kept while looking for the next keyframe, so that memory stays bounded however long a GOP is."""
 
 REORDERED = 16
 """How many frames can come before one in the file yet be shown after it: at most this many in H.264 and H.265."""
 
-SHORT = 16 << 20
+SMALL_FILE_BYTES = 16 << 20
 """Up to so many bytes, all packets of a file are read on opening, not once for its end and again for its frames."""
 
 _RECOVERY_POINT = re.compile(rb"\x00\x00(?:\x01|\x00[\x04-\x10])\x06\x06.[\x00-\x7f]", re.DOTALL)
 """H.264's recovery point of a "keyframe" that is complete only some frames later (intra refresh)."""
 
-JUMP = 60
+MAX_TIMESTAMP_GAP = 60
 """A longer gap between pictures (seconds) means that the clock of a transport stream has jumped."""
 
 
@@ -60,15 +60,15 @@ class Decoder:
     """An open video file that returns the frames shown at increasing times (going back costs a seek).
 
     ``first`` and ``end`` are the times of the first keyframe and of the end of the video, in units of ``tick`` seconds.
-    Set ``alone`` if the next call of ``frames`` is the only one: the decoder may then be drained.
+    Set ``single_call`` if the next call of ``frames`` is the only one: the decoder may then be drained.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.container, self.stream = open_video(path)
         self.tick = self.stream.time_base or Fraction(1, 90000)
-        self.alone = False
-        self._max_read_ahead = int(NEAR / self.tick)
+        self.single_call = False
+        self._max_read_ahead = int(MAX_READ_AHEAD / self.tick)
         self._frame_ticks = int(1 / (self.tick * (self.stream.average_rate or self.stream.guessed_rate or 25)))
         self._seekable = any(name in self.container.format.name.split(",") for name in SEEKABLE)
         may_be_joined = self.container.format.name in ("mpegts", "mpeg")
@@ -149,7 +149,7 @@ class Decoder:
             if gap < -self._max_step_back and not self._may_be_joined:
                 self._trusted, self._finished = False, True  # several edits, whose packets overlap in the file
                 return
-            if self._may_be_joined and not -self._max_step_back <= gap <= JUMP / self.tick:
+            if self._may_be_joined and not -self._max_step_back <= gap <= MAX_TIMESTAMP_GAP / self.tick:
                 problem = f"its timestamps {'go back' if gap < 0 else 'jump'} by {abs(float(gap * self.tick)):.1f} s"
                 raise UserError(f"{self.path}: {problem}, as in joined files — repair it: ffmpeg -i FILE -c copy OTHER")
             self._read_until = max(self._read_until, until)
@@ -157,7 +157,7 @@ class Decoder:
 
     def _find_end(self) -> int:
         """When the last frame present in the file ends (headers can be wrong, and files get cut off)."""
-        while not self._finished and len(self._queue) < MANY and self.container.size <= SHORT:
+        while not self._finished and len(self._queue) < MAX_QUEUED_PACKETS and self.container.size <= SMALL_FILE_BYTES:
             self._read_packet()
         if self._finished and self._trusted:
             shown = [read for read in self._queue if read.is_shown]
@@ -224,7 +224,7 @@ class Decoder:
             stamp = max(stamp, self.first)
             if not shown:
                 self._seek_if_needed(stamp)
-            elif stamp - self._read_until > self._max_read_ahead or len(self._queue) > MANY:
+            elif stamp - self._read_until > self._max_read_ahead or len(self._queue) > MAX_QUEUED_PACKETS:
                 return shown, False
             if not self._read_past(stamp, may_restart=not shown):
                 return shown, True
@@ -237,7 +237,7 @@ class Decoder:
                 self._seek_before(stamp)
                 return self._plan(stamps, has_sought=True)
             shown.append(time)
-        return shown, self.alone
+        return shown, self.single_call
 
     def _seek_if_needed(self, stamp: int) -> None:
         """Seek if needed, so that the decoder's keyframe, or the next one, is at or before ``stamp``."""
@@ -270,7 +270,7 @@ class Decoder:
                 checked += 1
             if self._finished or self._read_until > stamp:
                 return True
-            if len(self._queue) > MANY:
+            if len(self._queue) > MAX_QUEUED_PACKETS:
                 self._decode_packet(self._queue.popleft(), skip=True)
                 checked -= 1
             self._read_packet()
@@ -331,7 +331,7 @@ class Decoder:
             self._sequential = Sequential(self.path)
         result = self._sequential.at(stamp)
         if result is None:
-            if not 0 < self.stream.width * self.stream.height <= MOST_PIXELS:  # FFmpeg resets most sizes it refuses
+            if not 0 < self.stream.width * self.stream.height <= MAX_PIXELS:  # FFmpeg resets most sizes it refuses
                 raise UserError(f"{self.path}: its pictures are damaged or too large — replace the file, or {SMALLER}")
             raise UserError(f"{self.path}: no frame can be decoded (damaged, cut off or unknown) — replace the file")
         return result

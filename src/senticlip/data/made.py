@@ -26,7 +26,7 @@ from numpy.random import Generator
 from senticlip.data.faces import OVERSAMPLE, Expression, Person, Pose, draw
 from senticlip.data.lines import Grammar, Line
 from senticlip.data.scenes import BACKGROUNDS, COLORS, Scene, backdrop
-from senticlip.files import make_folder, workshop
+from senticlip.files import make_folder, staging_folder
 from senticlip.structures import LABELS, UsageError, polarity
 
 SPLITS = {"train": 440, "valid": 120, "test": 520}
@@ -106,7 +106,7 @@ def make(
     make_folder(out.parent)
     videos = list({p.video_id: [q for q in plans if q.video_id == p.video_id] for p in plans}.items())
     frames: dict[str, Any] = {}
-    with workshop(out) as folder:
+    with staging_folder(out) as folder:
         building = folder / "made"
         jobs = [(building / "Raw" / name, group, sound) for name, group in videos]
         for done in _render_all(jobs, workers):

@@ -18,7 +18,7 @@ import numpy as np
 from senticlip.data import unpickle
 from senticlip.data.cache import Store, cached, file_keys
 from senticlip.data.table import FEATURE_SUFFIXES, SPLITS, without_zeros
-from senticlip.files import write_whole
+from senticlip.files import write_atomically
 from senticlip.progress import console
 from senticlip.structures import Clip, UserError
 
@@ -270,4 +270,4 @@ def write_features(path: str | Path, splits: dict[str, dict[str, Any]]) -> None:
         with open(partial, "wb") as file:
             pickle.dump(splits, file, protocol=4)
 
-    write_whole(Path(path), write)
+    write_atomically(Path(path), write)

@@ -32,10 +32,10 @@ FORMATS = (
 """Allowed formats: those that contain their streams. A playlist (HLS, concat, DASH, …) could make FFmpeg read any file
 on this machine, or wait forever."""
 
-MOST_PIXELS = 128 << 20
+MAX_PIXELS = 128 << 20
 """Most pixels of a picture, enough for a phone's photos: a 1 MB file could hold a picture that fills the memory."""
 
-SMALLER = f"reduce them to at most {MOST_PIXELS // 10**6} million pixels"
+SMALLER = f"reduce them to at most {MAX_PIXELS // 10**6} million pixels"
 
 _PACKED_B_FRAMES = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 """What MPEG-4 encoders write into the header if B-frames are packed."""
@@ -44,7 +44,7 @@ _PACKED_B_FRAMES = re.compile(rb"DivX\d+(?:b|Build)\d+p")
 def open_container(path: str | Path, **options: str) -> InputContainer:
     """FFmpeg's container of a file, whatever its name (a colon marks no protocol, ``%d`` no image sequence) and however
     broken its metadata."""
-    options |= {"format_whitelist": FORMATS, "pattern_type": "none", "max_pixels": str(MOST_PIXELS)}
+    options |= {"format_whitelist": FORMATS, "pattern_type": "none", "max_pixels": str(MAX_PIXELS)}
     return av.open(os.path.abspath(path), metadata_errors="replace", options=options)
 
 
@@ -90,11 +90,11 @@ def open_video(path: str | Path) -> tuple[InputContainer, VideoStream]:
     if stream.codec_context is None:
         container.close()
         raise UserError(f"{path}: no decoder for its video — convert it to H.264")
-    if stream.width * stream.height > MOST_PIXELS:  # many sizes are unknown until decoding
+    if stream.width * stream.height > MAX_PIXELS:  # many sizes are unknown until decoding
         container.close()
         raise UserError(f"{path}: pictures of {stream.width} x {stream.height} pixels — {SMALLER}")
     discard_others(container, stream)
-    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # open_container's apply to the header only
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # open_container's apply to the header only
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
     return container, stream
@@ -125,7 +125,7 @@ def _open_container_fast(path: Path) -> InputContainer:
     return open_container(path)
 
 
-def sound_of(container: InputContainer) -> AudioStream | None:
+def default_audio_stream(container: InputContainer) -> AudioStream | None:
     """The sound track that players play: the default one, else the first; None if there is none."""
     tracks = container.streams.audio
     return next((track for track in tracks if track.disposition & Disposition.default), tracks[0] if tracks else None)
@@ -143,7 +143,7 @@ def packets(container: InputContainer, stream: VideoStream | AudioStream) -> Ite
             return
 
 
-def pictures(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
+def decoded_frames(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
     """The remaining frames of a stream (of video or sound); damaged packets are skipped, as players do."""
     for packet in packets(container, stream):
         with suppress(FFmpegError):

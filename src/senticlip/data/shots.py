@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from senticlip.data.sequential import clock_start, open_video, pictures
+from senticlip.data.sequential import clock_start, decoded_frames, open_video
 from senticlip.data.subtitles import Line
 from senticlip.structures import UsageError, UserError
 
@@ -20,7 +20,7 @@ before: otherwise every hand-held camera would cause cuts."""
 STEP, SHORTEST, LONGEST = 0.2, 0.6, 10.0
 """Seconds: between compared frames; of the shortest shot (the last may be shorter); of the longest piece of a shot."""
 
-LEAST = 0.1
+SHORTEST_WINDOW = 0.1
 """Seconds of the shortest window: shorter ones could outnumber the pictures of a film."""
 
 
@@ -30,8 +30,8 @@ def windows(duration: float, seconds: float = 5.0) -> list[Line]:
     Raises:
         UsageError: ``seconds`` is below LEAST or not finite.
     """
-    if not LEAST <= seconds < inf:
-        raise UsageError(f"--seconds {seconds}: a window must be at least {LEAST} s long")
+    if not SHORTEST_WINDOW <= seconds < inf:
+        raise UsageError(f"--seconds {seconds}: a window must be at least {SHORTEST_WINDOW} s long")
     return _equal_pieces(0.0, duration, max(1, round(duration / seconds)))
 
 
@@ -59,7 +59,7 @@ def shots(video: str | Path, end: float) -> list[Line]:
     previous, times, previous_time = None, [0.0], 0.0
     stream.codec_context.skip_frame = "NONREF"
     with container:
-        for frame in pictures(container, stream):
+        for frame in decoded_frames(container, stream):
             if frame.time is None:
                 raise UserError(f"{video}: its pictures have no timestamps to cut at — leave out --cut shots")
             time = frame.time - clock_offset

@@ -23,15 +23,15 @@ from senticlip.data.table import (
     TARGET_COLUMNS,
     VIDEO_SUFFIXES,
     Line,
-    absent,
+    binary_label_warning,
+    canonical_split,
     columns_of,
-    finite,
-    located,
-    only_0_and_1,
+    ignored_column_warnings,
+    missing_content_warnings,
+    parse_finite,
     read_table,
+    resolve_path,
     score,
-    split_named,
-    unread,
     without_zeros,
 )
 from senticlip.structures import LABELS, Clip, UsageError, UserError, polarity
@@ -72,7 +72,7 @@ def read_clips(path: str | Path, split: str | None = None, protocol: str = "offi
     Raises:
         UsageError: no such path, split or protocol. UserError: the first row that cannot be used.
     """
-    split = split_named(split)
+    split = canonical_split(split)
     if split not in ("all", *SPLITS):
         raise UsageError(f"split {split!r}: unknown — choose one of {', '.join(SPLITS)}, all")
     table, rows = _read_rows(Path(path), protocol)
@@ -100,17 +100,17 @@ def check(path: str | Path, videos: bool = True, protocol: str = "official", see
         UsageError, UserError: there is no table, or it cannot be read as one.
     """
     table, rows = _read_rows(Path(path), protocol)
-    from senticlip.data.video import faults
+    from senticlip.data.video import video_problems
 
     problems, warnings = [], []
     for row in rows:
         problems += row.problems
         warnings += row.warnings
         if videos and row.clip.video is not None and not row.problems:
-            problems += [f"{table}, row {row.clip.row}: {fault}" for fault in faults(row.clip)]
+            problems += [f"{table}, row {row.clip.row}: {fault}" for fault in video_problems(row.clip)]
     clips = _assign_splits(rows, protocol, seed)
     rows = [row._replace(clip=clip) for row, clip in zip(rows, clips, strict=True)]
-    warnings += [*leaks(rows), *absent(table, clips)]
+    warnings += [*leaks(rows), *missing_content_warnings(table, clips)]
     if lacking := {"train", "valid"} - {clip.split for clip in clips}:
         warnings.append(f"{table}: no clip is in {' or '.join(sorted(lacking))}, so it cannot be used for training")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -211,7 +211,8 @@ def _read_rows(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
         seen.setdefault(row.clip.id, line.row)
         rows.append(row)
     warnings = [f"{other}: ignored, since {table.name} is there, too" for other in tables[1:]]
-    warnings += only_0_and_1(table, columns, lines) + (unread(table, columns, records[0].cells) if has_header else [])
+    warnings += binary_label_warning(table, columns, lines)
+    warnings += ignored_column_warnings(table, columns, records[0].cells) if has_header else []
     if protocol == "official" and "split" not in columns:
         warnings.append(f"{table}: no split column: a random tenth each becomes valid and test")
     rows[0].warnings.extend(warnings)
@@ -257,7 +258,7 @@ def _parse_row(table: Path, columns: dict[str, int], line: Line, find: Any, offi
     times: dict[str, float] = {}
     for column in ("start", "end"):
         if raw := cells.get(column):
-            if (time := finite(raw)) is None:
+            if (time := parse_finite(raw)) is None:
                 problems.append(f"{where}, column {column}: {raw!r} is not a time in seconds")
             else:
                 times[column] = time
@@ -333,7 +334,7 @@ def _own_file_finder(table: Path) -> Callable[[dict[str, str], int], tuple[Path 
         name = cells.get("path", "")
         path, faults = None, []
         try:
-            path = located(table.parent, str(Path(name).expanduser())) if name else None
+            path = resolve_path(table.parent, str(Path(name).expanduser())) if name else None
             if path is not None and not path.is_file():
                 faults = [f"{path} does not exist"]
         except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Subtitle files (.srt .ass .ssa .vtt) and the subtitle tracks of a video → timed lines of what is said.
+"""Subtitle files (.srt .ass .ssa .vtt) → timed lines of what is said.
 
 Subtitles are written for a screen: styles, positions, karaoke syllables, shadows drawn as second lines, rolling lines,
 music notes. Here, a line is what is said from one time to another, and no two lines overlap.
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import pysubs2
 
-from senticlip.data.table import chinese, surely
+from senticlip.data.table import decode_marked, score_chinese_encodings
 from senticlip.structures import UsageError, UserError
 
 SUFFIXES = (".srt", ".ass", ".ssa", ".vtt")
-TOGETHER, LEAST = 10.0, 0.5
+MAX_LINE, MIN_LINE = 10.0, 0.5
 """Longest and shortest spoken line, in seconds; lines that only partly overlap are merged up to the longest."""
 MANY, LONGEST = 200, 10_000
 """Bounds against quadratic time where thousands of cues are shown at once: neighbours of a cue and rows of a screen
@@ -203,16 +203,16 @@ def merge(cues: Iterable[Cue], shift: float = 0.0) -> list[Line]:
 
 def _is_title(cue: Cue, ordered: list[Cue], index: int) -> bool:
     """Whether the cue at ``index`` is a title or a sign: longer than any line, or shown while lines come and go."""
-    if cue.end - cue.start > TOGETHER:
+    if cue.end - cue.start > MAX_LINE:
         return True
-    begin, end = (bisect_left(ordered, time, key=lambda other: other.start) for time in (cue.start - LEAST, cue.end))
+    begin, end = (bisect_left(ordered, time, key=lambda other: other.start) for time in (cue.start - MIN_LINE, cue.end))
     later = ordered[index + 1 : min(end, index + 1 + MANY)]
     neighbours = ordered[max(begin, index - MANY) : index] + later
-    begins_with_another = any(abs(c.start - cue.start) <= LEAST < cue.end - c.end for c in neighbours)
-    if begins_with_another and any(abs(c.end - cue.end) <= LEAST < c.start - cue.start for c in neighbours):
+    begins_with_another = any(abs(c.start - cue.start) <= MIN_LINE < cue.end - c.end for c in neighbours)
+    if begins_with_another and any(abs(c.end - cue.end) <= MIN_LINE < c.start - cue.start for c in neighbours):
         return False  # the others are its translation or its syllables
     # cues that begin or end with it are parts of it, too
-    within = [c for c in later if c.start - cue.start > LEAST < cue.end - c.end and c.end - c.start >= LEAST]
+    within = [c for c in later if c.start - cue.start > MIN_LINE < cue.end - c.end and c.end - c.start >= MIN_LINE]
     words = _join(cue.rows)
     within = [c for c in within if _join(c.rows) not in words]
     return bool(within) and min(c.end for c in within) <= max(c.start for c in within)
@@ -247,7 +247,7 @@ def _shown_together(line: Line, cue: Cue, is_title: bool) -> bool:
     line_length, cue_length = line.end - line.start, cue.end - cue.start
     span = max(line.end, cue.end) - min(line.start, cue.start)
     return overlap >= 0.8 * span or (
-        span <= TOGETHER and not is_title and overlap >= 0.5 * min(line_length, cue_length)
+        span <= MAX_LINE and not is_title and overlap >= 0.5 * min(line_length, cue_length)
     )
 
 
@@ -266,12 +266,12 @@ def guess_text(data: bytes, path: Path) -> str:
     Raises:
         UserError: no encoding fits.
     """
-    if (decoded := surely(data)) is not None:
+    if (decoded := decode_marked(data)) is not None:
         return decoded
     text = data.decode("utf-8", errors="replace")
     if 10 * text.count("\ufffd") <= sum(ord(c) > 127 for c in text):  # UTF-8 with damaged bytes
         return text
-    share, encoding = chinese(data)
+    share, encoding = score_chinese_encodings(data)
     if share >= 0.5:
         return data.decode(encoding, errors="replace")
     from charset_normalizer import from_bytes

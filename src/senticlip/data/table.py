@@ -43,7 +43,7 @@ SCORES = {
     "positive": 1.0, "pos": 1.0, "积极": 1.0, "正面": 1.0, "正向": 1.0, "正": 1.0, "積極": 1.0,
     "weakly positive": 0.5, "弱积极": 0.5, "弱正面": 0.5,
 }  # fmt: skip
-NAMES = {
+COLUMN_ALIASES = {
     "mode": "split", "sentence": "text", "content": "text", "subtitle": "text", "label_m": "label",
     "video": "path", "file": "path", "t": "label_t", "a": "label_a", "v": "label_v",
     "文本": "text", "文字": "text", "字幕": "text", "台词": "text", "内容": "text", "文本内容": "text",
@@ -79,14 +79,14 @@ def decode(data: bytes, path: Path) -> str:
         UserError: none of them fits, or it is an Excel workbook.
     """
     check_no_workbook(data, path)
-    if (text := surely(data)) is not None:
+    if (text := decode_marked(data)) is not None:
         return text
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
     try:
-        return data.decode(likeliest(data))
+        return data.decode(guess_chinese_encoding(data))
     except UnicodeDecodeError:
         raise UserError(f"{path}, row {line}: neither UTF-8 nor GBK nor Big5 — save the file as UTF-8") from None
 
@@ -106,13 +106,13 @@ def delimiter_of(line: str) -> str:
     return max(",\t;", key=line.count)
 
 
-def likeliest(data: bytes) -> str:
+def guess_chinese_encoding(data: bytes) -> str:
     """The encoding of data that is not UTF-8: Big5 if its frequent characters suggest it, else GB18030."""
-    share, encoding = chinese(data)
+    share, encoding = score_chinese_encodings(data)
     return encoding if share >= 0.5 else "gb18030"
 
 
-def chinese(data: bytes) -> tuple[float, str]:
+def score_chinese_encodings(data: bytes) -> tuple[float, str]:
     """The share of frequent characters if decoded as GB18030 or as Big5, whichever is larger, and that encoding.
 
     Each decodes most files of the other, but to rare characters. On a tie, GB18030.
@@ -135,13 +135,13 @@ def _first_byte(character: str, encoding: str) -> int:
     return code[0]
 
 
-def surely(data: bytes) -> str | None:
+def decode_marked(data: bytes) -> str | None:
     """The text if its first bytes identify the encoding; else None."""
-    encoding = told_encoding(data[:4000])
+    encoding = marked_encoding(data[:4000])
     return None if encoding is None else data.decode(encoding, errors="replace")
 
 
-def told_encoding(data: bytes) -> str | None:
+def marked_encoding(data: bytes) -> str | None:
     """The encoding identified by a byte order mark, or by the zero bytes of ASCII in UTF-16; else None."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),
@@ -156,7 +156,7 @@ def told_encoding(data: bytes) -> str | None:
     return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
 
 
-def located(folder: Path, name: str) -> Path:
+def resolve_path(folder: Path, name: str) -> Path:
     """The file that a table in ``folder`` names; Windows' a\\b.mp4 is taken as a/b.mp4 if no such file exists."""
     path = folder / name
     return path if "\\" not in name or os.path.exists(path) else folder / name.replace("\\", "/")
@@ -198,7 +198,7 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
     If the clips are named by ids (in a CH-SIMS folder, or without paths), path, start and end are left out.
     """
     first = lines[0].cells
-    names = [NAMES.get(cell.casefold(), cell.casefold()) for cell in first]
+    names = [COLUMN_ALIASES.get(cell.casefold(), cell.casefold()) for cell in first]
     if len(_KNOWN_COLUMNS & set(names)) >= min(2, len(names)):
         columns = {name: index for index, name in reversed(list(enumerate(names)))}
         lines = lines[1:]
@@ -222,7 +222,7 @@ def columns_of(table: Path, lines: list[Line]) -> tuple[dict[str, int], list[Lin
 def _is_unknown_header(first: list[str], columns: dict[str, int]) -> bool:
     """Whether the first line is a header of unknown names: no number and no file in it, and no label where the other
     lines have theirs."""
-    if any(finite(cell) is not None or cell.casefold().endswith(VIDEO_SUFFIXES) for cell in first):
+    if any(parse_finite(cell) is not None or cell.casefold().endswith(VIDEO_SUFFIXES) for cell in first):
         return False
     index = next((column for name, column in columns.items() if name in ("label", "annotation")), len(first))
     return index < len(first) and score(first[index]) is None
@@ -290,16 +290,16 @@ def score(cell: str) -> float | None:
     """The score of a label, which is a number from -1 to 1 or a word; None if it is neither."""
     if cell.casefold() in SCORES:
         return SCORES[cell.casefold()]
-    value = finite(cell)
+    value = parse_finite(cell)
     return value if value is not None and -1 <= value <= 1 else None
 
 
-def split_named(name: str | None) -> str:
+def canonical_split(name: str | None) -> str:
     """The split that a name means (``valid`` for ``val``, …); ``all`` for None; an unknown name is returned as is."""
     return "all" if name is None else SPLIT_NAMES.get(name.casefold(), name)
 
 
-def finite(cell: str) -> float | None:
+def parse_finite(cell: str) -> float | None:
     """The cell as a finite number, also with a typographic minus or in full width (－０．５); else None."""
     try:
         value = float(cell.translate(_TO_ASCII_SIGNS))
@@ -308,14 +308,14 @@ def finite(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]:
+def ignored_column_warnings(table: Path, columns: dict[str, int], header: list[str]) -> list[str]:
     """Warnings that name the columns not read: otherwise, a misnamed path column would go unnoticed.
 
     Of two columns with the same meaning, the first is read.
     """
     ignored, overruled = [], []
     for index, cell in enumerate(header):
-        name = NAMES.get(cell.casefold(), cell.casefold())
+        name = COLUMN_ALIASES.get(cell.casefold(), cell.casefold())
         if name in _SEGMENT_COLUMNS and name not in columns:
             overruled.append(cell)
         elif cell and (name not in _KNOWN_COLUMNS or columns[name] != index):
@@ -324,16 +324,16 @@ def unread(table: Path, columns: dict[str, int], header: list[str]) -> list[str]
     return [f"{table}: {message}: {', '.join(cells)}" for message, cells in by_message.items() if cells]
 
 
-def only_0_and_1(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
+def binary_label_warning(table: Path, columns: dict[str, int], lines: list[Line]) -> list[str]:
     """A warning if all labels are 0 or 1: many people write negative as 0."""
     index = columns["label"]
-    if {finite(line.cells[index]) for line in lines if any(line.cells[index : index + 1])} != {0.0, 1.0}:
+    if {parse_finite(line.cells[index]) for line in lines if any(line.cells[index : index + 1])} != {0.0, 1.0}:
         return []
     message = f"{table}: labels are only 0 and 1: 0 is neutral, 1 positive"
     return [f"{message} — if 0 means negative, write words (negative/positive)"]
 
 
-def absent(table: Path, clips: list[Clip]) -> list[str]:
+def missing_content_warnings(table: Path, clips: list[Clip]) -> list[str]:
     """Warnings about what no clip has: a negative or a positive label, a video, a text."""
     scores = {clip.labels["M"] for clip in clips if "M" in clip.labels}
     signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # only_0_and_1 warns of 0 and 1

@@ -160,7 +160,7 @@ def read_frames(
         UsageError: no such file, or fewer than one frame requested.
     """
     with VideoReader(path) as reader:
-        reader._decoder.alone = True
+        reader._decoder.single_call = True
         return reader.read(frames, start, end, times, size, cutaways)
 
 
@@ -238,7 +238,7 @@ def probe(path: str | Path) -> VideoInfo:
         return VideoInfo(float(reader._start), reader.duration, reader.aspect, has_audio, _truncation_problem(reader))
 
 
-def faults(clip: Clip) -> list[str]:
+def video_problems(clip: Clip) -> list[str]:
     """Why a clip's video cannot be used or is incomplete: opens it, decodes its first frame and finds its end."""
     assert clip.video is not None
     try:

@@ -121,7 +121,7 @@ def tokenize(tokenizer: Any, texts: list[str | None], max_length: int) -> tuple[
     return encoded["input_ids"], encoded["attention_mask"].bool() & present
 
 
-BY_PAIRS = {"albert", "bert", "chinese_clip_text_model", "electra", "ernie", "roberta", "xlm-roberta"}
+ACCEPTS_4D_MASK = {"albert", "bert", "chinese_clip_text_model", "electra", "ernie", "roberta", "xlm-roberta"}
 """Model types that accept a 4-D attention mask B×1×L×L unchanged."""
 
 
@@ -168,7 +168,7 @@ class TextEncoder(nn.Module):
     def _avoids_sync(self, x: Tensor) -> bool:
         """Whether to pass a 4-D mask: with a 2-D one, transformers synchronises with the GPU to check for padding."""
         config = self.body.config
-        accepts_4d = config.model_type in BY_PAIRS and config._attn_implementation == "sdpa"
+        accepts_4d = config.model_type in ACCEPTS_4D_MASK and config._attn_implementation == "sdpa"
         return self.training and accepts_4d and x.device.type == "cuda"
 
     def _states(self, x: Tensor, valid: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class SenticlipConfig(PreTrainedConfig):
         self.format_version = format_version
 
 
-def train_part(module: nn.Module, how: str | int, key: str = "train") -> None:
+def set_trainable_layers(module: nn.Module, how: str | int, key: str = "train") -> None:
     """Set which parameters of an encoder are trained: "frozen" none, "full" all, k the top k layers and all after them.
 
     Raises:
@@ -107,7 +107,7 @@ def run_folder(run: str | Path) -> Path:
     return hub.fetch(str(run), "RUN", "give a folder written by senticlip train")
 
 
-def only(features: Batch, kept: Collection[str]) -> Batch:
+def keep_modalities(features: Batch, kept: Collection[str]) -> Batch:
     """The same rows with only the modalities ``kept``; each other one becomes a single masked position."""
     parts = features.modalities.items()
     masked = {name: Sequence(s.values[:, :1], torch.zeros_like(s.mask[:, :1])) for name, s in parts if name not in kept}
@@ -144,7 +144,7 @@ class SentimentModel(PreTrainedModel):
         encoder: Any
         for name, encoder in self.encoders.items():
             how = getattr(experiment, name).train
-            train_part(encoder.body, how, f"{name}.train")
+            set_trainable_layers(encoder.body, how, f"{name}.train")
             if how == "frozen" and (name == "vision" or self._prompt_is_frozen(name)):
                 encoder.requires_grad_(False)
         self.post_init()
@@ -286,7 +286,7 @@ class SentimentModel(PreTrainedModel):
 
     def alone(self, features: Batch) -> dict[str, Output]:
         """The output for each modality of ``features`` on its own."""
-        return {name: self.fuse(only(features, [name])) for name in features.modalities}
+        return {name: self.fuse(keep_modalities(features, [name])) for name in features.modalities}
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's loss (a scalar), and its parts by name for the log."""

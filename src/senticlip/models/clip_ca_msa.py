@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from senticlip.config import Config
 from senticlip.encoders.labels import LabelEncoder
-from senticlip.losses import LOSSES, count_of, cross_entropy, mean_of
+from senticlip.losses import LOSSES, count_rows, cross_entropy, mean_over
 from senticlip.models.fusion import FUSION
 from senticlip.models.heads import MAX_SCALE, LinearHead, PooledHead, SimilarityHead
 from senticlip.models.temporal import TEMPORAL
@@ -158,8 +158,8 @@ class ClipCaMsa(nn.Module):
             gamma = self.config.focal_gamma if name == "text" else 0.0
             row_losses = cross_entropy(logits, target, gamma, self.config.train.label_smoothing, self.class_weights)
             used = labelled & (output.weights[name] > 0)
-            observed[name] = count_of(used) > 0
-            losses[name] = mean_of(row_losses, used)
+            observed[name] = count_rows(used) > 0
+            losses[name] = mean_over(row_losses, used)
         total = self.combine(losses, observed)
         if self.hearing is not None:
             losses["own"] = self._own_loss(output, batch)
@@ -171,7 +171,7 @@ class ClipCaMsa(nn.Module):
         scores = batch.labels[OWN_LABEL["audio"]]
         used = ~scores.isnan() & (output.weights["audio"] > 0)
         logits, target = output.features["audio_own"], polarity(scores)
-        return mean_of(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), used)
+        return mean_over(cross_entropy(logits, target, smoothing=self.config.train.label_smoothing), used)
 
     @torch.no_grad()
     def prepare(self, training: Any) -> None:

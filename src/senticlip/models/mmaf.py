@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.losses import LOSSES, count_of, mean_of
+from senticlip.losses import LOSSES, count_rows, mean_over
 from senticlip.models.peer import Peer, groups, masked_mean
 from senticlip.structures import LABELS, OWN_LABEL, Batch, Output, Sequence
 
@@ -120,8 +120,8 @@ class MMAF(Peer):
             used = ~labels.isnan()
             if name != "fused":
                 used = used & inputs[name].mask.any(1)
-            observed[name] = count_of(used) > 0
-            losses[name] = mean_of(self.cross_entropy(output.logits[name], labels), used)
+            observed[name] = count_rows(used) > 0
+            losses[name] = mean_over(self.cross_entropy(output.logits[name], labels), used)
         logs = {f"loss_{name}": value.detach() for name, value in losses.items()}
         return (losses["fused"] if self.weigh is None else self.weigh(losses, observed)), logs
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config, typed
-from senticlip.losses import cross_entropy, mean_of
+from senticlip.losses import cross_entropy, mean_over
 from senticlip.structures import LABELS, MODALITIES, TARGETS, Batch, Output, Sequence, UsageError, polarity
 
 
@@ -77,7 +77,7 @@ class Peer(nn.Module):
             row_losses = self.cross_entropy(output.logits["fused"], labels)
         else:
             row_losses = (output.score - labels).abs()
-        return mean_of(row_losses, labelled), {}
+        return mean_over(row_losses, labelled), {}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each row, B; the class is the sign of the label. Mask rows without a label (NaN)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from senticlip.config import Config
-from senticlip.losses import mean_of
+from senticlip.losses import mean_over
 from senticlip.models.peer import Peer, RecurrentNet, groups, masked_mean, packed, present
 from senticlip.structures import Batch, Output, Sequence, UsageError
 
@@ -131,7 +131,7 @@ class SelfMM(Peer):
         total, logs = output.features[f"{JOINT}_score"].new_zeros(()), {}
         for name, labels, used in zip(self.heads, own, labelled & mask, strict=True):
             weight = torch.ones_like(labels) if name == JOINT else (labels - joint).abs().tanh()
-            loss = mean_of(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), used)
+            loss = mean_over(weight * (output.features[f"{name}_score"][:, 0] - labels).abs(), used)
             total, logs[f"loss_{name}"] = total + loss, loss.detach()
         features = torch.cat([output.features[name].detach().to(self.labels) for name in self.heads], -1)
         self.remember(index, truth, features, mask)
