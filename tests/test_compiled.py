@@ -225,7 +225,7 @@ def test_locked_compiled_encoders_give_one_line_error(run, tmp_path, monkeypatch
     "script",
     [
         "from senticlip.compiled import capabilities; assert 'FP32' in capabilities()",
-        "from senticlip.export import need; need('onnxruntime')",
+        "from senticlip.export import import_extra; import_extra('onnxruntime')",
     ],
 )
 def test_imports_send_no_telemetry(tmp_path, script):

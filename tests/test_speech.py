@@ -166,7 +166,7 @@ def test_whole_film_is_read_and_silence_filtered(film, whisper, monkeypatch):
         model, "transcribe", lambda *args, **options: options_seen.append(options) or transcribe(*args, **options)
     )
     transcript(film, str(whisper.model))
-    assert options_seen == [{"most": math.inf, "gaps": True}, {"language": "zh", "vad_filter": True}]
+    assert options_seen == [{"max_seconds": math.inf, "gaps": True}, {"language": "zh", "vad_filter": True}]
     assert whisper.options["compute_type"] == "default"  # as in the model's files
 
 

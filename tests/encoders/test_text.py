@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.tiny import KINDS, WORDS, text_folder, tokenizer, waited_and_not
+from tests.tiny import KINDS, WORDS, text_folder, tokenizer, with_and_without_sync
 from transformers import AutoModel, AutoTokenizer
 
 from senticlip.config import Config, TextConfig
@@ -101,7 +101,7 @@ def test_training_without_gpu_sync_gives_same_gradients(folder, monkeypatch):
     """On a GPU the body gets a pairwise mask: there, too, padding and rows without text have no effect."""
     encoder = encoder_of(folder, "learned")
     assert encoder.body.config.model_type in ACCEPTS_4D_MASK
-    results = waited_and_not(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
+    results = with_and_without_sync(encoder, Sequence(*tokenize(tokenizer(), TEXTS, 20)), monkeypatch)
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 

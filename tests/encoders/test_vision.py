@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tests.tiny import clip_folder, text_folder, timm_folder, tokenizer, waited_and_not
+from tests.tiny import clip_folder, text_folder, timm_folder, tokenizer, with_and_without_sync
 from transformers import ChineseCLIPModel
 from transformers.activations import QuickGELUActivation
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
@@ -196,7 +196,7 @@ def test_training_without_gpu_sync_gives_same_gradients(clip, monkeypatch):
     """On a GPU a CLIP tower also reads padding, which must affect neither states nor gradients."""
     pixels, encoder = frames(3, 4, 3, 32, 32), encoder_of(clip).train()
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
-    results = waited_and_not(encoder, Sequence(pixels, mask), monkeypatch)
+    results = with_and_without_sync(encoder, Sequence(pixels, mask), monkeypatch)
     assert not results[1][0][~mask].any()
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
