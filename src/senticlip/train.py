@@ -78,7 +78,7 @@ def train(
         if is_first and not as_stage:
             _report_labels(config, data, stages, model)
         if stages and is_first:
-            runs = [f"{n} (up to {c.train.epochs} epochs)" for n, c in {**stages, "all together": config}.items()]
+            runs = [f"{n} (epochs: up to {c.train.epochs})" for n, c in {**stages, "all together": config}.items()]
             console.print(f"{len(runs)} training runs: {', '.join(runs)}", soft_wrap=True, highlight=False)
         for name, stage in stages.items():
             train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
