@@ -211,7 +211,7 @@ def test_warns_of_labels_that_scores_cannot_match(assets, tmp_path, capsys):
 def test_run_keeps_stage_encoder(assets, tmp_path, capsys):
     stage = {"modalities": ["text"], "target": "T", "text.train": "full", "text.lr": 1e-2, "train.epochs": 1}
     train(settings(assets, stages={"text": stage}, **{"train.epochs": 2}), assets / "data", tmp_path / "run")
-    message = "2 training runs: text (up to 1 epochs), all together (up to 2 epochs)\n"
+    message = "2 training runs: text (epochs: up to 1), all together (epochs: up to 2)\n"
     assert capsys.readouterr().err.count(message) == 1
     stage_encoder, run_encoder = (
         {name: value for name, value in weights(run).items() if name.startswith("encoders.text.")}
