@@ -142,7 +142,7 @@ def test_video_without_sound_counts_as_missing_audio(assets):
     )
 
 
-def test_hears_is_false_for_audio_of_feature_files(assets):
+def test_log_mel_is_not_read_if_audio_comes_from_feature_files(assets):
     assert reads_log_mel(config(assets, ["text", "audio"]))
     assert not reads_log_mel(config(assets, ["text", "audio"], **{"text.encoder": "features"}))
     assert not reads_log_mel(config(assets, ["text", "vision"]))

@@ -81,7 +81,6 @@ def _connect(address: str | None, workers: int | None) -> None:
     """Connect to a cluster, or start our own, even if another one runs on this machine."""
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": address}
     if not address:
         options = {"address": "local", "include_dashboard": False, "num_cpus": max(workers or 0, runtime.cores())}
