@@ -88,7 +88,7 @@ def _check_is_run(run: Path) -> None:
 
 
 def example_clips(predictions: Path, clips_by_id: dict[str, Clip]) -> list[dict[str, Any]]:
-    """The first two clips of each kind, with a thumbnail and their predictions; ``there``: the clips by id."""
+    """The first two clips of each kind, with a thumbnail and their predictions."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     with predictions.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
