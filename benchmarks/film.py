@@ -214,7 +214,7 @@ def main() -> None:
         short, film = repeat(reel, folder / "short.mp4", 2 * REEL), repeat(reel, folder / "film.mp4", seconds)
         subtitles = srt(folder / "film.srt", lines)
         sample = [line for line in lines if line[1] < REEL - 1][:SAMPLE]
-        seconds_per_clip = one_by_one(model, reel, sample, folder)
+        cpu_seconds_per_clip = one_by_one(model, reel, sample, folder)
         resources = measure(command(model, film, subtitles, folder / "timeline"))
         short_subtitles = srt(folder / "short.srt", [line for line in lines if line[1] < 2 * REEL])
         result = {
@@ -225,8 +225,8 @@ def main() -> None:
             "times_real_time": round(seconds / resources["seconds"], 1),
             "times_real_time_per_core": round(seconds / resources["cpu_seconds"], 1),
             "cpu_seconds_per_line": round(resources["cpu_seconds"] / options.lines, 3),
-            "cpu_seconds_per_clip_alone": round(seconds_per_clip, 3),
-            "film_over_its_clips": round(resources["cpu_seconds"] / options.lines / seconds_per_clip, 2),
+            "cpu_seconds_per_clip_alone": round(cpu_seconds_per_clip, 3),
+            "film_over_its_clips": round(resources["cpu_seconds"] / options.lines / cpu_seconds_per_clip, 2),
             "killed_and_resumed_is_the_same": resumes_identically(model, short, short_subtitles, folder),
         }
         print(json.dumps(result, indent=1))

@@ -171,21 +171,21 @@ class Clock(TrainerCallback):
     """Seconds per step, from the end of step ``skip`` to the end of the last one, and seconds until the first ended."""
 
     def __init__(self, skip: int) -> None:
-        self.skip, self.begin, self.first, self.took = skip, time.perf_counter(), 0.0, 0.0
+        self.skip, self.started, self.first, self.seconds_per_step = skip, time.perf_counter(), 0.0, 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the end of the first step and of step ``skip``."""
         if state.global_step == 1:
             synchronize()
-            self.first = time.perf_counter() - self.begin
+            self.first = time.perf_counter() - self.started
         if state.global_step == self.skip:
             synchronize()
-            self.begin = time.perf_counter()
+            self.started = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the end of the last step."""
         synchronize()
-        self.took = (time.perf_counter() - self.begin) / (state.global_step - self.skip)
+        self.seconds_per_step = (time.perf_counter() - self.started) / (state.global_step - self.skip)
 
 
 def time_training_loop(peak: float, tflop: float, data: ClipSet, folder: Path, size: int) -> None:
@@ -198,7 +198,7 @@ def time_training_loop(peak: float, tflop: float, data: ClipSet, folder: Path, s
     trainer.pop_callback(PrinterCallback)
     trainer.train()
     name, note = f"senticlip train, cached frames, {size} clips", f"first step after {clock.first:.0f} s"
-    say(name, size, clock.took, tflop, peak, note)
+    say(name, size, clock.seconds_per_step, tflop, peak, note)
 
 
 def inference(peak: float) -> None:

@@ -27,9 +27,9 @@ def cubic(x: np.ndarray) -> np.ndarray:
 def weights(length: int, size: int) -> np.ndarray:
     """size×length: the antialiased bicubic filter along one axis."""
     scale = length / size
-    support = max(scale, 1.0)
+    filter_scale = max(scale, 1.0)
     centers = (np.arange(size) + 0.5) * scale
-    table = cubic((np.arange(length) + 0.5 - centers[:, None]) / support)
+    table = cubic((np.arange(length) + 0.5 - centers[:, None]) / filter_scale)
     return table / table.sum(1, keepdims=True)
 
 
@@ -65,8 +65,8 @@ def main_shot(pixels: np.ndarray) -> np.ndarray:
     small = small - small.mean((1, 2, 3), keepdims=True)
     small /= np.linalg.norm(small.reshape(k, -1), axis=1)[:, None, None, None] + 1e-6
     rolled = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
-    alike = ((rolled @ small.reshape(k, -1).T).max(0) > 0.67) & ~is_plain & ~is_plain[:, None]
-    linked = np.linalg.matrix_power(alike | np.eye(k, dtype=bool), k)
+    similar = ((rolled @ small.reshape(k, -1).T).max(0) > 0.67) & ~is_plain & ~is_plain[:, None]
+    linked = np.linalg.matrix_power(similar | np.eye(k, dtype=bool), k)
     group = linked[linked.sum(1).argmax()]
     return group if 2 * group.sum() > k else np.ones(k, bool)
 
@@ -105,22 +105,22 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
     """Label → probability."""
     text = text if text and text.strip() else None
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    metadata = session.get_modelmeta().custom_metadata_map
-    config = json.loads(metadata["senticlip"])
+    properties = session.get_modelmeta().custom_metadata_map
+    metadata = json.loads(properties["senticlip"])
     feed = {}
-    if "text" in config["names"]:
-        tokenizer = Tokenizer.from_str(metadata["tokenizer"])
-        tokenizer.enable_truncation(config["max_length"])
+    if "text" in metadata["names"]:
+        tokenizer = Tokenizer.from_str(properties["tokenizer"])
+        tokenizer.enable_truncation(metadata["max_length"])
         ids = np.array([tokenizer.encode(text or "").ids], np.int64)
         feed |= {"text": ids, "text_mask": np.full(ids.shape, text is not None)}
-    if "vision" in config["names"]:
-        size = config["size"]
-        pixels = frames(video, config["frames"], size) if video else np.zeros((1, 3, size, size), np.uint8)
-        if config["experiment"]["vision"].get("cutaways") == "drop":
+    if "vision" in metadata["names"]:
+        size = metadata["size"]
+        pixels = frames(video, metadata["frames"], size) if video else np.zeros((1, 3, size, size), np.uint8)
+        if metadata["experiment"]["vision"].get("cutaways") == "drop":
             pixels = pixels[main_shot(pixels)]
         feed |= {"vision": pixels[None], "vision_mask": np.full((1, len(pixels)), video is not None)}
-    if "audio" in config["names"]:
-        bands, average = (config["experiment"]["audio"][key] for key in ("bands", "average"))
+    if "audio" in metadata["names"]:
+        bands, average = (metadata["experiment"]["audio"][key] for key in ("bands", "average"))
         steps = log_mel(video, bands, average) if video else np.zeros((0, bands), np.float32)
         mask = np.arange(max(1, len(steps))) < len(steps)
         feed |= {"audio": np.resize(steps, (1, len(mask), bands)), "audio_mask": mask[None]}
@@ -129,7 +129,7 @@ def predict(model: str, video: str | None, text: str | None) -> dict[str, float]
     log_probs = session.run(["log_probs"], feed)[0][0]
     if np.isnan(log_probs).any():
         raise SystemExit(f"{model}: its answer is NaN, so its weights are broken — export it again")
-    return {label: float(p) for label, p in zip(config["labels"], np.exp(log_probs), strict=True)}
+    return {label: float(p) for label, p in zip(metadata["labels"], np.exp(log_probs), strict=True)}
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _rows(job: _Job, predictor: Any, progress: Callable[[int, int], None]) -> It
             if part is not None and (table := answers.read_parquet_or_none(part)) is not None:
                 rows = table.to_pylist()
             else:
-                rows = list(_answer_batch(job, predictor, reader, first))
+                rows = list(_rows_of_batch(job, predictor, reader, first))
                 if part is not None:
                     answers.write_parquet(part, pa.Table.from_pylist(rows, _PART_SCHEMA))
             for row in rows:
@@ -203,7 +203,7 @@ def _frame_reader(reader: VideoReader, pictures_end: float) -> Callable[..., Fra
     return read
 
 
-def _answer_batch(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
+def _rows_of_batch(job: _Job, predictor: Any, reader: VideoReader, first: int) -> Iterator[dict[str, Any]]:
     """The rows of one batch of lines."""
     lines = job.lines[first : first + BATCH]
     clips = [

@@ -177,7 +177,7 @@ def is_finished(out: Path, this_origin: dict[str, Any]) -> dict[str, Any] | None
     return None
 
 
-def start_training(out: Path, this_origin: dict[str, Any], resume: bool) -> None:
+def claim_folder(out: Path, this_origin: dict[str, Any], resume: bool) -> None:
     """Record in ``out`` what is trained there, and delete the checkpoints of other trainings.
 
     Raises:

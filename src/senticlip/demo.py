@@ -70,8 +70,8 @@ def _run_demo(out: Path, config: Config, sound: bool) -> dict[str, Any]:
         results[name] = evaluate(run, out / "data") | {"history": read_metrics(run)["history"], "best": best[name]}
     clips_by_id = {clip.id: clip for clip in read_clips(out / "data", "test", config.protocol, config.seed)}
     shown = example_clips(out / "run" / "predictions-test.csv", clips_by_id)
-    explained = next(clip for clip in shown if clip["kind"] == "conflict")
-    explain(load(out / "run"), explained["path"], explained["text"], out / "explain")
+    conflict = next(clip for clip in shown if clip["kind"] == "conflict")
+    explain(load(out / "run"), conflict["path"], conflict["text"], out / "explain")
     write_text(out / "report.html", page(results, shown))
     return {name: results["fused"][name] for name in ("accuracy", "macro_f1")} | {"report": str(out / "report.html")}
 

@@ -331,7 +331,7 @@ def html(explained: Explanation, frames: list[Image.Image]) -> str:
         found=explained,
         label=label,
         sentences=sentences(explained),
-        frames=[(inline(plain), inline(heat), time) for plain, heat, time in pictures],
+        frames=[(inline(plain), inline(blended), time) for plain, blended, time in pictures],
         before=supports[0][1],
         differences=differences,
         pieces=[(case.shown, difference) for case, _, difference in differences if case.kind == "character"],

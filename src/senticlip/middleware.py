@@ -112,13 +112,13 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
-        self.message = f"the upload is larger than {max_bytes / 2**20:g} MiB — send a shorter clip, or raise --limit"
+        self.error = f"the upload is larger than {max_bytes / 2**20:g} MiB — send a shorter clip, or raise --limit"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request: check its Content-Length and the bytes received."""
         declared = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
         if declared > self.max_bytes:
-            await JSONResponse({"error": self.message}, 413)(scope, receive, send)
+            await JSONResponse({"error": self.error}, 413)(scope, receive, send)
             return
         received = 0
 
@@ -127,7 +127,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise HTTPException(413, self.message)
+                raise HTTPException(413, self.error)
             return message
 
         try:

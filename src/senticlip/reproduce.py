@@ -102,7 +102,8 @@ def _report_dropped_tables(out: Path, current: list[str]) -> None:
 
 
 def _check_same_inputs(runs: Path, data: str | Path, clips: list[Clip], tables: list[Table]) -> None:
-    """Refuse data, encoders or features that differ from those of the finished rows, which are not run again."""
+    """Refuse data, encoders or features that differ from those of the finished rows, which are not run again; record
+    these in ``data.json``."""
     saved = read_json(runs / "data.json")
     encoders = dict(saved.get("encoders", {}))
     for config in (config for table in tables for row in table.rows for config in row.configs.values()):

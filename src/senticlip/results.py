@@ -196,13 +196,13 @@ def report_blocks(
     return [*blocks, ("p", "The same tables in LaTeX: tables.tex, next to this report.")]
 
 
-def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, kept_values: Sequence[str] = ()) -> list[Block]:
+def _table_blocks(table: Table, by_target: dict[str, Any], seeds: int, value_notes: Sequence[str] = ()) -> list[Block]:
     reads = {"+".join(SURFACE[m] for m in config.modalities) for row in table.rows for config in row.configs.values()}
     blocks: list[Block] = [
         ("##", f"Table {table.number}. {table.title}"),
         ("p", f"The paper: {table.claim} Here the rows read {' or '.join(sorted(reads))}. Δ: {table.reference} − row."),
     ]
-    blocks += [("p", sentence) for sentence in kept_values]
+    blocks += [("p", sentence) for sentence in value_notes]
     for target, rows in by_target.items():
         if {*by_target} != {"M"}:
             blocks.append(("p", f"Scored against {TARGET_NAMES[target]}:"))

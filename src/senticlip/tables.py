@@ -63,10 +63,8 @@ class RunSettings(NamedTuple):
             if key.split(".")[0] in ("stages", "options", "modalities", "target"):
                 continue
             get_value = attrgetter(key)
-            preset_value = get_value(self.config)
-            if names := [
-                row.name for row in table.rows if any(get_value(c) != preset_value for c in row.configs.values())
-            ]:
+            value = get_value(self.config)
+            if names := [row.name for row in table.rows if any(get_value(c) != value for c in row.configs.values())]:
                 sentences.append(f"The change to {key} does not apply to {', '.join(names)}: their own value stays.")
         return sentences
 

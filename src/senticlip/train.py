@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from senticlip import runtime
-from senticlip.checkpoint import CHECKPOINTS, calibrate, is_finished, origin, read_metrics, save_run, start_training
+from senticlip.checkpoint import CHECKPOINTS, calibrate, claim_folder, is_finished, origin, read_metrics, save_run
 from senticlip.config import FROM_FILE, Config
 from senticlip.data.loader import ClipSet
 from senticlip.data.sims import read_clips
@@ -59,16 +59,16 @@ def train(
     started = time.monotonic()
     runtime.setup()
     config = config if seed is None else config.override({"seed": seed})
-    out, target_device, this_origin = Path(out), runtime.device(device), origin(config, data)
+    out, torch_device, this_origin = Path(out), runtime.device(device), origin(config, data)
     if resume and (result := is_finished(out, this_origin)):
         return result
     _check_start(config, data)
     if config.train.compile:
-        runtime.check_compiler(target_device)
+        runtime.check_compiler(torch_device)
     is_first = runtime.first_process()
     with report_full_disk(out, "continue with --resume"), folder_lock(out, "training") if is_first else nullcontext():
         if is_first:
-            start_training(out, this_origin, resume)
+            claim_folder(out, this_origin, resume)
         stages = stages_of(config, data)
         set_seed(config.seed)
         model = create_model(config, feature_widths(config, data))  # before the stages, which take long: it may fail
@@ -82,7 +82,7 @@ def train(
             console.print(f"{len(runs)} training runs: {', '.join(runs)}", soft_wrap=True, highlight=False)
         for name, stage in stages.items():
             train(stage, data, out / "stages" / name, resume=resume, device=device, as_stage=name)
-        arguments = _training_arguments(config, out / CHECKPOINTS, target_device, as_stage)
+        arguments = _training_arguments(config, out / CHECKPOINTS, torch_device, as_stage)
         training_device: Any = arguments.device
         model.to(training_device)
         for name in stages:
@@ -201,13 +201,13 @@ def _batch_per_process(config: Config) -> tuple[int, int]:
 def _training_arguments(
     config: Config, folder: Path, device: torch.device, as_stage: str | None = None
 ) -> TrainingArguments:
-    t, (batch_size, world_size) = config.train, _batch_per_process(config)
+    t, (per_process, world_size) = config.train, _batch_per_process(config)
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),  # the path is saved, and the working directory may differ when resuming
         run_name=as_stage,
         num_train_epochs=t.epochs,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=max(batch_size, 32),
+        per_device_train_batch_size=per_process,
+        per_device_eval_batch_size=max(per_process, 32),
         gradient_accumulation_steps=t.accumulation,
         learning_rate=t.lr,
         weight_decay=t.weight_decay,

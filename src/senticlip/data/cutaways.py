@@ -44,12 +44,12 @@ def main_shot(small: np.ndarray) -> np.ndarray:
     k = len(small)
     if k < 3:
         return np.ones(k, bool)
-    plain = small.std((2, 3), dtype=np.float32).max(1) < PLAIN
+    is_plain = small.std((2, 3), dtype=np.float32).max(1) < PLAIN
     small = small - small.mean((1, 2, 3), keepdims=True, dtype=np.float32)
     small /= np.linalg.norm(small.reshape(k, -1), axis=1)[:, None, None, None] + 1e-6
     steps = range(-SHIFT, SHIFT + 1)
     rolled = np.stack([np.roll(small, (down, across), (2, 3)).reshape(k, -1) for down in steps for across in steps])
-    similar = ((rolled @ small.reshape(k, -1).T).max(0) > ALIKE) & ~plain & ~plain[:, None]
+    similar = ((rolled @ small.reshape(k, -1).T).max(0) > ALIKE) & ~is_plain & ~is_plain[:, None]
     linked = np.linalg.matrix_power(similar | np.eye(k, dtype=bool), k)  # bool: path counts would overflow
     group = linked[linked.sum(1).argmax()]
     return group if 2 * group.sum() > k else np.ones(k, bool)

@@ -183,8 +183,8 @@ class Decoder:
         last: Read | None = None
         while self._queue or not self._finished:
             if self._queue:
-                packet = self._queue.popleft()
-                last = packet if packet.is_shown and (last is None or packet.pts >= last.pts) else last
+                read = self._queue.popleft()
+                last = read if read.is_shown and (last is None or read.pts >= last.pts) else last
             else:
                 self._read_packet()
         return None if last is None else self._end_of_frame(last)

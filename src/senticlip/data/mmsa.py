@@ -200,7 +200,7 @@ def _clips_of_split(path: str | Path, split: str, part: dict[str, Any]) -> list[
             scores[target] = values
     texts: list[Any] = [None] * len(ids)
     if part.get("raw_text") is not None:
-        texts = [_text_or_none(text) for text in _require_list(path, split, part, "raw_text")]
+        texts = [_text_of_row(text) for text in _require_list(path, split, part, "raw_text")]
     if len(texts) != len(ids):
         raise UserError(f"{path}, {split}: {len(ids)} ids, but {len(texts)} raw_text")
     return [
@@ -209,7 +209,7 @@ def _clips_of_split(path: str | Path, split: str, part: dict[str, Any]) -> list[
     ]
 
 
-def _text_or_none(text: Any) -> str | None:
+def _text_of_row(text: Any) -> str | None:
     """A row's text, if any; pandas writes an empty one as NaN."""
     return None if text is None or (isinstance(text, float) and math.isnan(text)) else _as_text(text) or None
 

@@ -166,7 +166,7 @@ class Sequential:
     def __init__(self, path: str | Path) -> None:
         self.container, self.stream = open_video(path)
         rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
-        self._step = 1 / (rate * (self.stream.time_base or Fraction(1, 90000)))
+        self._frame_ticks = 1 / (rate * (self.stream.time_base or Fraction(1, 90000)))
         self._frames = self._decode()
         self._next = next(self._frames, None)
         self._shown: tuple[int, VideoFrame] | None = None
@@ -189,7 +189,7 @@ class Sequential:
                 stamp = dts_queue.popleft() if dts_queue else frame.pts if frame.pts is not None else frame.dts
                 stamp = round(next_stamp) if stamp is None else stamp
                 yield stamp, frame
-                next_stamp = stamp + self._step
+                next_stamp = stamp + self._frame_ticks
 
     def passed(self, stamp: int) -> bool:
         """Whether the frame shown at ``stamp`` has been passed and can no longer be returned."""
@@ -204,4 +204,4 @@ class Sequential:
     def end(self) -> int:
         """Decode everything that is left; returns the time at which the last frame ends."""
         last = self.at(1 << 62)
-        return last[0] + round(self._step) if last else 0
+        return last[0] + round(self._frame_ticks) if last else 0

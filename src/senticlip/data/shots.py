@@ -28,7 +28,7 @@ def windows(duration: float, seconds: float = 5.0) -> list[Line]:
     """Windows of equal length, as close to ``seconds`` as fits ``duration``; their texts are empty.
 
     Raises:
-        UsageError: ``seconds`` is below LEAST or not finite.
+        UsageError: ``seconds`` is below SHORTEST_WINDOW or not finite.
     """
     if not SHORTEST_WINDOW <= seconds < inf:
         raise UsageError(f"--seconds {seconds}: a window must be at least {SHORTEST_WINDOW} s long")
@@ -54,7 +54,7 @@ def shots(video: str | Path, end: float) -> list[Line]:
         UserError: not a readable video, or one without times.
     """
     container, stream = open_video(video)
-    clock_offset = clock_start(container)
+    clock_zero = clock_start(container)
     recent_changes: deque[float] = deque([0.0], maxlen=15)
     previous, times, previous_time = None, [0.0], 0.0
     stream.codec_context.skip_frame = "NONREF"
@@ -62,7 +62,7 @@ def shots(video: str | Path, end: float) -> list[Line]:
         for frame in decoded_frames(container, stream):
             if frame.time is None:
                 raise UserError(f"{video}: its pictures have no timestamps to cut at — leave out --cut shots")
-            time = frame.time - clock_offset
+            time = frame.time - clock_zero
             if previous is not None and time - previous_time < STEP:
                 continue
             previous_time = time

@@ -195,8 +195,8 @@ def _read_rows(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
     has_header, width = len(lines) < len(records), len(records[0].cells)
     if not lines:
         raise UserError(f"{table}: only a header — expected a row for each clip")
-    has_ids = {"video_id", "clip_id"} <= columns.keys() and "path" not in columns
-    find = _RawFolder(table).find if has_ids else _own_file_finder(table)
+    found_by_ids = {"video_id", "clip_id"} <= columns.keys() and "path" not in columns
+    find = _RawFolder(table).find if found_by_ids else _own_file_finder(table)
     rows = []
     seen: dict[str, int] = {}
     for line in lines:
@@ -204,7 +204,7 @@ def _read_rows(path: Path, protocol: str) -> tuple[Path, list[_Row]]:
         if has_header and any(line.cells[width:]):
             row.problems.append(f"{table}, row {line.row}: more cells than columns — is a text with a comma quoted?")
         # in the user's own table, rows may share a file; a CH-SIMS clip may occur only once
-        if row.clip.id in seen and has_ids:
+        if row.clip.id in seen and found_by_ids:
             row.problems.append(f"{table}, row {line.row}: {row.clip.id} is already in row {seen[row.clip.id]}")
         elif row.clip.id in seen:
             row = row._replace(clip=row.clip._replace(id=f"{row.clip.id}#{line.row}"))

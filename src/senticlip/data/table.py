@@ -336,7 +336,7 @@ def binary_label_warning(table: Path, columns: dict[str, int], lines: list[Line]
 def missing_content_warnings(table: Path, clips: list[Clip]) -> list[str]:
     """Warnings about what no clip has: a negative or a positive label, a video, a text."""
     scores = {clip.labels["M"] for clip in clips if "M" in clip.labels}
-    signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # only_0_and_1 warns of 0 and 1
+    signs = set() if scores <= {0.0, 1.0} else set(map(polarity, scores))  # binary_label_warning warns of 0 and 1
     missing = [
         f"no label is {side} 0 (neutral) — labels range from -1 (negative) to 1 (positive)"
         for side, sign in (("below", 0), ("above", 2))

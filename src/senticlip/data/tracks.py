@@ -55,13 +55,13 @@ def embedded(
         stream = streams[track] if track is not None else _best_track(streams)
         if stream.codec_context is None:
             raise UserError(f"{video}: no decoder for subtitle track {track} — give a file: --subtitles F.srt")
-        clock_offset = clock_start(container)
+        clock_zero = clock_start(container)
         discard_others(container, stream)
         cues = []
         for packet in container.demux(stream):
             if packet.pts is None or not packet.size:
                 continue
-            start = float(packet.pts * packet.time_base) - clock_offset
+            start = float(packet.pts * packet.time_base) - clock_zero
             end = start + float((packet.duration or 0) * packet.time_base)
             try:
                 subtitles = packet.decode()

@@ -143,9 +143,11 @@ class SelfMM(Peer):
 
         ``mask`` (heads×B): which rows have the modality; rows without it get no label and count in no centre.
         """
-        index, truth, features, masks = (gathered(values) for values in (index, truth, features, mask.T.contiguous()))
-        known = ~truth.isnan()
-        index, truth, features, masks = index[known], truth[known], features[known], masks[known]
+        index, truth, features, all_masks = (
+            gathered(values) for values in (index, truth, features, mask.T.contiguous())
+        )
+        labelled = ~truth.isnan()
+        index, truth, features, all_masks = index[labelled], truth[labelled], features[labelled], all_masks[labelled]
         by_head = dict(
             zip(self.heads, features.split([self.options[f"{n}_post"] for n in self.heads], -1), strict=True)
         )
@@ -159,7 +161,7 @@ class SelfMM(Peer):
                 if n != JOINT
             ]
             own = torch.stack([truth, *updated])
-        self.labels[:, index] = torch.where(masks.T, own, torch.nan)
+        self.labels[:, index] = torch.where(all_masks.T, own, torch.nan)
         for name, labels in zip(self.heads, self.labels, strict=True):
             stored = getattr(self, f"seen_{name}")
             stored[index] = by_head[name]
