@@ -12,7 +12,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make lowest  all tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make lint    style and types"
-	@echo "make format  mend the style"
+	@echo "make format  fix the style"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove .venv and caches"
 
