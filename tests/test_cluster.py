@@ -84,7 +84,7 @@ def test_a_part_that_kills_every_worker_is_not_retried_forever(tmp_path, monkeyp
     assert len(reports(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("port", [1, 99999])
-def test_no_cluster_answers(tmp_path, port):
+@pytest.mark.parametrize("port", [99999, 10**20])
+def test_impossible_port(tmp_path, port):
     with pytest.raises(UserError, match=rf"--address 127\.0\.0\.1:{port}: no Ray cluster answers"):
         list(on_ray(reporting_worker(tmp_path, 1), {"device": "cpu"}, [0], f"127.0.0.1:{port}", 1))

@@ -135,10 +135,8 @@ def test_client_errors_use_names_that_the_client_knows(assets, predictor, temp_f
 
 @pytest.mark.parametrize("charset", ["utf-8", "us-ascii", "foo", "gbk", "raw_unicode_escape"])
 def test_forms_are_utf8_whatever_charset_they_declare(predictor, charset):
-    client, headers = (
-        TestClient(app(predictor, "run")),
-        {"content-type": f"multipart/form-data; charset={charset}; boundary=x"},
-    )
+    client = TestClient(app(predictor, "run"))
+    headers = {"content-type": f"multipart/form-data; charset={charset}; boundary=x"}
     form = f'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n{TEXT}\r\n--x--'
     assert client.post("/predict", content=form.encode(), headers=headers).json() == predictor(text=TEXT).to_json()
     assert client.post("/predict", content=form.encode("gbk"), headers=headers).status_code == 400

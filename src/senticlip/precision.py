@@ -44,10 +44,8 @@ def lower_precision(model: Any, run: Path, precision: str) -> tuple[Any, dict[st
     path, weights = run / "precision.json", fingerprint(model, model.config.encoders)
     on_gpu = precision == "bf16" and model.device.type != "cpu"
     model = model if on_gpu else model.to("cpu")
-    measured, key = (
-        _stored_disagreements(path, weights),
-        f"{precision} on {model.device.type if on_gpu else runtime_id()}",
-    )
+    measured = _stored_disagreements(path, weights)
+    key = f"{precision} on {model.device.type if on_gpu else runtime_id()}"
     batch = probe(model, model.experiment)
     reference = None if key in measured else _output(model, batch)
     # checked before compiling, as compiled encoders may hide NaN: OpenVINO's max drops it
